@@ -1,0 +1,116 @@
+"""What every kernel file shares: Triton imported late, the choice of path, and block arithmetic.
+
+Triton is imported at the first launch, not before, so that `import ponder.kernels` is quick and
+works where Triton does not exist (macOS, Windows): there every function takes PyTorch's operation.
+"""
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+    jit: Any
+else:
+
+    class tl:
+        """Stands where `triton.language` will stand from the module's first launch on."""
+
+        constexpr = "constexpr"  # Triton reads annotations by this name
+
+    class jit:
+        """`triton.jit`, applied at the first launch to every kernel of the module at once."""
+
+        def __init__(self, fn: Callable):
+            self.fn = fn
+            functools.update_wrapper(self, fn)
+
+        def __getitem__(self, grid):
+            return self.compiled[grid]
+
+        @property
+        def compiled(self):
+            """The `triton.JITFunction` (or, with TRITON_INTERPRET=1, the interpreted one)."""
+            if "jitted" not in self.__dict__:
+                import triton
+                import triton.language
+
+                scope = self.fn.__globals__
+                scope["tl"] = triton.language
+                own = [v for v in scope.values() if isinstance(v, jit)]
+                for kernel in own:
+                    if kernel.fn.__globals__ is scope:
+                        kernel.jitted = triton.jit(kernel.fn)
+                for name, value in list(scope.items()):
+                    if isinstance(value, jit):
+                        scope[name] = value.compiled
+            return self.jitted
+
+
+@functools.cache
+def triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors (for tests)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def use_triton(x: Tensor) -> bool:
+    """Whether `x` takes the Triton kernel; otherwise PyTorch's own operation."""
+    if x.is_cuda:
+        return triton_installed()
+    return x.device.type == "cpu" and interpreting() and triton_installed()
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors in autocast's dtype where autocast is on, as torch's matrix products do."""
+    first = next(t for t in tensors if t is not None)
+    if not torch.is_autocast_enabled(first.device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(first.device.type)
+    return tuple(t if t is None else t.to(dtype) for t in tensors)
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+@functools.cache
+def capability(device: torch.device) -> int:
+    """The compute capability of a CUDA device as one number: 80, 90, 100. 0 in the interpreter."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+TRITON_TYPE = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+@dataclass(frozen=True)
+class Specialization:
+    """One way in which a launcher can compile a kernel; the tests compile each of them ahead.
+
+    `signature` maps every run-time argument to its Triton type ("*bf16", "i32", "fp32"; "*bf16:16"
+    says that the pointer or number is divisible by 16); `constexprs` holds the rest.
+    """
+
+    kernel: Any
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 2
+    matrix: bool = False  # holds a matrix product, so sm_90 code must show wgmma
