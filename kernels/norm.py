@@ -22,7 +22,7 @@ from ._runtime import (
     use_triton,
 )
 
-MAX_COLUMNS = 16384  # past this the backward spills registers
+MAX_COLUMNS = 8192  # past this the backward spills registers
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
