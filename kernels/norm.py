@@ -51,7 +51,7 @@ def _rms_norm_forward_kernel(
     offset = i_row * n_cols + o_col
     h = tl.load(x_ptr + offset, mask=m_col, other=0.0)
     if HAS_RESIDUAL:
-        # The sum is rounded to its stored dtype first: y is the norm of what the caller gets back.
+        # Rounded to the stream's dtype first: y is the norm of what the caller gets back.
         residual = tl.load(residual_ptr + offset, mask=m_col, other=0.0).to(tl.float32)
         h = (h.to(tl.float32) + residual).to(h_ptr.dtype.element_ty)
         tl.store(h_ptr + offset, h, mask=m_col)
@@ -77,6 +77,7 @@ def _rms_norm_backward_kernel(
     HAS_DH: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    # dx_ptr has h's dtype: x's gradient is its rounding to x's dtype.
     i_program = tl.program_id(0).to(tl.int64)
     o_col = tl.arange(0, BLOCK_C)
     m_col = o_col < n_cols
@@ -114,19 +115,22 @@ def _programs(n_rows: int) -> int:
 
 def specializations(capability: int) -> Iterator[Specialization]:
     """Every way in which the launchers below can compile the kernels."""
-    for dtype in ("fp32", "fp16", "bf16"):
+    # (x's dtype, the residual stream's): equal, or a 16-bit branch added to an fp32 stream.
+    pairs = [(d, d) for d in ("fp32", "fp16", "bf16")] + [("fp16", "fp32"), ("bf16", "fp32")]
+    for dtype, stream in pairs:
         for log_c in range(7, MAX_COLUMNS.bit_length()):
             block_c = 1 << log_c
-            pointer = f"*{dtype}:16"
-            for flag in (False, True):
+            x, h = f"*{dtype}:16", f"*{stream}:16"
+            weight = x if dtype == stream else "*fp32:16"
+            for flag in (False, True) if dtype == stream else (True,):
                 yield Specialization(
                     _rms_norm_forward_kernel,
                     dict(
-                        x_ptr=pointer,
-                        residual_ptr=pointer,
-                        weight_ptr=pointer,
-                        y_ptr=pointer,
-                        h_ptr=pointer,
+                        x_ptr=x,
+                        residual_ptr=h,
+                        weight_ptr=weight,
+                        y_ptr=x,
+                        h_ptr=h,
                         rstd_ptr="*fp32:16",
                         n_cols="i32:16",
                         eps="fp32",
@@ -137,13 +141,13 @@ def specializations(capability: int) -> Iterator[Specialization]:
                 yield Specialization(
                     _rms_norm_backward_kernel,
                     dict(
-                        dy_ptr=pointer,
-                        dh_ptr=pointer,
-                        h_ptr=pointer,
-                        weight_ptr=pointer,
+                        dy_ptr=x,
+                        dh_ptr=h,
+                        h_ptr=h,
+                        weight_ptr=weight,
                         rstd_ptr="*fp32:16",
-                        dx_ptr=pointer,
-                        dweight_ptr="*fp32:16",
+                        dx_ptr=h,
+                        dweight_ptr=weight,
                         n_rows="i32",
                         n_cols="i32:16",
                         rows_per_program="i32",
@@ -160,7 +164,7 @@ def _rms_norm(
     """(y, h, rstd) of contiguous x (N, C); h is empty where there is no residual."""
     n_rows, n_cols = x.shape
     y = torch.empty_like(x)
-    h = torch.empty_like(x) if residual is not None else x.new_empty(0)
+    h = x.new_empty(0) if residual is None else torch.empty_like(residual)
     rstd = x.new_empty(n_rows, dtype=torch.float32)
     block_c = _block(n_cols)
     if n_rows:
@@ -182,7 +186,7 @@ def _rms_norm(
 
 @_rms_norm.register_fake
 def _(x, weight, residual, eps):
-    h = torch.empty_like(x) if residual is not None else x.new_empty(0)
+    h = x.new_empty(0) if residual is None else torch.empty_like(residual)
     return torch.empty_like(x), h, x.new_empty(x.shape[0], dtype=torch.float32)
 
 
@@ -190,7 +194,7 @@ def _(x, weight, residual, eps):
 def _rms_norm_backward(
     dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(dx, dweight); dx is the gradient of both x and the residual."""
+    """(dh, dweight): dh is the gradient of both x and the residual."""
     n_rows, n_cols = h.shape
     dx = torch.empty_like(h)
     n_programs = _programs(n_rows)
@@ -223,7 +227,7 @@ def _(dy, dh, h, weight, rstd):
 def _setup_context(ctx, inputs, output):
     x, weight, residual, _ = inputs
     _, h, rstd = output
-    ctx.has_residual = residual is not None
+    ctx.has_residual, ctx.dtype = residual is not None, x.dtype
     ctx.save_for_backward(h if ctx.has_residual else x, weight, rstd)
 
 
@@ -231,7 +235,7 @@ def _backward(ctx, dy, dh, _):
     h, weight, rstd = ctx.saved_tensors
     dh = dh.contiguous() if ctx.has_residual else None
     dx, dweight = _rms_norm_backward(dy.contiguous(), dh, h, weight, rstd)
-    return dx, dweight, dx if ctx.has_residual else None, None
+    return dx.to(ctx.dtype), dweight, dx if ctx.has_residual else None, None
 
 
 _rms_norm.register_autograd(_backward, setup_context=_setup_context)
@@ -242,25 +246,28 @@ def rms_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Root mean square normalization: y = h / sqrt(mean(h²) + eps) * weight, h = x + residual.
 
-    x (..., C) and residual (the same shape and dtype) in fp32, fp16 or bf16; weight (C,). Returns
-    y in x's shape and dtype, or (y, h) where a residual is given. Statistics and both gradients
-    accumulate in fp32; the weight's gradient is summed in a fixed order.
+    x (..., C) in fp32, fp16 or bf16; weight (C,); residual in x's shape, in x's dtype or fp32 (a
+    16-bit branch added to an fp32 stream). Returns y in x's shape and dtype, or (y, h) where a
+    residual is given, h in the residual's dtype. Statistics and both gradients accumulate in fp32;
+    the weight's gradient is summed in a fixed order.
 
-    Raises ValueError for shapes or dtypes that do not fit. Source: Zhang and Sennrich 2019.
+    Raises ValueError for shapes or dtypes that do not fit. Source: Zhang and Sennrich 2019, eq. 4.
     """
     if weight.shape != x.shape[-1:]:
         raise ValueError(
             f"rms_norm: weight has shape {tuple(weight.shape)}; x of shape {tuple(x.shape)} "
             f"needs ({x.shape[-1]},)"
         )
-    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+    if residual is not None and (
+        residual.shape != x.shape or residual.dtype not in (x.dtype, torch.float32)
+    ):
         raise ValueError(
-            f"rms_norm: residual is {tuple(residual.shape)} {residual.dtype}; it must be as x, "
-            f"{tuple(x.shape)} {x.dtype}"
+            f"rms_norm: residual is {tuple(residual.shape)} {residual.dtype}; it must have x's "
+            f"shape {tuple(x.shape)} and dtype {x.dtype}, or fp32"
         )
     if not use_triton(x):
         h = x if residual is None else x + residual
-        y = torch.nn.functional.rms_norm(h, weight.shape, weight.to(h.dtype), eps)
+        y = torch.nn.functional.rms_norm(h, weight.shape, weight.to(h.dtype), eps).to(x.dtype)
         return y if residual is None else (y, h)
     if x.dtype not in TRITON_TYPE:
         raise ValueError(f"rms_norm: x is {x.dtype}; supported are fp32, fp16 and bf16")

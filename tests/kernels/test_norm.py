@@ -40,6 +40,26 @@ def test_rms_norm_with_residual(shape, dtype, device):
     )
 
 
+def test_half_branch_on_an_fp32_stream(device):
+    torch.manual_seed(2)
+    x = torch.randn(33, 40, dtype=torch.float16, device=device)
+    weight, residual = torch.randn(40, device=device), torch.randn(33, 40, device=device)
+
+    def reference(x, weight, residual):
+        h = x + residual
+        return rms_norm_reference(h, weight).to(x.dtype), h
+
+    check(
+        lambda x, w, r: rms_norm(x, w, residual=r),
+        reference,
+        [x, weight, residual],
+        reduction=x.numel(),
+        names="y h dx dweight dresidual",
+    )
+    y, h = rms_norm(x, weight, residual=residual)
+    assert (y.dtype, h.dtype) == (torch.float16, torch.float32)
+
+
 def test_non_contiguous_and_empty(device):
     x = torch.randn(8, 6, device=device).t()
     weight = torch.randn(8, device=device)
@@ -53,6 +73,8 @@ def test_unsupported_input_is_named(device):
         rms_norm(x, torch.ones(7, device=device))
     with pytest.raises(ValueError, match="residual is"):
         rms_norm(x, torch.ones(8, device=device), residual=x.half())
+    with pytest.raises(ValueError, match="at most 8192"):
+        rms_norm(torch.ones(1, 8193, device=device), torch.ones(8193, device=device))
 
 
 def test_opcheck(device):

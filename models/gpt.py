@@ -1,0 +1,183 @@
+"""GPT: one configurable decoder on the fused kernels.
+
+Pre-norm blocks of attention and MLP around a residual stream:
+
+    h = embed(tokens)
+    h = h + attention(norm(h));  h = h + mlp(norm(h))        for each layer
+    logits = head(norm(h))
+
+With QK-norm and a gated MLP it is Qwen3 (Qwen team 2025); without QK-norm, Llama (Touvron et al.
+2023). Shapes: B sequences, T tokens, C = n_embd, V = vocab_size.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels import linear_cross_entropy
+from .layers import MLP, Attention, GatedMLP, LayerCache, RMSNorm, Rotary
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a GPT. Defaults make a model of about 0.8M parameters."""
+
+    vocab_size: int
+    context: int = 256  # the longest sequence, in tokens
+    n_layer: int = 4
+    n_head: int = 4
+    n_kv_head: int = 4  # fewer than n_head: grouped-query attention
+    head_dim: int = 32
+    n_embd: int = 128
+    n_inner: int = 384  # width of the MLP
+    gated: bool = True
+    activation: str = "silu"
+    qk_norm: bool = True
+    attention_bias: bool = False
+    tie_embeddings: bool = True
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-6
+
+    def __post_init__(self):
+        problems = [
+            f"{name} is {getattr(self, name)}; it must be at least 1"
+            for name in (
+                *("vocab_size", "context", "n_layer", "n_head", "n_kv_head"),
+                *("head_dim", "n_embd", "n_inner"),
+            )
+            if getattr(self, name) < 1
+        ]
+        if self.n_kv_head >= 1 and self.n_head % self.n_kv_head:
+            problems.append(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
+        if self.head_dim % 2 or not 16 <= self.head_dim <= 256:
+            problems.append(f"head_dim is {self.head_dim}; it must be even, 16 to 256")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+
+class KVCache:
+    """The keys and values of B sequences, each with its own length.
+
+    keys, values (n_layer, B, n_kv_head, capacity, head_dim); lengths (B,) int64, the number of
+    tokens that each row holds. A forward pass writes behind them and leaves `lengths` to the
+    caller, so that right-padded prompts can be prefilled together.
+    """
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        batch: int,
+        capacity: int,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
+        shape = (config.n_layer, batch, config.n_kv_head, capacity, config.head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.lengths = torch.zeros(batch, device=device, dtype=torch.int64)
+        self.empty = True  # a host-side fact, so that a prefill needs no device sync
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[3]
+
+    def layer(self, i: int, limit: int | None) -> LayerCache:
+        limit = self.capacity if limit is None else limit
+        return LayerCache(self.keys[i], self.values[i], self.lengths, limit, self.empty)
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        c = config
+        self.input_layernorm = RMSNorm(c.n_embd, c.norm_eps)
+        self.self_attn = Attention(
+            c.n_embd,
+            c.n_head,
+            c.n_kv_head,
+            c.head_dim,
+            qk_norm=c.qk_norm,
+            bias=c.attention_bias,
+            eps=c.norm_eps,
+        )
+        self.post_attention_layernorm = RMSNorm(c.n_embd, c.norm_eps)
+        self.mlp = (GatedMLP if c.gated else MLP)(c.n_embd, c.n_inner, c.activation)
+
+    def forward(self, x: Tensor, h: Tensor | None, rope, cache: LayerCache | None = None):
+        """x, what the last block added, and the residual stream h before it → the same pair."""
+        y, h = (self.input_layernorm(x), x) if h is None else self.input_layernorm(x, h)
+        y, h = self.post_attention_layernorm(self.self_attn(y, rope, cache), h)
+        return self.mlp(y), h
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer. `model(tokens)` gives logits, `model(tokens, targets)` a loss."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = RMSNorm(config.n_embd, config.norm_eps)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        self.rotary = Rotary(config.head_dim, config.context, config.rope_theta)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Uniform of variance 1/fan-in for matrices; zero for what writes to the residual stream."""
+        for name, p in self.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight", "bias")):
+                p.zero_()
+            elif name.endswith("embed_tokens.weight"):
+                # Tied: the head's logits start small whatever the width.
+                p.normal_(std=self.config.n_embd**-0.5 if self.config.tie_embeddings else 1.0)
+            elif name == "lm_head.weight":
+                p.zero_()
+            elif p.ndim == 2:
+                bound = (3 / p.shape[1]) ** 0.5
+                p.uniform_(-bound, bound)
+
+    @property
+    def parameters_count(self) -> int:
+        """Parameters, the tied head counted once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def hidden(
+        self, tokens: Tensor, cache: KVCache | None = None, limit: int | None = None
+    ) -> Tensor:
+        """tokens (B, T) → (B, T, C), what the head reads.
+
+        With a cache, row b's tokens take the positions from `cache.lengths[b]` on, and attend to
+        the first `limit` cache positions (an int ≥ max(lengths) + T; None: all of them).
+        """
+        T = tokens.shape[1]
+        if cache is None or cache.empty:
+            if T > self.config.context:
+                raise ValueError(
+                    f"{T} tokens are more than the model's context of {self.config.context}"
+                )
+            rope = self.rotary(T)
+        else:
+            rope = self.rotary(cache.lengths[:, None] + torch.arange(T, device=tokens.device))
+        x, h = self.embed_tokens(tokens), None
+        for i, block in enumerate(self.layers):
+            x, h = block(x, h, rope, None if cache is None else cache.layer(i, limit))
+        if cache is not None:
+            cache.empty = False
+        return self.norm(x, h)[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden (..., C) → (..., V) in fp32."""
+        return self.lm_head(hidden).float()
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V) in fp32; with targets (B, T), −100 where none, the mean loss in nats."""
+        hidden = self.hidden(tokens)
+        if targets is None:
+            return self.logits(hidden)
+        return linear_cross_entropy(hidden, self.lm_head.weight, targets)

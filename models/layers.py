@@ -1,0 +1,132 @@
+"""The modules that GPT is built of, each a thin `nn.Module` over one function of `kernels/`.
+
+Shapes: B sequences, T tokens, C model width, H query heads, G key-value heads, D head width.
+Parameter names are Transformers' own for Llama and Qwen3, so checkpoints need no renaming.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels import attention, decode_attention, gated_mlp, mlp, rms_norm, rotary
+
+
+class RMSNorm(nn.Module):
+    """Root mean square normalization over the last dimension, with an optional residual add."""
+
+    def __init__(self, width: int, eps: float = 1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor, residual: Tensor | None = None):
+        """y, or (y, x + residual) where a residual is given."""
+        return rms_norm(x, self.weight, eps=self.eps, residual=residual)
+
+
+class Rotary(nn.Module):
+    """The cosines and sines of rotary positions 0 … context − 1, fp32, (context, D/2) each.
+
+    Su et al. 2021, "RoFormer", with Llama's pairing of dimension i with i + D/2.
+    """
+
+    def __init__(self, head_dim: int, context: int, theta: float = 10000.0):
+        super().__init__()
+        frequency = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+        angle = torch.outer(torch.arange(context, dtype=torch.float64), frequency)
+        self.register_buffer("cos", angle.cos().float(), persistent=False)
+        self.register_buffer("sin", angle.sin().float(), persistent=False)
+
+    def forward(self, positions: Tensor | int) -> tuple[Tensor, Tensor]:
+        """The rows of `positions` (B, T), or of the first so many positions."""
+        index = slice(positions) if isinstance(positions, int) else positions
+        return self.cos[index], self.sin[index]
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped heads, rotary positions and optional QK-norm."""
+
+    def __init__(
+        self,
+        width: int,
+        n_head: int,
+        n_kv_head: int,
+        head_dim: int,
+        *,
+        qk_norm: bool = False,
+        bias: bool = False,
+        eps: float = 1e-6,
+    ):
+        super().__init__()
+        self.n_head, self.n_kv_head, self.head_dim = n_head, n_kv_head, head_dim
+        self.q_proj = nn.Linear(width, n_head * head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, n_kv_head * head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, n_kv_head * head_dim, bias=bias)
+        self.o_proj = nn.Linear(n_head * head_dim, width, bias=bias)
+        self.q_norm = RMSNorm(head_dim, eps) if qk_norm else None
+        self.k_norm = RMSNorm(head_dim, eps) if qk_norm else None
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], cache: "LayerCache | None" = None
+    ) -> Tensor:
+        """x (B, T, C) → (B, T, C); with a cache, the T tokens follow what it holds."""
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, self.n_head, self.head_dim)
+        k = self.k_proj(x).view(B, T, self.n_kv_head, self.head_dim)
+        v = self.v_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotary(q.transpose(1, 2), k.transpose(1, 2), *rope)
+        y = attention(q, k, v, causal=True) if cache is None else cache.attend(q, k, v)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, self.n_head * self.head_dim))
+
+
+class LayerCache:
+    """One layer's view of a KVCache during one forward pass."""
+
+    def __init__(self, keys: Tensor, values: Tensor, start: Tensor, limit: int, empty: bool):
+        self.keys, self.values = keys, values  # (B, G, S, D)
+        self.start, self.limit, self.empty = start, limit, empty
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Write the T new keys and values at each row's own position, then attend."""
+        T = q.shape[2]
+        if self.empty:
+            self.keys[:, :, :T] = k
+            self.values[:, :, :T] = v
+            return attention(q, k, v, causal=True)
+        row = torch.arange(q.shape[0], device=q.device)[:, None]
+        position = self.start[:, None] + torch.arange(T, device=q.device)
+        self.keys[row, :, position] = k.transpose(1, 2).to(self.keys.dtype)
+        self.values[row, :, position] = v.transpose(1, 2).to(self.values.dtype)
+        keys, values = self.keys[:, :, : self.limit], self.values[:, :, : self.limit]
+        return decode_attention(q, keys, values, self.start + T)
+
+
+class GatedMLP(nn.Module):
+    """down(act(gate(x)) * up(x)), the activation fused into the products. Shazeer 2020."""
+
+    def __init__(self, width: int, inner: int, activation: str = "silu"):
+        super().__init__()
+        self.gate_proj = nn.Linear(width, inner, bias=False)
+        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., C) → (..., C)."""
+        weights = self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
+        return gated_mlp(x, *weights, activation=self.activation)
+
+
+class MLP(nn.Module):
+    """down(act(up(x))), the activation fused into the product."""
+
+    def __init__(self, width: int, inner: int, activation: str = "relu2"):
+        super().__init__()
+        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., C) → (..., C)."""
+        return mlp(x, self.up_proj.weight, self.down_proj.weight, activation=self.activation)
