@@ -55,6 +55,22 @@ class GPTConfig:
         if problems:
             raise ValueError("; ".join(problems))
 
+    @property
+    def matrix_parameters(self) -> int:
+        """Weights that every token is multiplied with: all matrices and the head."""
+        heads = 2 * (self.n_head + self.n_kv_head) * self.head_dim
+        inner = (3 if self.gated else 2) * self.n_inner
+        return self.n_layer * self.n_embd * (heads + inner) + self.n_embd * self.vocab_size
+
+    def flops_per_token(self, length: int) -> float:
+        """FLOPs of a forward pass over `length` tokens, divided by them; causal, masked half free.
+
+        Two a weight, and 4 · n_head · head_dim a layer for each position that a token attends to.
+        """
+        attended = (length + 1) / 2
+        attention = 4 * self.n_layer * self.n_head * self.head_dim * attended
+        return 2 * self.matrix_parameters + attention
+
 
 class KVCache:
     """The keys and values of B sequences, each with its own length.
@@ -143,7 +159,7 @@ class GPT(nn.Module):
                 p.uniform_(-bound, bound)
 
     @property
-    def parameters_count(self) -> int:
+    def parameter_count(self) -> int:
         """Parameters, the tied head counted once."""
         return sum(p.numel() for p in self.parameters())
 
@@ -175,9 +191,14 @@ class GPT(nn.Module):
         """hidden (..., C) → (..., V) in fp32."""
         return self.lm_head(hidden).float()
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Logits (B, T, V) in fp32; with targets (B, T), −100 where none, the mean loss in nats."""
+    def forward(
+        self, tokens: Tensor, targets: Tensor | None = None, reduction: str = "mean"
+    ) -> Tensor:
+        """Logits (B, T, V) in fp32; with targets (B, T), −100 where there is none, the loss in nats.
+
+        `reduction` is mean, sum or none, over the targets that there are.
+        """
         hidden = self.hidden(tokens)
         if targets is None:
             return self.logits(hidden)
-        return linear_cross_entropy(hidden, self.lm_head.weight, targets)
+        return linear_cross_entropy(hidden, self.lm_head.weight, targets, reduction=reduction)

@@ -1,0 +1,102 @@
+"""What made a run folder: `run.json`, and the refusal to mix two runs in one folder."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("ponder", "torch", "triton", "transformers", "accelerate", "datasets", "tokenizers")
+
+
+def versions() -> dict[str, str]:
+    """The installed versions of Python and of what results depend on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str:
+    """The commit that ponder runs from, with `+` where files differ; empty outside a checkout."""
+    here = Path(__file__).parent
+    if not (here / ".git").exists():
+        return ""
+
+    def git(*words: str) -> str:
+        run = subprocess.run(["git", "-C", here, *words], capture_output=True, text=True)
+        return run.stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
+    except OSError:
+        return ""
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, memory in GiB and GPU."""
+    facts: dict[str, Any] = {"system": platform.platform(), "cores": os.cpu_count()}
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        facts["processor"] = names[0].partition(":")[2].strip() if names else platform.machine()
+    else:
+        facts["processor"] = platform.processor() or platform.machine()
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        facts["memory_gib"] = round(total / 2**30, 1)
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name()
+    return facts
+
+
+def write_aside(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old one or the new one, never a part."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+def open_run(out: Path, kind: str, configuration: dict[str, Any], *, resume: bool) -> bool:
+    """Claim `out` for a run; write `run.json`; True where it goes on with the same run.
+
+    `kind` is the command ("train", "sweep"). ValueError where the folder holds a run of another
+    configuration, or the same one and `resume` was not asked for.
+    """
+    file = out / "run.json"
+    runs: dict[str, Any] = {}
+    if file.exists():
+        try:
+            runs = json.loads(file.read_text(encoding="utf-8"))
+        except json.JSONDecodeError:
+            raise ValueError(f"{file} is not readable JSON; take another --out") from None
+    plain = json.loads(json.dumps(configuration, default=str))
+    before = runs.get(kind)
+    if before is not None:
+        old = before["configuration"]
+        changed = [k for k in sorted({*old, *plain}) if old.get(k) != plain.get(k)]
+        if changed:
+            was = ", ".join(f"{k} {old.get(k)!r} (now {plain.get(k)!r})" for k in changed[:4])
+            raise ValueError(f"{out} holds another {kind} run, with {was}; take another --out")
+        if not resume:
+            raise ValueError(
+                f"{out} holds this {kind} run already; say --resume to go on, or take another --out"
+            )
+    runs[kind] = {
+        "command": " ".join(sys.argv),
+        "configuration": plain,
+        "seed": plain.get("seed"),
+        "versions": versions(),
+        "commit": commit(),
+        "machine": machine(),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    write_aside(file, json.dumps(runs, indent=1) + "\n")
+    return before is not None

@@ -1,0 +1,192 @@
+"""What a training run is: one frozen dataclass, and the presets as functions that return one."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run. Times are in optimizer steps, lengths in tokens."""
+
+    data: str = "task:last_digit"
+    """task:NAME, text:PATH, or hub:NAME[:COLUMN] (a datasets id or folder)"""
+    out: Path = Path("runs/train")
+    """the folder that holds the model (a Hugging Face folder), train/ and run.json"""
+    tokenizer: str = "char"
+    """char, bpe:SIZE, or the path of a tokenizer.json; tasks are always char"""
+
+    context: int = 128
+    """the longest sequence, in tokens"""
+    n_layer: int = 4
+    n_head: int = 4
+    n_kv_head: int = 4
+    """fewer than n_head: grouped-query attention"""
+    head_dim: int = 32
+    n_embd: int = 128
+    n_inner: int = 384
+    """width of the MLP"""
+    gated: bool = True
+    """a gated MLP (Qwen3, Llama) or a plain one"""
+    activation: str = "silu"
+    qk_norm: bool = True
+    tie_embeddings: bool = True
+
+    steps: int = 1000
+    batch_size: int = 32
+    """sequences in one step, over all processes and accumulated micro-batches"""
+    accumulation: int = 1
+    """micro-batches a step"""
+    optimizer: Literal["muon", "adamw", "sgd"] = "muon"
+    """muon: Muon for the layers' matrices, AdamW for the rest"""
+    lr: float = 3e-3
+    """peak learning rate of AdamW or SGD"""
+    matrix_lr: float = 0.02
+    """peak learning rate of Muon"""
+    weight_decay: float = 0.0
+    """decoupled, on matrices alone"""
+    warmup: int = 20
+    """steps of linear warm-up"""
+    decay: float = 0.5
+    """the last fraction of the steps, over which the rate falls linearly to 0"""
+    clip: float = 1.0
+    """largest norm of the whole gradient; 0: no clipping"""
+    full_traces: float = 0.5
+    """tasks: the fraction of examples with a whole chain of thought, the rest cut at random"""
+
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """auto: bf16 where it is faster, measured at the start on a CPU"""
+    compile: bool = False
+    """torch.compile the model"""
+    seed: int = 0
+    log_every: int = 10
+    eval_every: int = 250
+    """0: at the end alone"""
+    save_every: int = 250
+    """0: at the end alone"""
+    resume: bool = False
+    """go on from the last checkpoint in `out`"""
+
+    def check(self) -> None:
+        """Raise one ValueError that names every field that cannot be."""
+        faults = []
+        for name in ("context", "n_layer", "n_head", "n_embd", "steps", "batch_size"):
+            if getattr(self, name) < 1:
+                faults.append(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("warmup", "clip", "weight_decay", "log_every", "eval_every", "save_every"):
+            if getattr(self, name) < 0:
+                faults.append(f"{name} is {getattr(self, name)}; it must be at least 0")
+        for name in ("lr", "matrix_lr"):
+            if not getattr(self, name) > 0:
+                faults.append(f"{name} is {getattr(self, name)}; it must be above 0")
+        for name in ("decay", "full_traces"):
+            if not 0 <= getattr(self, name) <= 1:
+                faults.append(f"{name} is {getattr(self, name)}; it must be from 0 to 1")
+        if self.accumulation < 1 or self.batch_size % self.accumulation:
+            faults.append(
+                f"accumulation is {self.accumulation}; it must divide batch_size {self.batch_size}"
+            )
+        if self.data.partition(":")[0] not in ("task", "text", "hub") or ":" not in self.data:
+            faults.append(f"data is {self.data!r}; it must be task:NAME, text:PATH or hub:NAME")
+        if faults:
+            raise ValueError("; ".join(faults))
+
+    def rate(self, step: int) -> float:
+        """The fraction of the peak learning rate at a step (0 is the first): warm-up, flat, decay.
+
+        Hu et al. 2024, "MiniCPM", section 4.
+        """
+        warm = (step + 1) / (self.warmup + 1)
+        left = (self.steps - step) / max(1, round(self.decay * self.steps))
+        return min(1.0, warm, left)
+
+
+def tiny() -> TrainConfig:
+    """Seconds, for tests."""
+    return TrainConfig(
+        n_layer=2,
+        n_head=2,
+        n_kv_head=1,
+        head_dim=16,
+        n_embd=32,
+        n_inner=64,
+        context=64,
+        steps=20,
+        batch_size=8,
+        warmup=2,
+    )
+
+
+def demo() -> TrainConfig:
+    """A reasoning model of 0.5M parameters: `last_digit`, about two minutes on two CPU cores."""
+    return TrainConfig(
+        data="task:last_digit",
+        out=Path("runs/demo"),
+        context=64,
+        n_layer=4,
+        n_head=3,
+        n_kv_head=3,
+        head_dim=32,
+        n_embd=96,
+        n_inner=256,
+        steps=250,
+        batch_size=256,
+        matrix_lr=0.02,
+    )
+
+
+def shakespeare() -> TrainConfig:
+    """nanoGPT's CPU size, 4 layers of width 128; give it --data text:PATH."""
+    return TrainConfig(
+        data="text:tinyshakespeare.txt",
+        out=Path("runs/shakespeare"),
+        context=128,
+        n_layer=4,
+        n_head=4,
+        n_kv_head=4,
+        head_dim=32,
+        n_embd=128,
+        n_inner=512,
+        gated=False,
+        activation="relu2",
+        steps=1000,
+        batch_size=32,
+    )
+
+
+def gpt2() -> TrainConfig:
+    """GPT-2's size, 124M parameters, for a GPU."""
+    return TrainConfig(
+        data="hub:HuggingFaceFW/fineweb-edu",
+        out=Path("runs/gpt2"),
+        tokenizer="bpe:50257",
+        context=1024,
+        n_layer=12,
+        n_head=12,
+        n_kv_head=12,
+        head_dim=64,
+        n_embd=768,
+        n_inner=3072,
+        gated=False,
+        activation="relu2",
+        steps=5000,
+        batch_size=512,
+        accumulation=8,
+        warmup=250,
+        compile=True,
+        eval_every=500,
+        save_every=500,
+    )
+
+
+PRESETS: dict[str, Callable[[], TrainConfig]] = {
+    f.__name__: f for f in (tiny, demo, shakespeare, gpt2)
+}
+
+
+def preset(name: str, **changes) -> TrainConfig:
+    """The preset of that name, with fields changed; ValueError names the known ones."""
+    if name not in PRESETS:
+        raise ValueError(f"no preset is named {name!r}; there are {', '.join(PRESETS)}")
+    return replace(PRESETS[name](), **changes)

@@ -1,0 +1,60 @@
+"""What the machine at hand can do: peak rates, and whether bf16 pays on it."""
+
+import time
+
+import torch
+from torch import nn
+
+# Dense bf16 FLOP/s by the makers' data sheets, by a part of the device's name.
+PEAK = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
+
+
+def _seconds(work, repeats: int = 5) -> float:
+    work()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return sorted(times)[repeats // 2]
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of matrix products: a GPU's data sheet where known, else measured in a moment."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for part, peak in PEAK.items():
+            if part in name:
+                return peak
+    n = 1024 if device.type == "cpu" else 8192
+    a = torch.randn(n, n, device=device, dtype=dtype)
+
+    def work():
+        for _ in range(3):
+            a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return 3 * 2 * n**3 / _seconds(work)
+
+
+def bf16_pays_on_cpu(width: int, inner: int, tokens: int) -> bool:
+    """Whether an MLP's forward and backward is faster under bf16 autocast than in fp32, here."""
+    layer = nn.Sequential(nn.Linear(width, inner), nn.ReLU(), nn.Linear(inner, width))
+    x = torch.randn(min(tokens, 4096), width)
+
+    def step(enabled: bool):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = layer(x).float().square().mean()
+        loss.backward()
+
+    return _seconds(lambda: step(True)) < 0.9 * _seconds(lambda: step(False))
+
+
+def choose_precision(asked: str, device: torch.device, width: int, inner: int, tokens: int) -> str:
+    """fp32, bf16 or fp16: what was asked, or for `auto` what is fastest on this device."""
+    if asked != "auto":
+        return asked
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return "bf16" if bf16_pays_on_cpu(width, inner, tokens) else "fp32"

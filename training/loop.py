@@ -1,0 +1,277 @@
+"""The training loop: for each step forward, loss, backward, update; then evaluate, save, log."""
+
+import json
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from tqdm import tqdm
+
+from ..models import GPT, GPTConfig, hub
+from ..provenance import open_run
+from .checkpoint import load_checkpoint, save_checkpoint
+from .config import TrainConfig
+from .data import IGNORE, Data, load_data
+from .hardware import choose_precision, peak_flops
+from .optimizer import build_optimizer
+
+DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Diverged(ValueError):
+    """The loss is no number any more."""
+
+
+def model_config(config: TrainConfig, vocab_size: int) -> GPTConfig:
+    names = "context n_layer n_head n_kv_head head_dim n_embd n_inner gated activation qk_norm"
+    fields = {name: getattr(config, name) for name in (*names.split(), "tie_embeddings")}
+    return GPTConfig(vocab_size=vocab_size, **fields)
+
+
+class Stop:
+    """Set by SIGTERM and by the first Ctrl-C; the loop then saves and ends."""
+
+    def __init__(self):
+        self.asked = False
+
+    def __enter__(self):
+        self.before = {s: signal.signal(s, self) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __call__(self, number, frame):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def train(config: TrainConfig) -> Path:
+    """Train as the configuration says; returns the folder.
+
+    The folder then holds the model (a Hugging Face folder), train/metrics.jsonl,
+    train/checkpoint.pt and run.json. ValueError for a configuration that cannot be; `Diverged`, a
+    ValueError too, where the loss stops being finite.
+    """
+    config.check()
+    data = load_data(config)
+    vocab_size = data.tokenizer.get_vocab_size()
+    shape = model_config(config, vocab_size)
+    identity = {k: v for k, v in asdict(config).items() if k not in ("out", "resume")}
+    with Stop() as stop:
+        return _Run(config, data, shape, identity, stop).go()
+
+
+class _Run:
+    def __init__(
+        self, config: TrainConfig, data: Data, shape: GPTConfig, identity: dict, stop: Stop
+    ):
+        self.config, self.data, self.stop = config, data, stop
+        device = Accelerator().device
+        rows = config.batch_size // config.accumulation
+        precision = choose_precision(
+            config.precision, device, shape.n_embd, shape.n_inner, rows * config.context
+        )
+        mixed = "no" if precision == "fp32" else precision
+        self.accelerator = Accelerator(mixed_precision=mixed)
+        self.ranks, self.rank = self.accelerator.num_processes, self.accelerator.process_index
+        if rows % self.ranks:
+            raise ValueError(
+                f"batch_size {config.batch_size} over {config.accumulation} micro-batches gives "
+                f"{rows} rows, which {self.ranks} processes cannot share evenly"
+            )
+        self.precision = precision
+        set_seed(config.seed)
+        self.raw = GPT(shape)
+        self.step, self.tokens, self.seconds = 0, 0, 0.0
+        self.out, self.folder = config.out, config.out / "train"
+        if self.accelerator.is_main_process:
+            open_run(self.out, "train", identity, resume=config.resume)
+            self.folder.mkdir(exist_ok=True)
+        self.accelerator.wait_for_everyone()
+        optimizer = build_optimizer(self.raw, config)
+        model = torch.compile(self.raw) if config.compile else self.raw
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.checkpoint = self.folder / "checkpoint.pt"
+        if config.resume and (self.checkpoint.exists() or self._has_metrics()):
+            self._restore(load_checkpoint(self.checkpoint))
+        self.peak = peak_flops(self.accelerator.device, DTYPE[precision]) * self.ranks
+        self.flops = 3 * shape.flops_per_token(config.context)  # backward costs two forwards
+        self.first_bad = torch.tensor(config.steps, device=self.accelerator.device)
+
+    def _has_metrics(self) -> bool:
+        return (self.folder / "metrics.jsonl").exists()
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.raw.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.accelerator.scaler is not None and state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
+        metrics = self.folder / "metrics.jsonl"
+        if self.accelerator.is_main_process and metrics.exists():
+            lines = metrics.read_text().splitlines(keepends=True)
+            kept = [s for s in lines if s.endswith("\n") and json.loads(s)["step"] <= self.step]
+            metrics.write_text("".join(kept))
+
+    def go(self) -> Path:
+        config = self.config
+        say = self.accelerator.print
+        say(
+            f"{self.raw.parameter_count / 1e6:.2f}M parameters, {self.precision}, "
+            f"{self.accelerator.device}, {self.ranks} process(es) → {self.out}"
+        )
+        bar = tqdm(
+            total=config.steps,
+            initial=self.step,
+            disable=not self.accelerator.is_main_process,
+            unit="step",
+            dynamic_ncols=True,
+        )
+        logged = time.perf_counter(), self.tokens, self.step
+        loss_sum = torch.zeros((), device=self.accelerator.device)
+        with ThreadPoolExecutor(1) as ahead, bar:
+            batch = ahead.submit(self.data.batch, self.step)
+            while self.step < config.steps and not self._stop_agreed():
+                tokens, targets = batch.result()
+                batch = ahead.submit(self.data.batch, self.step + 1)
+                loss, norm = self._update(tokens, targets)
+                self.first_bad = torch.where(
+                    torch.isfinite(loss), self.first_bad, self.first_bad.clamp_max(self.step + 1)
+                )
+                loss_sum += loss
+                self.step += 1
+                self.tokens += tokens.numel()
+                bar.update()
+                last = self.step == config.steps
+                evaluate = last or (config.eval_every and self.step % config.eval_every == 0)
+                save = last or (config.save_every and self.step % config.save_every == 0)
+                if (config.log_every and self.step % config.log_every == 0) or evaluate or save:
+                    self._check_finite()
+                    now = time.perf_counter()
+                    elapsed = now - logged[0]
+                    self.seconds += elapsed
+                    rate = (self.tokens - logged[1]) / elapsed
+                    row = {
+                        "step": self.step,
+                        "tokens": self.tokens,
+                        "seconds": round(self.seconds, 3),
+                        "train_loss": loss_sum.item() / (self.step - logged[2]),
+                        "val_loss": self._evaluate() if evaluate else None,
+                        "lr": self.optimizer.param_groups[0]["lr"],
+                        "grad_norm": norm.item(),
+                        "tokens_per_second": round(rate, 1),
+                        "mfu": round(rate * self.flops / self.peak, 4),
+                    }
+                    self._log(row, bar)
+                    if save:
+                        self._save()
+                    # Evaluating and saving is not training: the clock starts again after it.
+                    logged = time.perf_counter(), self.tokens, self.step
+                    loss_sum.zero_()
+        if self.step < config.steps:
+            self._check_finite()
+            self.seconds += time.perf_counter() - logged[0]
+            self._save()
+            say(f"stopped after step {self.step} of {config.steps}; --resume goes on from there")
+        return self.out
+
+    def _stop_agreed(self) -> bool:
+        """Whether any process was asked to stop: all leave the loop at the same step."""
+        if self.ranks == 1:
+            return self.stop.asked
+        flag = torch.tensor(float(self.stop.asked), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, "sum").item())
+
+    def _update(self, tokens: torch.Tensor, targets: torch.Tensor):
+        """One optimizer step on the global batch; (mean loss, gradient norm), on the device."""
+        config, accelerator = self.config, self.accelerator
+        self.optimizer.optimizer.set_rate(config.rate(self.step))
+        # Normalized by the tokens of the whole batch, not by micro-batches or processes.
+        total = int((targets != IGNORE).sum())
+        share = slice(self.rank, None, self.ranks)
+        loss_sum = torch.zeros((), device=accelerator.device)
+        parts = zip(
+            tokens[share].chunk(config.accumulation),
+            targets[share].chunk(config.accumulation),
+            strict=True,
+        )
+        for i, (x, y) in enumerate(parts):
+            last = i == config.accumulation - 1
+            with nullcontext() if last else accelerator.no_sync(self.model):
+                x = x.to(accelerator.device, non_blocking=True)
+                y = y.to(accelerator.device, non_blocking=True)
+                loss = self.model(x, y, reduction="sum") / total
+                # Several processes average their gradients; the sum is what is meant.
+                accelerator.backward(loss * self.ranks)
+                loss_sum += loss.detach()
+        limit = config.clip or float("inf")
+        norm = accelerator.clip_grad_norm_(self.model.parameters(), limit)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return accelerator.reduce(loss_sum, "sum"), norm
+
+    def _check_finite(self) -> None:
+        bad = int(self.first_bad)
+        if bad < self.config.steps:
+            kept = "the last good checkpoint is kept" if self.checkpoint.exists() else ""
+            raise Diverged(
+                f"the loss of step {bad} is not finite; {kept or 'nothing was saved yet'}; "
+                "try a lower lr or matrix_lr, or another precision"
+            )
+
+    @torch.no_grad()
+    def _evaluate(self) -> float:
+        """Mean loss over the validation tokens, in nats."""
+        self.model.eval()
+        sums = torch.zeros(2, device=self.accelerator.device, dtype=torch.float64)
+        for tokens, targets in self.data.validation():
+            share = slice(self.rank, None, self.ranks)
+            x = tokens[share].to(self.accelerator.device)
+            y = targets[share].to(self.accelerator.device)
+            if len(x):
+                sums[0] += self.model(x, y, reduction="sum").double()
+                sums[1] += (y != IGNORE).sum()
+        self.model.train()
+        total, count = self.accelerator.reduce(sums, "sum").tolist()
+        return total / count
+
+    def _log(self, row: dict[str, Any], bar: tqdm) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+        shown = {
+            "loss": f"{row['train_loss']:.4f}",
+            "tokens/s": f"{row['tokens_per_second']:,.0f}",
+            "MFU": f"{row['mfu']:.1%}",
+        }
+        if row["val_loss"] is not None:
+            self.accelerator.print(
+                f"\nstep {row['step']}: val loss {row['val_loss']:.4f}, {row['seconds']:.0f} s"
+            )
+        bar.set_postfix(shown)
+
+    def _save(self) -> None:
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
+            state = {
+                "step": self.step,
+                "tokens": self.tokens,
+                "seconds": self.seconds,
+                "model": self.raw.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": None if scaler is None else scaler.state_dict(),
+            }
+            save_checkpoint(self.checkpoint, state)
+            hub.save(self.raw, self.out, tokenizer=self.data.tokenizer)
+        self.accelerator.wait_for_everyone()
