@@ -1,0 +1,155 @@
+import functools
+
+import pytest
+import torch
+
+from ponder.kernels import rotary
+from ponder.kernels.rotary import rotary_reference
+
+from .numerics import check
+
+# (B, Hq, Hk, T, D): one token; GQA with heads narrower than a tile; D/2 not a power of two and
+# tokens past a tile's 16 (D = 80); a head wider than most.
+SHAPES = [(1, 1, 1, 1, 2), (2, 4, 2, 7, 16), (2, 3, 1, 33, 80), (1, 2, 2, 5, 256)]
+
+
+def angles(*shape, device):
+    theta = torch.rand(shape, device=device) * 6.28
+    return theta.cos(), theta.sin()
+
+
+def queries_and_keys(shape, dtype, device):
+    """As an attention layer has them: (B, T, H, D), transposed."""
+    n_row, n_q_head, n_k_head, n_token, head_dim = shape
+    q = torch.randn(n_row, n_token, n_q_head, head_dim, dtype=dtype, device=device)
+    k = torch.randn(n_row, n_token, n_k_head, head_dim, dtype=dtype, device=device)
+    return q.transpose(1, 2), k.transpose(1, 2)
+
+
+@pytest.fixture(params=["kernel", "cpu"])
+def path(request, device, monkeypatch):
+    """Both ways to compute it: the kernel, and PyTorch's operations on CPU tensors."""
+    if request.param == "cpu":
+        monkeypatch.setenv("TRITON_INTERPRET", "0")
+        return "cpu"
+    return device
+
+
+@pytest.mark.parametrize("per_row", [False, True], ids=["shared", "per_row"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rotary(shape, dtype, per_row, path):
+    torch.manual_seed(0)
+    q, k = queries_and_keys(shape, dtype, path)
+    n_row, _, _, n_token, head_dim = shape
+    cos, sin = angles(*([n_row] if per_row else []), n_token, head_dim // 2, device=path)
+    check(
+        functools.partial(rotary, cos=cos, sin=sin),
+        functools.partial(rotary_reference, cos=cos, sin=sin),
+        [q, k],
+        reduction=2,
+        names="q k dq dk",
+    )
+
+
+def test_bf16_rotates_in_fp32_on_cpu(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    torch.manual_seed(1)
+    q, k = queries_and_keys((2, 4, 2, 7, 16), torch.bfloat16, "cpu")
+    cos, sin = angles(7, 8, device="cpu")
+    for y, truth in zip(rotary(q, k, cos, sin), rotary_reference(q, k, cos, sin), strict=True):
+        assert y.dtype == torch.bfloat16
+        torch.testing.assert_close(y, truth)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        lambda x: x.contiguous(),
+        lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+        lambda x: torch.cat((x, x), -1)[..., : x.shape[-1]],
+        lambda x: torch.stack((x, x), -1)[..., 0],
+        lambda x: x[:, :, :1].expand_as(x),
+        lambda x: x[:, :1].expand_as(x),
+        lambda x: x[:1].expand_as(x),
+    ],
+    ids=["contiguous", "last", "slice", "strided", "token", "head", "row"],
+)
+def test_any_strides(layout, path):
+    torch.manual_seed(2)
+    q, k = (layout(x) for x in queries_and_keys((2, 4, 2, 5, 16), torch.float32, path))
+    before = q.clone(), k.clone()
+    cos, sin = angles(5, 8, device=path)
+    torch.testing.assert_close(rotary(q, k, cos, sin), rotary_reference(*before, cos, sin))
+    torch.testing.assert_close((q, k), before, rtol=0, atol=0)
+
+
+def test_positions_enter_only_as_differences(path):
+    """The point of it: the score of a query and a key depends on their distance alone."""
+    torch.manual_seed(3)
+    n_token, head_dim = 12, 32
+    q, k = torch.randn(2, 1, 1, 1, head_dim, device=path).expand(2, 1, 1, n_token, head_dim)
+    frequency = 100.0 ** -(torch.arange(head_dim // 2, device=path) / (head_dim // 2))
+    theta = torch.arange(n_token, device=path)[:, None] * frequency
+    q, k = rotary(q, k, theta.cos(), theta.sin())
+    scores = (q @ k.transpose(-1, -2))[0, 0]
+    for distance in range(1 - n_token, n_token):
+        same = scores.diagonal(distance)
+        torch.testing.assert_close(same, same[:1].expand_as(same), atol=1e-4, rtol=0)
+
+
+def test_the_rotation_back_undoes_it_and_gradients_have_gradients(path):
+    torch.manual_seed(4)
+    q, k = queries_and_keys((1, 2, 1, 5, 16), torch.float32, path)
+    cos, sin = angles(5, 8, device=path)
+    torch.testing.assert_close(rotary(*rotary(q, k, cos, sin), cos, -sin), (q, k))
+    q, u = q.clone().requires_grad_(), torch.randn_like(q).requires_grad_()
+    y, _ = rotary(q, k, cos, sin)
+    (dq,) = torch.autograd.grad(y, q, u, create_graph=True)
+    v = torch.randn_like(dq)
+    (du,) = torch.autograd.grad(dq, u, v)  # the rotation itself: dq is linear in u
+    torch.testing.assert_close(du, rotary_reference(v, k, cos, sin)[0])
+
+
+def test_empty(path):
+    cos, sin = angles(0, 8, device=path)
+    q, k = rotary(
+        torch.ones(2, 4, 0, 16, device=path), torch.ones(2, 2, 0, 16, device=path), cos, sin
+    )
+    assert (q.shape, k.shape) == ((2, 4, 0, 16), (2, 2, 0, 16))
+
+
+def test_unsupported_input_is_named(device):
+    q, k = torch.ones(2, 4, 3, 8, device=device), torch.ones(2, 2, 3, 8, device=device)
+    cos, sin = angles(3, 4, device=device)
+    with pytest.raises(ValueError, match=r"q is \(2, 4, 3, 7\).*even D"):
+        rotary(q[..., :7], k, cos, sin)
+    with pytest.raises(ValueError, match=r"k is \(2, 2, 2, 8\).*\(2, H, 3, 8\)"):
+        rotary(q, k[:, :, :2], cos, sin)
+    with pytest.raises(ValueError, match="k is torch.float16"):
+        rotary(q, k.half(), cos, sin)
+    with pytest.raises(ValueError, match=r"sin is \(2, 4\).*\(3, 4\) or \(2, 3, 4\)"):
+        rotary(q, k, cos, sin[:2])
+    with pytest.raises(ValueError, match=r"sin is \(2, 3, 4\)"):
+        rotary(q, k, cos, sin.expand(2, 3, 4))
+
+
+def test_opcheck(device):
+    rotary_op = torch.ops.ponder.rotary.default
+    q, k = queries_and_keys((2, 4, 2, 5, 16), torch.float32, device)
+    cos, sin = angles(2, 5, 8, device=device)
+    torch.library.opcheck(rotary_op, (q.requires_grad_(), k.requires_grad_(), cos, sin, False))
+
+
+def test_compiles_whole_on_cpu(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    q, k = queries_and_keys((2, 4, 2, 5, 16), torch.float32, "cpu")
+    cos, sin = angles(5, 8, device="cpu")
+    compiled = torch.compile(rotary, fullgraph=True, backend="aot_eager")
+    q, k = q.requires_grad_(), k.requires_grad_()
+    out, truth = compiled(q, k, cos, sin), rotary_reference(q, k, cos, sin)
+    torch.testing.assert_close(out, truth)
+    grads, expected = (
+        torch.autograd.grad(sum(y.square().sum() for y in ys), (q, k)) for ys in (out, truth)
+    )
+    torch.testing.assert_close(grads, expected)
