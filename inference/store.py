@@ -1,0 +1,402 @@
+"""Every finished sample of a sweep, kept at once in one SQLite file.
+
+One store belongs to one model and one task. A sample is named by its `Key`: problem, budget,
+sampling parameters, seed, sample index; as a sample depends on its key alone, writing one twice
+changes nothing. A killed writer loses the batch that it was writing and nothing else; `missing`
+then lists what a grid still lacks.
+"""
+
+import json
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+SCHEMA_VERSION = 1
+
+# An unlimited budget is NULL, and NULLs are distinct to a unique index: hence ifnull. The index is
+# in the order in which pools are read.
+SCHEMA = f"""
+CREATE TABLE identity (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE problem (
+    id INTEGER PRIMARY KEY,
+    prompt TEXT NOT NULL,
+    answer TEXT NOT NULL,
+    difficulty INTEGER NOT NULL
+);
+CREATE TABLE sample (
+    problem INTEGER NOT NULL REFERENCES problem (id),
+    budget INTEGER CHECK (budget >= 0),
+    params TEXT NOT NULL,
+    seed INTEGER NOT NULL,
+    sample INTEGER NOT NULL CHECK (sample >= 0),
+    text TEXT NOT NULL,
+    answer TEXT,
+    correct INTEGER NOT NULL,
+    prompt_tokens INTEGER NOT NULL,
+    sampled_tokens INTEGER NOT NULL,
+    forced_tokens INTEGER NOT NULL,
+    think_tokens INTEGER NOT NULL,
+    logprob REAL,
+    finish TEXT NOT NULL,
+    seconds REAL NOT NULL
+);
+CREATE UNIQUE INDEX sample_key ON sample (params, seed, ifnull(budget, -1), problem, sample);
+PRAGMA user_version = {SCHEMA_VERSION};
+"""
+
+
+class Key(NamedTuple):
+    """What a sample depends on, besides the model. budget None: no limit on thinking."""
+
+    problem: int
+    budget: int | None
+    params: str
+    seed: int
+    sample: int
+
+
+@dataclass(frozen=True)
+class Record:
+    """A finished sample: its key, what the model wrote, whether it was right, what it cost.
+
+    `answer` is the canonical answer, None where the text holds none; `sampled_tokens` were drawn
+    from the model, `forced_tokens` were put in (a forced </think>); `think_tokens` of both lie
+    inside the thinking; `seconds` is wall-clock time, `logprob` natural.
+    """
+
+    key: Key
+    text: str
+    answer: str | None
+    correct: bool
+    prompt_tokens: int
+    sampled_tokens: int
+    forced_tokens: int
+    think_tokens: int
+    logprob: float
+    finish: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class StoredProblem:
+    prompt: str
+    answer: str
+    difficulty: int
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way of sampling that the store holds: its problems, and the most samples of any."""
+
+    budget: int | None
+    params: str
+    seed: int
+    problems: int
+    samples: int
+
+    @property
+    def temperature(self) -> float:
+        return parse_params(self.params)["temperature"]
+
+
+@dataclass(frozen=True)
+class Pool:
+    """All samples of one setting as arrays: P problems, N samples of each.
+
+    problems, difficulty, prompt_tokens (P,); answers (P, N) are positions in `answer_texts`, -1
+    where a sample gave none; correct (P, N) bool; sampled_tokens, forced_tokens, think_tokens,
+    logprob, seconds (P, N).
+    """
+
+    budget: int | None
+    params: str
+    seed: int
+    problems: np.ndarray
+    difficulty: np.ndarray
+    prompt_tokens: np.ndarray
+    answers: np.ndarray
+    answer_texts: tuple[str, ...]
+    correct: np.ndarray
+    sampled_tokens: np.ndarray
+    forced_tokens: np.ndarray
+    think_tokens: np.ndarray
+    logprob: np.ndarray
+    seconds: np.ndarray
+
+    @property
+    def samples(self) -> int:
+        return self.correct.shape[1]
+
+    @property
+    def temperature(self) -> float:
+        return parse_params(self.params)["temperature"]
+
+
+def params_text(params: Any) -> str:
+    """The canonical text of `.temperature`, `.top_k`, `.top_p` and `.min_p`: "temperature=0.7".
+
+    Filters that filter nothing are left out, and all of them at temperature 0, so that equal
+    distributions have equal texts.
+    """
+    parts = [f"temperature={float(params.temperature)!r}"]
+    if params.temperature > 0:
+        if params.top_k > 0:
+            parts.append(f"top_k={int(params.top_k)}")
+        if params.top_p < 1:
+            parts.append(f"top_p={float(params.top_p)!r}")
+        if params.min_p > 0:
+            parts.append(f"min_p={float(params.min_p)!r}")
+    return " ".join(parts)
+
+
+def parse_params(text: str) -> dict[str, float]:
+    """The numbers of a canonical text: {"temperature": 0.7}."""
+    pairs = (part.split("=") for part in text.split())
+    return {name: float(value) for name, value in pairs}
+
+
+class Store:
+    """The samples of one model on one task, in the SQLite file at `path`.
+
+    `identity` says which model and task (any JSON values: {"model": hash, "task": name, ...}); it
+    is written into a new file and compared with that of an old one. With identity None an existing
+    store is opened as it is; `store.identity` tells whose it is. Several processes may write.
+
+    Raises ValueError for a file that is no store, has another schema version, or belongs to
+    another model or task.
+    """
+
+    def __init__(self, path: str | Path, *, identity: Mapping[str, Any] | None):
+        self.path = Path(path)
+        if identity is None and not self.path.is_file():
+            raise ValueError(f"{path}: there is no sample store")
+        if identity is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._db = sqlite3.connect(self.path, timeout=60, isolation_level=None)
+        try:
+            self._open(identity)
+        except sqlite3.DatabaseError as error:
+            self.close()
+            if isinstance(error, sqlite3.OperationalError):
+                raise
+            raise ValueError(f"{path} is not a sample store ({error})") from None
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, identity: Mapping[str, Any] | None) -> None:
+        if self._is_new():
+            if identity is None:
+                raise ValueError(f"{self.path} is an empty file, not a sample store")
+            with self._transaction():
+                if self._is_new():  # another process may have been quicker
+                    self._create(identity)
+        (version,) = self._db.execute("PRAGMA user_version").fetchone()
+        if version != SCHEMA_VERSION:
+            raise ValueError(
+                f"{self.path} has schema version {version}; this ponder reads {SCHEMA_VERSION}"
+                if version
+                else f"{self.path} is an SQLite file, but not a sample store"
+            )
+        self._db.execute("PRAGMA journal_mode = WAL")
+        self._db.execute("PRAGMA synchronous = FULL")  # a batch outlives a power cut, too
+        self._db.execute("PRAGMA foreign_keys = ON")
+        rows = self._db.execute("SELECT name, value FROM identity")
+        self.identity: dict[str, Any] = {name: json.loads(value) for name, value in rows}
+        if identity is not None:
+            self._check_identity({name: _json_value(value) for name, value in identity.items()})
+
+    def _is_new(self) -> bool:
+        (version,) = self._db.execute("PRAGMA user_version").fetchone()
+        (tables,) = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        return version == 0 and tables == 0
+
+    def _create(self, identity: Mapping[str, Any]) -> None:
+        for statement in SCHEMA.split(";"):
+            self._db.execute(statement)
+        self._db.executemany(
+            "INSERT INTO identity VALUES (?, ?)",
+            [(name, json.dumps(value)) for name, value in identity.items()],
+        )
+
+    def _check_identity(self, identity: dict[str, Any]) -> None:
+        names = sorted(identity.keys() | self.identity.keys())
+        differing = [n for n in names if identity.get(n) != self.identity.get(n)]
+        if differing:
+            theirs = ", ".join(f"{n} {self.identity.get(n)!r}" for n in differing)
+            ours = ", ".join(f"{n} {identity.get(n)!r}" for n in differing)
+            raise ValueError(
+                f"{self.path} was made with {theirs}; this run has {ours}: a store holds one model "
+                "and one task, so give this run another folder"
+            )
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
+
+    def close(self) -> None:
+        self._db.close()
+
+    def __enter__(self) -> "Store":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def add_problems(self, problems: Iterable[Any], *, first: int = 0) -> None:
+        """Keeps the problems (`.prompt`, `.answer`, `.difficulty`) under first, first + 1, …
+
+        Raises ValueError where another problem already has that index.
+        """
+        rows = [
+            (i, _storable(p.prompt), _storable(p.answer), int(p.difficulty))
+            for i, p in enumerate(problems, first)
+        ]
+        with self._transaction():
+            self._db.executemany(
+                "INSERT INTO problem VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING", rows
+            )
+            known = {row[0]: row for row in self._db.execute("SELECT * FROM problem")}
+            for row in rows:
+                if known[row[0]] != row:
+                    raise ValueError(
+                        f"{self.path}: problem {row[0]} is {known[row[0]][1]!r} in the store and "
+                        f"{row[1]!r} in this run: give this run another folder"
+                    )
+
+    def problems(self) -> dict[int, StoredProblem]:
+        rows = self._db.execute("SELECT * FROM problem ORDER BY id")
+        return {i: StoredProblem(*rest) for i, *rest in rows}
+
+    def add(self, records: Iterable[Record]) -> None:
+        """Keeps a batch of finished samples in one transaction; those already there stay."""
+        rows = [
+            (
+                *(*r.key, _storable(r.text), r.answer and _storable(r.answer), r.correct),
+                *(r.prompt_tokens, r.sampled_tokens, r.forced_tokens, r.think_tokens),
+                *(r.logprob, r.finish, r.seconds),
+            )
+            for r in records
+        ]
+        with self._transaction():
+            self._db.executemany(
+                f"INSERT INTO sample VALUES ({', '.join('?' * 15)})"
+                " ON CONFLICT (params, seed, ifnull(budget, -1), problem, sample) DO NOTHING",
+                rows,
+            )
+
+    def missing(
+        self,
+        *,
+        problems: Iterable[int],
+        budgets: Iterable[int | None],
+        params: str,
+        seed: int,
+        samples: int,
+    ) -> list[Key]:
+        """The keys of the grid problems × budgets × range(samples) that the store lacks.
+
+        A problem's keys lie side by side, so that its samples can share one prefill.
+        """
+        rows = self._db.execute(
+            "SELECT problem, budget, sample FROM sample WHERE params = ? AND seed = ?",
+            (params, seed),
+        )
+        done = set(rows)
+        budgets = list(budgets)
+        return [
+            Key(problem, budget, params, seed, sample)
+            for problem in problems
+            for budget in budgets
+            for sample in range(samples)
+            if (problem, budget, sample) not in done
+        ]
+
+    def __len__(self) -> int:
+        return self._db.execute("SELECT count(*) FROM sample").fetchone()[0]
+
+    def settings(self) -> list[Setting]:
+        """Every setting that the store holds; unlimited budgets last."""
+        rows = self._db.execute(
+            "SELECT budget, params, seed, count(DISTINCT problem), max(sample) + 1 FROM sample"
+            " GROUP BY params, seed, budget ORDER BY params, seed, budget IS NULL, budget"
+        )
+        return [Setting(*row) for row in rows]
+
+    def pool(
+        self, *, budget: int | None, params: str, seed: int, samples: int | None = None
+    ) -> Pool:
+        """The first `samples` samples (None: the most of any problem) of a setting as arrays.
+
+        Problems that do not have them all yet are left out: `Pool.problems` tells which are in.
+        """
+        where = "params = ? AND seed = ? AND ifnull(budget, -1) = ?"
+        setting = (params, seed, -1 if budget is None else budget)
+        if samples is None:
+            query = f"SELECT max(sample) + 1 FROM sample WHERE {where}"
+            samples = int(self._db.execute(query, setting).fetchone()[0] or 1)
+        rows = self._db.execute(
+            "SELECT problem, prompt_tokens, answer, correct, sampled_tokens, forced_tokens,"
+            f" think_tokens, logprob, seconds FROM sample WHERE {where} AND sample < ?"
+            " ORDER BY problem, sample",
+            (*setting, samples),
+        ).fetchall()
+        columns = list(zip(*rows, strict=True)) if rows else [()] * 9
+        ids, first, counts = np.unique(
+            np.array(columns[0], dtype=np.int64), return_index=True, return_counts=True
+        )
+        complete = counts == samples
+        index = first[complete, None] + np.arange(samples)  # (P, N) rows of the result
+
+        def array(i: int, dtype: type) -> np.ndarray:
+            return np.array(columns[i], dtype=dtype)[index]
+
+        texts = tuple(dict.fromkeys(a for a in columns[2] if a is not None))
+        code = {text: i for i, text in enumerate(texts)}
+        codes = np.array([code.get(a, -1) for a in columns[2]], dtype=np.int64)
+        difficulty = dict(self._db.execute("SELECT id, difficulty FROM problem"))
+        return Pool(
+            budget=budget,
+            params=params,
+            seed=seed,
+            problems=ids[complete],
+            difficulty=np.array([difficulty[i] for i in ids[complete]], dtype=np.int64),
+            prompt_tokens=array(1, np.int64)[:, 0],
+            answers=codes[index],
+            answer_texts=texts,
+            correct=array(3, np.bool_),
+            sampled_tokens=array(4, np.int64),
+            forced_tokens=array(5, np.int64),
+            think_tokens=array(6, np.int64),
+            logprob=array(7, np.float64),
+            seconds=array(8, np.float64),
+        )
+
+    def records(self, problem: int, *, budget: int | None, params: str, seed: int) -> list[Record]:
+        """The samples of one problem in one setting, texts included, by sample index."""
+        rows = self._db.execute(
+            "SELECT * FROM sample WHERE params = ? AND seed = ? AND ifnull(budget, -1) = ?"
+            " AND problem = ? ORDER BY sample",
+            (params, seed, -1 if budget is None else budget, problem),
+        )
+        return [Record(Key(*row[:5]), row[5], row[6], bool(row[7]), *row[8:]) for row in rows]
+
+
+def _storable(text: str) -> str:
+    """The text without lone surrogates, which a server's JSON may hold and UTF-8 cannot."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _json_value(value: Any) -> Any:
+    return json.loads(json.dumps(value))

@@ -1,0 +1,254 @@
+"""Ways to spend compute at inference, computed from stored samples.
+
+A strategy turns a pool of samples into one score and one cost per problem. To add one, write a
+class with `name`, `oracle`, `sizes` and `run`, and put it into STRATEGIES. `evaluate` runs all of
+them over a store; its results are the rows of results.csv.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import numpy as np
+
+from . import cost, stats
+from .store import Pool, Setting, Store
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Scores in [0, 1] and costs of P problems, each array (P,); flops is NaN where the model's
+    shape is not known."""
+
+    scores: np.ndarray
+    prompt_tokens: np.ndarray
+    sampled_tokens: np.ndarray
+    forced_tokens: np.ndarray
+    flops: np.ndarray
+    seconds: np.ndarray
+
+
+class Strategy(Protocol):
+    name: str
+    oracle: bool  # needs to know which sample is right, so it bounds others and never competes
+
+    def sizes(self, pool: Pool, samples: Sequence[int]) -> list[int]:
+        """The numbers of samples, among those asked for, that it can be run with on this pool."""
+        ...
+
+    def run(self, pool: Pool, k: int, shape: cost.Shape | None) -> Outcome:
+        """Its scores and costs with k samples of each problem; shape None: FLOPs are unknown."""
+        ...
+
+
+def spend(pool: Pool, scores: np.ndarray, k: int, shape: cost.Shape | None) -> Outcome:
+    """The outcome of any strategy that draws k independent samples: the prompt is read once, and
+    the rest costs k times the mean of the stored samples."""
+    flops = np.full(len(scores), np.nan)
+    if shape is not None:
+        new_tokens = pool.sampled_tokens + pool.forced_tokens
+        decode = cost.sample_flops(shape, pool.prompt_tokens[:, None], new_tokens)
+        flops = cost.prefill_flops(shape, pool.prompt_tokens) + k * decode.mean(1)
+    return Outcome(
+        scores=scores,
+        prompt_tokens=pool.prompt_tokens,
+        sampled_tokens=k * pool.sampled_tokens.mean(1),
+        forced_tokens=k * pool.forced_tokens.mean(1),
+        flops=flops,
+        seconds=k * pool.seconds.mean(1),
+    )
+
+
+class Greedy:
+    """The most likely token at every step: one answer, always the same."""
+
+    name = "greedy"
+    oracle = False
+
+    def sizes(self, pool: Pool, samples: Sequence[int]) -> list[int]:
+        return [1] if pool.temperature == 0 else []
+
+    def run(self, pool: Pool, k: int, shape: cost.Shape | None) -> Outcome:
+        return spend(pool, pool.correct[:, 0].astype(float), 1, shape)
+
+
+class Sampling:
+    """One sample at a temperature; its accuracy is the mean over all the stored ones."""
+
+    name = "sampling"
+    oracle = False
+
+    def sizes(self, pool: Pool, samples: Sequence[int]) -> list[int]:
+        return [1] if pool.temperature > 0 else []
+
+    def run(self, pool: Pool, k: int, shape: cost.Shape | None) -> Outcome:
+        return spend(pool, pool.correct.mean(1), 1, shape)
+
+
+class SelfConsistency:
+    """The most common answer of k samples (Wang et al. 2022)."""
+
+    name = "self-consistency"
+    oracle = False
+
+    def sizes(self, pool: Pool, samples: Sequence[int]) -> list[int]:
+        return several(pool, samples)
+
+    def run(self, pool: Pool, k: int, shape: cost.Shape | None) -> Outcome:
+        return spend(pool, stats.maj_at_k(pool.answers, pool.correct, k), k, shape)
+
+
+class PassAtK:
+    """Whether any of k samples is right (Chen et al. 2021): what a perfect verifier would reach."""
+
+    name = "pass@k"
+    oracle = True
+
+    def sizes(self, pool: Pool, samples: Sequence[int]) -> list[int]:
+        return several(pool, samples)
+
+    def run(self, pool: Pool, k: int, shape: cost.Shape | None) -> Outcome:
+        return spend(pool, stats.pass_at_k(pool.correct, k), k, shape)
+
+
+def several(pool: Pool, samples: Sequence[int]) -> list[int]:
+    """The sizes above one that the pool can fill; a single sample is `Sampling`."""
+    return [k for k in samples if 1 < k <= pool.samples] if pool.temperature > 0 else []
+
+
+STRATEGIES: dict[str, Strategy] = {
+    strategy.name: strategy for strategy in (Greedy(), Sampling(), SelfConsistency(), PassAtK())
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One row of results.csv; think_budget None is no limit, token counts are means per problem.
+
+    Besides the columns it holds what the row was computed from: `params` and the outcome's scores
+    by problem, for pairing and for accuracy by difficulty.
+    """
+
+    task: str
+    model: str
+    strategy: str
+    samples: int
+    think_budget: int | None
+    temperature: float
+    problems: int
+    accuracy: float
+    ci_low: float
+    ci_high: float
+    prompt_tokens: float
+    sampled_tokens: float
+    forced_tokens: float
+    flops_per_problem: float
+    seconds_per_problem: float
+    guess_accuracy: float
+    pareto: bool = False
+    params: str = ""
+    oracle: bool = False
+    scores: np.ndarray = field(default_factory=lambda: np.empty(0), repr=False, compare=False)
+    ids: np.ndarray = field(default_factory=lambda: np.empty(0, int), repr=False, compare=False)
+
+    @property
+    def tokens_per_problem(self) -> float:
+        return self.prompt_tokens + self.sampled_tokens + self.forced_tokens
+
+    @property
+    def cost(self) -> float:
+        """FLOPs per problem, or tokens where FLOPs are unknown."""
+        known = np.isfinite(self.flops_per_problem)
+        return self.flops_per_problem if known else self.tokens_per_problem
+
+
+def evaluate(
+    store: Store,
+    *,
+    shape: cost.Shape | None = None,
+    samples: Sequence[int] | None = None,
+    strategies: Sequence[str] | None = None,
+    seed: int | None = None,
+    model: str | None = None,
+    task: str | None = None,
+) -> list[Result]:
+    """Every strategy on every setting of the store, with 95 % bootstrap intervals.
+
+    shape: the model's configuration, for FLOPs. samples: the k of votes and of pass@k, by default
+    the powers of two that are stored; a k that a setting cannot fill is left out. strategies:
+    names, by default all. seed: needed where the store holds several. model and task: the names
+    to print, by default those of the store's identity. Raises ValueError for an empty store, an
+    unknown strategy, samples below 1, or several seeds.
+    """
+    settings = _settings(store, seed)
+    unknown = [name for name in strategies or () if name not in STRATEGIES]
+    if unknown:
+        raise ValueError(f"unknown strategy {unknown[0]!r}; known are {', '.join(STRATEGIES)}")
+    if samples is None:
+        most = max(setting.samples for setting in settings)
+        samples = [1 << i for i in range(most.bit_length())]
+    if not samples or min(samples) < 1:
+        raise ValueError(f"samples are {list(samples)}; each must be at least 1")
+    problems = store.problems()
+    results = []
+    for setting in settings:
+        pool = store.pool(budget=setting.budget, params=setting.params, seed=setting.seed)
+        if not len(pool.problems):  # a sweep that was stopped in its first batches
+            continue
+        guess = stats.guess_accuracy([problems[i].answer for i in pool.problems])
+        for name in strategies or STRATEGIES:
+            strategy = STRATEGIES[name]
+            for k in strategy.sizes(pool, sorted(set(samples))):
+                outcome = strategy.run(pool, k, shape)
+                accuracy, low, high = stats.bootstrap(outcome.scores)
+                results.append(
+                    Result(
+                        task=str(store.identity.get("task", "")) if task is None else task,
+                        model=str(store.identity.get("model", "")) if model is None else model,
+                        strategy=strategy.name,
+                        samples=k,
+                        think_budget=setting.budget,
+                        temperature=pool.temperature,
+                        problems=len(pool.problems),
+                        accuracy=accuracy,
+                        ci_low=low,
+                        ci_high=high,
+                        prompt_tokens=float(outcome.prompt_tokens.mean()),
+                        sampled_tokens=float(outcome.sampled_tokens.mean()),
+                        forced_tokens=float(outcome.forced_tokens.mean()),
+                        flops_per_problem=float(outcome.flops.mean()),
+                        seconds_per_problem=float(outcome.seconds.mean()),
+                        guess_accuracy=guess,
+                        params=setting.params,
+                        oracle=strategy.oracle,
+                        scores=outcome.scores,
+                        ids=pool.problems,
+                    )
+                )
+    return mark_pareto(results)
+
+
+def mark_pareto(results: Sequence[Result]) -> list[Result]:
+    """The results with `pareto` set on those that no other one beats in both cost and accuracy;
+    oracles do not compete."""
+    cost_of = [np.nan if r.oracle else r.cost for r in results]
+    frontier = stats.pareto(cost_of, [r.accuracy for r in results])
+    return [replace(r, pareto=bool(best)) for r, best in zip(results, frontier, strict=True)]
+
+
+def paired_difference(a: Result, b: Result) -> stats.Interval:
+    """How much more accurate a is than b on the problems that both hold, with its interval."""
+    _, in_a, in_b = np.intersect1d(a.ids, b.ids, return_indices=True)
+    return stats.paired_difference(a.scores[in_a], b.scores[in_b])
+
+
+def _settings(store: Store, seed: int | None) -> list[Setting]:
+    settings = store.settings()
+    seeds = sorted({setting.seed for setting in settings})
+    if seed is None and len(seeds) > 1:
+        raise ValueError(f"{store.path} holds samples of the seeds {seeds}: choose one")
+    chosen = [s for s in settings if seed is None or s.seed == seed]
+    if not chosen:
+        of_seed = "" if seed is None else f" of seed {seed}"
+        raise ValueError(f"{store.path} holds no samples{of_seed}: run the sweep first")
+    return chosen
