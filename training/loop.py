@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from tqdm import tqdm
 
@@ -55,10 +56,10 @@ class Stop:
             signal.signal(number, handler)
 
 
-def train(config: TrainConfig) -> Path:
-    """Train as the configuration says; returns the folder.
+def train(config: TrainConfig, *, model_folder: Path | None = None) -> Path:
+    """Train as the configuration says; returns the model's folder, by default `config.out`.
 
-    The folder then holds the model (a Hugging Face folder), train/metrics.jsonl,
+    `config.out` then holds the model (a Hugging Face folder), train/metrics.jsonl,
     train/checkpoint.pt and run.json. ValueError for a configuration that cannot be; `Diverged`, a
     ValueError too, where the loss stops being finite.
     """
@@ -68,7 +69,9 @@ def train(config: TrainConfig) -> Path:
     shape = model_config(config, vocab_size)
     identity = {k: v for k, v in asdict(config).items() if k not in ("out", "resume")}
     with Stop() as stop:
-        return _Run(config, data, shape, identity, stop).go()
+        run = _Run(config, data, shape, identity, stop)
+        run.model_folder = model_folder or config.out
+        return run.go()
 
 
 class _Run:
@@ -76,12 +79,13 @@ class _Run:
         self, config: TrainConfig, data: Data, shape: GPTConfig, identity: dict, stop: Stop
     ):
         self.config, self.data, self.stop = config, data, stop
-        device = Accelerator().device
+        device = PartialState().device
         rows = config.batch_size // config.accumulation
         precision = choose_precision(
             config.precision, device, shape.n_embd, shape.n_inner, rows * config.context
         )
         mixed = "no" if precision == "fp32" else precision
+        AcceleratorState._reset_state()  # an earlier run in this process may have had another
         self.accelerator = Accelerator(mixed_precision=mixed)
         self.ranks, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         if rows % self.ranks:
@@ -94,6 +98,7 @@ class _Run:
         self.raw = GPT(shape)
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.out, self.folder = config.out, config.out / "train"
+        self.model_folder = self.out
         if self.accelerator.is_main_process:
             open_run(self.out, "train", identity, resume=config.resume)
             self.folder.mkdir(exist_ok=True)
@@ -102,21 +107,21 @@ class _Run:
         model = torch.compile(self.raw) if config.compile else self.raw
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.checkpoint = self.folder / "checkpoint.pt"
-        if config.resume and (self.checkpoint.exists() or self._has_metrics()):
-            self._restore(load_checkpoint(self.checkpoint))
+        if config.resume:
+            self._restore()
         self.peak = peak_flops(self.accelerator.device, DTYPE[precision]) * self.ranks
         self.flops = 3 * shape.flops_per_token(config.context)  # backward costs two forwards
         self.first_bad = torch.tensor(config.steps, device=self.accelerator.device)
 
-    def _has_metrics(self) -> bool:
-        return (self.folder / "metrics.jsonl").exists()
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        self.raw.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.accelerator.scaler is not None and state["scaler"] is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
+    def _restore(self) -> None:
+        """Go on from the checkpoint; from the beginning where none was written yet."""
+        if self.checkpoint.exists():
+            state = load_checkpoint(self.checkpoint)
+            self.raw.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.accelerator.scaler is not None and state["scaler"] is not None:
+                self.accelerator.scaler.load_state_dict(state["scaler"])
+            self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
         metrics = self.folder / "metrics.jsonl"
         if self.accelerator.is_main_process and metrics.exists():
             lines = metrics.read_text().splitlines(keepends=True)
@@ -183,7 +188,7 @@ class _Run:
             self.seconds += time.perf_counter() - logged[0]
             self._save()
             say(f"stopped after step {self.step} of {config.steps}; --resume goes on from there")
-        return self.out
+        return self.model_folder
 
     def _stop_agreed(self) -> bool:
         """Whether any process was asked to stop: all leave the loop at the same step."""
@@ -273,5 +278,5 @@ class _Run:
                 "scaler": None if scaler is None else scaler.state_dict(),
             }
             save_checkpoint(self.checkpoint, state)
-            hub.save(self.raw, self.out, tokenizer=self.data.tokenizer)
+            hub.save(self.raw, self.model_folder, tokenizer=self.data.tokenizer)
         self.accelerator.wait_for_everyone()

@@ -1,0 +1,168 @@
+"""The command `ponder`: parses, calls, prints. No torch is imported before a command needs it."""
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import __version__
+
+HELP = """usage: ponder COMMAND [options]     (ponder COMMAND --help explains one)
+
+Small GPT-style models on fused Triton kernels, and what thinking longer buys them.
+
+commands:
+  demo      train a small reasoning model, sweep samples and budgets, write the report
+  train     train a model: ponder train [PRESET] [--data task:NAME | text:PATH | hub:NAME] ...
+  sweep     measure accuracy against inference compute: samples × thinking budgets
+  report    draw a sweep's report again from its stored samples
+  generate  let a model answer one prompt
+  info      versions, hardware, and which path each kernel takes
+
+options:
+  --version  the version
+"""
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """Train a small reasoning model on two CPU cores or a GPU, and show what thinking buys."""
+
+    out: Path = Path("runs/demo")
+    """the folder that gets model/, train/, sweep/, report/ and run.json"""
+
+
+def _demo(arguments: list[str]) -> None:
+    import tyro
+
+    options = tyro.cli(DemoOptions, prog="ponder demo", args=arguments)
+    from .demo import demo
+
+    print(f"report: {demo(options.out)}")
+
+
+def _train(arguments: list[str]) -> None:
+    import tyro
+
+    from .training.config import PRESETS, TrainConfig, preset
+
+    default = TrainConfig()
+    if arguments and not arguments[0].startswith("-"):
+        default, arguments = preset(arguments[0]), arguments[1:]
+    config = tyro.cli(
+        TrainConfig,
+        default=default,
+        prog=f"ponder train [{'|'.join(PRESETS)}]",
+        description="Train a model; a preset gives the defaults of the fields below.",
+        args=arguments,
+    )
+    config.check()
+    from .training.loop import train
+
+    print(f"model: {train(config)}")
+
+
+def _sweep(arguments: list[str]) -> None:
+    import tyro
+
+    from .inference.config import SweepConfig
+
+    config = tyro.cli(SweepConfig, prog="ponder sweep", args=arguments)
+    config.check()
+    from .inference.sweep import sweep
+
+    print(f"report: {sweep(config)}")
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """Draw a sweep's report again from its stored samples."""
+
+    folder: Path
+    """the folder that `ponder sweep` or `ponder demo` left"""
+
+
+def _report(arguments: list[str]) -> None:
+    import tyro
+    from tyro.conf import PositionalRequiredArgs
+
+    options = tyro.cli(PositionalRequiredArgs[ReportOptions], prog="ponder report", args=arguments)
+    from .inference.sweep import redraw
+
+    print(f"report: {redraw(options.folder)}")
+
+
+def _generate(arguments: list[str]) -> None:
+    import tyro
+
+    from .inference.config import GenerateConfig
+
+    config = tyro.cli(GenerateConfig, prog="ponder generate", args=arguments)
+    config.check()
+    from .inference.shell import generate
+
+    generate(config)
+
+
+def _info(arguments: list[str]) -> None:
+    import tyro
+
+    @dataclass(frozen=True)
+    class InfoOptions:
+        """Versions, hardware, and which path each kernel takes."""
+
+    tyro.cli(InfoOptions, prog="ponder info", args=arguments)
+    import torch
+
+    from . import kernels, provenance
+
+    for name, version in provenance.versions().items():
+        print(f"{name:14}{version}")
+    for name, value in provenance.machine().items():
+        print(f"{name:14}{value}")
+    if torch.cuda.is_available() and importlib.util.find_spec("triton"):
+        path = f"Triton kernels, on {torch.cuda.get_device_name()}"
+    elif os.environ.get("TRITON_INTERPRET") == "1":
+        path = "Triton kernels in the interpreter, as TRITON_INTERPRET=1 is set"
+    elif torch.cuda.is_available():
+        path = "PyTorch's operations, as Triton is not installed"
+    else:
+        path = "PyTorch's operations, as there is no GPU"
+    for name in kernels.__all__:
+        print(f"{name:22}{path}")
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "demo": _demo,
+    "train": _train,
+    "sweep": _sweep,
+    "report": _report,
+    "generate": _generate,
+    "info": _info,
+}
+
+
+def run(arguments: list[str]) -> int:
+    """The exit status: 0, or 2 where the user asked for what cannot be."""
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0
+    if arguments[0] == "--version":
+        print(f"ponder {__version__}")
+        return 0
+    command = COMMANDS.get(arguments[0])
+    try:
+        if command is None:
+            raise ValueError(
+                f"no command is named {arguments[0]!r}; there are {', '.join(COMMANDS)}"
+            )
+        command(arguments[1:])
+    except ValueError as error:
+        print(f"ponder: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("ponder: interrupted; what was finished is kept", file=sys.stderr)
+        return 130
+    return 0

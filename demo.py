@@ -1,0 +1,30 @@
+"""The demonstration: train a small reasoning model, then measure what thinking longer buys it."""
+
+from pathlib import Path
+
+BUDGETS = (0, 2, 4, 6, 8, 10)
+
+
+def demo(out: Path) -> Path:
+    """Train on `last_digit`, sweep budgets × samples, write the report; returns its page.
+
+    What is there already is kept: a demo that was stopped goes on where it was.
+    """
+    from .inference.config import SweepConfig
+    from .inference.sweep import sweep
+    from .training import preset
+    from .training.loop import train
+
+    config = preset("demo", out=out, resume=True)
+    model = train(config, model_folder=out / "model")
+    return sweep(
+        SweepConfig(
+            model=str(model),
+            task="last_digit",
+            out=out,
+            samples=(1, 4, 16),
+            budgets=BUDGETS,
+            problems=500,
+            resume=True,
+        )
+    )

@@ -1,0 +1,228 @@
+"""A sweep: samples of a model on a task at every budget, kept in a store, evaluated, reported."""
+
+import hashlib
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from .. import tasks
+from ..models import hub
+from ..models.gpt import GPT
+from ..provenance import open_run
+from .config import SweepConfig
+from .engine import LocalEngine, Request, Sample, SamplingParams
+from .report import write_report
+from .store import Key, Record, Store, params_text
+from .strategies import evaluate
+
+SPLIT = "test"
+GREEDY = SamplingParams(temperature=0.0)
+KEEP_EVERY_SECONDS = 2.0  # at most this much sampling is lost when a sweep is killed
+
+
+def model_hash(folder: Path) -> str:
+    """What the model is, whatever its folder is called: a hash of configuration and weights."""
+    digest = hashlib.sha256()
+    names = ("config.json", "tokenizer.json")
+    for path in sorted([folder / n for n in names] + list(folder.glob("*.safetensors"))):
+        if path.exists():
+            digest.update(path.name.encode())
+            with open(path, "rb") as file:
+                while block := file.read(1 << 22):
+                    digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+class Speaker:
+    """A model with its tokenizer and its special tokens: text in, samples out."""
+
+    def __init__(self, path: str, *, slots: int):
+        self.folder = Path(path)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        self.model: GPT = hub.load(path, device=device, dtype=dtype)
+        self.model.eval()
+        self.tokenizer: Tokenizer = hub.load_tokenizer(path)
+        self.think = self._token("<think>")
+        self.think_end = self._token("</think>")
+        self.eos = self._token("<eos>")
+        self.engine = LocalEngine(
+            self.model, slots=slots, eos=self.eos, think_end=self.think_end, device=device
+        )
+
+    def _token(self, text: str) -> int:
+        token = self.tokenizer.token_to_id(text)
+        if token is None:
+            raise ValueError(
+                f"the tokenizer of {self.folder} has no {text} token; budgets of thinking need a "
+                "model that was trained with <think>, </think> and <eos>"
+            )
+        return token
+
+    def encode(self, prompt: str) -> tuple[int, ...]:
+        """The prompt with <think> behind it; ValueError for what the vocabulary cannot say."""
+        if not prompt:
+            raise ValueError("the prompt is empty; there is nothing to answer")
+        encoding = self.tokenizer.encode(prompt)
+        unknown = self.tokenizer.token_to_id("<unk>")
+        if unknown in encoding.ids:
+            start, end = encoding.offsets[encoding.ids.index(unknown)]
+            raise ValueError(
+                f"the prompt has {prompt[start:end]!r}, which the tokenizer of {self.folder} "
+                "does not know"
+            )
+        return (*encoding.ids, self.think)
+
+    def text(self, sample: Sample) -> str:
+        """The completion with its <think> and without <eos>."""
+        tokens = list(sample.tokens)
+        if tokens and tokens[-1] == self.eos:
+            tokens.pop()
+        return "<think>" + self.tokenizer.decode(tokens, skip_special_tokens=False)
+
+    def room(self, prompt_tokens: int) -> int:
+        """The new tokens that the context leaves; ValueError where it leaves none."""
+        room = self.model.config.context - prompt_tokens
+        if room < 1:
+            raise ValueError(
+                f"the prompt has {prompt_tokens} tokens with <think>; the model's context of "
+                f"{self.model.config.context} leaves room for at most "
+                f"{self.model.config.context - 1}"
+            )
+        return room
+
+
+def sweep(config: SweepConfig) -> Path:
+    """Sample what the store lacks, evaluate, write the report; returns its page.
+
+    Every finished sample is kept within seconds: a sweep that was killed goes on where it was
+    (`resume`) and ends with the same samples.
+    """
+    config.check()
+    task = tasks.get(config.task)
+    speaker = Speaker(config.model, slots=config.slots)
+    problems = task.problems(SPLIT, config.problems, config.seed)
+    prompts = [speaker.encode(p.prompt) for p in problems]
+    room = speaker.room(max(map(len, prompts)))
+    # A budget needs room for itself, </think> and an answer of one token at least.
+    largest = max(config.budgets, default=0)
+    if largest + 2 > room:
+        raise ValueError(
+            f"a budget of {largest} does not fit: prompts of up to {max(map(len, prompts))} tokens "
+            f"in a context of {speaker.model.config.context} leave room for {room - 2}"
+        )
+    identity = {k: v for k, v in asdict(config).items() if k not in ("out", "resume", "slots")}
+    identity["model_hash"] = model_hash(speaker.folder)
+    open_run(config.out, "sweep", identity, resume=config.resume)
+    folder = config.out / "sweep"
+    folder.mkdir(exist_ok=True)
+    store = Store(
+        folder / "samples.sqlite",
+        identity={"model": identity["model_hash"], "task": config.task, "split": SPLIT},
+    )
+    with store:
+        store.add_problems(problems)
+        sampled = SamplingParams(
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            min_p=config.min_p,
+        )
+        wanted = []
+        for params, samples in ((GREEDY, 1), (sampled, max(config.samples))):
+            keys = store.missing(
+                problems=range(len(problems)),
+                budgets=[*config.budgets, None],
+                params=params_text(params),
+                seed=config.seed,
+                samples=samples,
+            )
+            wanted += [(key, params) for key in keys]
+        # A problem's samples side by side, so that they share one prefill.
+        wanted.sort(key=lambda pair: pair[0].problem)
+        requests = (
+            Request(
+                prompt=prompts[key.problem],
+                params=SamplingParams(
+                    temperature=params.temperature,
+                    top_k=params.top_k,
+                    top_p=params.top_p,
+                    min_p=params.min_p,
+                    max_tokens=room,
+                    budget=key.budget,
+                ),
+                seed=config.seed,
+                index=key.sample,
+                key=key,
+            )
+            for key, params in wanted
+        )
+        finished: list[Sample] = []
+        kept = time.monotonic()
+        with tqdm(total=len(wanted), unit="sample", dynamic_ncols=True) as bar:
+            try:
+                for sample in speaker.engine.generate(requests):
+                    finished.append(sample)
+                    if time.monotonic() - kept > KEEP_EVERY_SECONDS:
+                        store.add(_record(s, speaker, task, problems) for s in finished)
+                        bar.update(len(finished))
+                        finished, kept = [], time.monotonic()
+            finally:  # also when sampling was interrupted: what is finished is kept
+                store.add(_record(s, speaker, task, problems) for s in finished)
+                bar.update(len(finished))
+        results = evaluate(
+            store,
+            shape=speaker.model.config,
+            samples=config.samples,
+            seed=config.seed,
+            model=speaker.folder.name,
+        )
+        return write_report(config.out / "report", results, store, run=config.out / "run.json")
+
+
+def redraw(folder: Path) -> Path:
+    """Write the report of a sweep again from its stored samples; returns its page."""
+    file = folder / "run.json"
+    if not file.is_file():
+        raise ValueError(f"{folder} holds no run.json; give a folder that ponder sweep left")
+    runs = json.loads(file.read_text(encoding="utf-8"))
+    if "sweep" not in runs:
+        raise ValueError(f"{folder} holds no sweep; its run.json knows {', '.join(runs)}")
+    configuration = runs["sweep"]["configuration"]
+    model = Path(configuration["model"])
+    with Store(folder / "sweep" / "samples.sqlite", identity=None) as store:
+        results = evaluate(
+            store,
+            shape=hub.load_config(model) if model.is_dir() else None,
+            samples=configuration["samples"],
+            seed=configuration["seed"],
+            model=model.name,
+        )
+        return write_report(folder / "report", results, store, run=file)
+
+
+def _record(
+    sample: Sample, speaker: Speaker, task: tasks.Task, problems: list[tasks.Problem]
+) -> Record:
+    key: Key = sample.request.key
+    text = speaker.text(sample)
+    tokens = sample.tokens
+    end = speaker.think_end
+    return Record(
+        key=key,
+        text=text,
+        answer=task.answer(text),
+        correct=task.verify(problems[key.problem], text),
+        prompt_tokens=len(sample.request.prompt),
+        sampled_tokens=sample.sampled_tokens,
+        forced_tokens=sample.forced_tokens,
+        think_tokens=tokens.index(end) if end in tokens else len(tokens),
+        logprob=sample.logprob,
+        finish=sample.finish,
+        seconds=sample.seconds,
+    )

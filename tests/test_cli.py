@@ -1,0 +1,83 @@
+"""The command as a user meets it: what it says of bad input, and that help is light."""
+
+import subprocess
+import sys
+
+import pytest
+
+from ponder import cli
+
+
+def ponder(*words: str, cwd=None) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "ponder", *words], capture_output=True, text=True, cwd=cwd
+    )
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "nope"], ["sweep", "--help"]])
+def test_help_and_argument_errors_import_no_torch(words):
+    code = (
+        "import sys; from ponder import cli\n"
+        "try:\n    cli.run(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    run = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_help_names_every_command():
+    run = ponder("--help")
+    assert run.returncode == 0
+    for name in cli.COMMANDS:
+        assert f"\n  {name} " in run.stdout
+
+
+def test_the_repository_root_as_current_folder_hides_nothing():
+    from pathlib import Path
+
+    root = Path(cli.__file__).parent
+    run = ponder("info", cwd=root)
+    assert run.returncode == 0, run.stderr
+    assert "attention" in run.stdout and "torch" in run.stdout
+
+
+BAD = [
+    ("dance", "no command is named 'dance'; there are demo, train"),
+    ("train huge", "no preset is named 'huge'; there are tiny, demo"),
+    ("train tiny --data task:chess", "last_digit"),
+    ("train tiny --data poem", "data is 'poem'; it must be task:NAME"),
+    ("train tiny --data text:missing.txt", "there is no text file missing.txt"),
+    ("train tiny --data text:empty.txt", "empty.txt is empty"),
+    ("train tiny --data text:latin.txt", "latin.txt is not UTF-8: byte 3"),
+    ("train tiny --n-head 3 --n-kv-head 2", "n_head 3 is not a multiple of n_kv_head 2"),
+    ("train tiny --steps 0", "steps is 0; it must be at least 1"),
+    ("train tiny --activation swish9", "activation"),
+    ("sweep --model missing --samples 0", "samples is [0]; each must be at least 1"),
+    ("sweep --model missing --budgets -1", "budgets is [-1]; each must be at least 0"),
+    ("sweep --model missing", "missing"),
+    ("sweep --model missing --task chess", "last_digit"),
+    ("report nowhere", "nowhere holds no run.json"),
+    ("generate --model missing 1+1=", "missing"),
+    ("generate --model missing --samples 0 1+1=", "samples is 0; it must be at least 1"),
+    ("generate --model missing --budget -2 1+1=", "budget is -2; it must be at least 0"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), BAD, ids=[words for words, _ in BAD])
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    words, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    status = cli.run([*words.split(), *(["--out", "o"] if words.startswith("train") else [])])
+    error = capsys.readouterr().err
+    assert status == 2, error
+    assert message in error and error.startswith("ponder: ")
+    assert error.count("\n") == 1 and "Traceback" not in error
+
+
+def test_an_unknown_field_is_named():
+    run = ponder("train", "tiny", "--colour", "blue")
+    assert run.returncode == 2
+    assert "--colour" in run.stderr and "Traceback" not in run.stderr

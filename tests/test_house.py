@@ -1,0 +1,105 @@
+"""The plan of the house: which room may import which, what the wheel holds, what README shows."""
+
+import ast
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("kernels", "models", "tasks", "training", "inference")
+MAY_IMPORT = {
+    "kernels": set(),
+    "models": {"kernels"},
+    "tasks": set(),
+    "training": {"models", "tasks", "kernels", "provenance"},
+    "inference": {"models", "tasks", "kernels", "provenance"},
+}
+FILES = [(room, path) for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
+
+
+def imports(path: Path):
+    """(level, first part of the module's name) of every import in a file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield 0, alias.name.split(".")[0]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            for name in names:
+                yield node.level, name.split(".")[0]
+
+
+@pytest.mark.parametrize(("room", "path"), FILES, ids=lambda v: getattr(v, "stem", v))
+def test_imports_run_one_way(room, path):
+    depth = len(path.relative_to(ROOT).parts)
+    for level, name in imports(path):
+        if level == depth:
+            assert name in MAY_IMPORT[room], f"{path} imports {name}"
+        assert not (level == 0 and name in (*ROOMS, "ponder")), f"{path}: {name} without its dots"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    tracked = subprocess.run(
+        ["git", "-C", ROOT, "ls-files"], capture_output=True, text=True, check=True
+    ).stdout.split()
+    for name in tracked:
+        if (ROOT / name).is_file():
+            target = source / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes((ROOT / name).read_bytes())
+    words = f"-m pip wheel -q --no-deps --no-build-isolation -w {folder} {source}".split()
+    subprocess.run([sys.executable, *words], check=True)
+    return next(folder.glob("*.whl"))
+
+
+def test_the_wheel_holds_the_package_and_nothing_beside_it(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"ponder"}
+    assert not [n for n in names if re.search(r"README|Makefile|^ponder/(tests|docs)/", n)]
+
+
+def test_every_module_of_the_wheel_imports(wheel, tmp_path):
+    archive = zipfile.ZipFile(wheel)
+    archive.extractall(tmp_path)
+    modules = [
+        n.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        for n in archive.namelist()
+        if n.endswith(".py") and not n.endswith("__main__.py")
+    ]
+    assert "ponder.kernels.attention" in modules and "ponder.inference.sweep" in modules
+    code = f"""
+import importlib, sys
+sys.path.insert(0, {str(tmp_path)!r})
+for name in {modules!r}:
+    module = importlib.import_module(name)
+    assert module.__file__.startswith({str(tmp_path)!r}), module.__file__
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+
+
+def test_kernels_import_without_triton():
+    code = "import sys, ponder.kernels; assert 'triton' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_readme_shows_the_tree_as_it_is():
+    readme = (ROOT / "README.md").read_text()
+    tree = re.search(r"```text\n(.*?)```", readme, re.DOTALL)
+    assert tree, "README has no tree"
+    shown = re.findall(r"^(\S+)", re.sub(r"^  +", "", tree[1], flags=re.MULTILINE), re.MULTILINE)
+    rooms = [name for name in shown if name.endswith("/")]
+    for name in shown:
+        found = [p for p in (ROOT / name, *(ROOT / room / name for room in rooms)) if p.exists()]
+        assert found, f"README's tree shows {name}, which is not there"
+    for room in ROOMS:
+        for path in (ROOT / room).glob("*.py"):
+            if path.name != "__init__.py":
+                assert path.name in shown, f"README's tree does not show {room}/{path.name}"

@@ -1,0 +1,30 @@
+import pytest
+
+from ponder.training import PRESETS, TrainConfig, preset
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_valid(name):
+    preset(name).check()
+
+
+def test_unknown_preset_names_the_known_ones():
+    with pytest.raises(ValueError, match="no preset is named 'huge'; there are tiny, demo"):
+        preset("huge")
+
+
+def test_every_fault_is_named_at_once():
+    config = TrainConfig(data="poem", steps=0, lr=-1, accumulation=3, decay=2)
+    with pytest.raises(ValueError) as error:
+        config.check()
+    for word in ("data is 'poem'", "steps is 0", "lr is -1", "accumulation is 3", "decay is 2"):
+        assert word in str(error.value)
+
+
+def test_rate_warms_up_stays_and_decays_to_zero():
+    config = TrainConfig(steps=100, warmup=9, decay=0.5)
+    rates = [config.rate(step) for step in range(101)]
+    assert rates[0] == 0.1 and rates[9] == 1.0
+    assert set(rates[9:51]) == {1.0}
+    assert rates[75] == pytest.approx(0.5) and rates[100] == 0
+    assert all(a >= b for a, b in zip(rates[50:], rates[51:], strict=False))
