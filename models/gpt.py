@@ -11,12 +11,18 @@ With QK-norm and a gated MLP it is Qwen3 (Qwen team 2025); without QK-norm, Llam
 """
 
 from dataclasses import dataclass
+from os import PathLike
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels import linear_cross_entropy
+from ..kernels._activations import ACTIVATIONS
 from .layers import MLP, Attention, GatedMLP, LayerCache, RMSNorm, Rotary
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,13 @@ class GPTConfig:
             problems.append(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
         if self.head_dim % 2 or not 16 <= self.head_dim <= 256:
             problems.append(f"head_dim is {self.head_dim}; it must be even, 16 to 256")
+        if self.activation not in ACTIVATIONS:
+            problems.append(
+                f"activation is {self.activation!r}; known are {', '.join(ACTIVATIONS)}"
+            )
+        for name in ("rope_theta", "norm_eps"):
+            if not 0 < getattr(self, name) < float("inf"):
+                problems.append(f"{name} is {getattr(self, name)}; it must be above 0")
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -145,7 +158,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Uniform of variance 1/fan-in for matrices; zero for what writes to the residual stream."""
+        """Uniform of variance 1/fan-in for matrices; zero for what writes to the stream."""
         for name, p in self.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight", "bias")):
                 p.zero_()
@@ -194,7 +207,7 @@ class GPT(nn.Module):
     def forward(
         self, tokens: Tensor, targets: Tensor | None = None, reduction: str = "mean"
     ) -> Tensor:
-        """Logits (B, T, V) in fp32; with targets (B, T), −100 where there is none, the loss in nats.
+        """Logits (B, T, V) in fp32; with targets (B, T), −100 where none, the loss in nats.
 
         `reduction` is mean, sum or none, over the targets that there are.
         """
@@ -202,3 +215,24 @@ class GPT(nn.Module):
         if targets is None:
             return self.logits(hidden)
         return linear_cross_entropy(hidden, self.lm_head.weight, targets, reduction=reduction)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | PathLike[str],
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> "GPT":
+        """The model in a Hugging Face folder or of a hub id: see `hub.load`."""
+        from .hub import load
+
+        return load(path, dtype=dtype, device=device)
+
+    def save_pretrained(
+        self, path: str | PathLike[str], *, tokenizer: "Tokenizer | None" = None
+    ) -> str:
+        """Write a Hugging Face folder, and say what opens it: see `hub.save`."""
+        from .hub import save
+
+        return save(self, path, tokenizer=tokenizer)

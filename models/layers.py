@@ -29,12 +29,33 @@ class Rotary(nn.Module):
     Su et al. 2021, "RoFormer", with Llama's pairing of dimension i with i + D/2.
     """
 
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self, head_dim: int, context: int, theta: float = 10000.0):
         super().__init__()
-        frequency = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-        angle = torch.outer(torch.arange(context, dtype=torch.float64), frequency)
-        self.register_buffer("cos", angle.cos().float(), persistent=False)
-        self.register_buffer("sin", angle.sin().float(), persistent=False)
+        self.head_dim, self.context, self.theta = head_dim, context, theta
+        for name in ("cos", "sin"):
+            table = torch.empty(context, head_dim // 2, dtype=torch.float32)
+            self.register_buffer(name, table, persistent=False)
+        if not self.cos.is_meta:
+            self.reset()
+
+    def reset(self, device: torch.device | str | None = None) -> None:
+        """Compute the tables (on `device`; default where they are)."""
+        device = self.cos.device if device is None else device
+        step = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device="cpu")
+        position = torch.arange(self.context, dtype=torch.float64, device="cpu")
+        angle = torch.outer(position, self.theta ** -(step / self.head_dim))
+        self.cos, self.sin = angle.cos().float().to(device), angle.sin().float().to(device)
+
+    def _apply(self, fn, recurse=True):
+        """As nn.Module's, but `model.to(torch.bfloat16)` leaves the tables fp32."""
+        tables = self.cos, self.sin
+        super()._apply(fn, recurse)
+        if self.cos.dtype != torch.float32:
+            self.cos, self.sin = (table.to(self.cos.device) for table in tables)
+        return self
 
     def forward(self, positions: Tensor | int) -> tuple[Tensor, Tensor]:
         """The rows of `positions` (B, T), or of the first so many positions."""

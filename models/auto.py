@@ -1,0 +1,95 @@
+"""GPT behind Transformers' Auto classes, for model_type "ponder" (see `hub.register`)."""
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ..kernels import attention
+from .config_json import from_fields
+from .gpt import GPT, KVCache
+from .layers import LayerCache, Rotary
+
+
+class PonderConfig(PretrainedConfig):
+    """config.json of model_type "ponder": Llama's fields, and the booleans qk_norm, gated_mlp."""
+
+    model_type = "ponder"
+
+
+class _Layer(LayerCache):
+    """One layer of Transformers' cache, as GPT's attention asks for it."""
+
+    def __init__(self, past: DynamicCache, index: int):
+        self.past, self.index = past, index
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, *self.past.update(k, v, self.index), causal=True)
+
+
+class _Past(KVCache):
+    """Transformers' cache, all rows equally long, as GPT asks for it."""
+
+    def __init__(self, past: DynamicCache, tokens: Tensor):
+        self.past, length = past, past.get_seq_length()
+        self.lengths = torch.full(tokens.shape[:1], length, device=tokens.device)
+        self.empty = length == 0
+
+    def layer(self, i: int, limit: int | None) -> LayerCache:
+        return _Layer(self.past, i)
+
+
+class PonderForCausalLM(PreTrainedModel, GenerationMixin):
+    """GPT as a Transformers model, with its cache; rows of a batch have equal lengths, unpadded."""
+
+    config_class = PonderConfig
+    base_model_prefix = "model"
+
+    def __init__(self, config: PonderConfig):
+        super().__init__(config)
+        self.model = GPT(from_fields(config.to_dict()))
+        self.lm_head = self.model.lm_head  # the standard names have it out here
+        del self.model.lm_head
+        if config.tie_word_embeddings:
+            self._tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+        self.post_init()
+
+    def _init_weights(self, module) -> None:
+        if isinstance(module, Rotary):
+            module.reset()  # not part of a checkpoint
+        else:
+            super()._init_weights(module)
+
+    def get_input_embeddings(self):
+        return self.model.embed_tokens
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: DynamicCache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        return_dict: bool = True,
+    ) -> CausalLMOutputWithPast:
+        """input_ids (B, T) → logits (B, T, V); the last `logits_to_keep` of them where given.
+
+        position_ids are those of unpadded rows: 0, 1, … after what the cache holds. Raises
+        ValueError for an attention_mask with zeros, and for more tokens than the context.
+        """
+        if attention_mask is not None and not attention_mask.all():
+            raise ValueError("attention_mask has zeros; a ponder model takes rows of equal length")
+        cache, length = None, input_ids.shape[1]
+        if past_key_values is not None:
+            cache = _Past(past_key_values, input_ids)
+            length += past_key_values.get_seq_length()
+        context = self.model.config.context
+        if length > context:
+            raise ValueError(f"{length} tokens are more than the model's context of {context}")
+        hidden = self.model.hidden(input_ids, cache)
+        logits = self.lm_head(hidden[:, -logits_to_keep:]).float()
+        return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)

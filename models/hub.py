@@ -1,0 +1,337 @@
+"""Hugging Face checkpoint folders, in and out.
+
+`save` writes what `AutoModelForCausalLM` and `AutoTokenizer` open with no remote code: config.json,
+model.safetensors, generation_config.json and the tokenizer's files. `load` reads such a folder of
+type llama, qwen3 or ponder, and refuses by name whatever a GPT would compute differently. Neither
+needs Transformers.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from .config_json import from_fields, model_type, to_fields
+from .gpt import GPT, GPTConfig
+
+FLOATS = {"F64", "F32", "F16", "BF16"}
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+HUB_FILES = ["config.json", "generation_config.json", "tokenizer*", "*.safetensors", INDEX]
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> GPT:
+    """The GPT in a Hugging Face folder (model_type llama, qwen3 or ponder).
+
+    path: a folder, or the id of a model on the Hugging Face hub, fetched at the first use. dtype:
+    that of the parameters (default: what the embedding is stored in); device: default the CPU.
+    Weights are read from safetensors alone, whole or in shards; every name and shape is checked
+    before any is read.
+
+    Raises ValueError for a folder that is missing, broken or incomplete, holds pickled or quantized
+    weights, or says anything in config.json that a GPT does not express.
+    """
+    folder = _folder(path, HUB_FILES)
+    source = folder / "config.json"
+    try:
+        config = from_fields(_read_json(source))
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+    with torch.device("meta"):
+        model = GPT(config)
+    expected = {_standard(name): p.shape for name, p in model.state_dict().items()}
+    files = _weight_files(folder)
+    stored = _check(folder, files, expected, config)
+    dtype = stored if dtype is None else dtype
+    state = {}
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():
+                if name in expected:  # a copy: what get_tensor gives stays a view of the file
+                    state[name] = tensors.get_tensor(name).to(device, dtype, copy=True)
+    embedding = state["model.embed_tokens.weight"]
+    if config.tie_embeddings and not torch.equal(state.get("lm_head.weight", embedding), embedding):
+        raise ValueError(
+            f"{folder}: lm_head.weight is not model.embed_tokens.weight, yet config.json has "
+            "tie_word_embeddings true"
+        )
+    state["lm_head.weight"] = embedding if config.tie_embeddings else state["lm_head.weight"]
+    names = {_standard(name): name for name in model.state_dict()}
+    model.load_state_dict({names[name]: t for name, t in state.items()}, assign=True)
+    if config.tie_embeddings:
+        model.lm_head.weight = model.embed_tokens.weight
+    model.rotary.reset(embedding.device)
+    return model
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer of a Hugging Face folder, from its tokenizer.json; ValueError where none is."""
+    file = _folder(path, ["tokenizer.json"]) / "tokenizer.json"
+    if not file.is_file():
+        raise ValueError(f"there is no {file}")
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise ValueError(f"{file} is not a tokenizer: {_first_line(error)}") from None
+
+
+def _standard(name: str) -> str:
+    """The name of one of GPT's parameters in a checkpoint."""
+    return name if name.startswith("lm_head.") else f"model.{name}"
+
+
+def _folder(path: str | os.PathLike[str], files: list[str]) -> Path:
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ValueError(f"{folder} is a file; a checkpoint is a folder")
+    if not HUB_ID.fullmatch(str(path)):
+        raise ValueError(f"there is no folder {folder}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        ignored = ["*/*", "consolidated*"]
+        return Path(snapshot_download(str(path), allow_patterns=files, ignore_patterns=ignored))
+    except Exception as error:  # no network, no such model, no permission: all are told alike
+        raise ValueError(
+            f"there is no folder {folder}, and no model of that name could be fetched from the "
+            f"Hugging Face hub: {_first_line(error)}"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise ValueError("there is no such file")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"this is not JSON: {_first_line(error)}") from None
+    if not isinstance(content, dict):
+        raise ValueError("this is not a JSON object")
+    return content
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The one file of weights, or the shards that the index names."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    index = folder / INDEX
+    if not index.is_file():
+        pickled = sorted(p.name for p in folder.glob("*.bin"))
+        if pickled:
+            raise ValueError(
+                f"{folder} holds pickled weights ({pickled[0]}), which can run any code when they "
+                f"are read; only safetensors is read"
+            )
+        raise ValueError(f"there is neither {WEIGHTS} nor {INDEX} in {folder}")
+    try:
+        shards = _read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not shards:
+            raise ValueError("it holds no weight_map")
+        names = {str(name) for name in shards.values()}
+        for name in names:
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise ValueError(f"{name!r} is not the name of a shard beside it")
+    except ValueError as error:
+        raise ValueError(f"{index}: {error}") from None
+    return [folder / name for name in sorted(names)]
+
+
+def _check(
+    folder: Path, files: list[Path], expected: Mapping[str, torch.Size], config: GPTConfig
+) -> torch.dtype:
+    """Compare the files' headers with what the model needs; the embedding's stored dtype."""
+    found: dict[str, tuple[torch.Size, str]] = {}
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"the shard {file} is missing")
+        try:
+            with safe_open(file, "pt") as tensors:
+                for name in tensors.keys():
+                    part = tensors.get_slice(name)
+                    found[name] = torch.Size(part.get_shape()), part.get_dtype()
+        except SafetensorError as error:
+            raise ValueError(f"{file} is truncated or not safetensors: {error}") from None
+    optional = {"lm_head.weight"} if config.tie_embeddings else set()
+    missing = [name for name in expected if name not in found and name not in optional]
+    # Old Llama checkpoints hold the rotary frequencies, which follow from rope_theta.
+    extra = [n for n in found if n not in expected and not n.endswith("rotary_emb.inv_freq")]
+    faults = []
+    if missing:
+        faults.append(f"lacks {_listed(missing)} that its config.json asks for")
+    if extra:
+        faults.append(f"holds {_listed(extra)} that a {model_type(config)} model does not have")
+    if faults:
+        raise ValueError(f"{folder} {' and '.join(faults)}")
+    wrong = [
+        f"{name} is {tuple(found[name][0])} and not {tuple(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name][0] != shape
+    ]
+    if wrong:
+        raise ValueError(f"{folder}: other shapes than config.json says for {_listed(wrong)}")
+    packed = [f"{name} in {dtype}" for name, (_, dtype) in found.items() if dtype not in FLOATS]
+    if packed:
+        raise ValueError(f"{folder} is quantized, which is not read: it holds {_listed(packed)}")
+    floats = {"F64": torch.float64, "F16": torch.float16, "BF16": torch.bfloat16}
+    return floats.get(found["model.embed_tokens.weight"][1], torch.float32)
+
+
+def _listed(names: list[str]) -> str:
+    more = ", ..." if len(names) > 3 else ""
+    return f"{len(names)} tensor{'s' * (len(names) > 1)} ({', '.join(names[:3])}{more})"
+
+
+def save(
+    model: GPT,
+    path: str | os.PathLike[str],
+    *,
+    tokenizer: Tokenizer | None = None,
+    dtype: torch.dtype = torch.float32,
+    eos: str = "<eos>",
+    shard_bytes: int = 5_000_000_000,
+) -> str:
+    """Write a Hugging Face folder; returns a sentence that says what opens it.
+
+    The folder is written aside and renamed, so that a reader never sees half of it; into a folder
+    that exists, file by file, and whatever else is in there stays. dtype: that of the weights on
+    disk. eos: the special token of the tokenizer that ends a text. Weights above shard_bytes are
+    split into shards.
+
+    Raises ValueError for a tokenizer with more tokens than the model, or a wrapped model.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file; a checkpoint is a folder")
+    if not isinstance(model, GPT):
+        raise ValueError(f"only a GPT can be saved, not a {type(model).__name__}: unwrap it first")
+    config = model.config
+    if tokenizer is not None and tokenizer.get_vocab_size() > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.get_vocab_size()} tokens; the model has only "
+            f"{config.vocab_size}"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Inside a folder that exists, which may be a mount: a rename does not cross file systems.
+    aside = (path if path.is_dir() else path.parent) / f".{path.name}.saving"
+    shutil.rmtree(aside, ignore_errors=True)  # of a save that was killed
+    aside.mkdir()
+    try:
+        _write_weights(aside, _checkpoint(model, dtype), shard_bytes, path)
+        _write_settings(aside, config, dtype, tokenizer, eos)
+        for file in aside.iterdir():
+            shutil.copymode(
+                aside / "config.json", file
+            )  # safetensors are written for the owner alone
+            with file.open("rb+") as handle:
+                os.fsync(handle.fileno())
+        if path.is_dir():
+            _move(aside, path)
+        else:
+            aside.rename(path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    kind = model_type(config)
+    if kind == "ponder":
+        return (
+            f"{path} has model_type ponder, as no standard type expresses this model: "
+            "AutoModelForCausalLM opens it after ponder.models.hub.register()"
+        )
+    return f"{path} has model_type {kind}: AutoModelForCausalLM opens it"
+
+
+def _checkpoint(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The parameters on the CPU under their standard names, a tied head left out."""
+    return {
+        _standard(name): p.detach().to("cpu", dtype).contiguous()
+        for name, p in model.named_parameters()  # names a shared parameter once
+    }
+
+
+def _write_weights(aside: Path, state: dict[str, Tensor], shard_bytes: int, path: Path) -> None:
+    if sum(t.numel() * t.element_size() for t in state.values()) <= shard_bytes:
+        return save_file(state, aside / WEIGHTS, {"format": "pt"})
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    # A name that the present shards do not have: the new index replaces them all at once.
+    present = (path / INDEX).read_text(encoding="utf-8") if (path / INDEX).is_file() else ""
+    stem = "model-b" if '"model-0' in present else "model"
+    split = split_torch_state_dict_into_shards(
+        state, filename_pattern=f"{stem}{{suffix}}.safetensors", max_shard_size=shard_bytes
+    )
+    for file, names in split.filename_to_tensors.items():
+        save_file({name: state[name] for name in names}, aside / file, {"format": "pt"})
+    _write_json(aside / INDEX, dict(metadata=split.metadata, weight_map=split.tensor_to_filename))
+
+
+def _write_settings(
+    aside: Path, config: GPTConfig, dtype: torch.dtype, tokenizer: Tokenizer | None, eos: str
+) -> None:
+    """config.json, generation_config.json, and the tokenizer's files where there is one."""
+    end = None
+    if tokenizer is not None:
+        special = {t.content for t in tokenizer.get_added_tokens_decoder().values()}
+        end = tokenizer.token_to_id(eos) if eos in special else None
+        roles = dict(eos_token=eos, pad_token=eos, unk_token="<unk>")
+        roles = {role: token for role, token in roles.items() if token in special}
+        tokenizer.save(str(aside / "tokenizer.json"))
+        _write_json(aside / "special_tokens_map.json", roles)
+        _write_json(
+            aside / "tokenizer_config.json",
+            dict(
+                tokenizer_class="PreTrainedTokenizerFast",  # what tokenizer.json says, no more
+                model_max_length=config.context,
+                clean_up_tokenization_spaces=False,
+                **roles,
+            ),
+        )
+    tokens = dict(bos_token_id=None, eos_token_id=end, pad_token_id=end)
+    name = str(dtype).removeprefix("torch.")
+    _write_json(aside / "config.json", to_fields(config) | tokens | dict(dtype=name))
+    _write_json(aside / "generation_config.json", tokens | dict(do_sample=False))
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _move(aside: Path, path: Path) -> None:
+    """Put every new file in its place, config.json last, then remove the old weights' files."""
+    old = {p.name for p in (*path.glob(WEIGHTS), *path.glob(INDEX))}
+    old |= {p.name for p in path.glob("model-*-of-*.safetensors")}
+    new = {p.name for p in aside.iterdir()}
+    # Shards before their index.
+    for name in sorted(new, key=lambda n: (not n.endswith(".safetensors"), n == "config.json")):
+        os.replace(aside / name, path / name)
+    # The single file first: readers prefer it, so until it goes they would read the old weights.
+    for name in sorted(old - new, key=lambda n: (n != WEIGHTS, n != INDEX)):
+        (path / name).unlink()
+
+
+def register() -> None:
+    """Make `AutoConfig` and `AutoModelForCausalLM` open folders of model_type ponder."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from .auto import PonderConfig, PonderForCausalLM
+
+    AutoConfig.register("ponder", PonderConfig, exist_ok=True)
+    AutoModelForCausalLM.register(PonderConfig, PonderForCausalLM, exist_ok=True)
