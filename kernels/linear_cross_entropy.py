@@ -1,0 +1,408 @@
+"""Cross-entropy of a linear layer's logits, of which only a chunk of rows exists at any time.
+
+    loss[i] = log Σ_v exp(logits[i, v]) − logits[i, targets[i]],  logits = x Wᵀ + bias
+
+For V in the tens of thousands the logits and their gradient outweigh everything else in a step. So
+the rows are taken in chunks, and each chunk's logits become the loss and then, in place, their own
+gradient, which the two products dx = dlogits W and dW += dlogitsᵀ x consume before the next chunk
+overwrites it. That is done in the forward pass: a sum's gradient is the same for every upstream
+gradient but for a factor, which the backward pass applies. Where every row has an upstream
+gradient of its own (reduction "none"), the backward pass computes the chunks again.
+
+Shapes: N rows (all dimensions but the last, flattened), C channels, V the vocabulary.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ._runtime import TRITON_TYPE, Specialization, cdiv, jit, tl, use_triton
+from .cross_entropy import (
+    BLOCKS,
+    block_and_warps,
+    check_targets,
+    cross_entropy_reference,
+    launch_forward,
+    log_sum_exp,
+    reduce_losses,
+)
+
+# Logits that exist at once. On a GPU the chunk must be tall: every chunk reads and writes the
+# whole of dW. On the CPU a chunk that stays in cache is worth more.
+CHUNK = {"cuda": 2**28, "cpu": 2**22}
+# On the CPU, as many logits as this are cheaper held at once than taken in chunks.
+PLAIN = 2**20
+PAD = 64  # a chunk's rows start on 128-byte boundaries, whatever V
+
+
+def linear_cross_entropy_reference(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    """The definition: all logits at once."""
+    logits = F.linear(x, weight, bias)
+    return cross_entropy_reference(logits, targets, ignore_index, reduction)
+
+
+@jit
+def _loss_and_gradient_kernel(
+    logits_ptr,
+    stride_row,
+    targets_ptr,
+    upstream_ptr,
+    losses_ptr,
+    n_cols,
+    ignore_index,
+    HAS_UPSTREAM: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    i_row = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets_ptr + i_row)
+    row_ptr = logits_ptr + i_row * stride_row
+    dtype = logits_ptr.dtype.element_ty
+    if target == ignore_index:
+        tl.store(losses_ptr + i_row, 0.0)
+        for start in range(0, n_cols, BLOCK_V):
+            o_col = start + tl.arange(0, BLOCK_V)
+            tl.store(row_ptr + o_col, tl.zeros((BLOCK_V,), dtype), mask=o_col < stride_row)
+    else:
+        # No such target: NaN shows without a synchronization, and nothing is read out of bounds.
+        exists = (target >= 0) & (target < n_cols)
+        chosen = tl.load(row_ptr + target, mask=exists, other=float("nan")).to(tl.float32)
+        tl.debug_barrier()  # every thread has read the target's logit before one overwrites it
+        lse = log_sum_exp(row_ptr, n_cols, stride_row, BLOCK_V)
+        tl.store(losses_ptr + i_row, lse - chosen)
+        upstream = tl.where(exists, 1.0, float("nan"))
+        if HAS_UPSTREAM:
+            upstream *= tl.load(upstream_ptr + i_row)
+        for start in range(0, n_cols, BLOCK_V):
+            o_col = start + tl.arange(0, BLOCK_V)
+            m_col = o_col < stride_row  # the padding too: an aligned mask keeps accesses wide
+            b_logits = tl.load(row_ptr + o_col, mask=m_col, other=0.0).to(tl.float32)
+            b_grad = tl.exp(b_logits - lse) - tl.where(o_col == target, 1.0, 0.0)
+            tl.store(row_ptr + o_col, (b_grad * upstream).to(dtype), mask=m_col)
+
+
+def specializations(capability: int) -> Iterator[Specialization]:
+    """Every way in which the launcher below can compile the kernel."""
+    for dtype in TRITON_TYPE.values():
+        for block_v, num_warps in BLOCKS:
+            for has_upstream in (False, True):
+                yield Specialization(
+                    _loss_and_gradient_kernel,
+                    dict(
+                        logits_ptr=f"*{dtype}:16",
+                        stride_row="i32:16",
+                        targets_ptr="*i64:16",
+                        upstream_ptr="*fp32:16",
+                        losses_ptr="*fp32:16",
+                        n_cols="i32:16",
+                        ignore_index="i32",
+                    ),
+                    dict(HAS_UPSTREAM=has_upstream, BLOCK_V=block_v),
+                    num_warps=num_warps,
+                )
+
+
+class _TritonStep:
+    """Turns a chunk of logits into losses, and into their own gradient where asked."""
+
+    def __init__(self, n_rows: int, n_cols: int, like: Tensor, ignore_index: int):
+        padded = cdiv(n_cols, PAD) * PAD
+        self.logits = like.new_empty(n_rows, padded)[:, :n_cols]
+        self.lse = like.new_empty(n_rows, dtype=torch.float32)
+        self.ignore_index = ignore_index
+
+    def losses(self, logits: Tensor, targets: Tensor, losses: Tensor) -> None:
+        launch_forward(logits, targets, losses, self.lse, self.ignore_index)
+
+    def gradient(
+        self, logits: Tensor, targets: Tensor, losses: Tensor, upstream: Tensor | None
+    ) -> Tensor:
+        n_rows, n_cols = logits.shape
+        block_v, num_warps = block_and_warps(n_cols)
+        _loss_and_gradient_kernel[(n_rows,)](
+            logits,
+            logits.stride(0),
+            targets,
+            losses if upstream is None else upstream,
+            losses,
+            n_cols,
+            self.ignore_index,
+            HAS_UPSTREAM=upstream is not None,
+            BLOCK_V=block_v,
+            num_warps=num_warps,
+        )
+        return logits
+
+
+class _TorchStep:
+    """The same in PyTorch's operations, for the CPU.
+
+    softmax reads and writes a row once while it is in cache, and the log-sum-exp follows from it:
+    the largest probability is exp(max − lse). That is half the time of log_softmax, exp.
+    """
+
+    def __init__(self, n_rows: int, n_cols: int, like: Tensor, ignore_index: int):
+        self.logits = like.new_empty(n_rows, n_cols)
+        wide = torch.promote_types(like.dtype, torch.float32)
+        self.probabilities = like.new_empty(n_rows, n_cols, dtype=wide)
+        self.ignore_index = ignore_index
+
+    def losses(self, logits: Tensor, targets: Tensor, losses: Tensor) -> None:
+        p = self.probabilities[: len(logits)]
+        torch.softmax(logits, -1, dtype=p.dtype, out=p)
+        lse = logits.amax(-1).to(p.dtype) - p.amax(-1).log_()
+        kept = targets != self.ignore_index
+        chosen = logits.gather(1, targets.where(kept, 0)[:, None])[:, 0]
+        losses.copy_((lse - chosen).where(kept, 0))
+
+    def gradient(
+        self, logits: Tensor, targets: Tensor, losses: Tensor, upstream: Tensor | None
+    ) -> Tensor:
+        self.losses(logits, targets, losses)
+        p = self.probabilities[: len(logits)]
+        kept = targets != self.ignore_index
+        index = targets.where(kept, 0)[:, None]
+        p.scatter_add_(1, index, p.new_full((), -1.0).expand_as(index))
+        if upstream is not None:
+            p.mul_(upstream[:, None])
+        if not kept.all():
+            p.index_fill_(0, (~kept).nonzero()[:, 0], 0.0)
+        return p if p.dtype == logits.dtype else logits.copy_(p)
+
+
+def _in_chunks(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    upstream: Tensor | None,
+    ignore_index: int,
+    dtype: torch.dtype,
+    need_x: bool = False,
+    need_weight: bool = False,
+    need_bias: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(losses, dx, dweight, dbias); a gradient that is not needed is empty.
+
+    The products are computed in `dtype`; losses, dweight and dbias are fp32 (fp64 for fp64).
+    """
+    n_rows, n_cols = x.shape[0], weight.shape[0]
+    wide = torch.promote_types(dtype, torch.float32)
+    losses, dx, dweight, dbias = _outputs(x, weight, dtype, need_x, need_weight, need_bias)
+    dweight.zero_()
+    dbias.zero_()
+    weight = weight.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    # As many chunks as must be, all of about the same height.
+    most = max(1, CHUNK[x.device.type] // n_cols)
+    height = cdiv(n_rows, max(1, cdiv(n_rows, most)))
+    step_type = _TritonStep if use_triton(x) else _TorchStep
+    step = step_type(height, n_cols, x.new_empty(0, dtype=dtype), ignore_index)
+    for start in range(0, n_rows, max(1, height)):
+        rows = slice(start, min(start + height, n_rows))
+        b_x = x[rows].to(dtype)
+        logits = step.logits[: len(b_x)]
+        if bias is None:
+            torch.mm(b_x, weight.t(), out=logits)
+        else:
+            torch.addmm(bias, b_x, weight.t(), out=logits)
+        if not (need_x or need_weight or need_bias):
+            step.losses(logits, targets[rows], losses[rows])
+            continue
+        b_upstream = None if upstream is None else upstream[rows]
+        dlogits = step.gradient(logits, targets[rows], losses[rows], b_upstream)
+        if need_x:
+            dx[rows] = torch.mm(dlogits, weight)
+        if need_weight and dtype == wide:
+            torch.addmm(dweight, dlogits.t(), b_x, out=dweight)
+        elif need_weight:
+            dweight += torch.mm(dlogits.t(), b_x)
+        if need_bias:
+            dbias += dlogits.sum(0, dtype=wide)
+    return losses, dx, dweight, dbias
+
+
+def _outputs(x, weight, dtype, need_x, need_weight, need_bias):
+    wide = torch.promote_types(dtype, torch.float32)
+    return (
+        x.new_empty(x.shape[0], dtype=wide),
+        x.new_empty(x.shape if need_x else 0),
+        x.new_empty(weight.shape if need_weight else 0, dtype=wide),
+        x.new_empty(weight.shape[0] if need_bias else 0, dtype=wide),
+    )
+
+
+@torch.library.custom_op("ponder::linear_cross_entropy_losses", mutates_args=())
+def _losses(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    ignore_index: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """losses (N,) of x (N, C); the gradients wait for the upstream gradient of each row."""
+    return _in_chunks(x, weight, bias, targets, None, ignore_index, dtype)[0]
+
+
+@_losses.register_fake
+def _(x, weight, bias, targets, ignore_index, dtype):
+    return _outputs(x, weight, dtype, False, False, False)[0]
+
+
+@torch.library.custom_op("ponder::linear_cross_entropy_total", mutates_args=())
+def _total(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    upstream: Tensor | None,
+    ignore_index: int,
+    dtype: torch.dtype,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(Σ losses, dx, dweight, dbias), the gradients those of Σ losses · upstream."""
+    needs = (need_x, need_weight, need_bias)
+    losses, dx, dweight, dbias = _in_chunks(
+        x, weight, bias, targets, upstream, ignore_index, dtype, *needs
+    )
+    return losses.sum(), dx, dweight, dbias
+
+
+@_total.register_fake
+def _(x, weight, bias, targets, upstream, ignore_index, dtype, *needs):
+    losses, *gradients = _outputs(x, weight, dtype, *needs)
+    return losses.new_empty(()), *gradients
+
+
+def _setup_losses(ctx, inputs, output):
+    x, weight, bias, targets, ctx.ignore_index, ctx.dtype = inputs
+    ctx.save_for_backward(x, weight, bias, targets)
+
+
+@once_differentiable
+def _backward_losses(ctx, upstream):
+    x, weight, bias, targets = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:3]
+    _, dx, dweight, dbias = _total(
+        x, weight, bias, targets, upstream.contiguous(), ctx.ignore_index, ctx.dtype, *needs
+    )
+    return (
+        dx if needs[0] else None,
+        dweight.to(weight.dtype) if needs[1] else None,
+        dbias.to(bias.dtype) if needs[2] else None,
+        *[None] * 3,
+    )
+
+
+_losses.register_autograd(_backward_losses, setup_context=_setup_losses)
+
+
+def _setup_total(ctx, inputs, output):
+    x, weight, bias = inputs[:3]
+    ctx.dtypes = [None if t is None else t.dtype for t in (x, weight, bias)]
+    ctx.save_for_backward(*output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+@once_differentiable
+def _backward_total(ctx, upstream, *_):
+    """The gradients of the sum, times the upstream gradient; they are kept as they were."""
+    scaled: list[Tensor | None] = [None] * 3
+    if upstream is not None:
+        for i, (gradient, dtype) in enumerate(zip(ctx.saved_tensors, ctx.dtypes, strict=True)):
+            if ctx.needs_input_grad[i]:
+                # One element, not a scalar: the factor must not be rounded to 16 bits first.
+                out = gradient.new_empty(gradient.shape, dtype=dtype)
+                scaled[i] = torch.mul(gradient, upstream.reshape(1), out=out)
+    return *scaled, *[None] * 7
+
+
+_total.register_autograd(_backward_total, setup_context=_setup_total)
+
+
+def _product_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
+    """The dtype of the products: autocast's where it is on, else the inputs' own."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None and t.dtype != x.dtype:
+            raise ValueError(
+                f"linear_cross_entropy: {name} is {t.dtype}; it must be as x, {x.dtype}"
+            )
+    return x.dtype
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    """Cross-entropy in nats of the logits x Wᵀ + bias, without ever holding all of them.
+
+        loss[i] = log Σ_v exp(logits[i, v]) − logits[i, targets[i]]
+
+    x (..., C), weight (V, C) and bias (V,) of one dtype (under autocast: any, and the products are
+    in autocast's); targets (...) integers in [0, V) or ignore_index, whose loss and gradient are 0.
+    reduction "mean" (over the targets that are not ignored; 0 where there is none), "sum", or
+    "none" (losses in the targets' shape). The result, the log-sum-exp and the accumulated gradients
+    of weight and bias are fp32; gradients come in the dtype of their tensor.
+
+    Memory beyond inputs and gradients: one chunk of logits (CHUNK of them; on the CPU twice that),
+    whatever N · V, and the fp32 gradient of weight. "mean" and "sum" compute the gradients in the
+    forward pass (none where grad mode is off), "none" computes the logits again in the backward
+    pass. Differentiable once: a gradient of the gradient raises.
+
+    Raises ValueError for shapes, dtypes or a reduction that do not fit, and on the CPU for a target
+    out of range; on a GPU, where looking would cost a synchronization, such a target's loss and
+    gradients are NaN.
+    """
+    n_cols = weight.shape[0]
+    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"linear_cross_entropy: weight is {tuple(weight.shape)}; x of {tuple(x.shape)} needs "
+            f"(V, {x.shape[-1]})"
+        )
+    if bias is not None and bias.shape != (n_cols,):
+        raise ValueError(
+            f"linear_cross_entropy: bias is {tuple(bias.shape)}; weight of {tuple(weight.shape)} "
+            f"needs ({n_cols},)"
+        )
+    shape = x.shape[:-1]
+    flat = check_targets("linear_cross_entropy", shape, n_cols, targets, ignore_index, reduction)
+    dtype = _product_dtype(x, weight, bias)
+    rows = x.reshape(-1, x.shape[-1])
+    if use_triton(x):
+        if dtype not in TRITON_TYPE:
+            raise ValueError(
+                f"linear_cross_entropy: x is {dtype}; supported are fp32, fp16 and bf16"
+            )
+    elif rows.shape[0] * n_cols <= PLAIN:
+        logits = F.linear(rows, weight, bias)
+        wide = logits.to(torch.promote_types(dtype, torch.float32))
+        losses = F.cross_entropy(wide, flat, ignore_index=ignore_index, reduction="none")
+        return reduce_losses(losses.view(shape), targets, ignore_index, reduction)
+    needs = [
+        torch.is_grad_enabled() and t is not None and t.requires_grad for t in (x, weight, bias)
+    ]
+    if reduction == "none" or not any(needs):
+        losses = _losses(rows, weight, bias, flat, ignore_index, dtype)
+        return reduce_losses(losses.view(shape), targets, ignore_index, reduction)
+    total = _total(rows, weight, bias, flat, None, ignore_index, dtype, *needs)[0]
+    return reduce_losses(total, targets, ignore_index, reduction)
