@@ -1,8 +1,20 @@
 """Fused operations with hand-written Triton kernels; on CPU tensors, PyTorch's best operations."""
 
+from .attention import attention
 from .cross_entropy import cross_entropy
+from .decode_attention import decode_attention
 from .linear_cross_entropy import linear_cross_entropy
+from .mlp import gated_mlp, mlp
 from .norm import rms_norm
 from .rotary import rotary
 
-__all__ = ["cross_entropy", "linear_cross_entropy", "rms_norm", "rotary"]
+__all__ = [
+    "attention",
+    "cross_entropy",
+    "decode_attention",
+    "gated_mlp",
+    "linear_cross_entropy",
+    "mlp",
+    "rms_norm",
+    "rotary",
+]

@@ -96,12 +96,16 @@ def test_resume_gives_the_same_losses_and_weights(config, whole, monkeypatch):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_accumulation_gives_the_same_update(config, whole):
+def test_accumulation_gives_the_same_update(config):
+    # SGD, as Muon's bf16 iteration and Adam's division both amplify roundings.
     config, folder = config
-    out = folder.mktemp("accumulated")
-    train(replace(config, out=out, accumulation=4))
-    for (_, a, _), (_, b, _) in zip(losses(out), losses(whole), strict=True):
-        assert a == pytest.approx(b, rel=1e-4)
+    runs = []
+    for parts in (1, 4):
+        out = folder.mktemp(f"accumulated{parts}")
+        train(replace(config, out=out, accumulation=parts, optimizer="sgd", lr=0.05))
+        runs.append(losses(out))
+    for (_, a, _), (_, b, _) in zip(*runs, strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
 
 
 def test_a_loss_that_is_not_finite_names_its_step_and_keeps_the_checkpoint(config, monkeypatch):
