@@ -1,0 +1,463 @@
+"""Engine: many samples of many prompts at once, each as if it had been drawn alone.
+
+A fixed number of slots decodes together; a slot whose sample has finished takes the next request.
+Each distinct prompt is prefilled once and its keys and values are copied into the slots of its
+samples. A sample depends on the model, its prompt, its parameters, its seed and its index, and on
+nothing else: every shape that the model sees is fixed (all slots are computed whether they are in
+use or not; prompts are prefilled in blocks of a size that their own length decides), and each
+sample draws from a random stream of its own.
+"""
+
+import copy
+import hashlib
+import math
+import time
+from array import array
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import torch
+
+from ..kernels import sample_tokens
+from ..models import KVCache
+
+if TYPE_CHECKING:
+    from ..models import GPT
+
+LENGTH_STEP = 32  # attended lengths and prompt blocks are rounded up to a multiple of it
+NEVER = 1 << 62
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one sample is drawn. temperature 0 is greedy; top_k 0, top_p 1, min_p 0 filter nothing.
+
+    max_tokens bounds the completion, forced tokens and <eos> included. budget is the number of
+    tokens that may be sampled as thinking before </think> is forced; None never forces it, 0
+    forces it at once. Raises ValueError for values out of range.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    max_tokens: int = 256
+    budget: int | None = None
+
+    def __post_init__(self):
+        for name, value, valid, rule in (
+            ("temperature", self.temperature, 0 <= self.temperature < math.inf, "at least 0"),
+            ("top_k", self.top_k, self.top_k >= 0, "at least 0 (0: no limit)"),
+            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min_p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1"),
+            ("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1"),
+            ("budget", self.budget, self.budget is None or self.budget >= 0, "at least 0 or None"),
+        ):
+            if not valid:
+                raise ValueError(f"{name} is {value}; it must be {rule}")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One sample to draw. The prompt ends with <think> where the model is to think.
+
+    seed and index name the random stream: samples of one prompt differ by index. key is the
+    caller's own and comes back with the sample.
+    """
+
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    seed: int
+    index: int
+    key: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A finished completion.
+
+    tokens holds the whole completion: sampled_tokens of them drawn from the model and
+    forced_tokens (a forced </think>) put in; it ends with <eos> where finish is "stop", and was
+    cut at max_tokens where it is "length". logprob is the sum of the sampled tokens' natural
+    log-probabilities under the model itself (temperature 1, no filter). seconds is the sample's
+    share of the wall-clock time: every step is divided among the samples then alive, and every
+    prefill among the first requests that wait for it.
+    """
+
+    request: Request
+    tokens: tuple[int, ...]
+    sampled_tokens: int
+    forced_tokens: int
+    logprob: float
+    finish: Literal["stop", "length"]
+    seconds: float
+
+
+class Engine(Protocol):
+    """What draws samples: the local model here, or a server."""
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Sample]:
+        """The sample of each request, in the order in which they finish."""
+        ...
+
+
+def stream_key(prompt: tuple[int, ...], seed: int, index: int) -> int:
+    """The 63-bit key of a sample's random stream.
+
+    The stream's counter is the token's position in the completion, so the draws depend neither on
+    slots nor on parameters: a sample with a budget has the unbudgeted sample's tokens up to the
+    cut, and samples at two temperatures share their draws.
+    """
+    text = f"{seed} {index} ".encode() + array("q", prompt).tobytes()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()) >> 1
+
+
+class LocalEngine:
+    """Samples from a model on this machine, `slots` of them at a time.
+
+    model: a GPT, or anything with its `config`, `hidden` and `logits`. eos and think_end are the
+    ids of <eos> and </think>; without think_end no request may have a budget. device and dtype
+    default to the model's own; where they differ, the engine works on a copy. Weights are read
+    when they are used: a model that is being trained can be sampled between two steps.
+
+    Throughput grows with the slots until the machine is busy, memory with slots × the longest
+    prompt and completion. The numbers that a row gets do not depend on what the other rows hold,
+    but may differ in the last bit between two numbers of slots.
+    """
+
+    def __init__(
+        self,
+        model: "GPT",
+        *,
+        slots: int = 64,
+        eos: int,
+        think_end: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        vocabulary = model.config.vocab_size
+        for name, token in (("eos", eos), ("think_end", think_end)):
+            if token is not None and not 0 <= token < vocabulary:
+                raise ValueError(f"{name} is {token}; the model's tokens are 0 to {vocabulary - 1}")
+        if eos == think_end:
+            raise ValueError(f"eos and think_end are both {eos}; they must differ")
+        if slots < 1:
+            raise ValueError(f"slots is {slots}; it must be at least 1")
+        own = next(model.parameters(), torch.empty(0))
+        self.device = own.device if device is None else torch.device(device)
+        self.dtype = own.dtype if dtype is None else dtype
+        if (self.device, self.dtype) != (own.device, own.dtype):
+            model = copy.deepcopy(model).to(self.device)
+            for parameter in model.parameters():  # buffers (the rotary angles) stay fp32
+                parameter.data = parameter.data.to(self.dtype)
+        self.model, self.slots, self.eos, self.think_end = model, slots, eos, think_end
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Sample]:
+        """The sample of each request, in the order in which they finish.
+
+        `requests` is read as slots fall free, up to two fillings of the slots ahead. Those that
+        share a prompt should be adjacent: a prompt is forgotten when no waiting request has it.
+
+        Raises ValueError, when it reads the request and before it samples it, for a prompt that is
+        empty, holds tokens outside the vocabulary, or leaves the context too little room for
+        max_tokens, and for a budget where the engine has no think_end.
+        """
+        waiting: deque[Request] = deque()
+        source = map(self._checked, requests)
+        prompts = _Prompts(self)
+        slots = _Slots(self)
+        while True:
+            take = len(slots.free)
+            while len(waiting) < take + self.slots:
+                request = next(source, None)
+                if request is None:
+                    break
+                waiting.append(request)
+                prompts.expect(request.prompt)
+            if take and waiting:
+                batch = [waiting.popleft() for _ in range(min(take, len(waiting)))]
+                prompts.prefill(batch, waiting)
+                slots.fill(batch, prompts)
+            if not slots.running:
+                return
+            yield from slots.step()
+
+    def new_cache(self, rows: int, capacity: int) -> KVCache:
+        return KVCache(self.model.config, rows, capacity, device=self.device, dtype=self.dtype)
+
+    def _checked(self, request: Request) -> Request:
+        prompt, params = request.prompt, request.params
+        context, vocabulary = self.model.config.context, self.model.config.vocab_size
+        if not prompt:
+            raise ValueError("the prompt is empty; it must hold at least one token")
+        if min(prompt) < 0 or max(prompt) >= vocabulary:
+            token = next(t for t in prompt if not 0 <= t < vocabulary)
+            raise ValueError(f"the prompt holds token {token}; the model has 0 to {vocabulary - 1}")
+        room = context - len(prompt)
+        if room < 1:
+            raise ValueError(
+                f"the prompt has {len(prompt)} tokens; the model's context of {context} leaves "
+                f"room for at most {context - 1}"
+            )
+        if params.max_tokens > room:
+            raise ValueError(
+                f"a prompt of {len(prompt)} tokens and max_tokens of {params.max_tokens} are more "
+                f"than the model's context of {context}; max_tokens of at most {room} fits"
+            )
+        if params.budget is not None and self.think_end is None:
+            raise ValueError(
+                f"budget is {params.budget}, but the engine knows no </think> token to force; "
+                "give it think_end"
+            )
+        return request
+
+
+class _Prompt:
+    """A prefilled prompt: one row of a block's cache, and the time it took that none paid yet."""
+
+    def __init__(self, block: KVCache, row: int, seconds: float):
+        self.block, self.row, self.seconds = block, row, seconds
+
+
+class _Prompts:
+    """The keys and values of the prompts that waiting requests need.
+
+    Prompts are prefilled in blocks of fixed shape, right-padded to a length that a prompt's own
+    length decides, so that no prompt's numbers depend on its companions.
+    """
+
+    def __init__(self, engine: LocalEngine):
+        self.engine = engine
+        self.waiting: Counter[tuple[int, ...]] = Counter()
+        self.ready: dict[tuple[int, ...], _Prompt] = {}
+        self.block_tokens = 512 if engine.device.type == "cpu" else 8192
+
+    def expect(self, prompt: tuple[int, ...]) -> None:
+        self.waiting[prompt] += 1
+
+    def take(self, prompt: tuple[int, ...]) -> tuple[KVCache, int, float]:
+        """The block and row that hold the prompt, and the seconds that this request owes for it."""
+        entry = self.ready[prompt]
+        seconds = entry.seconds / self.waiting[prompt]
+        entry.seconds -= seconds
+        self.waiting[prompt] -= 1
+        if not self.waiting[prompt]:
+            del self.waiting[prompt], self.ready[prompt]
+        return entry.block, entry.row, seconds
+
+    def prefill(self, batch: Iterable[Request], ahead: Iterable[Request]) -> None:
+        """Make the batch's prompts ready; requests further ahead fill what is left of a block."""
+        needed: dict[int, dict[tuple[int, ...], None]] = {}
+        for request in batch:
+            if request.prompt not in self.ready:
+                needed.setdefault(self._width(request.prompt), {})[request.prompt] = None
+        if not needed:
+            return
+        spare = {width: -len(prompts) % self._rows(width) for width, prompts in needed.items()}
+        for request in ahead:
+            prompt, width = request.prompt, self._width(request.prompt)
+            if spare.get(width) and prompt not in self.ready and prompt not in needed[width]:
+                needed[width][prompt] = None
+                spare[width] -= 1
+        for width, prompts in needed.items():
+            source = iter(prompts)
+            while block := list(islice(source, self._rows(width))):
+                self._prefill_block(block, width)
+
+    def _width(self, prompt: tuple[int, ...]) -> int:
+        return min(_round_up(len(prompt)), self.engine.model.config.context)
+
+    def _rows(self, width: int) -> int:
+        return max(1, self.block_tokens // width)
+
+    @torch.inference_mode()
+    def _prefill_block(self, prompts: list[tuple[int, ...]], width: int) -> None:
+        engine = self.engine
+        start = time.perf_counter()
+        padded = [p + (0,) * (width - len(p)) for p in prompts]
+        padded += [(0,) * width] * (self._rows(width) - len(prompts))
+        tokens = torch.tensor(padded, device=engine.device)
+        block = engine.new_cache(len(padded), width)
+        engine.model.hidden(tokens, block)
+        seconds = (time.perf_counter() - start) / len(prompts)
+        for row, prompt in enumerate(prompts):
+            self.ready[prompt] = _Prompt(block, row, seconds)
+
+
+class _Run:
+    """What the host knows of the sample in a slot."""
+
+    def __init__(self, request: Request, length: int, seconds: float):
+        self.request = request
+        self.length = length  # cached tokens at step 0 of the slots' clock: may be negative
+        self.seconds = seconds
+
+
+class _Slots:
+    """The rows that decode together: their state on the device, their requests on the host."""
+
+    def __init__(self, engine: LocalEngine):
+        self.engine = engine
+        n = engine.slots
+        self.running: dict[int, _Run] = {}
+        self.free = list(range(n))
+        self.steps = 0
+        self.seconds = 0.0  # what a sample that has run all the time owes
+        # On a GPU the host looks at the results of several steps at once, so as not to stall it.
+        self.steps_per_look = 1 if engine.device.type == "cpu" else 8
+        self.integers = torch.zeros(7, n, dtype=torch.int64, device=engine.device)
+        self.numbers = torch.zeros(4, n, device=engine.device)
+        # token: the next one to feed; count: tokens of the completion so far; force_at: the count
+        # at which </think> is forced; most: max_tokens.
+        self.token, self.length, self.count, self.force_at, self.most, self.seed, self.top_k = (
+            self.integers
+        )
+        self.temperature, self.top_p, self.min_p, self.logprob = self.numbers
+        self.done = torch.ones(n, dtype=torch.bool, device=engine.device)
+        self.tokens = torch.zeros(n, 1, dtype=torch.int64, device=engine.device)
+        self.cache = engine.new_cache(n, 0)
+        self._reserve(LENGTH_STEP)
+
+    @torch.inference_mode()
+    def fill(self, batch: list[Request], prompts: _Prompts) -> None:
+        """Put each request into a free slot, behind its prompt's keys and values."""
+        engine = self.engine
+        self._reserve(max(len(r.prompt) + r.params.max_tokens for r in batch))
+        blocks: dict[KVCache, tuple[list[int], list[int]]] = {}
+        integers, numbers, rows = [], [], []
+        for request in batch:
+            prompt, params = request.prompt, request.params
+            block, block_row, seconds = prompts.take(prompt)
+            row = self.free.pop()
+            rows.append(row)
+            for list_, value in zip(
+                blocks.setdefault(block, ([], [])), (row, block_row), strict=True
+            ):
+                list_.append(value)
+            # The last prompt token is fed again, for its logits; before a forced </think> nobody
+            # needs them.
+            at_once = params.budget == 0 and params.max_tokens > 1
+            token, length = (
+                (engine.think_end, len(prompt)) if at_once else (prompt[-1], len(prompt) - 1)
+            )
+            force_at = NEVER if at_once or params.budget is None else params.budget
+            seed = stream_key(prompt, request.seed, request.index)
+            integers.append(
+                (token, length, int(at_once), force_at, params.max_tokens, seed, params.top_k)
+            )
+            numbers.append((params.temperature, params.top_p, params.min_p, 0.0))
+            self.running[row] = _Run(request, length - self.steps, seconds - self.seconds)
+        to = dict(device=engine.device)
+        index = torch.tensor(rows, **to)
+        self.integers.index_copy_(1, index, torch.tensor(integers, **to).t())
+        self.numbers.index_copy_(1, index, torch.tensor(numbers, **to).t())
+        self.done.index_fill_(0, index, False)
+        if engine.think_end is not None:
+            self.tokens[index, 0] = engine.think_end  # overwritten where it was not forced
+        for block, lists in blocks.items():
+            index, which = (torch.tensor(x, **to) for x in lists)
+            for new, old in ((self.cache.keys, block.keys), (self.cache.values, block.values)):
+                prefix = new[:, :, :, : block.capacity]
+                prefix.index_copy_(1, index, old.index_select(1, which))
+
+    @torch.inference_mode()
+    def step(self) -> list[Sample]:
+        """Decode a token of every slot (a few, on a GPU); the samples that finished."""
+        start = time.perf_counter()
+        n = self.steps_per_look
+        alive = len(self.running)
+        longest = max(run.length for run in self.running.values()) + self.steps + n
+        limit = min(_round_up(longest), self.cache.capacity)
+        filtered = any(
+            p.top_k or p.top_p < 1 or p.min_p > 0
+            for p in (run.request.params for run in self.running.values())
+        )
+        for _ in range(n):
+            self._step(limit, filtered)
+        self.steps += n
+        finished = [
+            row for row, done in enumerate(self.done.tolist()) if done and row in self.running
+        ]
+        self.seconds += (time.perf_counter() - start) / alive
+        return self._collect(finished) if finished else []
+
+    def _step(self, limit: int, filtered: bool) -> None:
+        engine, model = self.engine, self.engine.model
+        hidden = model.hidden(self.token[:, None], self.cache, limit)
+        filters = {}
+        if filtered:
+            filters = dict(top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
+        token, logprob = sample_tokens(
+            model.logits(hidden[:, -1]),
+            temperature=self.temperature,
+            **filters,
+            seeds=self.seed,
+            positions=self.count,
+        )
+        idle = self.done
+        if engine.think_end is not None:
+            forced = self.count == self.force_at
+            token.masked_fill_(forced, engine.think_end)
+            self.force_at.masked_fill_(token == engine.think_end, NEVER)
+            idle = idle | forced
+        self.logprob += logprob.masked_fill_(idle, 0.0)
+        self.tokens.scatter_(1, self.count[:, None], token[:, None])
+        self.count += ~self.done  # a finished row writes behind its tokens
+        self.done |= (token == engine.eos) | (self.count == self.most)
+        self.length += 1
+        self.length.masked_fill_(self.done, 0)
+        self.token.copy_(token)
+
+    def _collect(self, rows: list[int]) -> list[Sample]:
+        """The finished samples of these rows, which fall free."""
+        index = torch.tensor(rows, device=self.engine.device)
+        counts = self.count[index].tolist()
+        tokens = self.tokens[index, : max(counts)].tolist()
+        logprobs = self.logprob[index].tolist()
+        samples = []
+        for row, count, drawn, logprob in zip(rows, counts, tokens, logprobs, strict=True):
+            run = self.running.pop(row)
+            drawn = tuple(drawn[:count])
+            budget = run.request.params.budget
+            forced = (
+                budget is not None
+                and budget < count
+                and (self.engine.think_end not in drawn[:budget])
+            )
+            samples.append(
+                Sample(
+                    request=run.request,
+                    tokens=drawn,
+                    sampled_tokens=count - forced,
+                    forced_tokens=int(forced),
+                    logprob=logprob,
+                    finish="stop" if drawn[-1] == self.engine.eos else "length",
+                    seconds=run.seconds + self.seconds,
+                )
+            )
+        self.free += rows
+        return samples
+
+    def _reserve(self, positions: int) -> None:
+        """Make room for sequences of so many tokens."""
+        old = self.cache
+        if positions <= old.capacity:
+            return
+        capacity = _round_up(positions)
+        self.cache = self.engine.new_cache(self.engine.slots, capacity)
+        self.cache.keys[:, :, :, : old.capacity] = old.keys
+        self.cache.values[:, :, :, : old.capacity] = old.values
+        self.cache.lengths = self.length
+        self.cache.empty = False
+        tokens = torch.zeros(
+            self.engine.slots, capacity + 1, dtype=torch.int64, device=self.engine.device
+        )
+        tokens[:, : old.capacity] = self.tokens[:, : old.capacity]
+        self.tokens = tokens
+
+
+def _round_up(length: int) -> int:
+    return -(-length // LENGTH_STEP) * LENGTH_STEP
