@@ -28,9 +28,13 @@ else:
     class jit:
         """`triton.jit`, applied at the first launch to every kernel of the module at once."""
 
-        def __init__(self, fn: Callable):
-            self.fn = fn
-            functools.update_wrapper(self, fn)
+        def __init__(self, fn: Callable | None = None, **options):
+            self.fn, self.options = fn, options
+            if fn is not None:
+                functools.update_wrapper(self, fn)
+
+        def __call__(self, fn: Callable) -> "jit":
+            return jit(fn, **self.options)  # @jit(do_not_specialize=[...])
 
         def __getitem__(self, grid):
             return self.compiled[grid]
@@ -47,7 +51,7 @@ else:
                 own = [v for v in scope.values() if isinstance(v, jit)]
                 for kernel in own:
                     if kernel.fn.__globals__ is scope:
-                        kernel.jitted = triton.jit(kernel.fn)
+                        kernel.jitted = triton.jit(kernel.fn, **kernel.options)
                 for name, value in list(scope.items()):
                     if isinstance(value, jit):
                         scope[name] = value.compiled
