@@ -1,0 +1,217 @@
+"""Problems with exact verifiers and worked chains of thought.
+
+A completion reads `<think>` trace `</think>` answer. A trace is a run of steps, a step being the
+unit that budgets count; a problem's difficulty is the number of steps that its whole trace takes.
+Texts are plain characters of the task's alphabet; the special tokens are not among them.
+"""
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import islice
+from typing import Any, Protocol
+
+SPLITS = ("train", "val", "test")
+# Draws in a row that bring nothing new before the rest is enumerated. At 1 draw in 20 for a
+# held-out split, this many misses mean that less than a hundredth of the split is left.
+PATIENCE = 20_000
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One problem: its prompt (up to, not including, `<think>`) and its canonical answer.
+
+    difficulty is the number of steps of the whole trace; data is what the task itself computes
+    from.
+    """
+
+    task: str
+    prompt: str
+    answer: str
+    difficulty: int
+    data: tuple
+
+
+class Task(Protocol):
+    """What training and inference ask of a task."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def alphabet(self) -> str:
+        """Every character that the task's prompts, traces and answers use."""
+        ...
+
+    def problems(self, split: str, count: int, seed: int) -> list[Problem]: ...
+
+    def trace(self, problem: Problem, budget: int | None = None) -> str: ...
+
+    def verify(self, problem: Problem, text: str) -> bool: ...
+
+    def answer(self, text: str) -> str | None: ...
+
+
+def split_of(key: str) -> str:
+    """The split that a problem belongs to: 90 % train, 5 % val, 5 % test, by a hash of its key."""
+    digest = blake2b(key.encode(), digest_size=8).digest()
+    return {0: "val", 1: "test"}.get(int.from_bytes(digest, "little") % 20, "train")
+
+
+def final_text(text: str) -> str | None:
+    """What follows the last `</think>`, or the whole where there is none, stripped.
+
+    None where a thought was opened and not closed.
+    """
+    tail = text.rpartition("</think>")[2]
+    return None if "<think>" in tail else tail.strip()
+
+
+def check_range(task: str, field: str, bounds: tuple[int, int], least: int) -> None:
+    """Raise ValueError unless bounds is (low, high), whole numbers with least <= low <= high."""
+    pair = isinstance(bounds, tuple | list) and [type(bound) for bound in bounds] == [int, int]
+    if not pair or not least <= bounds[0] <= bounds[1]:
+        raise ValueError(
+            f"{task}: {field} is {bounds!r}; it must be (low, high), whole numbers with "
+            f"{least} <= low <= high"
+        )
+
+
+class WorkedTask(ABC):
+    """What the built-in tasks share: splits, draws, budgets and votes.
+
+    A task says how a statement (the bare problem: a tuple) is drawn, written down and worked out
+    in steps.
+    """
+
+    name: str
+    alphabet: str
+
+    @abstractmethod
+    def draw(self, rng: random.Random) -> tuple | None:
+        """A random statement; None where the attempt gave none."""
+
+    @abstractmethod
+    def every(self) -> Iterable[tuple]:
+        """Every statement that `draw` can give; repeats are allowed."""
+
+    @abstractmethod
+    def prompt(self, statement: tuple) -> str:
+        """The statement as text: two statements are the same where this is."""
+
+    @abstractmethod
+    def solve(self, statement: tuple) -> Problem: ...
+
+    @abstractmethod
+    def steps(self, problem: Problem) -> Iterable[str]:
+        """The texts of the trace's steps, in order."""
+
+    @abstractmethod
+    def answer(self, text: str) -> str | None:
+        """The canonical answer that a completion gives; None where it gives none."""
+
+    def key(self, statement: tuple) -> str:
+        """What decides the split: equal for statements that are the same problem in substance."""
+        return self.prompt(statement)
+
+    def statements(self, split: str, count: int, seed: int) -> Iterator[tuple]:
+        """The statements of `problems`, one by one."""
+        if split not in SPLITS:
+            raise ValueError(f"{self.name}: unknown split {split!r}; known: {', '.join(SPLITS)}")
+        if count < 0:
+            raise ValueError(f"{self.name}: count is {count}; it must be 0 or more")
+        rng = random.Random(f"{self.name}/{split}/{seed}")
+        seen: set[str] = set()
+        misses = found = 0
+        while found < count and misses < PATIENCE:
+            statement = self.draw(rng)
+            if statement is None or split_of(self.key(statement)) != split:
+                misses += 1
+                continue
+            if split != "train":
+                prompt = self.prompt(statement)
+                if prompt in seen:
+                    misses += 1
+                    continue
+                seen.add(prompt)
+            misses = 0
+            found += 1
+            yield statement
+        if found < count:
+            yield from self._remaining(split, count - found, seen, rng)
+
+    def _remaining(
+        self, split: str, count: int, seen: set[str], rng: random.Random
+    ) -> Iterator[tuple]:
+        """The split's statements that are not in seen, shuffled; train repeats them at will."""
+        every = {self.prompt(statement): statement for statement in self.every()}
+        rest = [
+            statement
+            for prompt, statement in sorted(every.items())
+            if prompt not in seen and split_of(self.key(statement)) == split
+        ]
+        if split == "train" and rest:
+            yield from rng.choices(rest, k=count)
+            return
+        if len(rest) < count:
+            raise ValueError(
+                f"{self.name}: {split} holds {len(seen) + len(rest)} distinct problems with these "
+                f"settings; {len(seen) + count} were asked for"
+            )
+        rng.shuffle(rest)
+        yield from rest[:count]
+
+    def problems(self, split: str, count: int, seed: int) -> list[Problem]:
+        """count random problems of a split ("train", "val" or "test").
+
+        They depend on (split, seed) alone and a longer list begins with the shorter one. The
+        splits are disjoint, whatever the seeds. Those of val and test are distinct; train may
+        repeat. Raises ValueError for an unknown split, a negative count, and where val or test
+        holds fewer than count problems.
+        """
+        return [self.solve(statement) for statement in self.statements(split, count, seed)]
+
+    def trace(self, problem: Problem, budget: int | None = None) -> str:
+        """The worked chain of thought, cut after budget steps where given (0 gives "").
+
+        Raises ValueError for a negative budget.
+        """
+        if budget is not None and budget < 0:
+            raise ValueError(f"{self.name}: budget is {budget}; it must be 0 or more")
+        return "".join(islice(self.steps(problem), budget))
+
+    def verify(self, problem: Problem, text: str) -> bool:
+        """Whether a completion's answer is right. Any string is allowed."""
+        return self.answer(text) == problem.answer
+
+
+def _tasks() -> dict[str, type[WorkedTask]]:
+    # Imported here because the tasks build on the definitions above.
+    from .countdown import Countdown
+    from .last_digit import LastDigit
+    from .multiply import Multiply
+    from .permute import Permute
+
+    return {task.name: task for task in (LastDigit, Permute, Multiply, Countdown)}
+
+
+def names() -> list[str]:
+    """The names that `get` knows."""
+    return list(_tasks())
+
+
+def get(name: str, **settings: Any) -> Task:
+    """The task of that name; settings are the fields of its class, such as operands=(3, 8).
+
+    Raises ValueError for a name, a setting or a value that is not known.
+    """
+    tasks = _tasks()
+    if name not in tasks:
+        raise ValueError(f"unknown task {name!r}; known: {', '.join(tasks)}")
+    fields = list(getattr(tasks[name], "__dataclass_fields__", ()))
+    for setting in settings:
+        if setting not in fields:
+            raise ValueError(f"{name}: unknown setting {setting!r}; known: {', '.join(fields)}")
+    return tasks[name](**settings)
