@@ -1,0 +1,1 @@
+"""Every speed claim of the project: side by side in one process, written to benchmarks/results/."""

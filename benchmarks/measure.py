@@ -1,0 +1,174 @@
+"""Timing side by side, and the rows of benchmarks/results/*.csv."""
+
+import csv
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from ponder import provenance
+
+RESULTS = Path(__file__).parent / "results"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement. `case` is the same string for every implementation of it."""
+
+    benchmark: str
+    case: str
+    dtype: str
+    implementation: str  # ponder, or the peer's name
+    ms_p20: float
+    ms_p50: float
+    ms_p80: float
+    tflops: float | str  # empty where it means nothing
+    gb_per_s: float | str
+    roofline: float | str  # fraction of the ceiling measured in the same run
+    peak_mib: float | str
+    error: float | str  # relative to the truth, in norm
+    gpu: str
+    driver: str
+    torch: str
+    triton: str
+    commit: str
+    date: str
+
+
+def _machine() -> dict[str, str]:
+    versions = provenance.versions()
+    facts = provenance.machine()
+    driver = ""
+    if DEVICE == "cuda":
+        import subprocess
+
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+    return {
+        "gpu": facts.get("gpu") or f"{facts['processor']}, {facts['cores']} cores (CPU)",
+        "driver": driver,
+        "torch": versions["torch"],
+        "triton": versions.get("triton", ""),
+        "commit": provenance.commit()[:12],
+        "date": date.today().isoformat(),
+    }
+
+
+def synchronize() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def milliseconds(
+    implementations: Mapping[str, Callable[[], object]], *, repeats: int, warmup: int = 3
+) -> dict[str, list[float]]:
+    """Times of each, taken in turns, so that a noisy neighbour meets all of them alike."""
+    times: dict[str, list[float]] = {name: [] for name in implementations}
+    for name, work in implementations.items():
+        for _ in range(warmup):
+            work()
+    flush = torch.empty(1 << 26, device=DEVICE) if DEVICE == "cuda" else None  # over the L2 cache
+    for _ in range(repeats):
+        for name, work in implementations.items():
+            if flush is not None:
+                flush.zero_()
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                work()
+                end.record()
+                torch.cuda.synchronize()
+                times[name].append(start.elapsed_time(end))
+            else:
+                begin = time.perf_counter()
+                work()
+                times[name].append(1e3 * (time.perf_counter() - begin))
+    return times
+
+
+def peak_mib(work: Callable[[], object]) -> float | str:
+    """Device memory that a call takes beyond what is there, in MiB; empty on a CPU."""
+    if DEVICE != "cuda":
+        return ""
+    work()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    work()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def rows(
+    benchmark: str,
+    case: str,
+    dtype: str,
+    implementations: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int = 20,
+    flops: float | None = None,
+    nbytes: float | None = None,
+    ceiling: float | None = None,
+    errors: Mapping[str, float] | None = None,
+    allowed: float | None = None,
+) -> list[Row]:
+    """Measure, print and return a row for each implementation.
+
+    flops, nbytes: what one call must compute and move at least. ceiling: FLOP/s where flops is
+    given, else bytes/s. errors: relative errors; RuntimeError where ponder's is above `allowed`, as
+    the time of a wrong result means nothing, and a peer's row is left out then.
+    """
+    errors = errors or {}
+    good = {}
+    for name, work in implementations.items():
+        error = errors.get(name, 0.0)
+        if allowed is not None and not error <= allowed:
+            if name == "ponder":
+                raise RuntimeError(f"{benchmark} {case}: error {error:.2e}, allowed {allowed:.2e}")
+            print(f"{benchmark} {case}: {name} is wrong by {error:.2e} and left out")
+            continue
+        good[name] = work
+    times = milliseconds(good, repeats=repeats)
+    result = []
+    for name, work in good.items():
+        p20, _, _, p80 = statistics.quantiles(times[name], n=5)
+        p50 = statistics.median(times[name])
+        seconds = p50 / 1e3
+        rate = (flops or nbytes or 0) / seconds
+        row = Row(
+            benchmark=benchmark,
+            case=case,
+            dtype=dtype,
+            implementation=name,
+            ms_p20=round(p20, 4),
+            ms_p50=round(p50, 4),
+            ms_p80=round(p80, 4),
+            tflops=round(flops / seconds / 1e12, 4) if flops else "",
+            gb_per_s=round(nbytes / seconds / 1e9, 2) if nbytes else "",
+            roofline=round(rate / ceiling, 4) if ceiling and rate else "",
+            peak_mib=peak_mib(work),
+            error=f"{errors[name]:.3e}" if name in errors else "",
+            **_machine(),
+        )
+        result.append(row)
+        print(f"{benchmark:12} {case:40} {dtype:5} {name:24} {p50:10.3f} ms  {row.roofline}")
+    return result
+
+
+def write(benchmark: str, measured: list[Row], folder: Path = RESULTS) -> Path:
+    """Replace this machine's rows of a benchmark by new ones; other machines' rows stay."""
+    path = folder / f"{benchmark}.csv"
+    folder.mkdir(parents=True, exist_ok=True)
+    kept: list[dict] = []
+    if path.exists() and measured:
+        with open(path, newline="") as file:
+            kept = [r for r in csv.DictReader(file) if r["gpu"] != measured[0].gpu]
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(Row)])
+        writer.writeheader()
+        writer.writerows(kept + [asdict(row) for row in measured])
+    return path

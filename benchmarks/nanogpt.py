@@ -1,0 +1,89 @@
+"""Time to a validation loss on tinyshakespeare, beside nanoGPT's own train.py.
+
+`python -m ponder.benchmarks.nanogpt --text tinyshakespeare.txt --peer PATH` with PATH a checkout of
+nanoGPT. The peer runs its published CPU recipe (4 layers, 128 wide, batch 12 × 64, 2000 steps); its
+validation loss is then taken over the whole split, each token once, as ours is. Seconds are
+training time: neither side's start, evaluation or saving is counted.
+"""
+
+import argparse
+import json
+import pickle
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ponder.training import preset
+from ponder.training.loop import train
+
+
+def peer_seconds(checkout: Path, text: str, folder: Path) -> tuple[float, float]:
+    """(training seconds, validation loss over the whole split) of nanoGPT's CPU recipe."""
+    copy = folder / "nanogpt"
+    subprocess.run(["git", "clone", "-q", checkout, copy], check=True)
+    data = copy / "data" / "shakespeare_char"
+    data.mkdir(parents=True, exist_ok=True)
+    letters = sorted(set(text))
+    code = {c: i for i, c in enumerate(letters)}
+    ids = np.array([code[c] for c in text], dtype=np.uint16)
+    cut = int(0.9 * len(text))
+    ids[:cut].tofile(data / "train.bin")
+    ids[cut:].tofile(data / "val.bin")
+    meta = {"vocab_size": len(letters), "stoi": code, "itos": dict(enumerate(letters))}
+    (data / "meta.pkl").write_bytes(pickle.dumps(meta))
+    words = (
+        "train.py config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=1 "
+        "--eval_interval=2000 --log_interval=1 --block_size=64 --batch_size=12 --n_layer=4 "
+        "--n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
+    )
+    run = subprocess.run([sys.executable, *words.split()], cwd=copy, capture_output=True, text=True)
+    if run.returncode:
+        raise RuntimeError(run.stderr[-2000:])
+    times = [float(t) for t in re.findall(r"time ([\d.]+)ms", run.stdout)]
+    # The first step of every evaluation interval holds the evaluation too: take the median's worth.
+    seconds = float(np.median(times)) * len(times) / 1e3
+    sys.path.insert(0, str(copy))
+    from model import GPT, GPTConfig  # type: ignore
+
+    saved = torch.load(copy / "out-shakespeare-char" / "ckpt.pt", weights_only=False)
+    model = GPT(GPTConfig(**saved["model_args"]))
+    model.load_state_dict(saved["model"])
+    model.eval()
+    held_out = torch.from_numpy(ids[cut:].astype(np.int64))
+    total = count = 0.0
+    with torch.no_grad():
+        for start in range(0, len(held_out) - 1, 64):
+            x = held_out[start : start + 64][None]
+            y = held_out[start + 1 : start + 65][None]
+            x = x[:, : y.shape[1]]
+            total += model(x, y)[1].item() * y.numel()
+            count += y.numel()
+    return seconds, total / count
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--peer", type=Path, help="a checkout of nanoGPT")
+    parser.add_argument("--preset", default="shakespeare")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if args.peer:
+            seconds, loss = peer_seconds(args.peer, args.text.read_text(), folder)
+            print(f"nanoGPT, CPU recipe: {seconds:.1f} s, validation loss {loss:.4f}")
+        out = folder / "run"
+        train(preset(args.preset, data=f"text:{args.text}", out=out))
+        for line in (out / "train" / "metrics.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            if row["val_loss"] is not None:
+                print(f"ponder {args.preset}: {row['seconds']:.1f} s, {row['val_loss']:.4f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Everything that only a GPU can tell, in one command, stage by stage.
+
+`python -m ponder.benchmarks.on_gpu --out DIR [--stage NAME ...]` runs each stage as a process of
+its own with a time limit, keeps its log as DIR/NAME.log and copies the CSV files of
+benchmarks/results/ to DIR. A stage that succeeded is not run again into the same DIR; the last
+thing printed is a table of the stages.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+LIMIT = 480  # seconds a stage
+
+PYTHON = [sys.executable, "-m"]
+STAGES: dict[str, list[str]] = {
+    "tests": [*PYTHON, "pytest", "-q", "-x", str(ROOT / "tests" / "kernels")],
+    "attention": [*PYTHON, "ponder.benchmarks.kernels", "attention"],
+    "mlp": [*PYTHON, "ponder.benchmarks.kernels", "mlp"],
+    "rest": [*PYTHON, "ponder.benchmarks.kernels", "loss", "norm", "decode"],
+    "train_step": [*PYTHON, "ponder.benchmarks.train_step"],
+    "sampling": [*PYTHON, "ponder.benchmarks.sampling"],
+    "demo": [*PYTHON, "ponder", "demo", "--out", "OUT/demo"],
+}
+
+
+def run_stage(name: str, out: Path) -> dict:
+    words = [word.replace("OUT", str(out)) for word in STAGES[name]]
+    start = time.monotonic()
+    with open(out / f"{name}.log", "w") as log:
+        try:
+            status = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT, timeout=LIMIT)
+            verdict = "ok" if status.returncode == 0 else f"exit {status.returncode}"
+        except subprocess.TimeoutExpired:
+            verdict = f"over {LIMIT} s"
+    for path in RESULTS.glob("*.csv"):
+        shutil.copy(path, out / path.name)
+    return {"verdict": verdict, "seconds": round(time.monotonic() - start)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--stage", choices=STAGES, nargs="*", default=list(STAGES))
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    state_file = args.out / "stages.json"
+    state = json.loads(state_file.read_text()) if state_file.exists() else {}
+    for name in args.stage:
+        if state.get(name, {}).get("verdict") != "ok":
+            state[name] = run_stage(name, args.out)
+            state_file.write_text(json.dumps(state, indent=1))
+            if state[name]["verdict"] != "ok":
+                print("\n".join((args.out / f"{name}.log").read_text().splitlines()[-15:]))
+    for name, found in state.items():
+        print(f"{name:12} {found['verdict']:12} {found['seconds']:5} s")
+
+
+if __name__ == "__main__":
+    main()

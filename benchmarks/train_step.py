@@ -1,0 +1,110 @@
+"""A whole training step against Transformers' Qwen3 of the same weights, in the same run.
+
+`python -m ponder.benchmarks.train_step`: 4.85M parameters (6 layers, 256 wide, 8 query and 4
+key-value heads), 16 × 256 tokens, AdamW. Losses of the first step must agree.
+"""
+
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from ponder.benchmarks.measure import DEVICE, Row, rows, synchronize, write
+from ponder.models import GPT, GPTConfig
+
+BATCH, CONTEXT = 16, 256
+CONFIG = GPTConfig(
+    vocab_size=512,
+    context=CONTEXT,
+    n_layer=6,
+    n_head=8,
+    n_kv_head=4,
+    head_dim=32,
+    n_embd=256,
+    n_inner=768,
+)
+
+
+def peer_of(model: GPT) -> Qwen3ForCausalLM:
+    """Transformers' Qwen3 with the model's own weights."""
+    c = model.config
+    config = Qwen3Config(
+        vocab_size=c.vocab_size,
+        hidden_size=c.n_embd,
+        intermediate_size=c.n_inner,
+        num_hidden_layers=c.n_layer,
+        num_attention_heads=c.n_head,
+        num_key_value_heads=c.n_kv_head,
+        head_dim=c.head_dim,
+        max_position_embeddings=c.context,
+        rms_norm_eps=c.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+        tie_word_embeddings=c.tie_embeddings,
+        use_cache=False,
+    )
+    peer = Qwen3ForCausalLM(config).to(DEVICE)
+    state = {
+        k if k.startswith("lm_head") else f"model.{k}": v for k, v in model.state_dict().items()
+    }
+    peer.load_state_dict(state)
+    return peer
+
+
+def stepper(loss_of, parameters, dtype: torch.dtype):
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+
+    def step() -> torch.Tensor:
+        with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
+            loss = loss_of()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        synchronize()
+        return loss.detach()
+
+    return step
+
+
+def run(compiled: bool = True) -> list[Row]:
+    measured: list[Row] = []
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        torch.manual_seed(0)
+        tokens = torch.randint(CONFIG.vocab_size, (BATCH, CONTEXT), device=DEVICE)
+        targets = torch.roll(tokens, -1, 1)
+
+        def ours() -> GPT:
+            torch.manual_seed(0)
+            return GPT(CONFIG).to(DEVICE)
+
+        model = ours()
+        peer = peer_of(model)
+        peer.train()
+        labels = tokens  # it shifts them itself
+        steps = {
+            "ponder": stepper(lambda m=model: m(tokens, targets), model.parameters(), dtype),
+            "transformers Qwen3": stepper(
+                lambda: peer(input_ids=tokens, labels=labels).loss, peer.parameters(), dtype
+            ),
+        }
+        if compiled:
+            other = ours()
+            fast = torch.compile(other)
+            steps["ponder, torch.compile"] = stepper(
+                lambda f=fast: f(tokens, targets), other.parameters(), dtype
+            )
+        measured += rows(
+            "train_step",
+            f"Qwen3 {model.parameter_count / 1e6:.2f}M, {BATCH}x{CONTEXT} tokens, AdamW",
+            name,
+            steps,
+            repeats=15,
+            flops=3 * CONFIG.flops_per_token(CONTEXT) * BATCH * CONTEXT,
+        )
+        median = {r.implementation: r.ms_p50 for r in measured if r.dtype == name}
+        for implementation, ms in median.items():
+            ratio = median["transformers Qwen3"] / ms
+            rate = BATCH * CONTEXT / ms * 1e3
+            print(f"  {name} {implementation}: {rate:,.0f} tokens/s, {ratio:.2f}× Transformers")
+    return measured
+
+
+if __name__ == "__main__":
+    print(write("train_step", run()))
