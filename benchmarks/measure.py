@@ -69,7 +69,7 @@ def milliseconds(
 ) -> dict[str, list[float]]:
     """Times of each, taken in turns, so that a noisy neighbour meets all of them alike."""
     times: dict[str, list[float]] = {name: [] for name in implementations}
-    for name, work in implementations.items():
+    for work in implementations.values():
         for _ in range(warmup):
             work()
     flush = torch.empty(1 << 26, device=DEVICE) if DEVICE == "cuda" else None  # over the L2 cache
