@@ -45,6 +45,8 @@ def maj_at_k(
     if k == 1:
         return ((answers >= 0) & correct).mean(1)
     chosen = _subsets(n, k, subsets, seed)  # (S, k), each row ascending
+    if len(answers) and answers.max() < np.iinfo(np.int16).max:
+        answers = answers.astype(np.int16)  # a quarter of the traffic
     scores = np.empty(len(answers))
     step = max(1, CHUNK // chosen.size)
     for start in range(0, len(answers), step):
@@ -60,7 +62,7 @@ def vote(answers: np.ndarray) -> np.ndarray:
 
     answers (..., k) int, negative where there is none; returns (...), -1 where nobody votes.
     """
-    counts = np.zeros(answers.shape, dtype=np.int32)
+    counts = np.zeros(answers.shape, dtype=np.int16)
     for j in range(answers.shape[-1]):
         counts += answers == answers[..., j : j + 1]
     counts[answers < 0] = 0
@@ -130,13 +132,18 @@ def paired_difference(
     return bootstrap(a - b, level=level, resamples=resamples, seed=seed)
 
 
-def pareto(cost: Sequence[float] | np.ndarray, value: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Which points no other one beats: none costs at most as much and is worth at least as much,
-    one of the two strictly. cost, value (M,); returns (M,) bool, False where either is NaN."""
+def pareto(
+    cost: Sequence[float] | np.ndarray, value: Sequence[float] | np.ndarray, *, slack: float = 0.0
+) -> np.ndarray:
+    """Which points no other one beats: by more value at no more cost, or less cost at no less
+    value. A cost that is higher by the share `slack` still counts as no more, where value is won.
+
+    cost, value (M,); returns (M,) bool, False where either is NaN.
+    """
     c, v = np.asarray(cost, dtype=np.float64), np.asarray(value, dtype=np.float64)
-    at_least = (c <= c[:, None]) & (v >= v[:, None])
-    better = at_least & ((c < c[:, None]) | (v > v[:, None]))
-    return ~better.any(1) & np.isfinite(c) & np.isfinite(v)
+    richer = (c <= c[:, None] * (1 + slack)) & (v > v[:, None])
+    cheaper = (c < c[:, None]) & (v >= v[:, None])
+    return ~(richer | cheaper).any(1) & np.isfinite(c) & np.isfinite(v)
 
 
 def guess_accuracy(answers: Sequence[str]) -> float:

@@ -125,8 +125,8 @@ STRATEGIES: dict[str, Strategy] = {
 class Result:
     """One row of results.csv; think_budget None is no limit, token counts are means per problem.
 
-    Besides the columns it holds what the row was computed from: `params` and the outcome's scores
-    by problem, for pairing and for accuracy by difficulty.
+    Besides the columns it holds where the row came from (`params`, `seed`) and the outcome's
+    scores by problem index (`scores`, `ids`), for pairing and for accuracy by difficulty.
     """
 
     task: str
@@ -147,6 +147,7 @@ class Result:
     guess_accuracy: float
     pareto: bool = False
     params: str = ""
+    seed: int = 0
     oracle: bool = False
     scores: np.ndarray = field(default_factory=lambda: np.empty(0), repr=False, compare=False)
     ids: np.ndarray = field(default_factory=lambda: np.empty(0, int), repr=False, compare=False)
@@ -220,6 +221,7 @@ def evaluate(
                         seconds_per_problem=float(outcome.seconds.mean()),
                         guess_accuracy=guess,
                         params=setting.params,
+                        seed=setting.seed,
                         oracle=strategy.oracle,
                         scores=outcome.scores,
                         ids=pool.problems,
@@ -229,10 +231,10 @@ def evaluate(
 
 
 def mark_pareto(results: Sequence[Result]) -> list[Result]:
-    """The results with `pareto` set on those that no other one beats in both cost and accuracy;
-    oracles do not compete."""
+    """The results with `pareto` set on those that no other one beats, costs within 2 % counting as
+    equal (a few tokens more or less are chance); oracles do not compete."""
     cost_of = [np.nan if r.oracle else r.cost for r in results]
-    frontier = stats.pareto(cost_of, [r.accuracy for r in results])
+    frontier = stats.pareto(cost_of, [r.accuracy for r in results], slack=0.02)
     return [replace(r, pareto=bool(best)) for r, best in zip(results, frontier, strict=True)]
 
 

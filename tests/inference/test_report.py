@@ -1,0 +1,240 @@
+import csv
+import io
+import json
+import random
+from dataclasses import dataclass
+from html.parser import HTMLParser
+
+import pytest
+from PIL import Image
+
+from ponder.inference.report import COLUMNS, csv_text, human, png, visible, write_report
+from ponder.inference.store import Key, Record, Store
+from ponder.inference.strategies import evaluate
+
+from .test_cost import Shape
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "</textarea></pre></main><img src=x onerror=alert(1)>",
+    '" onmouseover="alert(1)" x=\'',
+    "&lt;b&gt; {{ 7 * 7 }} {% raw %}",
+    "a\x00b\x1b[31m",
+    "abc\u202egpj.exe\u2066",
+    "]]><!-- --> $x_{$ \\",
+]
+
+
+@dataclass(frozen=True)
+class Problem:
+    prompt: str
+    answer: str
+    difficulty: int
+
+
+def make_store(path, *, problems=12, budgets=(0, 4, None), samples=4, texts=("thought",), task="t"):
+    """Half of all samples are right; problem 0's first is wrong and its vote right."""
+    rng = random.Random(0)
+    store = Store(path, identity={"model": "m", "task": task})
+    store.add_problems(
+        [Problem(f"prompt {texts[i % len(texts)]}", f"yes{i % 3}", i) for i in range(problems)]
+    )
+
+    def record(i, budget, temperature, s):
+        right = rng.random() < 0.5 if i else s > 0
+        text = texts[(i + s) % len(texts)]
+        return Record(
+            key=Key(i, budget, f"temperature={temperature}", 0, s),
+            text=f"<think>{text}</think>{'yes' if right else text}",
+            answer=f"yes{i % 3}" if right else text,
+            correct=right,
+            prompt_tokens=9,
+            sampled_tokens=3 + (20 if budget is None else budget),
+            forced_tokens=int(budget is not None),
+            think_tokens=1,
+            logprob=-1.0,
+            finish="stop",
+            seconds=0.25,
+        )
+
+    for budget in budgets:
+        store.add(record(i, budget, 0.0, 0) for i in range(problems))
+        store.add(record(i, budget, 1.0, s) for i in range(problems) for s in range(samples))
+    return store
+
+
+class Page(HTMLParser):
+    """Tags, attributes and the text outside of <style> of a page; checks that tags balance."""
+
+    def __init__(self, source):
+        super().__init__()
+        self.tags, self.attributes, self.open, self.text = [], [], [], ""
+        self.feed(source)
+        self.close()
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in ("meta", "br", "img", "link"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.text += data
+
+
+def page_of(store, folder, **options):
+    results = evaluate(store, shape=Shape())
+    path = write_report(folder, results, store, **options)
+    return Page(path.read_text(encoding="utf-8")), path.read_text(encoding="utf-8")
+
+
+def test_results_csv(tmp_path):
+    store = make_store(tmp_path / "s", task='a "quoted", task')
+    results = evaluate(store, shape=Shape())
+    write_report(tmp_path / "report", results, store)
+    with open(tmp_path / "report" / "results.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert (
+        tuple(rows[0])
+        == COLUMNS
+        == tuple(
+            "task,model,strategy,samples,think_budget,temperature,problems,accuracy,ci_low,ci_high,"
+            "prompt_tokens,sampled_tokens,forced_tokens,flops_per_problem,seconds_per_problem,"
+            "guess_accuracy,pareto".split(",")
+        )
+    )
+    assert len(rows) == len(results) == 3 * (1 + 1 + 2 + 2)
+    for row, result in zip(rows, results, strict=True):
+        assert row["task"] == 'a "quoted", task'
+        assert float(row["accuracy"]) == pytest.approx(result.accuracy, rel=1e-5)
+        assert float(row["flops_per_problem"]) == pytest.approx(result.flops_per_problem, rel=1e-5)
+        assert row["pareto"] == str(result.pareto).lower()
+        budget = float("inf") if result.think_budget is None else result.think_budget
+        assert float(row["think_budget"]) == budget
+    assert "true" in {row["pareto"] for row in rows}
+
+
+def test_unknown_flops_are_empty_in_the_csv(tmp_path):
+    rows = csv.DictReader(io.StringIO(csv_text(evaluate(make_store(tmp_path / "s")))))
+    assert {row["flops_per_problem"] for row in rows} == {""}
+
+
+def test_the_page_holds_what_it_shows(tmp_path):
+    run = {
+        "sweep": {
+            "command": "ponder sweep --task t",
+            "configuration": {"samples": [1, 4], "resume": None},
+            "versions": {"torch": "2.13.0"},
+            "commit": "abc123",
+        }
+    }
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps(run))
+    page, source = page_of(make_store(tmp_path / "s"), tmp_path / "report", run=file)
+    assert page.tags.count("svg") == 4  # wide and narrow compute, budgets, samples
+    for tag in ("script", "link", "iframe", "img", "object", "form"):
+        assert tag not in page.tags
+    addresses = [v for k, v in page.attributes if k in ("src", "href", "xlink:href")]
+    assert all(address.startswith("#") for address in addresses)
+    assert "url(http" not in source and "@import" not in source
+    ids = [v for k, v in page.attributes if k == "id"]
+    assert len(ids) == len(set(ids))
+    for reference in addresses:
+        assert reference[1:] in ids
+    for text in ("ponder sweep --task t", "torch 2.13.0", "abc123", "samples 1 4, resume none"):
+        assert text in page.text
+    assert ("name", "viewport") in page.attributes
+    assert "prefers-color-scheme: dark" in source
+
+
+def test_the_page_tells_the_numbers_and_the_corrected_problem(tmp_path):
+    store = make_store(tmp_path / "s", problems=1, texts=("first thought", "second thought"))
+    page, _ = page_of(store, tmp_path / "report")
+    # Greedy is wrong; of the four samples all but the first are right.
+    assert "Where the vote corrects a single sample" in page.text
+    assert "Sample 1: wrong" in page.text and "Sample 2: right" in page.text
+    assert "first thought</think>first thought" in page.text
+    assert "75.0 %" in page.text and "100.0 %" in page.text and "+25.0 points" in page.text
+
+
+def test_hostile_texts_are_escaped(tmp_path):
+    task = " ".join(HOSTILE)
+    store = make_store(tmp_path / "s", texts=HOSTILE, task=task, problems=14, samples=8)
+    results = evaluate(store, shape=Shape(), model=HOSTILE[1])
+    run = {"command": HOSTILE[0], HOSTILE[1]: {HOSTILE[2]: HOSTILE}}
+    path = write_report(tmp_path / "report", results, store, run=run, examples=10)
+    source = path.read_text(encoding="utf-8")
+    page = Page(source)
+    assert "script" not in page.tags and "img" not in page.tags
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+    shown = page.text
+    for text in HOSTILE:
+        assert visible(text) in shown  # whole, and as text
+    assert "⟨U+0000⟩" in shown and "⟨U+202E⟩" in shown
+    assert not {"\x00", "\x1b", "\u202e", "\u2066"} & set(source)
+    assert "49" not in shown.split("How this was made")[1]  # no template ran inside a text
+
+
+@pytest.mark.parametrize(
+    "options, figures",
+    [
+        (dict(budgets=(None,), samples=4), 3),
+        (dict(budgets=(0, 8), samples=1), 3),
+        (dict(budgets=(8,), samples=1, problems=1), 2),
+        (dict(budgets=tuple(range(0, 60, 2)), samples=2), 4),
+    ],
+    ids=["no budgets", "one sample", "one of everything", "many budgets"],
+)
+def test_small_and_large_sweeps(tmp_path, options, figures):
+    page, _ = page_of(make_store(tmp_path / "s", **options), tmp_path / "report")
+    assert page.tags.count("svg") == figures
+
+
+@pytest.mark.parametrize("only", ["greedy", "self-consistency", "pass@k"])
+def test_reports_of_one_strategy(tmp_path, only):
+    store = make_store(tmp_path / "s")
+    results = evaluate(store, strategies=[only])
+    path = write_report(tmp_path / "report", results, store)
+    assert "The numbers" in Page(path.read_text(encoding="utf-8")).text
+
+
+def test_the_picture(tmp_path):
+    image = Image.open(io.BytesIO(png(evaluate(make_store(tmp_path / "s"), shape=Shape()))))
+    assert image.width >= 1200
+    colours = {c for _, c in image.convert("RGB").getcolors(maxcolors=1 << 24) or []}
+    assert {(0xC2, 0x56, 0x2D), (0x16, 0x4A, 0x7F)} <= colours  # greedy and the largest vote
+
+
+def test_the_same_results_give_the_same_files(tmp_path):
+    store = make_store(tmp_path / "s")
+    results = evaluate(store, shape=Shape())
+    files = ("results.csv", "index.html", "accuracy_vs_compute.png")
+    write_report(tmp_path / "a", results, store)
+    write_report(tmp_path / "a", results, store)  # over an old one
+    write_report(tmp_path / "b", results, store)
+    for name in files:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == sorted(files)
+
+
+def test_nothing_to_report(tmp_path):
+    store = make_store(tmp_path / "s")
+    with pytest.raises(ValueError, match="no results to report"):
+        write_report(tmp_path / "report", [], store)
+
+
+@pytest.mark.parametrize(
+    "number, text",
+    [(0, "0"), (999, "999"), (1234567, "1.23 M"), (5e9, "5 G"), (float("nan"), "unknown")],
+)
+def test_human(number, text):
+    assert human(number) == text
