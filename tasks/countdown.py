@@ -220,13 +220,13 @@ class Countdown(WorkedTask):
 
     def draw(self, rng: random.Random) -> tuple[State, int] | None:
         low, high = self.numbers
-        numbers = tuple(sorted(rng.choices(range(low, high + 1), k=self.size)))
-        state = list(numbers)
+        state = rng.choices(range(low, high + 1), k=self.size)
+        numbers = tuple(sorted(state))
         while len(state) > 1:
-            a, b = (state.pop(int(rng.random() * len(state))) for _ in range(2))
-            a, b = max(a, b), min(a, b)
+            b, a = sorted((state.pop(), state.pop()))
             gains = [result for _, result in _results(a, b) if result != a and result != b]
-            state.append(rng.choice(gains))
+            result = gains[int(rng.random() * len(gains))]
+            state.insert(int(rng.random() * (len(state) + 1)), result)
         return (numbers, state[0]) if self._fits(numbers, state[0]) else None
 
     def every(self) -> Iterator[tuple]:

@@ -40,8 +40,8 @@ class LastDigit(WorkedTask):
 
     operands: the fewest and the most digits of a chain, every length equally likely.
 
-    The best fixed answer is right 1 time in 10 on all problems, of each length; on 2,000 drawn
-    ones, 0.11.
+    The best fixed answer is right 1 time in 10, at every length (the commonest of 20,000 training
+    answers: on 0.0995 of 2,000 validation problems).
     """
 
     operands: tuple[int, int] = (3, 12)

@@ -79,7 +79,7 @@ def test_problems_are_solvable_and_not_trivial():
 
 def test_traces_are_legal_searches_that_end_at_the_target():
     """Each step is one operation on two numbers of a state that was there before it; none is
-    visited twice; the moves that lead to the last one make the answer."""
+    visited twice, and no operation merely throws a number away."""
     for problem in PROBLEMS:
         numbers, target = problem.data
         before, visited = {numbers}, set()
@@ -89,6 +89,7 @@ def test_traces_are_legal_searches_that_end_at_the_target():
             result = int(result)
             assert value(ast.parse(left, mode="eval").body, used := []) == result > 0
             assert used == sorted(used, reverse=True)
+            assert result not in used
             state = tuple(map(int, state.split(",")))
             assert list(state) == sorted(state)
             parent = Counter(state) - Counter([result]) + Counter(used)
