@@ -219,6 +219,8 @@ class Countdown(WorkedTask):
         return self.targets[0] <= target <= self.targets[1] and target not in numbers
 
     def draw(self, rng: random.Random) -> tuple[State, int] | None:
+        # A held-out problem takes some 50 draws (split, fit), so they are kept cheap: 7 µs, against
+        # 11 with two random picks from an ordered state.
         low, high = self.numbers
         state = rng.choices(range(low, high + 1), k=self.size)
         numbers = tuple(sorted(state))
