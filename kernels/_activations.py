@@ -1,0 +1,96 @@
+"""Activation functions: in PyTorch (the definitions), and in Triton with their derivatives."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ._runtime import jit, tl
+
+
+def _relu2(x: Tensor) -> Tensor:
+    return F.relu(x).square()
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "relu2": _relu2,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "identity": _identity,
+}
+
+# Their derivative follows from their output: a backward needs no pre-activation.
+FROM_OUTPUT = frozenset({"relu", "relu2", "sigmoid", "tanh", "identity"})
+
+
+@jit
+def activate(x, ACTIVATION: tl.constexpr):
+    """y = act(x), fp32."""
+    return activate_with_slope(x, ACTIVATION)[0]
+
+
+@jit
+def activate_with_slope(x, ACTIVATION: tl.constexpr):
+    """(act(x), act'(x)), fp32. What the caller does not use, the compiler drops."""
+    if ACTIVATION == "relu":
+        y = tl.maximum(x, 0.0)
+        slope = tl.where(x > 0.0, 1.0, 0.0)
+    elif ACTIVATION == "relu2":
+        positive = tl.maximum(x, 0.0)
+        y = positive * positive
+        slope = 2.0 * positive
+    elif ACTIVATION == "gelu":  # x Φ(x), Φ the normal distribution
+        phi = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
+        y = x * phi
+        slope = phi + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    elif ACTIVATION == "gelu_tanh":  # 0.5 (1 + tanh u) = sigmoid(2u)
+        square = x * x
+        s = tl.sigmoid(x * (1.5957691216057308 + 0.0713548162726009 * square))
+        y = x * s
+        slope = s + y * (1.0 - s) * (1.5957691216057308 + 0.2140644488178027 * square)
+    elif ACTIVATION == "silu":
+        s = tl.sigmoid(x)
+        y = x * s
+        slope = s + y * (1.0 - s)
+    elif ACTIVATION == "sigmoid":
+        y = tl.sigmoid(x)
+        slope = y * (1.0 - y)
+    elif ACTIVATION == "tanh":
+        # Near 0 the exponentials cancel: there the series, to its x⁹ term.
+        square = x * x
+        series = -0.05396825396825397 + square * 0.021869488536155203
+        series = 1.0 + square * (-1.0 / 3.0 + square * (2.0 / 15.0 + square * series))
+        y = tl.where(square < 0.0625, x * series, 2.0 * tl.sigmoid(2.0 * x) - 1.0)
+        slope = 1.0 - y * y
+    else:
+        tl.static_assert(ACTIVATION == "identity")
+        y = x
+        slope = tl.full(x.shape, 1.0, tl.float32)
+    return y, slope
+
+
+@jit
+def slope_from_output(y, ACTIVATION: tl.constexpr):
+    """act'(x) where y = act(x) is known instead of x."""
+    if ACTIVATION == "relu":
+        slope = tl.where(y > 0.0, 1.0, 0.0)
+    elif ACTIVATION == "relu2":
+        slope = 2.0 * tl.sqrt(y)
+    elif ACTIVATION == "sigmoid":
+        slope = y * (1.0 - y)
+    elif ACTIVATION == "tanh":
+        slope = 1.0 - y * y
+    else:
+        tl.static_assert(ACTIVATION == "identity")
+        slope = tl.full(y.shape, 1.0, tl.float32)
+    return slope

@@ -1,0 +1,486 @@
+"""Multi-layer perceptrons whose activation is computed inside the matrix product.
+
+    plain:  h = act(x w_upᵀ + b_up)                 y = h w_downᵀ + b_down
+    gated:  h = act(x w_gateᵀ) * (x w_upᵀ)          y = h w_downᵀ
+
+Gated units: Shazeer 2020, "GLU Variants Improve Transformer", equation 6; relu2: So et al. 2021,
+"Primer", section 4.2. Shapes: M rows (all dimensions of x but the last, flattened), C columns of x
+and y, F hidden units. x, y (M, C); w_gate, w_up (F, C); w_down (C, F): torch.nn.Linear's layout.
+
+The forward kernel's epilogue turns the accumulators of x w_upᵀ (and x w_gateᵀ, on the same tile of
+x) into h. The backward kernel computes dh = dy w_down, and its epilogue multiplies by the
+activation's derivative and recomputes h, which dw_down needs. The other products are PyTorch's.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ._activations import (
+    ACTIVATIONS,
+    FROM_OUTPUT,
+    activate,
+    activate_with_slope,
+    slope_from_output,
+)
+from ._gemm import Tile, Tiles, columns, launch, load, matrix, store, tile_index
+from ._runtime import TRITON_TYPE, Specialization, autocast, capability, jit, tl, use_triton
+
+
+def mlp_reference(
+    x: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    activation: str = "gelu",
+    b_up: Tensor | None = None,
+    b_down: Tensor | None = None,
+) -> Tensor:
+    """The definition of `mlp`, and its path on CPU tensors."""
+    return F.linear(ACTIVATIONS[activation](F.linear(x, w_up, b_up)), w_down, b_down)
+
+
+def gated_mlp_reference(
+    x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, activation: str = "silu"
+) -> Tensor:
+    """The definition of `gated_mlp`, and its path on CPU tensors."""
+    return F.linear(ACTIVATIONS[activation](F.linear(x, w_gate)) * F.linear(x, w_up), w_down)
+
+
+@jit(do_not_specialize=["n_rows"])
+def _mlp_forward_kernel(
+    x_ptr,
+    w_gate_ptr,
+    w_up_ptr,
+    b_up_ptr,
+    hidden_ptr,
+    gate_ptr,
+    up_ptr,
+    n_rows,
+    n_in,
+    n_hidden,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    KEEP: tl.constexpr,
+    TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    x = matrix(x_ptr, n_rows, n_in, BLOCK_M, BLOCK_K, TMA)
+    w_up = matrix(w_up_ptr, n_hidden, n_in, BLOCK_N, BLOCK_K, TMA)
+    hidden = matrix(hidden_ptr, n_rows, n_hidden, BLOCK_M, WIDTH, TMA)
+    if GATED:
+        w_gate = matrix(w_gate_ptr, n_hidden, n_in, BLOCK_N, BLOCK_K, TMA)
+    if KEEP:
+        up = matrix(up_ptr, n_rows, n_hidden, BLOCK_M, WIDTH, TMA)
+        if GATED:
+            gate = matrix(gate_ptr, n_rows, n_hidden, BLOCK_M, WIDTH, TMA)
+    n_tiles = tl.cdiv(n_rows, BLOCK_M) * tl.cdiv(n_hidden, BLOCK_N)
+    for i_tile in tl.range(tl.program_id(0), n_tiles, tl.num_programs(0), flatten=TMA):
+        i_m, i_n = tile_index(i_tile, n_rows, n_hidden, BLOCK_M, BLOCK_N)
+        o_m = i_m * BLOCK_M
+        o_n = i_n * BLOCK_N
+        b_up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        if GATED:
+            b_gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for o_k in range(0, n_in, BLOCK_K):
+            b_x = load(x, o_m, o_k, n_rows, n_in, BLOCK_M, BLOCK_K, TMA)
+            b_w = load(w_up, o_n, o_k, n_hidden, n_in, BLOCK_N, BLOCK_K, TMA)
+            b_up = tl.dot(b_x, b_w.T, b_up, input_precision="ieee")
+            if GATED:
+                b_w = load(w_gate, o_n, o_k, n_hidden, n_in, BLOCK_N, BLOCK_K, TMA)
+                b_gate = tl.dot(b_x, b_w.T, b_gate, input_precision="ieee")
+        for i in tl.static_range(BLOCK_N // WIDTH):
+            o_col = o_n + i * WIDTH
+            c_up = columns(b_up, i, WIDTH)
+            if HAS_BIAS:
+                cols = o_col + tl.arange(0, WIDTH)
+                bias = tl.load(b_up_ptr + cols, mask=cols < n_hidden, other=0.0)
+                c_up += bias.to(tl.float32)[None, :]
+            if GATED:
+                c_gate = columns(b_gate, i, WIDTH)
+                c_hidden = activate(c_gate, ACTIVATION) * c_up
+            else:
+                c_hidden = activate(c_up, ACTIVATION)
+            store(hidden, c_hidden, o_m, o_col, n_rows, n_hidden, TMA)
+            if KEEP:
+                store(up, c_up, o_m, o_col, n_rows, n_hidden, TMA)
+                if GATED:
+                    store(gate, c_gate, o_m, o_col, n_rows, n_hidden, TMA)
+
+
+@jit(do_not_specialize=["n_rows"])
+def _mlp_backward_kernel(
+    dy_ptr,
+    w_down_ptr,
+    gate_ptr,
+    up_ptr,
+    dgate_ptr,
+    dup_ptr,
+    hidden_ptr,
+    n_rows,
+    n_in,
+    n_hidden,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    UP_IS_HIDDEN: tl.constexpr,
+    TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    dy = matrix(dy_ptr, n_rows, n_in, BLOCK_M, BLOCK_K, TMA)
+    w_down = matrix(w_down_ptr, n_in, n_hidden, BLOCK_K, BLOCK_N, TMA)
+    up = matrix(up_ptr, n_rows, n_hidden, BLOCK_M, WIDTH, TMA)
+    dup = matrix(dup_ptr, n_rows, n_hidden, BLOCK_M, WIDTH, TMA)
+    if not UP_IS_HIDDEN:
+        hidden = matrix(hidden_ptr, n_rows, n_hidden, BLOCK_M, WIDTH, TMA)
+    if GATED:
+        gate = matrix(gate_ptr, n_rows, n_hidden, BLOCK_M, WIDTH, TMA)
+        dgate = matrix(dgate_ptr, n_rows, n_hidden, BLOCK_M, WIDTH, TMA)
+    n_tiles = tl.cdiv(n_rows, BLOCK_M) * tl.cdiv(n_hidden, BLOCK_N)
+    for i_tile in tl.range(tl.program_id(0), n_tiles, tl.num_programs(0), flatten=TMA):
+        i_m, i_n = tile_index(i_tile, n_rows, n_hidden, BLOCK_M, BLOCK_N)
+        o_m = i_m * BLOCK_M
+        o_n = i_n * BLOCK_N
+        b_dhidden = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for o_k in range(0, n_in, BLOCK_K):
+            b_dy = load(dy, o_m, o_k, n_rows, n_in, BLOCK_M, BLOCK_K, TMA)
+            b_w = load(w_down, o_k, o_n, n_in, n_hidden, BLOCK_K, BLOCK_N, TMA)
+            b_dhidden = tl.dot(b_dy, b_w, b_dhidden, input_precision="ieee")
+        for i in tl.static_range(BLOCK_N // WIDTH):
+            o_col = o_n + i * WIDTH
+            c_dhidden = columns(b_dhidden, i, WIDTH)
+            c_up = load(up, o_m, o_col, n_rows, n_hidden, BLOCK_M, WIDTH, TMA).to(tl.float32)
+            if UP_IS_HIDDEN:
+                c_dup = c_dhidden * slope_from_output(c_up, ACTIVATION)
+            elif GATED:
+                c_gate = load(gate, o_m, o_col, n_rows, n_hidden, BLOCK_M, WIDTH, TMA)
+                c_act, c_slope = activate_with_slope(c_gate.to(tl.float32), ACTIVATION)
+                c_dgate = c_dhidden * c_up * c_slope
+                store(dgate, c_dgate, o_m, o_col, n_rows, n_hidden, TMA)
+                store(hidden, c_act * c_up, o_m, o_col, n_rows, n_hidden, TMA)
+                c_dup = c_dhidden * c_act
+            else:
+                c_act, c_slope = activate_with_slope(c_up, ACTIVATION)
+                store(hidden, c_act, o_m, o_col, n_rows, n_hidden, TMA)
+                c_dup = c_dhidden * c_slope
+            store(dup, c_dup, o_m, o_col, n_rows, n_hidden, TMA)
+
+
+# Compiled, not yet timed: registers, spills and shared memory decided.
+_SMALL = Tile(64, 32, 128, num_warps=4, num_stages=3)
+_UNALIGNED = Tile(64, 64, 32, num_warps=4, num_stages=2, width=16)
+_HOPPER_FORWARD = Tiles(
+    (
+        Tile(128, 256, 64, num_warps=8, num_stages=4, tma=True),
+        Tile(128, 128, 64, num_warps=8, num_stages=3),
+        _SMALL,
+    ),
+    _UNALIGNED,
+)
+_HOPPER_BACKWARD = Tiles(
+    (Tile(128, 256, 64, num_warps=8, num_stages=3, tma=True), *_HOPPER_FORWARD.by_size[1:]),
+    _UNALIGNED,
+)
+_PORTABLE = {
+    2: Tiles((Tile(128, 128, 32, num_warps=8, num_stages=4), _SMALL), _UNALIGNED),
+    4: Tiles(
+        (Tile(64, 64, 16, num_warps=4, num_stages=3), Tile(32, 32, 32, num_warps=4, num_stages=3)),
+        Tile(32, 32, 16, num_warps=4, num_stages=2),
+    ),
+}
+_INTERPRETER = Tiles(
+    (
+        Tile(32, 128, 32, num_warps=4, num_stages=1, tma=True),
+        Tile(32, 64, 32, num_warps=4, num_stages=1),
+    ),
+    Tile(16, 64, 16, num_warps=4, num_stages=1, width=32),
+)
+
+
+def _tiles(device_capability: int, itemsize: int, backward: bool) -> Tiles:
+    if device_capability == 0:
+        return _INTERPRETER
+    if itemsize == 2 and device_capability in (90, 100, 103):
+        return _HOPPER_BACKWARD if backward else _HOPPER_FORWARD
+    return _PORTABLE[itemsize]
+
+
+def specializations(capability: int) -> Iterator[Specialization]:
+    """How the launchers below can compile the kernels.
+
+    Not the full product, which has thousands: every tile and dtype with the gated epilogue of an
+    activation that costs many registers; the plain epilogue, with and without what it can leave
+    out, and every activation on the widest tile.
+    """
+    for backward in (False, True):
+        for dtype, itemsize in (("fp32", 4), ("fp16", 2), ("bf16", 2)):
+            tiles = _tiles(capability, itemsize, backward)
+            for tile in tiles:
+                yield _specialization(backward, dtype, tile, True, "gelu", tile is tiles.unaligned)
+        widest = tiles.by_size[0]
+        yield _specialization(backward, "bf16", widest, False, "gelu")
+        yield _specialization(backward, "bf16", widest, False, "gelu", lean=True)
+    for activation in ACTIVATIONS:
+        yield _specialization(True, "bf16", widest, True, activation)
+        if activation in FROM_OUTPUT:
+            yield _specialization(True, "bf16", tiles.unaligned, False, activation)
+
+
+def _specialization(
+    backward: bool,
+    dtype: str,
+    tile: Tile,
+    gated: bool,
+    activation: str,
+    unaligned: bool = False,
+    lean: bool = False,
+) -> Specialization:
+    """`lean`: neither biases nor pre-activations."""
+    if backward:
+        kernel = _mlp_backward_kernel
+        names = "dy_ptr w_down_ptr gate_ptr up_ptr dgate_ptr dup_ptr hidden_ptr"
+        options = dict(UP_IS_HIDDEN=_up_is_hidden(gated, activation))
+    else:
+        kernel = _mlp_forward_kernel
+        names = "x_ptr w_gate_ptr w_up_ptr b_up_ptr hidden_ptr gate_ptr up_ptr"
+        options = dict(HAS_BIAS=not lean, KEEP=not lean)
+    size = "i32" if unaligned else "i32:16"
+    return Specialization(
+        kernel,
+        {name: f"*{dtype}:16" for name in names.split()}
+        | dict(n_rows="i32", n_in=size, n_hidden=size),
+        dict(ACTIVATION=activation, GATED=gated)
+        | options
+        | tile.constexprs(1 if backward else 1 + gated),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        matrix=dtype != "fp32",
+    )
+
+
+def _up_is_hidden(gated: bool, activation: str) -> bool:
+    """Whether the output alone gives the derivative, so that no pre-activation is kept."""
+    return not gated and activation in FROM_OUTPUT
+
+
+@torch.library.custom_op("ponder::mlp", mutates_args=())
+def _mlp(
+    x: Tensor,
+    w_gate: Tensor | None,
+    w_up: Tensor,
+    w_down: Tensor,
+    b_up: Tensor | None,
+    b_down: Tensor | None,
+    activation: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, gate, up) of contiguous x (M, C); gate and up are empty where no backward needs them.
+
+    up is the hidden activations themselves where their derivative follows from them.
+    """
+    gated = w_gate is not None
+    n_rows, n_in = x.shape
+    n_hidden = w_up.shape[0]
+    hidden = x.new_empty((n_rows, n_hidden))
+    up_is_hidden = _up_is_hidden(gated, activation)
+    gate = torch.empty_like(hidden) if keep and gated else x.new_empty(0)
+    up = torch.empty_like(hidden) if keep and not up_is_hidden else x.new_empty(0)
+    if hidden.numel():
+        unused = hidden
+        launch(
+            _mlp_forward_kernel,
+            _tiles(capability(x.device), x.element_size(), backward=False),
+            (
+                x,
+                unused if w_gate is None else w_gate,
+                w_up,
+                unused if b_up is None else b_up,
+                hidden,
+                gate,
+                up,
+            ),
+            (n_rows, n_in, n_hidden),
+            1 + gated,
+            ACTIVATION=activation,
+            GATED=gated,
+            HAS_BIAS=b_up is not None,
+            KEEP=keep and not up_is_hidden,
+        )
+    y = F.linear(hidden, w_down, b_down)
+    return y, gate, hidden if keep and up_is_hidden else up
+
+
+@_mlp.register_fake
+def _(x, w_gate, w_up, w_down, b_up, b_down, activation, keep):
+    shape = (x.shape[0], w_up.shape[0]) if keep else (0,)
+    gate = x.new_empty(0 if w_gate is None else shape)
+    return torch.empty_like(x), gate, x.new_empty(shape)
+
+
+@torch.library.custom_op("ponder::mlp_backward", mutates_args=())
+def _mlp_backward(
+    dy: Tensor, w_down: Tensor, gate: Tensor, up: Tensor, activation: str, gated: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(d_gate, d_up, hidden), (M, F) each; d_gate is empty where there is no gate, hidden where
+    up is hidden."""
+    up_is_hidden = _up_is_hidden(gated, activation)
+    dup = torch.empty_like(up)
+    dgate = torch.empty_like(up) if gated else up.new_empty(0)
+    hidden = up.new_empty(0) if up_is_hidden else torch.empty_like(up)
+    if up.numel():
+        launch(
+            _mlp_backward_kernel,
+            _tiles(capability(dy.device), dy.element_size(), backward=True),
+            (dy, w_down, gate, up, dgate, dup, hidden),
+            (dy.shape[0], dy.shape[1], up.shape[1]),
+            ACTIVATION=activation,
+            GATED=gated,
+            UP_IS_HIDDEN=up_is_hidden,
+        )
+    return dgate, dup, hidden
+
+
+@_mlp_backward.register_fake
+def _(dy, w_down, gate, up, activation, gated):
+    hidden = up.new_empty(0) if _up_is_hidden(gated, activation) else torch.empty_like(up)
+    return torch.empty_like(up) if gated else up.new_empty(0), torch.empty_like(up), hidden
+
+
+def _setup_context(ctx, inputs, output):
+    x, w_gate, w_up, w_down, _, _, ctx.activation, _ = inputs
+    _, gate, up = output
+    ctx.set_materialize_grads(False)  # gate and up have no gradients: no zeros in their place
+    ctx.save_for_backward(x, w_gate, w_up, w_down, gate, up)
+
+
+def _backward(ctx, dy, *_):
+    x, w_gate, w_up, w_down, gate, up = ctx.saved_tensors
+    gated = w_gate is not None
+    dy = dy.contiguous()
+    dgate, dup, hidden = _mlp_backward(dy, w_down, gate, up, ctx.activation, gated)
+    if _up_is_hidden(gated, ctx.activation):
+        hidden = up
+    need_x, need_gate, need_up, need_down, need_b_up, need_b_down, *_ = ctx.needs_input_grad
+    dx = None
+    if need_x:
+        dx = dup @ w_up
+        dx = torch.addmm(dx, dgate, w_gate) if gated else dx
+    return (
+        dx,
+        dgate.t() @ x if need_gate else None,
+        dup.t() @ x if need_up else None,
+        dy.t() @ hidden if need_down else None,
+        dup.sum(0) if need_b_up else None,
+        dy.sum(0) if need_b_down else None,
+        None,
+        None,
+    )
+
+
+_mlp.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _check(name: str, activation: str, x: Tensor, shapes: dict[str, tuple]) -> None:
+    """Raise ValueError unless each tensor in `shapes` has its shape, and x's dtype and device."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"{name}: activation is {activation!r}; known are {', '.join(ACTIVATIONS)}"
+        )
+    for argument, (tensor, shape) in shapes.items():
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{name}: {argument} has shape {tuple(tensor.shape)}; with x of shape "
+                f"{tuple(x.shape)} it needs {shape}"
+            )
+        same = tensor.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
+        if not same or tensor.device != x.device:
+            raise ValueError(
+                f"{name}: {argument} is {tensor.dtype} on {tensor.device}; it must be as x, "
+                f"{x.dtype} on {x.device}"
+            )
+
+
+def _fused(name: str, activation: str, x: Tensor, *others: Tensor | None) -> Tensor:
+    """`others`: w_gate, w_up, w_down, b_up, b_down."""
+    inputs = autocast(x.reshape(-1, x.shape[-1]), *others)
+    inputs = [t if t is None else t.contiguous() for t in inputs]
+    assert inputs[0] is not None
+    if inputs[0].dtype not in TRITON_TYPE:
+        raise ValueError(f"{name}: x is {x.dtype}; supported are fp32, fp16 and bf16")
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    return _mlp(*inputs, activation, keep)[0].view(x.shape)
+
+
+def mlp(
+    x: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    *,
+    activation: str = "gelu",
+    b_up: Tensor | None = None,
+    b_down: Tensor | None = None,
+) -> Tensor:
+    """Multi-layer perceptron of one hidden layer: y = w_down · act(w_up · x + b_up) + b_down.
+
+    x (..., C), w_up (F, C), w_down (C, F), b_up (F,), b_down (C,) in fp32 (IEEE products), fp16 or
+    bf16; y as x. Products accumulate in fp32. Activations: relu, relu2 (relu squared), gelu (by
+    erf), gelu_tanh, silu, sigmoid, tanh, identity.
+
+    Kept for the backward, beside x: F elements a row. For relu, relu2, sigmoid, tanh and identity
+    they are the hidden activations, whose derivative follows from them (relu2' = 2 relu =
+    2 sqrt(relu2)); for the others the pre-activations, and the hidden ones are computed again.
+
+    Raises ValueError for an unknown activation, and for shapes, dtypes or devices that do not fit.
+    """
+    n_in, n_hidden = x.shape[-1], w_up.shape[0]
+    _check(
+        "mlp",
+        activation,
+        x,
+        dict(
+            w_up=(w_up, (n_hidden, n_in)),
+            w_down=(w_down, (n_in, n_hidden)),
+            b_up=(b_up, (n_hidden,)),
+            b_down=(b_down, (n_in,)),
+        ),
+    )
+    if not use_triton(x):
+        return mlp_reference(x, w_up, w_down, activation, b_up, b_down)
+    return _fused("mlp", activation, x, None, w_up, w_down, b_up, b_down)
+
+
+def gated_mlp(
+    x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, *, activation: str = "silu"
+) -> Tensor:
+    """Gated perceptron: y = w_down · (act(w_gate · x) * (w_up · x)); silu makes it SwiGLU.
+
+    x (..., C), w_gate and w_up (F, C), w_down (C, F) in fp32 (IEEE products), fp16 or bf16; y as x.
+    Products accumulate in fp32. Activations as for `mlp`.
+
+    Kept for the backward, beside x: 2 F elements a row, the products with w_gate and w_up (PyTorch
+    keeps 4 F). Raises ValueError for an unknown activation, and for shapes, dtypes or devices that
+    do not fit. Source: Shazeer 2020, "GLU Variants Improve Transformer".
+    """
+    n_in, n_hidden = x.shape[-1], w_up.shape[0]
+    _check(
+        "gated_mlp",
+        activation,
+        x,
+        dict(
+            w_gate=(w_gate, (n_hidden, n_in)),
+            w_up=(w_up, (n_hidden, n_in)),
+            w_down=(w_down, (n_in, n_hidden)),
+        ),
+    )
+    if not use_triton(x):
+        return gated_mlp_reference(x, w_gate, w_up, w_down, activation)
+    return _fused("gated_mlp", activation, x, w_gate, w_up, w_down, None, None)

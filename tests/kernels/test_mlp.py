@@ -1,0 +1,250 @@
+import importlib
+
+import pytest
+import torch
+
+from ponder.kernels import gated_mlp, mlp
+from ponder.kernels._activations import ACTIVATIONS
+from ponder.kernels.mlp import gated_mlp_reference, mlp_reference
+
+from .numerics import check
+
+DTYPES = [torch.float32, torch.float16]
+
+# (M, C, F). The three ways to cut a product: blocks by TMA (several tiles in both directions, each
+# with a remainder; tiles of rows in groups of eight and one more), blocks by pointers (too few
+# tiles for TMA), and sizes that allow no wide load; then the smallest of all.
+TMA, POINTERS, UNALIGNED = (37, 48, 272), (5, 80, 48), (19, 21, 69)
+SHAPES = [TMA, (274, 16, 144), POINTERS, UNALIGNED, (1, 16, 16), (1, 1, 1)]
+
+
+def weights(count, shape, dtype, device):
+    """x (M, C); `count` of (F, C); one of (C, F): scaled as at a model's start."""
+    torch.manual_seed(0)
+    m, c, f = shape
+    x = torch.randn(m, c, dtype=dtype, device=device)
+    inner = [torch.randn(f, c, dtype=dtype, device=device) / c**0.5 for _ in range(count)]
+    return [x, *inner, torch.randn(c, f, dtype=dtype, device=device) / f**0.5]
+
+
+def check_plain(shape, dtype, device, activation, bias=False):
+    inputs = weights(1, shape, dtype, device)
+    names = "y dx dw_up dw_down"
+    if bias:
+        _, c, f = shape
+        inputs += [torch.randn(n, dtype=dtype, device=device) for n in (f, c)]
+        names += " db_up db_down"
+    check(
+        lambda x, u, d, bu=None, bd=None: mlp(x, u, d, activation=activation, b_up=bu, b_down=bd),
+        lambda x, u, d, *biases: mlp_reference(x, u, d, activation, *biases),
+        inputs,
+        reduction=max(shape),
+        names=names,
+    )
+
+
+def check_gated(shape, dtype, device, activation):
+    check(
+        lambda *inputs: gated_mlp(*inputs, activation=activation),
+        lambda *inputs: gated_mlp_reference(*inputs, activation),
+        weights(2, shape, dtype, device),
+        reduction=max(shape),
+        names="y dx dw_gate dw_up dw_down",
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation(activation, dtype, device):
+    check_plain(TMA, dtype, device, activation, bias=True)
+    check_gated(TMA, dtype, device, activation)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape(shape, dtype, device):
+    check_plain(shape, dtype, device, "gelu", bias=True)
+    check_plain(shape, dtype, device, "relu2")
+    check_gated(shape, dtype, device, "silu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(4099, 264, 2088), (1030, 256, 1040)])
+def test_wide_tiles(shape, dtype):
+    """Enough tiles for the widest of them, and for the one after."""
+    check_plain(shape, dtype, "cuda", "gelu", bias=True)
+    check_plain(shape, dtype, "cuda", "relu2")
+    check_gated(shape, dtype, "cuda", "silu")
+
+
+def test_shapes_reach_every_kind_of_tile(device):
+    module = importlib.import_module("ponder.kernels.mlp")
+    chosen = [
+        module._INTERPRETER.choose(*shape, itemsize=4, processors=4, aligned=True)
+        for shape in (TMA, POINTERS, UNALIGNED)
+    ]
+    assert chosen == list(module._INTERPRETER)
+
+
+@pytest.mark.parametrize("activation", ["tanh", "gelu", "gelu_tanh", "silu"])
+def test_near_zero(activation, device):
+    """Small pre-activations, where a careless formula cancels."""
+    x, w_up, w_down = weights(1, POINTERS, torch.float32, device)
+    inputs = [1e-4 * x, w_up, w_down]
+    check(
+        lambda *inputs: mlp(*inputs, activation=activation),
+        lambda *inputs: mlp_reference(*inputs, activation),
+        inputs,
+        reduction=80,
+        names="y dx dw_up dw_down",
+    )
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu", "sigmoid", "tanh"])
+def test_far_from_zero(activation, device):
+    """No NaN where an exponential overflows or dies."""
+    x, w_up, w_down = weights(1, POINTERS, torch.float32, device)
+    inputs = [100 * x, w_up, w_down]
+    check(
+        lambda *inputs: mlp(*inputs, activation=activation),
+        lambda *inputs: mlp_reference(*inputs, activation),
+        inputs,
+        reduction=80,
+        names="y dx dw_up dw_down",
+    )
+
+
+def test_leading_dimensions_and_strides(device):
+    x, w_gate, w_up, w_down = weights(2, (24, 16, 40), torch.float32, device)
+    x = x.view(4, 6, 16).transpose(0, 1)
+    w_gate, w_down = w_gate.t().contiguous().t(), w_down.t().contiguous().t()
+    check(
+        gated_mlp,
+        gated_mlp_reference,
+        [x, w_gate, w_up, w_down],
+        reduction=40,
+        names="y dx dw_gate dw_up dw_down",
+    )
+
+
+def test_no_rows(device):
+    x, w_up, w_down = (t.requires_grad_() for t in weights(1, (0, 16, 24), torch.float32, device))
+    y = mlp(x, w_up, w_down)
+    assert y.shape == (0, 16)
+    y.sum().backward()
+    assert x.grad.shape == (0, 16)
+    assert not w_up.grad.any() and not w_down.grad.any()
+
+
+def test_only_what_needs_a_gradient_gets_one(device):
+    x, w_gate, w_up, w_down = weights(2, POINTERS, torch.float32, device)
+    full = [t.clone().requires_grad_() for t in (x, w_gate, w_up, w_down)]
+    gated_mlp(*full).sum().backward()
+    frozen = [x, w_gate, w_up.requires_grad_(), w_down]
+    gated_mlp(*frozen).sum().backward()
+    torch.testing.assert_close(w_up.grad, full[2].grad)
+    assert x.grad is None and w_gate.grad is None and w_down.grad is None
+
+
+@pytest.mark.parametrize("activation, kept", [("relu2", 1), ("gelu", 1), ("gated", 2)])
+def test_memory_kept_for_backward(activation, kept, device):
+    """So many times F elements a row, as the docstrings say, beside the inputs; or none."""
+    m, c, f = POINTERS
+    inputs = [t.requires_grad_() for t in weights(1 + (kept == 2), POINTERS, torch.float32, device)]
+    sizes = []
+
+    def pack(tensor):
+        if all(tensor.data_ptr() != t.data_ptr() for t in inputs):
+            sizes.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        gated_mlp(*inputs) if kept == 2 else mlp(*inputs, activation=activation)
+        assert sum(sizes) == kept * m * f
+        sizes.clear()
+        with torch.no_grad():
+            gated_mlp(*inputs) if kept == 2 else mlp(*inputs, activation=activation)
+        assert not sizes
+
+
+@pytest.mark.parametrize("dtype", [torch.float16])
+def test_autocast(dtype, device):
+    inputs = [t.requires_grad_() for t in weights(1, POINTERS, torch.float32, device)]
+    with torch.autocast(device, dtype=dtype):
+        y = mlp(*inputs, activation="relu2")
+    assert y.dtype == dtype
+    y.float().square().sum().backward()
+    truth = [t.detach().to(dtype).double().requires_grad_() for t in inputs]
+    expected = mlp_reference(*truth, "relu2")
+    expected.square().sum().backward()
+    torch.testing.assert_close(y.double(), expected, rtol=4e-3, atol=4e-3)
+    for ours, true in zip(inputs, truth, strict=True):
+        assert ours.grad.dtype == torch.float32
+        assert (ours.grad - true.grad).norm() < 4e-3 * true.grad.norm()
+
+
+def test_unsupported_input_is_named(device):
+    x, w_gate, w_up, w_down = weights(2, (3, 16, 24), torch.float32, device)
+    with pytest.raises(ValueError, match="activation is 'swish'; known are relu, relu2, gelu"):
+        mlp(x, w_up, w_down, activation="swish")
+    with pytest.raises(ValueError, match=r"w_down has shape \(24, 16\).*needs \(16, 24\)"):
+        mlp(x, w_up, w_up)
+    with pytest.raises(ValueError, match=r"w_gate has shape \(23, 16\).*needs \(24, 16\)"):
+        gated_mlp(x, w_gate[:23], w_up, w_down)
+    with pytest.raises(ValueError, match=r"b_up has shape \(16,\).*needs \(24,\)"):
+        mlp(x, w_up, w_down, b_up=w_up[0])
+    with pytest.raises(ValueError, match="w_up is torch.float16 on .*as x, torch.float32"):
+        mlp(x, w_up.half(), w_down)
+    with pytest.raises(ValueError, match="x is torch.float64; supported are"):
+        mlp(x.double(), w_up.double(), w_down.double())
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("activation", ["relu2", "silu"])
+def test_opcheck(gated, activation, device):
+    module = importlib.import_module("ponder.kernels.mlp")
+    x, w_gate, w_up, w_down = (
+        t.requires_grad_() for t in weights(2, (3, 16, 24), torch.float32, device)
+    )
+    bias = torch.randn(24, device=device, requires_grad=True)
+    for keep in (True, False):
+        inputs = (x, w_gate if gated else None, w_up, w_down, bias, None, activation, keep)
+        if not keep:
+            inputs = tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in inputs)
+        torch.library.opcheck(module._mlp, inputs)
+    dy, gate, up = x.detach(), torch.randn(3, 24, device=device), torch.rand(3, 24, device=device)
+    inputs = (dy, w_down.detach(), gate if gated else gate.new_empty(0), up, activation, gated)
+    torch.library.opcheck(module._mlp_backward, inputs)
+
+
+# The CPU path is PyTorch's own; here it is judged against formulas written out in fp64.
+FORMULAS = {
+    "relu": lambda x: x * (x > 0),
+    "relu2": lambda x: x * x * (x > 0),
+    "gelu": lambda x: x * torch.special.ndtr(x),
+    "gelu_tanh": lambda x: (
+        0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
+    ),
+    "silu": lambda x: x / (1 + torch.exp(-x)),
+    "sigmoid": lambda x: 1 / (1 + torch.exp(-x)),
+    "tanh": lambda x: (torch.exp(x) - torch.exp(-x)) / (torch.exp(x) + torch.exp(-x)),
+    "identity": lambda x: x,
+}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_cpu_path(activation, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    act = FORMULAS[activation]
+    x, w_gate, w_up, w_down = weights(2, (5, 8, 12), torch.float64, "cpu")
+    b_up, b_down = torch.randn(12).double(), torch.randn(8).double()
+    torch.testing.assert_close(
+        mlp(x, w_up, w_down, activation=activation, b_up=b_up, b_down=b_down),
+        act(x @ w_up.t() + b_up) @ w_down.t() + b_down,
+    )
+    torch.testing.assert_close(
+        gated_mlp(x, w_gate, w_up, w_down, activation=activation),
+        (act(x @ w_gate.t()) * (x @ w_up.t())) @ w_down.t(),
+    )
