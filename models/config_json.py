@@ -123,10 +123,9 @@ def _rope_theta(fields: Mapping[str, Any]) -> float:
     rope = fields.get(name) or {}
     if not isinstance(rope, dict):
         raise ValueError(f"{name} is {_short(rope)}; it must be an object")
-    plain = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0}
-    for key, value in (
-        {"partial_rotary_factor": fields.get("partial_rotary_factor")} | rope
-    ).items():
+    plain = dict(rope_type="default", type="default", partial_rotary_factor=1.0)
+    rotary = {"partial_rotary_factor": fields.get("partial_rotary_factor")} | rope
+    for key, value in rotary.items():
         if key != "rope_theta" and value not in (None, plain.get(key)):
             raise ValueError(f"{name} has {key} {_short(value)}; a GPT has plain rotary positions")
     return _get(rope if rope.get("rope_theta") else fields, "rope_theta", float, 10000.0)

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from .config_json import from_fields, model_type, to_fields
 from .gpt import GPT, GPTConfig
 
-FLOATS = {"F64", "F32", "F16", "BF16"}
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-HUB_FILES = ["config.json", "generation_config.json", "tokenizer*", "*.safetensors", INDEX]
+HUB_FILES = ["config.json", "generation_config.json", "tokenizer.json", "*.safetensors", INDEX]
 
 
 def load(
@@ -70,8 +70,7 @@ def load(
             "tie_word_embeddings true"
         )
     state["lm_head.weight"] = embedding if config.tie_embeddings else state["lm_head.weight"]
-    names = {_standard(name): name for name in model.state_dict()}
-    model.load_state_dict({names[name]: t for name, t in state.items()}, assign=True)
+    model.load_state_dict({n.removeprefix("model."): t for n, t in state.items()}, assign=True)
     if config.tie_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
     model.rotary.reset(embedding.device)
@@ -192,8 +191,7 @@ def _check(
     packed = [f"{name} in {dtype}" for name, (_, dtype) in found.items() if dtype not in FLOATS]
     if packed:
         raise ValueError(f"{folder} is quantized, which is not read: it holds {_listed(packed)}")
-    floats = {"F64": torch.float64, "F16": torch.float16, "BF16": torch.bfloat16}
-    return floats.get(found["model.embed_tokens.weight"][1], torch.float32)
+    return FLOATS[found["model.embed_tokens.weight"][1]]
 
 
 def _listed(names: list[str]) -> str:
@@ -239,9 +237,8 @@ def save(
         _write_weights(aside, _checkpoint(model, dtype), shard_bytes, path)
         _write_settings(aside, config, dtype, tokenizer, eos)
         for file in aside.iterdir():
-            shutil.copymode(
-                aside / "config.json", file
-            )  # safetensors are written for the owner alone
+            # safetensors makes files that only their owner can read
+            shutil.copymode(aside / "config.json", file)
             with file.open("rb+") as handle:
                 os.fsync(handle.fileno())
         if path.is_dir():

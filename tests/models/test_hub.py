@@ -1,0 +1,473 @@
+"""Checkpoint folders against Transformers' reading of them, and every way to break them."""
+
+import json
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from ponder.models import GPT, GPTConfig, KVCache, hub, load, load_tokenizer, save
+
+from .peers import PEERS, randomize
+
+SPECIALS = ["<eos>", "<think>", "</think>", "<unk>"]
+CHARACTERS = "0123456789+-*=. '<>ab\n"
+TEXT = "12+3 = . 'a'\n<think>5 b</think>7<eos>"
+
+
+def character_tokenizer() -> Tokenizer:
+    vocabulary = {token: i for i, token in enumerate([*SPECIALS, *CHARACTERS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(SPECIALS)
+    return tokenizer
+
+
+VOCABULARY = len(SPECIALS) + len(CHARACTERS)
+
+
+def gpt(seed: int = 0, **fields) -> GPT:
+    shape = dict(context=64, n_layer=2, n_head=4, n_kv_head=2, head_dim=16, n_embd=64, n_inner=96)
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(VOCABULARY, **shape | fields))
+    randomize(model)
+    return model
+
+
+# Every model type, tied and not; activations whose names differ; 24 × 4 ≠ 64.
+SHAPES = {
+    "qwen3": ("qwen3", {}),
+    "qwen3-untied-relu2": ("qwen3", dict(tie_embeddings=False, activation="relu2", norm_eps=1e-3)),
+    "qwen3-identity-biased": ("qwen3", dict(activation="identity", attention_bias=True)),
+    "llama-gelu_tanh": ("llama", dict(qk_norm=False, activation="gelu_tanh", rope_theta=777.0)),
+    "llama-biased": ("llama", dict(qk_norm=False, attention_bias=True, head_dim=24)),
+    "ponder-relu2": ("ponder", dict(gated=False, activation="relu2")),
+    "ponder-untied": ("ponder", dict(gated=False, qk_norm=False, tie_embeddings=False)),
+    "ponder-odd-width": ("ponder", dict(qk_norm=False, n_embd=54, head_dim=24)),
+}
+
+
+@torch.no_grad()
+def greedy(model: GPT, prompt: list[int], count: int, eos: int) -> list[int]:
+    """The prompt and at most `count` greedy tokens, the last of them eos where it came."""
+    tokens = list(prompt)
+    cache = KVCache(model.config, 1, len(prompt) + count)
+    new = prompt
+    while len(tokens) < len(prompt) + count and (tokens == prompt or tokens[-1] != eos):
+        logits = model.logits(model.hidden(torch.tensor([new]), cache)[:, -1])
+        cache.lengths += len(new)
+        new = [int(logits.argmax())]
+        tokens += new
+    return tokens
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@torch.no_grad()
+def test_saved_folder_opens_with_transformers(name, tmp_path):
+    kind, fields = SHAPES[name]
+    model, tokenizer = gpt(**fields), character_tokenizer()
+    said = save(model, tmp_path / "model", tokenizer=tokenizer)
+    assert f"model_type {kind}" in said and ("register()" in said) == (kind == "ponder")
+    if kind == "ponder":
+        hub.register()
+    peer, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", output_loading_info=True
+    )
+    assert peer.config.model_type == kind and peer.dtype == torch.float32
+    assert not any(report.values()), report
+    peer_tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+
+    ids = tokenizer.encode(TEXT).ids
+    assert (
+        peer_tokenizer(TEXT).input_ids == ids == load_tokenizer(tmp_path / "model").encode(TEXT).ids
+    )
+    assert peer_tokenizer.decode(ids) == TEXT
+    assert peer_tokenizer.eos_token_id == 0
+
+    expected = model(torch.tensor([ids]))
+    assert expected.std() > 0.3
+    assert (peer(torch.tensor([ids])).logits - expected).abs().max() < 1e-4
+    assert torch.equal(load(tmp_path / "model")(torch.tensor([ids])), expected)
+
+    for prompt in ("1+2=", "a"):
+        ids = tokenizer.encode(prompt).ids
+        ours = greedy(model, ids, 24, eos=0)
+        theirs = peer.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)[0].tolist()
+        assert theirs == ours
+        assert peer_tokenizer.decode(theirs) == tokenizer.decode(ours, skip_special_tokens=False)
+
+
+@torch.no_grad()
+def test_generation_stops_at_eos(tmp_path):
+    """The head is turned so that the third greedy token would be <eos>: both stop there."""
+    model, tokenizer = gpt(tie_embeddings=False), character_tokenizer()
+    prompt = tokenizer.encode("1+2=").ids
+    third = greedy(model, prompt, 3, eos=-1)[-1]
+    weight = model.lm_head.weight
+    weight[[0, third]] = weight[[third, 0]]
+    save(model, tmp_path / "model", tokenizer=tokenizer)
+    peer = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    tokens = peer.generate(torch.tensor([prompt]), max_new_tokens=20)[0].tolist()
+    assert tokens == greedy(model, prompt, 20, eos=0)
+    assert tokens[-1] == 0 and len(tokens) <= len(prompt) + 3
+
+
+@torch.no_grad()
+def test_ponder_type_with_and_without_cache(tmp_path):
+    hub.register()
+    model = gpt(gated=False, activation="relu2")
+    save(model, tmp_path / "model")
+    peer = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    prompts = torch.randint(4, VOCABULARY, (3, 7))
+    plain = peer.generate(prompts, max_new_tokens=20, do_sample=False, use_cache=False)
+    assert torch.equal(plain, peer.generate(prompts, max_new_tokens=20, do_sample=False))
+    beams = dict(max_new_tokens=8, do_sample=False, num_beams=3)  # reorders the cache's rows
+    assert torch.equal(
+        peer.generate(prompts, **beams, use_cache=False), peer.generate(prompts, **beams)
+    )
+    with pytest.raises(ValueError, match="attention_mask has zeros"):
+        peer(prompts, attention_mask=torch.tensor([[0] + [1] * 6] * 3))
+    with pytest.raises(ValueError, match="65 tokens are more than the model's context of 64"):
+        peer(prompts.repeat(1, 10)[:, :65])
+    peer.save_pretrained(tmp_path / "again")
+    assert torch.equal(load(tmp_path / "again")(prompts), model(prompts))
+    fresh = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path / "model"))
+    assert torch.equal(fresh.model.rotary.cos, model.rotary.cos)
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_configuration_there_and_back(name):
+    from ponder.models.config_json import from_fields, to_fields
+
+    theirs = json.loads(PEERS[name].build().config.to_json_string(use_diff=False))
+    config = from_fields(theirs)
+    ours = to_fields(config)
+    assert from_fields(ours) == config
+    for key, value in ours.items():
+        if key not in ("architectures", "rope_theta"):
+            assert theirs[key] == value, key
+
+
+def test_dtypes(tmp_path):
+    model = gpt()
+    save(model, tmp_path / "half", dtype=torch.bfloat16)
+    half = load(tmp_path / "half")
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    assert half.rotary.cos.dtype == torch.float32
+    assert torch.equal(half.embed_tokens.weight, model.embed_tokens.weight.bfloat16())
+    wide = load(tmp_path / "half", dtype=torch.float64)
+    assert torch.equal(wide.norm.weight, model.norm.weight.bfloat16().double())
+    assert wide.lm_head.weight is wide.embed_tokens.weight
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
+
+
+def test_methods_and_training_goes_on(tmp_path):
+    model, tokens = gpt(), torch.randint(0, VOCABULARY, (2, 9))
+    model.save_pretrained(tmp_path / "model", tokenizer=character_tokenizer())
+    again = GPT.from_pretrained(tmp_path / "model")
+    again(tokens[:, :-1], tokens[:, 1:]).backward()
+    model(tokens[:, :-1], tokens[:, 1:]).backward()
+    for (name, p), q in zip(again.named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad), name
+
+
+def test_needs_no_transformers(tmp_path):
+    save(gpt(), tmp_path / "model", tokenizer=character_tokenizer())
+    script = (
+        "import sys; from ponder.models import load, load_tokenizer, save\n"
+        "path = sys.argv[1]; save(load(path), path, tokenizer=load_tokenizer(path))\n"
+        "sys.exit('transformers' in sys.modules or 'huggingface_hub' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script, tmp_path / "model"], check=True, cwd=tmp_path)
+
+
+# Writing
+
+
+def files(folder) -> set[str]:
+    return {p.name for p in folder.iterdir()}
+
+
+def test_shards(tmp_path):
+    first, second = gpt(1), gpt(2)
+    tokens = torch.randint(0, VOCABULARY, (2, 9))
+    path = tmp_path / "model"
+    save(first, path, shard_bytes=50_000)
+    shards = {f for f in files(path) if f.endswith(".safetensors")}
+    assert len(shards) > 2 and "model.safetensors" not in shards
+    assert torch.equal(load(path)(tokens), first(tokens))
+    with torch.no_grad():
+        peer = AutoModelForCausalLM.from_pretrained(path)
+        assert (peer(tokens).logits - first(tokens)).abs().max() < 1e-4
+
+    save(second, path, shard_bytes=50_000)  # no shard of the first is written over in place
+    assert shards.isdisjoint(files(path)) and torch.equal(load(path)(tokens), second(tokens))
+    save(first, path)
+    assert {f for f in files(path) if f.startswith("model")} == {"model.safetensors"}
+    assert torch.equal(load(path)(tokens), first(tokens))
+    save(second, path, shard_bytes=50_000)
+    assert "model.safetensors" not in files(path)
+    assert torch.equal(load(path)(tokens), second(tokens))
+
+
+def test_what_else_is_in_the_folder_stays(tmp_path):
+    path = tmp_path / "model"
+    (path / "train").mkdir(parents=True)
+    (path / "train/metrics.jsonl").write_text("{}")
+    (path / "run.json").write_text("{}")
+    (path / ".model.saving").mkdir()  # a save that was killed
+    (path / ".model.saving/model.safetensors").write_text("half")
+    save(gpt(1), path, tokenizer=character_tokenizer())
+    save(gpt(2), path)
+    assert (path / "train/metrics.jsonl").read_text() == (path / "run.json").read_text() == "{}"
+    assert files(path) == {
+        *("train", "run.json", "config.json", "generation_config.json", "model.safetensors"),
+        *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    }
+    modes = {(path / name).stat().st_mode for name in ("config.json", "model.safetensors")}
+    assert len(modes) == 1
+
+
+@pytest.mark.parametrize("existing", [True, False])
+def test_a_failed_save_leaves_no_trace(existing, tmp_path, monkeypatch):
+    path, tokens = tmp_path / "model", torch.randint(0, VOCABULARY, (2, 9))
+    if existing:
+        save(gpt(1), path)
+    before = files(path) if existing else set()
+
+    def full(state, file, metadata):
+        file.write_bytes(b"half of it")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(hub, "save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        save(gpt(2), path)
+    assert files(tmp_path) == ({"model"} if existing else set())
+    if existing:
+        assert files(path) == before and torch.equal(load(path)(tokens), gpt(1)(tokens))
+
+
+def test_a_reader_never_sees_half(tmp_path):
+    """While one thread saves two models in turn, another always reads one of the two."""
+    both, path = [gpt(1), gpt(2)], tmp_path / "model"
+    save(both[0], path)
+    allowed = {m.embed_tokens.weight[0, 0].item(): m.norm.weight for m in both}
+    stop = threading.Event()
+
+    def write():
+        while not stop.is_set():
+            for model in both:
+                save(model, path)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        seen = []
+        for _ in range(60):
+            model = load(path)
+            seen.append(model.embed_tokens.weight[0, 0].item())
+            assert torch.equal(model.norm.weight, allowed[seen[-1]])
+    finally:
+        stop.set()
+        writer.join()
+    assert set(seen) == set(allowed), "the writer never came between two reads"
+
+
+def test_what_cannot_be_saved(tmp_path):
+    with pytest.raises(ValueError, match="tokenizer has 26 tokens; the model has only 20"):
+        torch.manual_seed(0)
+        save(GPT(GPTConfig(20)), tmp_path / "model", tokenizer=character_tokenizer())
+    with pytest.raises(ValueError, match="not a DataParallel: unwrap it"):
+        save(torch.nn.DataParallel(gpt()), tmp_path / "model")  # type: ignore[arg-type]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file is a file; a checkpoint is a folder"):
+        save(gpt(), tmp_path / "file")
+    assert files(tmp_path) == {"file"}
+
+
+# Reading what is broken
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save(gpt(tie_embeddings=False), tmp_path / "model", tokenizer=character_tokenizer())
+    return tmp_path / "model"
+
+
+def refused(folder) -> str:
+    """The message, after a check that it is one line."""
+    with pytest.raises(ValueError) as caught:
+        load(folder)
+    message = str(caught.value)
+    assert "\n" not in message and str(folder) in message
+    return message
+
+
+def edit_config(folder, drop=(), **changes):
+    fields = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(
+        json.dumps({name: v for name, v in fields.items() if name not in drop})
+    )
+
+
+def edit_weights(folder, change):
+    state = load_file(folder / "model.safetensors")
+    change(state)
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+
+
+LLAMA3 = dict(rope_type="llama3", factor=8.0, rope_theta=500000.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(model_type="gpt_neox"), "model_type is 'gpt_neox'; known are llama, qwen3, ponder"),
+        (dict(model_type=None), "model_type is None"),
+        (dict(hidden_size=None), "hidden_size is missing"),
+        (dict(hidden_size="64"), 'hidden_size is "64"; it must be a whole number'),
+        (dict(num_hidden_layers=True), "num_hidden_layers is true; it must be a whole number"),
+        (dict(rms_norm_eps="small"), 'rms_norm_eps is "small"; it must be a number'),
+        (dict(tie_word_embeddings=1), "tie_word_embeddings is 1; it must be true or false"),
+        (dict(num_key_value_heads=3), "n_head 4 is not a multiple of n_kv_head 3"),
+        (dict(head_dim=None, num_attention_heads=3), "hidden_size 64 is not a multiple of"),
+        (dict(hidden_act="quick_gelu"), "hidden_act is 'quick_gelu'; known are silu"),
+        (dict(quantization_config=dict(bits=4)), 'quantization_config is {"bits": 4}'),
+        (dict(mlp_bias=True), "mlp_bias is true, which a GPT does not express"),
+        (dict(attention_dropout=0.1), "attention_dropout is 0.1"),
+        (dict(use_sliding_window=True, sliding_window=32), "use_sliding_window is true"),
+        (dict(model_type="llama", sliding_window=32), "sliding_window is 32"),
+        (dict(layer_types=["full_attention", "sliding_attention"]), "layer_types holds 'sliding"),
+        (dict(rope_scaling=dict(type="linear", factor=2.0)), 'rope_scaling has type "linear"'),
+        (dict(rope_parameters=LLAMA3), 'rope_parameters has rope_type "llama3"'),
+        (dict(rope_parameters=dict(full_attention={})), "rope_parameters has full_attention"),
+        (dict(partial_rotary_factor=0.5), "partial_rotary_factor 0.5"),
+        (dict(rope_parameters=dict(rope_theta=-1.0)), "rope_theta is -1.0; it must be above 0"),
+    ],
+)
+def test_fields_that_a_gpt_does_not_express(changes, message, folder):
+    edit_config(folder, **changes)
+    assert message in refused(folder)
+
+
+def test_silent_fields_take_transformers_defaults(tmp_path):
+    """An old config.json says little; where Llama and Qwen3 differ, so do we."""
+    silent = ("rope_parameters", "rope_theta", "rms_norm_eps", "hidden_act", "attention_bias")
+    for name, fields in [("qwen3", dict(head_dim=128)), ("llama", dict(qk_norm=False))]:
+        model = gpt(tie_embeddings=False, **fields)
+        save(model, tmp_path / name)
+        edit_config(tmp_path / name, (*silent, "tie_word_embeddings"))
+        if name == "qwen3":
+            edit_config(tmp_path / name, ["head_dim"])
+        else:
+            edit_config(tmp_path / name, ["head_dim", "num_key_value_heads"])
+            assert "k_proj.weight is (32, 64) and not (64, 64)" in refused(tmp_path / name)
+            edit_config(tmp_path / name, num_key_value_heads=2, rope_theta=500)
+        peer, tokens = AutoModelForCausalLM.from_pretrained(tmp_path / name), torch.arange(9)[None]
+        with torch.no_grad():
+            assert (load(tmp_path / name)(tokens) - peer(tokens).logits).abs().max() < 1e-4
+
+
+def test_missing_files(tmp_path, folder):
+    with pytest.raises(ValueError, match="there is no folder /nowhere/at/all"):
+        load("/nowhere/at/all")
+    with pytest.raises(ValueError, match="config.json is a file; a checkpoint is a folder"):
+        load(folder / "config.json")
+    with pytest.raises(ValueError, match="there is no .*tokenizer.json"):
+        load_tokenizer(tmp_path)
+    (folder / "config.json").rename(tmp_path / "config.json")
+    assert "config.json: there is no such file" in refused(folder)
+    (tmp_path / "config.json").rename(folder / "config.json")
+    (folder / "model.safetensors").unlink()
+    assert "neither model.safetensors nor model.safetensors.index.json" in refused(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    assert "pickled weights (pytorch_model.bin)" in refused(folder)
+
+
+def test_broken_files(folder):
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="tokenizer.json is not a tokenizer"):
+        load_tokenizer(folder)
+    whole = (folder / "model.safetensors").read_bytes()
+    for size in (len(whole) - 1, 100, 0):
+        (folder / "model.safetensors").write_bytes(whole[:size])
+        assert "model.safetensors is truncated or not safetensors" in refused(folder)
+    (folder / "model.safetensors").write_bytes(whole)
+    for text, message in (("{", "this is not JSON"), ("[]", "this is not a JSON object")):
+        (folder / "config.json").write_text(text)
+        assert message in refused(folder)
+
+
+def test_missing_and_extra_tensors(folder):
+    edit_weights(folder, lambda state: state.pop("model.norm.weight"))
+    assert "lacks 1 tensor (model.norm.weight) that" in refused(folder)
+    edit_weights(folder, lambda state: state.update(score=torch.ones(1)))
+    assert "lacks 1 tensor (model.norm.weight) that" in refused(folder)
+    assert "and holds 1 tensor (score) that a qwen3 model" in refused(folder)
+    edit_config(folder, num_hidden_layers=4)
+    message = refused(folder)
+    assert "lacks 23 tensors (model.layers.2." in message and "...)" in message
+    edit_config(folder, num_hidden_layers=2, tie_word_embeddings=True)
+    edit_weights(folder, lambda state: (state.pop("score"), state.update(norm())))
+    assert "lm_head.weight is not model.embed_tokens.weight" in refused(folder)
+
+
+def norm() -> dict[str, torch.Tensor]:
+    return {"model.norm.weight": torch.ones(64)}
+
+
+def test_an_equal_head_of_a_tied_model_and_old_rotary_tables_are_fine(folder):
+    edit_config(folder, tie_word_embeddings=True)
+
+    def tie(state):
+        state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+        state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+
+    edit_weights(folder, tie)
+    model = load(folder)
+    assert model.lm_head.weight is model.embed_tokens.weight
+
+
+def test_wrong_shapes_and_types(folder):
+    edit_config(folder, vocab_size=30)
+    message = refused(folder)
+    assert "2 tensors (model.embed_tokens.weight is (26, 64) and not (30, 64), lm_head" in message
+    edit_config(folder, vocab_size=26)
+    edit_weights(folder, lambda state: state.update({"model.norm.weight": torch.ones(64).byte()}))
+    assert "is quantized, which is not read: it holds 1 tensor (model.norm.weight in U8)" in (
+        refused(folder)
+    )
+
+
+def test_broken_shards(tmp_path):
+    path = tmp_path / "model"
+    save(gpt(), path, shard_bytes=50_000)
+    index = path / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    shard = sorted(set(content["weight_map"].values()))[1]
+    (path / shard).rename(tmp_path / shard)
+    assert f"the shard {path / shard} is missing" in refused(path)
+    outside = {
+        name: file.replace(shard, f"../{shard}") for name, file in content["weight_map"].items()
+    }
+    index.write_text(json.dumps(dict(weight_map=outside)))
+    assert f"'../{shard}' is not the name of a shard beside it" in refused(path)
+    index.write_text(json.dumps(dict(weight_map={})))
+    assert "it holds no weight_map" in refused(path)
+
+
+def test_hub_id_without_network(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    for read in (load, load_tokenizer):
+        with pytest.raises(
+            ValueError, match="no folder nobody/nothing.*Hugging Face hub"
+        ) as caught:
+            read("nobody/nothing")
+        assert "\n" not in str(caught.value)
