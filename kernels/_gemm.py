@@ -29,8 +29,12 @@ def tile_index(i_tile, n_rows, n_cols, BLOCK_M: tl.constexpr, BLOCK_N: tl.conste
 def matrix(ptr, n_rows, n_cols, ROWS: tl.constexpr, COLS: tl.constexpr, TMA: tl.constexpr):
     """A contiguous matrix, to be read or written in blocks: a TMA descriptor or the pointer."""
     if TMA:
-        shape, strides = [n_rows, n_cols], [n_cols, 1]
-        return tl.make_tensor_descriptor(ptr, shape, strides, [ROWS, COLS])  # pyright: ignore
+        return tl.make_tensor_descriptor(
+            ptr,
+            [n_rows, n_cols],
+            [n_cols, 1],  # pyright: ignore  (it must stay the constant 1, so no name for it)
+            [ROWS, COLS],
+        )
     else:
         return ptr
 
