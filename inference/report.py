@@ -22,7 +22,7 @@ import numpy as np
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from . import stats
 from .store import Record, Store
@@ -268,6 +268,7 @@ def draw_compute(axes: Axes, curves: Curves, columns: int = 3, title: str = "") 
     known = all(math.isfinite(r.flops_per_problem) for _, _, rows in lines for r in rows)
     axes.set_xlabel(f"{'FLOPs' if known else 'Tokens'} per problem")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: human(x)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     _finish(axes, curves, columns, title)
 
 
@@ -313,6 +314,8 @@ def _lines(curves: Curves) -> list[tuple[str, str, list[Result]]]:
 
 def _line(axes: Axes, x: Sequence[float], rows: list[Result], label: str, colour: str) -> None:
     low, high = [r.ci_low for r in rows], [r.ci_high for r in rows]
+    if len(rows) == 1:  # a band of no width would not show
+        axes.vlines(x, low, high, color=colour, linewidth=1.2)
     axes.fill_between(x, low, high, color=colour, alpha=0.16, linewidth=0)
     axes.plot(x, [r.accuracy for r in rows], "o-", color=colour, label=label)
 
@@ -334,7 +337,7 @@ def _finish(axes: Axes, curves: Curves, columns: int, title: str = "") -> None:
         alignment="left",
         loc="outside upper left",
         borderaxespad=0,
-        ncols=columns,
+        ncols=math.ceil(len(handles) / math.ceil(len(handles) / columns)),
         handlelength=1.8,
         columnspacing=1.4,
         handletextpad=0.5,
@@ -434,28 +437,24 @@ def headlines(curves: Curves) -> list[dict[str, str]]:
 def difficulty_tables(curves: Curves, store: Store, groups: int = 8) -> list[dict[str, Any]]:
     """Accuracy by difficulty and budget, for greedy decoding and for the largest vote."""
     difficulty = {i: p.difficulty for i, p in store.problems().items()}
-    levels = sorted({difficulty[i] for rows in _tabled(curves).values() for i in rows[0].ids})
-    bins = [list(part) for part in np.array_split(levels, min(groups, len(levels)))]
+    most = max(curves.votes, default=1)
     tables = []
-    for name, rows in _tabled(curves).items():
+    for name, rows in (("Greedy", curves.greedy), (vote_text(most), curves.votes.get(most, []))):
+        if not rows:
+            continue
+        rows = _spread(rows, 9)
+        levels = [np.array([difficulty[i] for i in r.ids]) for r in rows]
+        known = np.unique(levels[0])
         lines = []
-        for levels in bins:
-            inside = [np.isin([difficulty[i] for i in r.ids], levels) for r in rows]
-            name_of = str(levels[0]) if len(levels) == 1 else f"{levels[0]}–{levels[-1]}"
+        for group in np.array_split(known, min(groups, len(known))):
+            inside = [np.isin(level, group) for level in levels]
             cells = [
-                float(r.scores[m].mean()) if m.any() else None
-                for r, m in zip(rows, inside, strict=True)
+                r.scores[m].mean() if m.any() else None for r, m in zip(rows, inside, strict=True)
             ]
-            lines.append(dict(level=name_of, problems=int(inside[0].sum()), cells=cells))
-        tables.append(dict(name=name, budgets=[r.think_budget for r in rows], lines=lines))
-    return tables
-
-
-def _tabled(curves: Curves) -> dict[str, list[Result]]:
-    tables = {"Greedy": curves.greedy} if curves.greedy else {}
-    if curves.votes:
-        most = max(curves.votes)
-        tables[vote_text(most).capitalize()] = curves.votes[most]
+            span = f"{group[0]}" if len(group) == 1 else f"{group[0]}–{group[-1]}"
+            lines.append(dict(level=span, problems=int(inside[0].sum()), cells=cells))
+        budgets = [r.think_budget for r in rows]
+        tables.append(dict(name=name.capitalize(), budgets=budgets, lines=lines))
     return tables
 
 

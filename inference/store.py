@@ -66,7 +66,7 @@ class Record:
 
     `answer` is the canonical answer, None where the text holds none; `sampled_tokens` were drawn
     from the model, `forced_tokens` were put in (a forced </think>); `think_tokens` of both lie
-    inside the thinking; `seconds` is wall-clock time, `logprob` natural.
+    inside the thinking; `seconds` is its share of the engine's time, `logprob` natural.
     """
 
     key: Key
