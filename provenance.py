@@ -64,6 +64,17 @@ def write_aside(path: Path, text: str) -> None:
     os.replace(aside, path)
 
 
+def read_run(out: Path) -> dict[str, Any]:
+    """What `run.json` says, by command; ValueError where there is none."""
+    file = out / "run.json"
+    if not file.is_file():
+        raise ValueError(f"{out} holds no run.json; give a folder that a ponder command left")
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError:
+        raise ValueError(f"{file} is not readable JSON; take another folder") from None
+
+
 def open_run(out: Path, kind: str, configuration: dict[str, Any], *, resume: bool) -> bool:
     """Claim `out` for a run; write `run.json`; True where it goes on with the same run.
 
@@ -71,12 +82,7 @@ def open_run(out: Path, kind: str, configuration: dict[str, Any], *, resume: boo
     configuration, or the same one and `resume` was not asked for.
     """
     file = out / "run.json"
-    runs: dict[str, Any] = {}
-    if file.exists():
-        try:
-            runs = json.loads(file.read_text(encoding="utf-8"))
-        except json.JSONDecodeError:
-            raise ValueError(f"{file} is not readable JSON; take another --out") from None
+    runs = read_run(out) if file.exists() else {}
     plain = json.loads(json.dumps(configuration, default=str))
     before = runs.get(kind)
     if before is not None:

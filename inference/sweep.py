@@ -1,7 +1,6 @@
 """A sweep: samples of a model on a task at every budget, kept in a store, evaluated, reported."""
 
 import hashlib
-import json
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +12,7 @@ from tqdm import tqdm
 from .. import tasks
 from ..models import hub
 from ..models.gpt import GPT
-from ..provenance import open_run
+from ..provenance import open_run, read_run
 from .config import SweepConfig
 from .engine import LocalEngine, Request, Sample, SamplingParams
 from .report import write_report
@@ -182,15 +181,14 @@ def sweep(config: SweepConfig) -> Path:
             seed=config.seed,
             model=speaker.folder.name,
         )
-        return write_report(config.out / "report", results, store, run=config.out / "run.json")
+        return write_report(
+            config.out / "report", results, store, run=read_run(config.out)["sweep"]
+        )
 
 
 def redraw(folder: Path) -> Path:
     """Write the report of a sweep again from its stored samples; returns its page."""
-    file = folder / "run.json"
-    if not file.is_file():
-        raise ValueError(f"{folder} holds no run.json; give a folder that ponder sweep left")
-    runs = json.loads(file.read_text(encoding="utf-8"))
+    runs = read_run(folder)
     if "sweep" not in runs:
         raise ValueError(f"{folder} holds no sweep; its run.json knows {', '.join(runs)}")
     configuration = runs["sweep"]["configuration"]
@@ -203,7 +201,7 @@ def redraw(folder: Path) -> Path:
             seed=configuration["seed"],
             model=model.name,
         )
-        return write_report(folder / "report", results, store, run=file)
+        return write_report(folder / "report", results, store, run=runs["sweep"])
 
 
 def _record(
