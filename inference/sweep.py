@@ -179,7 +179,7 @@ def sweep(config: SweepConfig) -> Path:
             shape=speaker.model.config,
             samples=config.samples,
             seed=config.seed,
-            model=speaker.folder.name,
+            model=config.model,
         )
         return write_report(
             config.out / "report", results, store, run=read_run(config.out)["sweep"]
@@ -199,7 +199,7 @@ def redraw(folder: Path) -> Path:
             shape=hub.load_config(model) if model.is_dir() else None,
             samples=configuration["samples"],
             seed=configuration["seed"],
-            model=model.name,
+            model=str(model),
         )
         return write_report(folder / "report", results, store, run=runs["sweep"])
 
