@@ -238,14 +238,29 @@ def check_targets(
     if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
         raise ValueError(f"{name}: targets are {targets.dtype}; they must be integers")
     targets = targets.reshape(-1).long()
-    if targets.device.type == "cpu" and not torch.compiler.is_compiling() and targets.numel():
-        wrong = targets[((targets < 0) | (targets >= n_classes)) & (targets != ignore_index)]
-        if wrong.numel():
-            raise ValueError(
-                f"{name}: a target is {wrong[0].item()}; it must be at least 0 and less than "
-                f"{n_classes}, or ignore_index, {ignore_index}"
-            )
+    looked_at = targets.device.type == "cpu" and not torch.compiler.is_compiling()
+    if looked_at and targets.numel():
+        least, largest = targets.aminmax()
+        if least < 0 or largest >= n_classes:
+            wrong = targets[((targets < 0) | (targets >= n_classes)) & (targets != ignore_index)]
+            if wrong.numel():
+                raise ValueError(
+                    f"{name}: a target is {wrong[0].item()}; it must be at least 0 and less than "
+                    f"{n_classes}, or ignore_index, {ignore_index}"
+                )
     return targets
+
+
+def on_cpu(
+    logits: Tensor, targets: Tensor, ignore_index: int, reduction: str, shape: torch.Size
+) -> Tensor:
+    """PyTorch's own operation, on logits (N, V) and targets (N,)."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    kind = "none" if reduction == "none" else "sum"
+    loss = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction=kind)
+    if reduction == "mean":
+        return loss / _count(targets, ignore_index)
+    return loss.view(shape) if reduction == "none" else loss
 
 
 def cross_entropy(
@@ -267,14 +282,7 @@ def cross_entropy(
     shape, n_cols = logits.shape[:-1], logits.shape[-1]
     flat = check_targets("cross_entropy", shape, n_cols, targets, ignore_index, reduction)
     if not use_triton(logits):
-        wide = logits if logits.dtype == torch.float64 else logits.float()
-        kind = "none" if reduction == "none" else "sum"
-        loss = F.cross_entropy(
-            wide.reshape(-1, n_cols), flat, ignore_index=ignore_index, reduction=kind
-        )
-        if reduction == "mean":
-            return loss / _count(flat, ignore_index)
-        return loss.view(shape) if reduction == "none" else loss
+        return on_cpu(logits.reshape(-1, n_cols), flat, ignore_index, reduction, shape)
     if logits.dtype not in TRITON_TYPE:
         raise ValueError(
             f"cross_entropy: logits are {logits.dtype}; supported are fp32, fp16 and bf16"

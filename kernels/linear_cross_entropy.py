@@ -27,6 +27,7 @@ from .cross_entropy import (
     cross_entropy_reference,
     launch_forward,
     log_sum_exp,
+    on_cpu,
     reduce_losses,
 )
 
@@ -396,9 +397,7 @@ def linear_cross_entropy(
             )
     elif rows.shape[0] * n_cols <= PLAIN:
         logits = F.linear(rows, weight, bias)
-        wide = logits.to(torch.promote_types(dtype, torch.float32))
-        losses = F.cross_entropy(wide, flat, ignore_index=ignore_index, reduction="none")
-        return reduce_losses(losses.view(shape), targets, ignore_index, reduction)
+        return on_cpu(logits, flat, ignore_index, reduction, shape)
     needs = [
         torch.is_grad_enabled() and t is not None and t.requires_grad for t in (x, weight, bias)
     ]
