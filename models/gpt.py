@@ -90,7 +90,8 @@ class KVCache:
 
     keys, values (n_layer, B, n_kv_head, capacity, head_dim); lengths (B,) int64, the number of
     tokens that each row holds. A forward pass writes behind them and leaves `lengths` to the
-    caller, so that right-padded prompts can be prefilled together.
+    caller, so that right-padded prompts can be prefilled together. Every pass reads the whole
+    capacity, so `resize` keeps it near the longest row.
     """
 
     def __init__(
@@ -112,9 +113,31 @@ class KVCache:
     def capacity(self) -> int:
         return self.keys.shape[3]
 
-    def layer(self, i: int, limit: int | None) -> LayerCache:
-        limit = self.capacity if limit is None else limit
-        return LayerCache(self.keys[i], self.values[i], self.lengths, limit, self.empty)
+    def resize(self, capacity: int) -> None:
+        """Change the capacity; positions past it are lost, new ones are zero.
+
+        A slice of a larger cache would do on a GPU; on a CPU the batched products of attention
+        run 3 to 4 times as fast on contiguous matrices (2048 of 32 × 32: 0.4 ms against 1.6).
+        """
+        kept = min(capacity, self.capacity)
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = old.new_zeros((*old.shape[:3], capacity, old.shape[4]))
+            new[:, :, :, :kept] = old[:, :, :, :kept]
+            setattr(self, name, new)
+
+    def views(self, positions: Tensor | None, count: int) -> "list[LayerCache]":
+        """Each layer's part in a pass of `count` tokens at `positions` (B, T); None: an empty
+        cache's first ones."""
+        index = None
+        if positions is not None:
+            heads = torch.arange(self.keys[0, :, :, 0, 0].numel(), device=positions.device)
+            first = (heads * self.capacity).view(*self.keys.shape[1:3], 1)
+            index = (first + positions[:, None]).flatten()
+        lengths = self.lengths + count
+        return [
+            LayerCache(*pair, lengths, index) for pair in zip(self.keys, self.values, strict=True)
+        ]
 
 
 class Block(nn.Module):
@@ -163,8 +186,9 @@ class GPT(nn.Module):
             if name.endswith(("o_proj.weight", "down_proj.weight", "bias")):
                 p.zero_()
             elif name.endswith("embed_tokens.weight"):
-                # Tied: the head's logits start small whatever the width.
-                p.normal_(std=self.config.n_embd**-0.5 if self.config.tie_embeddings else 1.0)
+                # Tied: behind the final norm a token's own logit starts at C · std. With 1/√C the
+                # first loss on 65 characters was 10.8, and after 150 steps 0.03 to 0.06 higher.
+                p.normal_(std=1 / self.config.n_embd if self.config.tie_embeddings else 1.0)
             elif name == "lm_head.weight":
                 p.zero_()
             elif p.ndim == 2:
@@ -176,15 +200,14 @@ class GPT(nn.Module):
         """Parameters, the tied head counted once."""
         return sum(p.numel() for p in self.parameters())
 
-    def hidden(
-        self, tokens: Tensor, cache: KVCache | None = None, limit: int | None = None
-    ) -> Tensor:
+    def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """tokens (B, T) → (B, T, C), what the head reads.
 
-        With a cache, row b's tokens take the positions from `cache.lengths[b]` on, and attend to
-        the first `limit` cache positions (an int ≥ max(lengths) + T; None: all of them).
+        With a cache, row b's tokens take the positions from `cache.lengths[b]` on; its capacity
+        must hold them, and the caller then adds to `lengths`.
         """
         T = tokens.shape[1]
+        positions = None
         if cache is None or cache.empty:
             if T > self.config.context:
                 raise ValueError(
@@ -192,10 +215,12 @@ class GPT(nn.Module):
                 )
             rope = self.rotary(T)
         else:
-            rope = self.rotary(cache.lengths[:, None] + torch.arange(T, device=tokens.device))
+            positions = cache.lengths[:, None] + torch.arange(T, device=tokens.device)
+            rope = self.rotary(positions)
+        views = [None] * len(self.layers) if cache is None else cache.views(positions, T)
         x, h = self.embed_tokens(tokens), None
-        for i, block in enumerate(self.layers):
-            x, h = block(x, h, rope, None if cache is None else cache.layer(i, limit))
+        for block, view in zip(self.layers, views, strict=True):
+            x, h = block(x, h, rope, view)
         if cache is not None:
             cache.empty = False
         return self.norm(x, h)[0]
