@@ -215,22 +215,22 @@ def _tiles(device_capability: int, itemsize: int, backward: bool) -> Tiles:
 def specializations(capability: int) -> Iterator[Specialization]:
     """How the launchers below can compile the kernels.
 
-    Not the full product, which has thousands: every tile and dtype with the gated epilogue of an
-    activation that costs many registers; the plain epilogue, with and without what it can leave
-    out, and every activation on the widest tile.
+    Not the full product, which has thousands: every tile and dtype with gelu's gated epilogue; on
+    the widest tile the other costly activations and the plain epilogues; on a narrow one the rest.
     """
     for backward in (False, True):
         for dtype, itemsize in (("fp32", 4), ("fp16", 2), ("bf16", 2)):
             tiles = _tiles(capability, itemsize, backward)
             for tile in tiles:
                 yield _specialization(backward, dtype, tile, True, "gelu", tile is tiles.unaligned)
-        widest = tiles.by_size[0]
-        yield _specialization(backward, "bf16", widest, False, "gelu")
-        yield _specialization(backward, "bf16", widest, False, "gelu", lean=True)
-    for activation in ACTIVATIONS:
-        yield _specialization(True, "bf16", widest, True, activation)
-        if activation in FROM_OUTPUT:
-            yield _specialization(True, "bf16", tiles.unaligned, False, activation)
+        yield _specialization(backward, "bf16", tiles.by_size[0], False, "gelu")
+        yield _specialization(backward, "bf16", tiles.by_size[0], False, "relu2", lean=True)
+        for activation in ACTIVATIONS:
+            costly = activation in ("gelu_tanh", "silu")
+            tile = tiles.by_size[0 if costly and backward else -1]
+            yield _specialization(backward, "bf16", tile, True, activation)
+            if backward and _up_is_hidden(False, activation):
+                yield _specialization(backward, "bf16", tile, False, activation)
 
 
 def _specialization(
