@@ -174,9 +174,9 @@ def _attention_backward_q_kernel(
     v_ptr,
     out_ptr,
     dout_ptr,
+    dq_ptr,
     lse_ptr,
     delta_ptr,
-    dq_ptr,
     stride_q_b,
     stride_q_h,
     stride_q_t,
@@ -259,10 +259,10 @@ def _attention_backward_kv_kernel(
     k_ptr,
     v_ptr,
     dout_ptr,
-    lse_ptr,
-    delta_ptr,
     dk_ptr,
     dv_ptr,
+    lse_ptr,
+    delta_ptr,
     stride_q_b,
     stride_q_h,
     stride_q_t,
@@ -366,6 +366,12 @@ class Tiles:
     num_stages: int
 
 
+KERNELS = {
+    "forward": _attention_forward_kernel,
+    "backward_q": _attention_backward_q_kernel,
+    "backward_kv": _attention_backward_kv_kernel,
+}
+
 # By kernel and chip, then by padded head dimension. "large" is for 227 KB of shared memory (sm_90,
 # sm_100), "small" for 99 KB, which all others and the interpreter have; "fp32" is for IEEE
 # products, which no matrix unit makes. None spills more than 56 bytes a thread.
@@ -443,10 +449,10 @@ def _masks_head_dim(head_dim: int, dtype: str) -> bool:
     return head_dim != _block_d(head_dim) or dtype == "fp32"  # fp32: slow enough for one variant
 
 
-def _specialization(kernel, name: str, head_dim: int, dtype: str, capability: int):
+def _specialization(name: str, head_dim: int, dtype: str, capability: int) -> Specialization:
     tiles = _tiles(name, head_dim, dtype, capability)
     signature = {}
-    for argument in inspect.signature(kernel.fn).parameters:
+    for argument in inspect.signature(KERNELS[name].fn).parameters:
         if argument in ("lse_ptr", "delta_ptr"):
             signature[argument] = "*fp32:16"
         elif argument.endswith("_ptr"):
@@ -458,7 +464,7 @@ def _specialization(kernel, name: str, head_dim: int, dtype: str, capability: in
         elif not argument.isupper():
             signature[argument] = "i32"
     return Specialization(
-        kernel,
+        KERNELS[name],
         signature,
         dict(
             MASK_D=_masks_head_dim(head_dim, dtype),
@@ -477,16 +483,11 @@ def specializations(capability: int) -> Iterator[Specialization]:
 
     fp16 takes bf16's tiles and the same instructions but for the type, so it is here once.
     """
-    kernels = {
-        "forward": _attention_forward_kernel,
-        "backward_q": _attention_backward_q_kernel,
-        "backward_kv": _attention_backward_kv_kernel,
-    }
-    for name, kernel in kernels.items():
+    for name in KERNELS:
         for block_d in (32, 64, 128, 256):
             for dtype, head_dim in (("bf16", block_d), ("bf16", block_d - 16), ("fp32", block_d)):
-                yield _specialization(kernel, name, head_dim, dtype, capability)
-        yield _specialization(kernel, name, 64, "fp16", capability)
+                yield _specialization(name, head_dim, dtype, capability)
+        yield _specialization(name, 64, "fp16", capability)
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -510,42 +511,39 @@ def _strides(x: Tensor) -> tuple[int, ...]:
     return tuple(stride if size > 1 else 0 for size, stride in sizes_strides)
 
 
-def _offset(n_queries: int, n_keys: int, causal: bool) -> int:
-    """Query i sees the keys j <= i + offset."""
-    return n_keys - n_queries if causal else n_keys
+def _launch(
+    name: str,
+    tensors: list[Tensor],
+    rows: list[Tensor],
+    q: Tensor,
+    k: Tensor,
+    causal: bool,
+    scales: list[float],
+) -> None:
+    """Run one kernel on `tensors` (B, H, length, D) and `rows` (B, Hq, T).
 
-
-@torch.library.custom_op("ponder::attention", mutates_args=())
-def _attention(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
-    """(out in q's layout, log-sum-exp to base 2 (B, Hq, T)); D is a multiple of 16."""
+    There is a program for each block of queries, or of keys in "backward_kv", of each head.
+    """
     batch, n_heads, n_queries, head_dim = q.shape
-    n_keys = k.shape[2]
-    out = _like(q)
-    q, k, v = _aligned(q), _aligned(k), _aligned(v)
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    n_kv_heads, n_keys = k.shape[1:3]
     dtype = TRITON_TYPE[q.dtype]
-    tiles = _tiles("forward", head_dim, dtype, capability(q.device))
-    grid = (cdiv(n_queries, tiles.block_t) * batch * n_heads,)
-    if grid[0]:
-        _attention_forward_kernel[grid](
-            q,
-            k,
-            v,
-            out,
-            lse,
-            *_strides(q),
-            *_strides(k),
-            *_strides(v),
-            *_strides(out),
+    tiles = _tiles(name, head_dim, dtype, capability(q.device))
+    if name == "backward_kv":
+        n_programs = cdiv(n_keys, tiles.block_s) * batch * n_kv_heads
+    else:
+        n_programs = cdiv(n_queries, tiles.block_t) * batch * n_heads
+    if n_programs:
+        KERNELS[name][(n_programs,)](
+            *tensors,
+            *rows,
+            *(stride for x in tensors for stride in _strides(x)),
             n_heads,
-            n_heads // k.shape[1],
+            n_heads // n_kv_heads,
             n_queries,
             n_keys,
-            _offset(n_queries, n_keys, causal),
+            n_keys - n_queries if causal else n_keys,
             head_dim,
-            scale * LOG2_E,
+            *scales,
             MASK_D=_masks_head_dim(head_dim, dtype),
             BLOCK_T=tiles.block_t,
             BLOCK_S=tiles.block_s,
@@ -553,6 +551,17 @@ def _attention(
             num_warps=tiles.num_warps,
             num_stages=tiles.num_stages,
         )
+
+
+@torch.library.custom_op("ponder::attention", mutates_args=())
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """(out in q's layout, log-sum-exp to base 2 (B, Hq, T)); D is a multiple of 16."""
+    out = _like(q)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    q, k, v = _aligned(q), _aligned(k), _aligned(v)
+    _launch("forward", [q, k, v, out], [lse], q, k, causal, [scale * LOG2_E])
     return out, lse
 
 
@@ -573,74 +582,12 @@ def _attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv); out, log-sum-exp and the rest are as the forward had them."""
-    batch, n_heads, n_queries, head_dim = q.shape
-    n_kv_heads, n_keys = k.shape[1:3]
     dq, dk, dv = _like(q), _like(k), _like(v)
-    dout, q, k, v = _aligned(dout), _aligned(q), _aligned(k), _aligned(v)
     delta = torch.empty_like(lse)  # dout · out of each row: the first kernel writes it
-    sizes = (
-        n_heads,
-        n_heads // n_kv_heads,
-        n_queries,
-        n_keys,
-        _offset(n_queries, n_keys, causal),
-        head_dim,
-        scale,
-        scale * LOG2_E,
-    )
-    dtype, chip = TRITON_TYPE[q.dtype], capability(q.device)
-    tiles = _tiles("backward_q", head_dim, dtype, chip)
-    grid = (cdiv(n_queries, tiles.block_t) * batch * n_heads,)
-    if grid[0]:
-        _attention_backward_q_kernel[grid](
-            q,
-            k,
-            v,
-            out,
-            dout,
-            lse,
-            delta,
-            dq,
-            *_strides(q),
-            *_strides(k),
-            *_strides(v),
-            *_strides(out),
-            *_strides(dout),
-            *_strides(dq),
-            *sizes,
-            MASK_D=_masks_head_dim(head_dim, dtype),
-            BLOCK_T=tiles.block_t,
-            BLOCK_S=tiles.block_s,
-            BLOCK_D=_block_d(head_dim),
-            num_warps=tiles.num_warps,
-            num_stages=tiles.num_stages,
-        )
-    tiles = _tiles("backward_kv", head_dim, dtype, chip)
-    grid = (cdiv(n_keys, tiles.block_s) * batch * n_kv_heads,)
-    if grid[0]:
-        _attention_backward_kv_kernel[grid](
-            q,
-            k,
-            v,
-            dout,
-            lse,
-            delta,
-            dk,
-            dv,
-            *_strides(q),
-            *_strides(k),
-            *_strides(v),
-            *_strides(dout),
-            *_strides(dk),
-            *_strides(dv),
-            *sizes,
-            MASK_D=_masks_head_dim(head_dim, dtype),
-            BLOCK_T=tiles.block_t,
-            BLOCK_S=tiles.block_s,
-            BLOCK_D=_block_d(head_dim),
-            num_warps=tiles.num_warps,
-            num_stages=tiles.num_stages,
-        )
+    dout, q, k, v, out = (_aligned(x) for x in (dout, q, k, v, out))
+    scales = [scale, scale * LOG2_E]
+    _launch("backward_q", [q, k, v, out, dout, dq], [lse, delta], q, k, causal, scales)
+    _launch("backward_kv", [q, k, v, dout, dk, dv], [lse, delta], q, k, causal, scales)
     return dq, dk, dv
 
 
@@ -666,19 +613,15 @@ _attention.register_autograd(_backward, setup_context=_setup_context)
 
 def _attention_cpu(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
     n_queries, n_keys = q.shape[2], k.shape[2]
-    causal = causal and n_queries > 1  # one query, the last, sees every key
     mask = None
-    if causal and n_queries != n_keys:  # PyTorch's is_causal aligns the first query and key
+    if n_queries == 1:  # the last query, which sees every key
+        causal = False
+    elif causal and n_queries != n_keys:  # PyTorch's is_causal aligns the first query and key
         shape = (n_queries, n_keys)
         mask = torch.ones(shape, dtype=torch.bool, device=q.device).tril(n_keys - n_queries)
+        causal = False
     return torch.nn.functional.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=mask,
-        is_causal=causal and mask is None,
-        scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
+        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=True
     )
 
 
