@@ -30,13 +30,13 @@ class _Layer(LayerCache):
 class _Past(KVCache):
     """Transformers' cache, all rows equally long, as GPT asks for it."""
 
-    def __init__(self, past: DynamicCache, tokens: Tensor):
-        self.past, length = past, past.get_seq_length()
+    def __init__(self, past: DynamicCache, tokens: Tensor, n_layer: int):
+        self.past, self.n_layer, length = past, n_layer, past.get_seq_length()
         self.lengths = torch.full(tokens.shape[:1], length, device=tokens.device)
         self.empty = length == 0
 
-    def layer(self, i: int, limit: int | None) -> LayerCache:
-        return _Layer(self.past, i)
+    def views(self, positions: Tensor | None, count: int) -> list[LayerCache]:
+        return [_Layer(self.past, i) for i in range(self.n_layer)]
 
 
 class PonderForCausalLM(PreTrainedModel, GenerationMixin):
@@ -83,13 +83,12 @@ class PonderForCausalLM(PreTrainedModel, GenerationMixin):
         """
         if attention_mask is not None and not attention_mask.all():
             raise ValueError("attention_mask has zeros; a ponder model takes rows of equal length")
-        cache, length = None, input_ids.shape[1]
+        c, cache, length = self.model.config, None, input_ids.shape[1]
         if past_key_values is not None:
-            cache = _Past(past_key_values, input_ids)
+            cache = _Past(past_key_values, input_ids, c.n_layer)
             length += past_key_values.get_seq_length()
-        context = self.model.config.context
-        if length > context:
-            raise ValueError(f"{length} tokens are more than the model's context of {context}")
+        if length > c.context:
+            raise ValueError(f"{length} tokens are more than the model's context of {c.context}")
         hidden = self.model.hidden(input_ids, cache)
         logits = self.lm_head(hidden[:, -logits_to_keep:]).float()
         return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)

@@ -104,23 +104,21 @@ class Attention(nn.Module):
 class LayerCache:
     """One layer's view of a KVCache during one forward pass."""
 
-    def __init__(self, keys: Tensor, values: Tensor, start: Tensor, limit: int, empty: bool):
-        self.keys, self.values = keys, values  # (B, G, S, D)
-        self.start, self.limit, self.empty = start, limit, empty
+    def __init__(self, keys: Tensor, values: Tensor, lengths: Tensor, index: Tensor | None):
+        self.keys, self.values = keys, values  # (B, G, S, D), contiguous
+        self.lengths = lengths  # (B,), the new tokens included
+        self.index = index  # where they go, among the B·G·S positions; None: in front
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Write the T new keys and values at each row's own position, then attend."""
-        T = q.shape[2]
-        if self.empty:
+        T, D = q.shape[2:]
+        if self.index is None:
             self.keys[:, :, :T] = k
             self.values[:, :, :T] = v
             return attention(q, k, v, causal=True)
-        row = torch.arange(q.shape[0], device=q.device)[:, None]
-        position = self.start[:, None] + torch.arange(T, device=q.device)
-        self.keys[row, :, position] = k.transpose(1, 2).to(self.keys.dtype)
-        self.values[row, :, position] = v.transpose(1, 2).to(self.values.dtype)
-        keys, values = self.keys[:, :, : self.limit], self.values[:, :, : self.limit]
-        return decode_attention(q, keys, values, self.start + T)
+        for cache, new in ((self.keys, k), (self.values, v)):
+            cache.view(-1, D).index_copy_(0, self.index, new.reshape(-1, D).to(cache.dtype))
+        return decode_attention(q, self.keys, self.values, self.lengths)
 
 
 class GatedMLP(nn.Module):

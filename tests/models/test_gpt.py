@@ -27,11 +27,11 @@ def chunked_logits(model: GPT, tokens, lengths: list[int]):
     """Logits (B, T, V) computed in pieces: NaN where a row did not get that far.
 
     The first lengths[b] tokens of row b in one right-padded prefill, the next three in one chunk,
-    then one at a time until the longest row is whole.
+    then one at a time until the longest row is whole; the cache grows as it must.
     """
     B, T = tokens.shape
     logits = torch.full((B, T, model.config.vocab_size), math.nan)
-    cache = KVCache(model.config, B, T)
+    cache = KVCache(model.config, B, max(lengths))
     padded = tokens[:, : max(lengths)].clone()
     for b, n in enumerate(lengths):
         padded[b, n:] = 0
@@ -43,7 +43,8 @@ def chunked_logits(model: GPT, tokens, lengths: list[int]):
     while (longest := int(cache.lengths.max())) + n <= T:
         position = cache.lengths[:, None] + torch.arange(n)
         row = torch.arange(B)[:, None]
-        hidden = model.hidden(tokens[row, position], cache, longest + n)
+        cache.resize(longest + n)
+        hidden = model.hidden(tokens[row, position], cache)
         logits[row, position] = model.logits(hidden)
         cache.lengths += n
         n = 1
