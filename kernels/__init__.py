@@ -7,6 +7,7 @@ from .linear_cross_entropy import linear_cross_entropy
 from .mlp import gated_mlp, mlp
 from .norm import rms_norm
 from .rotary import rotary
+from .sample_tokens import sample_tokens
 
 __all__ = [
     "attention",
@@ -17,4 +18,5 @@ __all__ = [
     "mlp",
     "rms_norm",
     "rotary",
+    "sample_tokens",
 ]
