@@ -46,11 +46,7 @@ def load(
     weights, or says anything in config.json that a GPT does not express.
     """
     folder = _folder(path, HUB_FILES)
-    source = folder / "config.json"
-    try:
-        config = from_fields(_read_json(source))
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from None
+    config = load_config(folder)
     with torch.device("meta"):
         model = GPT(config)
     expected = {_standard(name): p.shape for name, p in model.state_dict().items()}
@@ -75,6 +71,15 @@ def load(
         model.lm_head.weight = model.embed_tokens.weight
     model.rotary.reset(embedding.device)
     return model
+
+
+def load_config(path: str | os.PathLike[str]) -> GPTConfig:
+    """The shape of the GPT in a Hugging Face folder, from its config.json; errors as `load`'s."""
+    source = _folder(path, ["config.json"]) / "config.json"
+    try:
+        return from_fields(_read_json(source))
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:

@@ -8,28 +8,18 @@ import threading
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from ponder.models import GPT, GPTConfig, KVCache, hub, load, load_tokenizer, save
+from ponder.models import GPT, GPTConfig, KVCache, hub, load, load_config, load_tokenizer, save
+from ponder.training.tokenizer import SPECIAL, bpe_tokenizer, character_tokenizer
 
 from .peers import PEERS, randomize
 
-SPECIALS = ["<eos>", "<think>", "</think>", "<unk>"]
 CHARACTERS = "0123456789+-*=. '<>ab\n"
 TEXT = "12+3 = . 'a'\n<think>5 b</think>7<eos>"
 
 
-def character_tokenizer() -> Tokenizer:
-    vocabulary = {token: i for i, token in enumerate([*SPECIALS, *CHARACTERS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    tokenizer.add_special_tokens(SPECIALS)
-    return tokenizer
-
-
-VOCABULARY = len(SPECIALS) + len(CHARACTERS)
+VOCABULARY = len(SPECIAL) + len(CHARACTERS)
 
 
 def gpt(seed: int = 0, **fields) -> GPT:
@@ -71,7 +61,7 @@ def greedy(model: GPT, prompt: list[int], count: int, eos: int) -> list[int]:
 @torch.no_grad()
 def test_saved_folder_opens_with_transformers(name, tmp_path):
     kind, fields = SHAPES[name]
-    model, tokenizer = gpt(**fields), character_tokenizer()
+    model, tokenizer = gpt(**fields), character_tokenizer(CHARACTERS)
     said = save(model, tmp_path / "model", tokenizer=tokenizer)
     assert f"model_type {kind}" in said and ("register()" in said) == (kind == "ponder")
     if kind == "ponder":
@@ -94,6 +84,7 @@ def test_saved_folder_opens_with_transformers(name, tmp_path):
     assert expected.std() > 0.3
     assert (peer(torch.tensor([ids])).logits - expected).abs().max() < 1e-4
     assert torch.equal(load(tmp_path / "model")(torch.tensor([ids])), expected)
+    assert load_config(tmp_path / "model") == model.config
 
     for prompt in ("1+2=", "a"):
         ids = tokenizer.encode(prompt).ids
@@ -103,19 +94,41 @@ def test_saved_folder_opens_with_transformers(name, tmp_path):
         assert peer_tokenizer.decode(theirs) == tokenizer.decode(ours, skip_special_tokens=False)
 
 
+@pytest.mark.parametrize("kind", ["character", "bpe"])
+def test_tokenizers_agree(kind, tmp_path):
+    """Also on what the vocabulary lacks, on spaces that some decoders swallow, and on specials."""
+    texts = ["a sample of 12 + 34, twice: a sample of 12 + 34"] * 9
+    tokenizer = (
+        character_tokenizer(CHARACTERS) if kind == "character" else bpe_tokenizer(texts, 280)
+    )
+    torch.manual_seed(0)
+    save(GPT(GPTConfig(280, n_layer=1)), tmp_path / "model", tokenizer=tokenizer)
+    peer, ours = (
+        AutoTokenizer.from_pretrained(tmp_path / "model"),
+        load_tokenizer(tmp_path / "model"),
+    )
+    for text in (*texts[:1], TEXT, "", " a  b . ' \n", "éé漢", "<unk><eos> <eos>", "a</think"):
+        ids = tokenizer.encode(text).ids
+        assert peer(text).input_ids == ours.encode(text).ids == ids
+        for skip in (True, False):
+            decoded = tokenizer.decode(ids, skip_special_tokens=skip)
+            assert peer.decode(ids, skip_special_tokens=skip) == decoded
+    if kind == "bpe":
+        assert peer.decode(peer("éé漢 .").input_ids) == "éé漢 ."
+
+
 @torch.no_grad()
 def test_generation_stops_at_eos(tmp_path):
-    """The head is turned so that the third greedy token would be <eos>: both stop there."""
-    model, tokenizer = gpt(tie_embeddings=False), character_tokenizer()
+    """The head's rows are exchanged so that the first greedy token is <eos>."""
+    model, tokenizer = gpt(tie_embeddings=False), character_tokenizer(CHARACTERS)
     prompt = tokenizer.encode("1+2=").ids
-    third = greedy(model, prompt, 3, eos=-1)[-1]
+    first = greedy(model, prompt, 1, eos=-1)[-1]
     weight = model.lm_head.weight
-    weight[[0, third]] = weight[[third, 0]]
+    weight[[0, first]] = weight[[first, 0]]
     save(model, tmp_path / "model", tokenizer=tokenizer)
     peer = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    tokens = peer.generate(torch.tensor([prompt]), max_new_tokens=20)[0].tolist()
-    assert tokens == greedy(model, prompt, 20, eos=0)
-    assert tokens[-1] == 0 and len(tokens) <= len(prompt) + 3
+    assert greedy(model, prompt, 20, eos=0) == [*prompt, 0]
+    assert peer.generate(torch.tensor([prompt]), max_new_tokens=20)[0].tolist() == [*prompt, 0]
 
 
 @torch.no_grad()
@@ -169,7 +182,7 @@ def test_dtypes(tmp_path):
 
 def test_methods_and_training_goes_on(tmp_path):
     model, tokens = gpt(), torch.randint(0, VOCABULARY, (2, 9))
-    model.save_pretrained(tmp_path / "model", tokenizer=character_tokenizer())
+    model.save_pretrained(tmp_path / "model", tokenizer=character_tokenizer(CHARACTERS))
     again = GPT.from_pretrained(tmp_path / "model")
     again(tokens[:, :-1], tokens[:, 1:]).backward()
     model(tokens[:, :-1], tokens[:, 1:]).backward()
@@ -178,7 +191,7 @@ def test_methods_and_training_goes_on(tmp_path):
 
 
 def test_needs_no_transformers(tmp_path):
-    save(gpt(), tmp_path / "model", tokenizer=character_tokenizer())
+    save(gpt(), tmp_path / "model", tokenizer=character_tokenizer(CHARACTERS))
     script = (
         "import sys; from ponder.models import load, load_tokenizer, save\n"
         "path = sys.argv[1]; save(load(path), path, tokenizer=load_tokenizer(path))\n"
@@ -223,7 +236,7 @@ def test_what_else_is_in_the_folder_stays(tmp_path):
     (path / "run.json").write_text("{}")
     (path / ".model.saving").mkdir()  # a save that was killed
     (path / ".model.saving/model.safetensors").write_text("half")
-    save(gpt(1), path, tokenizer=character_tokenizer())
+    save(gpt(1), path, tokenizer=character_tokenizer(CHARACTERS))
     save(gpt(2), path)
     assert (path / "train/metrics.jsonl").read_text() == (path / "run.json").read_text() == "{}"
     assert files(path) == {
@@ -282,7 +295,7 @@ def test_a_reader_never_sees_half(tmp_path):
 def test_what_cannot_be_saved(tmp_path):
     with pytest.raises(ValueError, match="tokenizer has 26 tokens; the model has only 20"):
         torch.manual_seed(0)
-        save(GPT(GPTConfig(20)), tmp_path / "model", tokenizer=character_tokenizer())
+        save(GPT(GPTConfig(20)), tmp_path / "model", tokenizer=character_tokenizer(CHARACTERS))
     with pytest.raises(ValueError, match="not a DataParallel: unwrap it"):
         save(torch.nn.DataParallel(gpt()), tmp_path / "model")  # type: ignore[arg-type]
     (tmp_path / "file").write_text("")
@@ -296,7 +309,7 @@ def test_what_cannot_be_saved(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-    save(gpt(tie_embeddings=False), tmp_path / "model", tokenizer=character_tokenizer())
+    save(gpt(tie_embeddings=False), tmp_path / "model", tokenizer=character_tokenizer(CHARACTERS))
     return tmp_path / "model"
 
 
