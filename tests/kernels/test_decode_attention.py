@@ -45,8 +45,11 @@ GRID = [
     (2, 1, 1, 1, 33, 256, [33, 8]),
 ]
 
+DTYPES = [torch.float32, torch.float16]  # and bf16, which the interpreter gets wrong, on a GPU
+DTYPES += [torch.bfloat16] * torch.cuda.is_available()
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", GRID)
 def test_against_truth(shape, dtype, device):
     q, k, v, lengths = problem(*shape, dtype, device)

@@ -220,6 +220,10 @@ def test_greedy(path):
     assert logprobs.tolist() == pytest.approx(expected, abs=1e-6)
     one = torch.tensor([0.0, 1.0], device=path)
     assert sample_tokens(logits, temperature=one, **stream)[0][0] == 1
+    wide = torch.zeros(2, 5000, device=path)  # equals in two blocks of the kernel
+    wide[0, [100, 4900]] = 1.0
+    wide[1, [200, 4800]] = torch.tensor([1.0, 2.0], device=path)
+    assert sample_tokens(wide, temperature=0, **stream)[0].tolist() == [100, 4800]
 
 
 def test_the_strictest_filters_leave_the_best_token(path):
