@@ -16,19 +16,20 @@ from array import array
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
+from torch import Tensor
 
 from ..kernels import sample_tokens
-from ..models import KVCache
-
-if TYPE_CHECKING:
-    from ..models import GPT
+from ..models import GPT, KVCache
+from .decoder import ROWS, Decoder
 
 LENGTH_STEP = 32  # attended lengths and prompt blocks are rounded up to a multiple of it
 NEVER = 1 << 62
+FILTERS = ("temperature", "top_k", "top_p", "min_p")
 
 
 @dataclass(frozen=True)
@@ -115,22 +116,31 @@ def stream_key(prompt: tuple[int, ...], seed: int, index: int) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()) >> 1
 
 
+class Network(Protocol):
+    """What the engine asks of a model: `GPT` has it, and so has `Decoder`."""
+
+    def hidden(self, tokens: Tensor, cache: KVCache) -> Tensor: ...
+
+    def logits(self, hidden: Tensor) -> Tensor: ...
+
+
 class LocalEngine:
     """Samples from a model on this machine, `slots` of them at a time.
 
-    model: a GPT, or anything with its `config`, `hidden` and `logits`. eos and think_end are the
-    ids of <eos> and </think>; without think_end no request may have a budget. device and dtype
-    default to the model's own; where they differ, the engine works on a copy. Weights are read
-    when they are used: a model that is being trained can be sampled between two steps.
+    model: a GPT, or anything with its `config`, `hidden` and `logits`. slots is rounded up to a
+    multiple of 8. eos and think_end are the ids of <eos> and </think>; without think_end no request
+    may have a budget. device defaults to the model's own. So does dtype; on a CPU it is that of
+    the weights in matrix products (bf16 is up to 1.5 times as fast where the CPU has such
+    products, and slower elsewhere), and the rest is fp32. Weights are read anew by each `generate`.
 
     Throughput grows with the slots until the machine is busy, memory with slots × the longest
-    prompt and completion. The numbers that a row gets do not depend on what the other rows hold,
-    but may differ in the last bit between two numbers of slots.
+    running sequence. The numbers that a row gets do not depend on what the other rows hold, but
+    may differ in the last bit between two numbers of slots.
     """
 
     def __init__(
         self,
-        model: "GPT",
+        model: GPT,
         *,
         slots: int = 64,
         eos: int,
@@ -149,11 +159,17 @@ class LocalEngine:
         own = next(model.parameters(), torch.empty(0))
         self.device = own.device if device is None else torch.device(device)
         self.dtype = own.dtype if dtype is None else dtype
-        if (self.device, self.dtype) != (own.device, own.dtype):
-            model = copy.deepcopy(model).to(self.device)
-            for parameter in model.parameters():  # buffers (the rotary angles) stay fp32
-                parameter.data = parameter.data.to(self.dtype)
-        self.model, self.slots, self.eos, self.think_end = model, slots, eos, think_end
+        self.model, self.eos, self.think_end = model, eos, think_end
+        self.slots = _round_up(slots, ROWS)
+
+    def network(self) -> "tuple[Network, torch.dtype]":
+        """What computes the logits, and the dtype of its cache."""
+        if self.device.type == "cpu" and isinstance(self.model, GPT):
+            return Decoder(self.model, self.dtype), torch.float32
+        own = next(self.model.parameters(), torch.empty(0))
+        if (own.device, own.dtype) == (self.device, self.dtype):
+            return self.model, self.dtype
+        return copy.deepcopy(self.model).to(self.device, self.dtype), self.dtype
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Sample]:
         """The sample of each request, in the order in which they finish.
@@ -167,8 +183,9 @@ class LocalEngine:
         """
         waiting: deque[Request] = deque()
         source = map(self._checked, requests)
-        prompts = _Prompts(self)
-        slots = _Slots(self)
+        network, dtype = self.network()
+        prompts = _Prompts(self, network, dtype)
+        slots = _Slots(self, network, dtype)
         while True:
             take = len(slots.free)
             while len(waiting) < take + self.slots:
@@ -184,9 +201,6 @@ class LocalEngine:
             if not slots.running:
                 return
             yield from slots.step()
-
-    def new_cache(self, rows: int, capacity: int) -> KVCache:
-        return KVCache(self.model.config, rows, capacity, device=self.device, dtype=self.dtype)
 
     def _checked(self, request: Request) -> Request:
         prompt, params = request.prompt, request.params
@@ -229,8 +243,10 @@ class _Prompts:
     length decides, so that no prompt's numbers depend on its companions.
     """
 
-    def __init__(self, engine: LocalEngine):
-        self.engine = engine
+    def __init__(self, engine: LocalEngine, network: Network, dtype: torch.dtype):
+        self.network = network
+        self.new_cache = partial(KVCache, engine.model.config, device=engine.device, dtype=dtype)
+        self.device, self.context = engine.device, engine.model.config.context
         self.waiting: Counter[tuple[int, ...]] = Counter()
         self.ready: dict[tuple[int, ...], _Prompt] = {}
         self.block_tokens = 512 if engine.device.type == "cpu" else 8192
@@ -268,20 +284,18 @@ class _Prompts:
                 self._prefill_block(block, width)
 
     def _width(self, prompt: tuple[int, ...]) -> int:
-        return min(_round_up(len(prompt)), self.engine.model.config.context)
+        return min(_round_up(len(prompt)), self.context)
 
     def _rows(self, width: int) -> int:
         return max(1, self.block_tokens // width)
 
     @torch.inference_mode()
     def _prefill_block(self, prompts: list[tuple[int, ...]], width: int) -> None:
-        engine = self.engine
         start = time.perf_counter()
         padded = [p + (0,) * (width - len(p)) for p in prompts]
         padded += [(0,) * width] * (self._rows(width) - len(prompts))
-        tokens = torch.tensor(padded, device=engine.device)
-        block = engine.new_cache(len(padded), width)
-        engine.model.hidden(tokens, block)
+        block = self.new_cache(len(padded), width)
+        self.network.hidden(torch.tensor(padded, device=self.device), block)
         seconds = (time.perf_counter() - start) / len(prompts)
         for row, prompt in enumerate(prompts):
             self.ready[prompt] = _Prompt(block, row, seconds)
@@ -299,8 +313,8 @@ class _Run:
 class _Slots:
     """The rows that decode together: their state on the device, their requests on the host."""
 
-    def __init__(self, engine: LocalEngine):
-        self.engine = engine
+    def __init__(self, engine: LocalEngine, network: Network, dtype: torch.dtype):
+        self.engine, self.network = engine, network
         n = engine.slots
         self.running: dict[int, _Run] = {}
         self.free = list(range(n))
@@ -318,81 +332,83 @@ class _Slots:
         self.temperature, self.top_p, self.min_p, self.logprob = self.numbers
         self.done = torch.ones(n, dtype=torch.bool, device=engine.device)
         self.tokens = torch.zeros(n, 1, dtype=torch.int64, device=engine.device)
-        self.cache = engine.new_cache(n, 0)
-        self._reserve(LENGTH_STEP)
+        self.cache = KVCache(engine.model.config, n, 0, device=engine.device, dtype=dtype)
+        self.cache.lengths = self.length
+        self.cache.empty = False
+        self.peak = self.next_fit = 0
+        self.filters: Counter[tuple[float, ...]] = Counter()  # those of the running samples
 
     @torch.inference_mode()
     def fill(self, batch: list[Request], prompts: _Prompts) -> None:
         """Put each request into a free slot, behind its prompt's keys and values."""
+        start = time.perf_counter()
         engine = self.engine
-        self._reserve(max(len(r.prompt) + r.params.max_tokens for r in batch))
-        blocks: dict[KVCache, tuple[list[int], list[int]]] = {}
-        integers, numbers, rows = [], [], []
-        for request in batch:
+        rows = [self.free.pop() for _ in batch]
+        integers, numbers, most = [], [], 0
+        copies: dict[KVCache, list[tuple[int, int]]] = {}
+        for row, request in zip(rows, batch, strict=True):
             prompt, params = request.prompt, request.params
             block, block_row, seconds = prompts.take(prompt)
-            row = self.free.pop()
-            rows.append(row)
-            for list_, value in zip(
-                blocks.setdefault(block, ([], [])), (row, block_row), strict=True
-            ):
-                list_.append(value)
-            # The last prompt token is fed again, for its logits; before a forced </think> nobody
-            # needs them.
+            copies.setdefault(block, []).append((block_row, row))
+            # The last token of the prompt is fed once more, for the logits behind it; where
+            # </think> is forced at once they are not needed, and it is fed instead.
             at_once = params.budget == 0 and params.max_tokens > 1
-            token, length = (
-                (engine.think_end, len(prompt)) if at_once else (prompt[-1], len(prompt) - 1)
-            )
+            token = engine.think_end if at_once else prompt[-1]
+            length = len(prompt) - (not at_once)
             force_at = NEVER if at_once or params.budget is None else params.budget
             seed = stream_key(prompt, request.seed, request.index)
             integers.append(
-                (token, length, int(at_once), force_at, params.max_tokens, seed, params.top_k)
+                (token, length, at_once, force_at, params.max_tokens, seed, params.top_k)
             )
             numbers.append((params.temperature, params.top_p, params.min_p, 0.0))
+            most = max(most, params.max_tokens)
             self.running[row] = _Run(request, length - self.steps, seconds - self.seconds)
-        to = dict(device=engine.device)
-        index = torch.tensor(rows, **to)
-        self.integers.index_copy_(1, index, torch.tensor(integers, **to).t())
-        self.numbers.index_copy_(1, index, torch.tensor(numbers, **to).t())
+            self.filters[_filters(params)] += 1
+        index = torch.tensor(rows, device=engine.device)
+        self.integers.index_copy_(1, index, torch.tensor(integers, device=engine.device).t())
+        self.numbers.index_copy_(1, index, torch.tensor(numbers, device=engine.device).t())
         self.done.index_fill_(0, index, False)
+        if most >= self.tokens.shape[1]:
+            self.tokens = torch.nn.functional.pad(self.tokens, (0, most + 1 - self.tokens.shape[1]))
         if engine.think_end is not None:
-            self.tokens[index, 0] = engine.think_end  # overwritten where it was not forced
-        for block, lists in blocks.items():
-            index, which = (torch.tensor(x, **to) for x in lists)
-            for new, old in ((self.cache.keys, block.keys), (self.cache.values, block.values)):
+            self.tokens[index, 0] = engine.think_end  # overwritten where it is not forced
+        for block, pairs in copies.items():
+            if block.capacity > self.cache.capacity:
+                self.cache.resize(_round_up(block.capacity))
+            source, target = torch.tensor(pairs, device=engine.device).t()
+            for old, new in ((block.keys, self.cache.keys), (block.values, self.cache.values)):
                 prefix = new[:, :, :, : block.capacity]
-                prefix.index_copy_(1, index, old.index_select(1, which))
+                prefix.index_copy_(1, target, old.index_select(1, source))
+        self.seconds += (time.perf_counter() - start) / len(self.running)
 
     @torch.inference_mode()
     def step(self) -> list[Sample]:
         """Decode a token of every slot (a few, on a GPU); the samples that finished."""
         start = time.perf_counter()
         n = self.steps_per_look
-        alive = len(self.running)
-        longest = max(run.length for run in self.running.values()) + self.steps + n
-        limit = min(_round_up(longest), self.cache.capacity)
-        filtered = any(
-            p.top_k or p.top_p < 1 or p.min_p > 0
-            for p in (run.request.params for run in self.running.values())
-        )
+        self._fit(max(run.length for run in self.running.values()) + self.steps + n)
+        filters = self._shared_filters()
         for _ in range(n):
-            self._step(limit, filtered)
+            self._step(filters)
         self.steps += n
-        finished = [
-            row for row, done in enumerate(self.done.tolist()) if done and row in self.running
-        ]
-        self.seconds += (time.perf_counter() - start) / alive
+        finished = [row for row, done in enumerate(self.done.tolist()) if done]
+        if self.free:
+            finished = [row for row in finished if row in self.running]
+        self.seconds += (time.perf_counter() - start) / len(self.running)
         return self._collect(finished) if finished else []
 
-    def _step(self, limit: int, filtered: bool) -> None:
-        engine, model = self.engine, self.engine.model
-        hidden = model.hidden(self.token[:, None], self.cache, limit)
-        filters = {}
-        if filtered:
-            filters = dict(top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
+    def _shared_filters(self) -> dict[str, Any]:
+        """The parameters of sample_tokens: a number, which is quicker, where all rows agree."""
+        values = {}
+        for name, column in zip(FILTERS, zip(*self.filters, strict=True), strict=True):
+            values[name] = column[0] if len(set(column)) == 1 else getattr(self, name)
+        return values
+
+    def _step(self, filters: dict[str, Any]) -> None:
+        engine, network = self.engine, self.network
+        hidden = network.hidden(self.token[:, None], self.cache)
         token, logprob = sample_tokens(
-            model.logits(hidden[:, -1]),
-            temperature=self.temperature,
+            network.logits(hidden[:, -1]),
             **filters,
             seeds=self.seed,
             positions=self.count,
@@ -420,6 +436,10 @@ class _Slots:
         samples = []
         for row, count, drawn, logprob in zip(rows, counts, tokens, logprobs, strict=True):
             run = self.running.pop(row)
+            filters = _filters(run.request.params)
+            self.filters[filters] -= 1
+            if not self.filters[filters]:
+                del self.filters[filters]
             drawn = tuple(drawn[:count])
             budget = run.request.params.budget
             forced = (
@@ -441,23 +461,24 @@ class _Slots:
         self.free += rows
         return samples
 
-    def _reserve(self, positions: int) -> None:
-        """Make room for sequences of so many tokens."""
-        old = self.cache
-        if positions <= old.capacity:
-            return
-        capacity = _round_up(positions)
-        self.cache = self.engine.new_cache(self.engine.slots, capacity)
-        self.cache.keys[:, :, :, : old.capacity] = old.keys
-        self.cache.values[:, :, :, : old.capacity] = old.values
-        self.cache.lengths = self.length
-        self.cache.empty = False
-        tokens = torch.zeros(
-            self.engine.slots, capacity + 1, dtype=torch.int64, device=self.engine.device
-        )
-        tokens[:, : old.capacity] = self.tokens[:, : old.capacity]
-        self.tokens = tokens
+    def _fit(self, positions: int) -> None:
+        """Keep the cache's capacity near what is needed: every step reads all of it.
+
+        It grows at once, and shrinks where the most that was needed for a while is less.
+        """
+        needed = _round_up(positions)
+        self.peak = max(self.peak, needed)
+        if needed > self.cache.capacity:
+            self.cache.resize(needed)
+        elif self.steps >= self.next_fit:
+            if self.peak < self.cache.capacity:
+                self.cache.resize(self.peak)
+            self.peak, self.next_fit = needed, self.steps + LENGTH_STEP
 
 
-def _round_up(length: int) -> int:
-    return -(-length // LENGTH_STEP) * LENGTH_STEP
+def _filters(params: SamplingParams) -> tuple[float, ...]:
+    return params.temperature, params.top_k, params.top_p, params.min_p
+
+
+def _round_up(length: int, step: int = LENGTH_STEP) -> int:
+    return -(-length // step) * step
