@@ -29,7 +29,6 @@ from .decoder import ROWS, Decoder
 
 LENGTH_STEP = 32  # attended lengths and prompt blocks are rounded up to a multiple of it
 NEVER = 1 << 62
-FILTERS = ("temperature", "top_k", "top_p", "min_p")
 
 
 @dataclass(frozen=True)
@@ -161,6 +160,8 @@ class LocalEngine:
         self.dtype = own.dtype if dtype is None else dtype
         self.model, self.eos, self.think_end = model, eos, think_end
         self.slots = _round_up(slots, ROWS)
+        # On a GPU the host looks at the results of several steps at once, so as not to stall it.
+        self.steps_per_look = 1 if self.device.type == "cpu" else 8
 
     def network(self) -> "tuple[Network, torch.dtype]":
         """What computes the logits, and the dtype of its cache."""
@@ -320,8 +321,6 @@ class _Slots:
         self.free = list(range(n))
         self.steps = 0
         self.seconds = 0.0  # what a sample that has run all the time owes
-        # On a GPU the host looks at the results of several steps at once, so as not to stall it.
-        self.steps_per_look = 1 if engine.device.type == "cpu" else 8
         self.integers = torch.zeros(7, n, dtype=torch.int64, device=engine.device)
         self.numbers = torch.zeros(4, n, device=engine.device)
         # token: the next one to feed; count: tokens of the completion so far; force_at: the count
@@ -330,13 +329,13 @@ class _Slots:
             self.integers
         )
         self.temperature, self.top_p, self.min_p, self.logprob = self.numbers
+        self.top_p.fill_(1.0)  # sample_tokens looks at idle rows too
         self.done = torch.ones(n, dtype=torch.bool, device=engine.device)
         self.tokens = torch.zeros(n, 1, dtype=torch.int64, device=engine.device)
         self.cache = KVCache(engine.model.config, n, 0, device=engine.device, dtype=dtype)
         self.cache.lengths = self.length
         self.cache.empty = False
         self.peak = self.next_fit = 0
-        self.filters: Counter[tuple[float, ...]] = Counter()  # those of the running samples
 
     @torch.inference_mode()
     def fill(self, batch: list[Request], prompts: _Prompts) -> None:
@@ -363,7 +362,6 @@ class _Slots:
             numbers.append((params.temperature, params.top_p, params.min_p, 0.0))
             most = max(most, params.max_tokens)
             self.running[row] = _Run(request, length - self.steps, seconds - self.seconds)
-            self.filters[_filters(params)] += 1
         index = torch.tensor(rows, device=engine.device)
         self.integers.index_copy_(1, index, torch.tensor(integers, device=engine.device).t())
         self.numbers.index_copy_(1, index, torch.tensor(numbers, device=engine.device).t())
@@ -385,11 +383,10 @@ class _Slots:
     def step(self) -> list[Sample]:
         """Decode a token of every slot (a few, on a GPU); the samples that finished."""
         start = time.perf_counter()
-        n = self.steps_per_look
+        n = self.engine.steps_per_look
         self._fit(max(run.length for run in self.running.values()) + self.steps + n)
-        filters = self._shared_filters()
         for _ in range(n):
-            self._step(filters)
+            self._step()
         self.steps += n
         finished = [row for row, done in enumerate(self.done.tolist()) if done]
         if self.free:
@@ -397,19 +394,15 @@ class _Slots:
         self.seconds += (time.perf_counter() - start) / len(self.running)
         return self._collect(finished) if finished else []
 
-    def _shared_filters(self) -> dict[str, Any]:
-        """The parameters of sample_tokens: a number, which is quicker, where all rows agree."""
-        values = {}
-        for name, column in zip(FILTERS, zip(*self.filters, strict=True), strict=True):
-            values[name] = column[0] if len(set(column)) == 1 else getattr(self, name)
-        return values
-
-    def _step(self, filters: dict[str, Any]) -> None:
+    def _step(self) -> None:
         engine, network = self.engine, self.network
         hidden = network.hidden(self.token[:, None], self.cache)
         token, logprob = sample_tokens(
             network.logits(hidden[:, -1]),
-            **filters,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
             seeds=self.seed,
             positions=self.count,
         )
@@ -436,10 +429,6 @@ class _Slots:
         samples = []
         for row, count, drawn, logprob in zip(rows, counts, tokens, logprobs, strict=True):
             run = self.running.pop(row)
-            filters = _filters(run.request.params)
-            self.filters[filters] -= 1
-            if not self.filters[filters]:
-                del self.filters[filters]
             drawn = tuple(drawn[:count])
             budget = run.request.params.budget
             forced = (
@@ -474,10 +463,6 @@ class _Slots:
             if self.peak < self.cache.capacity:
                 self.cache.resize(self.peak)
             self.peak, self.next_fit = needed, self.steps + LENGTH_STEP
-
-
-def _filters(params: SamplingParams) -> tuple[float, ...]:
-    return params.temperature, params.top_k, params.top_p, params.min_p
 
 
 def _round_up(length: int, step: int = LENGTH_STEP) -> int:
