@@ -78,21 +78,25 @@ def sample_tokens_reference(
             divisor = torch.where(temperature == 0, 1.0, temperature)[:, None]
         scaled = (logits - logits.amax(-1, keepdim=True)) / divisor  # finite for the smallest
     weights = scaled.softmax(-1)
-    if isinstance(top_k, Tensor):
-        last = torch.where(top_k == 0, n_token, top_k).clamp_max(n_token) - 1
-        threshold = logits.sort(-1, descending=True).values.gather(1, last[:, None])
+    n_best = n_token if isinstance(top_k, Tensor) or top_k == 0 else min(top_k, n_token)
+    nucleus = isinstance(top_p, Tensor) or top_p < 1
+    if nucleus or n_best < n_token or isinstance(top_k, Tensor):
+        few = n_best < n_token
+        ordered, ids = logits.topk(n_best) if few else logits.sort(-1, descending=True)
+        threshold = ordered[:, -1:]
+        if isinstance(top_k, Tensor):
+            last = torch.where(top_k == 0, n_token, top_k).clamp_max(n_token) - 1
+            threshold = ordered.gather(1, last[:, None])
         weights = weights.masked_fill(logits < threshold, 0.0)
-    elif 0 < top_k < n_token:
-        weights = weights.masked_fill(logits < logits.topk(top_k).values[:, -1:], 0.0)
-    if isinstance(top_p, Tensor) or top_p < 1:
-        wanted = top_p[:, None] if isinstance(top_p, Tensor) else top_p
-        ordered, ids = logits.sort(-1, descending=True)
-        mass = weights.gather(1, ids).cumsum(-1, dtype=torch.float64)
-        crossing = (mass < mass[:, -1:] * wanted).sum(-1, keepdim=True)
-        threshold = ordered.gather(1, crossing)
-        if isinstance(wanted, Tensor):
-            threshold = threshold.masked_fill(wanted >= 1, -math.inf)
-        weights = weights.masked_fill(logits < threshold, 0.0)
+        if nucleus:
+            share = top_p[:, None] if isinstance(top_p, Tensor) else top_p
+            wanted = weights.cumsum(-1, dtype=torch.float64)[:, -1:] * share
+            mass = weights.gather(1, ids).cumsum(-1, dtype=torch.float64)
+            crossing = (mass < wanted).sum(-1, keepdim=True).clamp_max_(n_best - 1)
+            threshold = ordered.gather(1, crossing)
+            if isinstance(share, Tensor):
+                threshold = threshold.masked_fill(share >= 1, -math.inf)
+            weights = weights.masked_fill(logits < threshold, 0.0)
     if isinstance(min_p, Tensor) or min_p > 0:
         share = min_p[:, None] if isinstance(min_p, Tensor) else min_p
         weights = weights.masked_fill(weights < weights.amax(-1, keepdim=True) * share, 0.0)
