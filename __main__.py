@@ -10,7 +10,7 @@ def main() -> None:
     root = Path(__file__).resolve().parent
     sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != root]
 
-    from ponder.cli import run
+    from .cli import run
 
     sys.exit(run(sys.argv[1:]))
 

@@ -64,9 +64,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("words", "message"), BAD, ids=[words for words, _ in BAD])
-def test_bad_input_is_one_sentence_and_exit_code_2(
-    words, message, tmp_path, monkeypatch, capsys
-):
+def test_bad_input_is_one_sentence_and_exit_code_2(words, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")

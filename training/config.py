@@ -130,7 +130,7 @@ def demo() -> TrainConfig:
         head_dim=32,
         n_embd=96,
         n_inner=256,
-        steps=250,
+        steps=400,
         batch_size=256,
         matrix_lr=0.02,
     )

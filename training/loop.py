@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -79,7 +79,7 @@ class _Run:
         self, config: TrainConfig, data: Data, shape: GPTConfig, identity: dict, stop: Stop
     ):
         self.config, self.data, self.stop = config, data, stop
-        device = PartialState().device
+        device = torch.device(PartialState().device or "cpu")
         rows = config.batch_size // config.accumulation
         precision = choose_precision(
             config.precision, device, shape.n_embd, shape.n_inner, rows * config.context
@@ -195,9 +195,15 @@ class _Run:
         if self.ranks == 1:
             return self.stop.asked
         flag = torch.tensor(float(self.stop.asked), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(flag, "sum").item())
+        return bool(self._total(flag))
 
-    def _update(self, tokens: torch.Tensor, targets: torch.Tensor):
+    def _total(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum over processes."""
+        return cast(torch.Tensor, self.accelerator.reduce(x, "sum"))
+
+    def _update(
+        self, tokens: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimizer step on the global batch; (mean loss, gradient norm), on the device."""
         config, accelerator = self.config, self.accelerator
         self.optimizer.optimizer.set_rate(config.rate(self.step))
@@ -221,9 +227,10 @@ class _Run:
                 loss_sum += loss.detach()
         limit = config.clip or float("inf")
         norm = accelerator.clip_grad_norm_(self.model.parameters(), limit)
+        assert norm is not None  # None is for pipelines alone
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return accelerator.reduce(loss_sum, "sum"), norm
+        return self._total(loss_sum), norm
 
     def _check_finite(self) -> None:
         bad = int(self.first_bad)
@@ -247,7 +254,7 @@ class _Run:
                 sums[0] += self.model(x, y, reduction="sum").double()
                 sums[1] += (y != IGNORE).sum()
         self.model.train()
-        total, count = self.accelerator.reduce(sums, "sum").tolist()
+        total, count = self._total(sums).tolist()
         return total / count
 
     def _log(self, row: dict[str, Any], bar: tqdm) -> None:

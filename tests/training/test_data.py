@@ -1,8 +1,9 @@
+import json
+
 import numpy as np
 import pytest
 import torch
 
-from ponder import tasks
 from ponder.training import TrainConfig, preset
 from ponder.training.data import IGNORE, TextData, load_data
 from ponder.training.tokenizer import SPECIAL, bpe_tokenizer, character_tokenizer
@@ -41,10 +42,7 @@ def test_validation_predicts_every_token_once():
 def test_task_rows_read_as_prompt_thought_answer():
     config = preset("tiny", data="task:last_digit", batch_size=64)
     data = load_data(config)
-    task = tasks.get("last_digit")
     tokens, targets = data.batch(0)
-    problems = {p.prompt: p for split in ("train",) for p in task.problems(split, 0, 0)}
-    assert not problems
     cut = 0
     for row, target in zip(tokens, targets, strict=True):
         learned = target[target != IGNORE]
@@ -95,7 +93,8 @@ def test_unknown_task_names_the_known_ones():
 
 def test_hub_data_from_a_local_folder(tmp_path):
     pytest.importorskip("datasets", reason="datasets is not installed")
-    lines = ['{"text": "Now is the winter of our discontent number %d"}' % i for i in range(40)]
+    texts = [f"Now is the winter of our discontent number {i}" for i in range(40)]
+    lines = [json.dumps({"text": text}) for text in texts]
     (tmp_path / "train.jsonl").write_text("\n".join(lines))
     data = load_data(preset("tiny", data=f"hub:{tmp_path}"))
     text = data.tokenizer.decode(data.train.tolist(), skip_special_tokens=False)

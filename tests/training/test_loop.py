@@ -200,7 +200,5 @@ def test_two_optimizers_under_one_scaler_unscale_once():
         scaler.update()
         return model
 
-    for (name, a), b in zip(
-        step(1.0).named_parameters(), step(1024.0).parameters(), strict=True
-    ):
+    for (name, a), b in zip(step(1.0).named_parameters(), step(1024.0).parameters(), strict=True):
         torch.testing.assert_close(a, b, msg=name)

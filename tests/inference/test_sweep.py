@@ -1,0 +1,199 @@
+import csv
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models
+
+from ponder import tasks
+from ponder.inference.config import GenerateConfig, SweepConfig
+from ponder.inference.shell import generate
+from ponder.inference.sweep import redraw, sweep
+from ponder.models import GPT, GPTConfig, hub
+from ponder.training.tokenizer import character_tokenizer
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A model that was never trained, but speaks last_digit's alphabet."""
+    folder = tmp_path_factory.mktemp("models") / "random"
+    torch.manual_seed(0)
+    tokenizer = character_tokenizer(tasks.get("last_digit").alphabet)
+    config = GPTConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        context=64,
+        n_layer=2,
+        n_head=2,
+        n_kv_head=1,
+        head_dim=16,
+        n_embd=32,
+        n_inner=64,
+    )
+    gpt = GPT(config)
+    with torch.no_grad():
+        for parameter in gpt.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=0.2)
+    hub.save(gpt, folder, tokenizer=tokenizer)
+    return folder
+
+
+@pytest.fixture
+def config(model, tmp_path) -> SweepConfig:
+    return SweepConfig(
+        model=str(model), out=tmp_path / "out", samples=(1, 3), budgets=(0, 2), problems=6, slots=8
+    )
+
+
+def samples(out: Path) -> list[tuple]:
+    with sqlite3.connect(out / "sweep" / "samples.sqlite") as db:
+        return db.execute(
+            "SELECT problem, budget, params, seed, sample, text, answer, correct, sampled_tokens, "
+            "forced_tokens, think_tokens, logprob FROM sample ORDER BY 3, 1, 2, 5"
+        ).fetchall()
+
+
+def test_a_sweep_fills_its_grid_and_enforces_its_budgets(config):
+    page = sweep(config)
+    found = samples(config.out)
+    assert len(found) == 6 * 3 * (1 + 3)  # problems × budgets (one unlimited) × (greedy + samples)
+    for _, budget, _, _, _, text, _, _, sampled, forced, think, _ in found:
+        assert text.startswith("<think>")
+        if budget is not None:
+            assert think <= budget and forced in (0, 1)
+            assert "</think>" in text
+        else:
+            assert forced == 0
+        assert sampled + forced <= 64
+    zero = [row for row in found if row[1] == 0]
+    assert all(row[10] == 0 and row[9] == 1 for row in zero)
+    rows = list(csv.DictReader((config.out / "report" / "results.csv").open()))
+    assert {row["strategy"] for row in rows} >= {"greedy", "sampling", "self-consistency"}
+    assert {row["think_budget"] for row in rows} == {"0", "2", "inf"}
+    assert all(row["problems"] == "6" and row["model"] == config.model for row in rows)
+    assert page.read_text().count("<html") == 1
+    run = json.loads((config.out / "run.json").read_text())["sweep"]
+    assert run["configuration"]["problems"] == 6
+
+
+def test_what_is_stored_agrees_with_the_verifier(config):
+    sweep(config)
+    task = tasks.get("last_digit")
+    problems = task.problems("test", 6, 0)
+    for row in samples(config.out):
+        assert bool(row[7]) == task.verify(problems[row[0]], row[5])
+        assert row[6] == task.answer(row[5])
+
+
+def test_a_killed_sweep_goes_on_and_ends_with_the_same_samples(config, model, tmp_path):
+    config = replace(config, problems=24, samples=(8,), slots=16)
+    sweep(config)
+    words = (
+        f"sweep --model {model} --out {tmp_path / 'killed'} --samples 8 --budgets 0 2 "
+        "--problems 24 --slots 16"
+    ).split()
+    code = (
+        "import sys, ponder.inference.sweep as s; s.KEEP_EVERY_SECONDS = 0.05\n"
+        "from ponder.cli import run; sys.exit(run(sys.argv[1:]))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *words],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    path = tmp_path / "killed" / "sweep" / "samples.sqlite"
+    deadline = time.monotonic() + 120
+    count = 0
+    while count < 20:
+        assert process.poll() is None and time.monotonic() < deadline
+        try:
+            count = len(samples(tmp_path / "killed"))
+        except sqlite3.OperationalError:
+            time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert path.exists()
+    before = len(samples(tmp_path / "killed"))
+    assert 20 <= before < len(samples(config.out)), "it was to be killed half-way"
+    with pytest.raises(ValueError, match="say --resume"):
+        sweep(replace(config, out=tmp_path / "killed"))
+    sweep(replace(config, out=tmp_path / "killed", resume=True))
+    assert samples(tmp_path / "killed") == samples(config.out)
+
+
+def test_another_model_or_task_is_refused_and_nothing_is_lost(config, model, tmp_path):
+    sweep(config)
+    before = samples(config.out)
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    gpt = hub.load(other)
+    with torch.no_grad():
+        gpt.norm.weight += 1
+    hub.save(gpt, other, tokenizer=hub.load_tokenizer(other))
+    for changed in (
+        replace(config, model=str(other), resume=True),
+        replace(config, seed=1, resume=True),
+    ):
+        with pytest.raises(ValueError, match="holds another sweep run"):
+            sweep(changed)
+    with pytest.raises(ValueError, match="permute|tokenizer|does not know"):
+        sweep(replace(config, task="permute", out=tmp_path / "permute"))
+    assert samples(config.out) == before
+
+
+def test_redraw_writes_the_same_results(config):
+    page = sweep(config)
+    before = (config.out / "report" / "results.csv").read_text()
+    shutil.rmtree(config.out / "report")
+    assert redraw(config.out) == page
+    assert (config.out / "report" / "results.csv").read_text() == before
+    with pytest.raises(ValueError, match="holds no run.json"):
+        redraw(config.out / "report")
+
+
+def test_a_budget_beyond_the_context_names_what_fits(config):
+    with pytest.raises(ValueError, match=r"a budget of 90 does not fit: .* room for \d+"):
+        sweep(replace(config, budgets=(90,)))
+
+
+def test_a_model_without_think_tokens_is_named(model, config, tmp_path):
+    folder = tmp_path / "plain"
+    shutil.copytree(model, folder)
+    plain = Tokenizer(models.BPE({"<unk>": 0, "a": 1}, [], unk_token="<unk>"))
+    plain.save(str(folder / "tokenizer.json"))
+    with pytest.raises(ValueError, match="has no <think> token"):
+        sweep(replace(config, model=str(folder)))
+
+
+def test_generate_prints_text_and_cost(model, capsys):
+    generate(GenerateConfig(prompt="3+8=", model=str(model), samples=2, budget=1, temperature=1.0))
+    shown = capsys.readouterr()
+    lines = shown.out.splitlines()
+    assert len(lines) == 2
+    for line in lines:  # one thinking token, then </think>, forced or not
+        assert 0 <= len(line.removeprefix("<think>").partition("</think>")[0]) <= 1
+    assert "5 prompt + " in shown.err and "FLOPs" in shown.err
+
+
+@pytest.mark.parametrize(
+    ("prompt", "changes", "message"),
+    [
+        ("", {}, "the prompt is empty"),
+        ("3+x=", {}, "the prompt has 'x', which the tokenizer"),
+        ("1+" * 40, {}, "81 tokens with <think>; the model's context of 64"),
+        ("3+8=", {"max_tokens": 60}, "max_tokens is 60; after 5 prompt tokens"),
+    ],
+)
+def test_prompts_that_cannot_be_answered(model, prompt, changes, message):
+    with pytest.raises(ValueError, match=message):
+        generate(GenerateConfig(prompt=prompt, model=str(model), **changes))
