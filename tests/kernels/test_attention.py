@@ -204,11 +204,12 @@ def test_one_compilation_serves_all_lengths(head_dim, dtype, device):
 
 # The rows: T = S, decoding, T < S, T > S (rows that see no key), no key at all; and not causal.
 @pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # each has a path of its own
 @pytest.mark.parametrize("lengths", [(9, 9), (1, 9), (5, 9), (9, 5), (3, 0)], ids=str)
-def test_cpu_path(lengths, causal, monkeypatch):
+def test_cpu_path(lengths, dtype, causal, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     n_queries, n_keys = lengths
-    inputs = qkv(2, 4, 2, n_queries, n_keys, 24, torch.float32, "cpu")
+    inputs = qkv(2, 4, 2, n_queries, n_keys, 24, dtype, "cpu")
     check_attention(inputs, causal, scale=0.3)
 
 
