@@ -129,7 +129,7 @@ class LocalEngine:
     model: a GPT, or anything with its `config`, `hidden` and `logits`. slots is rounded up to a
     multiple of 8. eos and think_end are the ids of <eos> and </think>; without think_end no request
     may have a budget. device defaults to the model's own. So does dtype; on a CPU it is that of
-    the weights in matrix products (bf16 is up to 1.5 times as fast where the CPU has such
+    matrix products and of the cache (bf16 is about 1.5 times as fast where the CPU has such
     products, and slower elsewhere), and the rest is fp32. Weights are read anew by each `generate`.
 
     Throughput grows with the slots until the machine is busy, memory with slots × the longest
@@ -163,14 +163,14 @@ class LocalEngine:
         # On a GPU the host looks at the results of several steps at once, so as not to stall it.
         self.steps_per_look = 1 if self.device.type == "cpu" else 8
 
-    def network(self) -> "tuple[Network, torch.dtype]":
-        """What computes the logits, and the dtype of its cache."""
+    def network(self) -> "Network":
+        """What computes the logits."""
         if self.device.type == "cpu" and isinstance(self.model, GPT):
-            return Decoder(self.model, self.dtype), torch.float32
+            return Decoder(self.model, self.dtype)
         own = next(self.model.parameters(), torch.empty(0))
         if (own.device, own.dtype) == (self.device, self.dtype):
-            return self.model, self.dtype
-        return copy.deepcopy(self.model).to(self.device, self.dtype), self.dtype
+            return self.model
+        return copy.deepcopy(self.model).to(self.device, self.dtype)
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Sample]:
         """The sample of each request, in the order in which they finish.
@@ -184,9 +184,9 @@ class LocalEngine:
         """
         waiting: deque[Request] = deque()
         source = map(self._checked, requests)
-        network, dtype = self.network()
-        prompts = _Prompts(self, network, dtype)
-        slots = _Slots(self, network, dtype)
+        network = self.network()
+        prompts = _Prompts(self, network)
+        slots = _Slots(self, network)
         while True:
             take = len(slots.free)
             while len(waiting) < take + self.slots:
@@ -244,13 +244,15 @@ class _Prompts:
     length decides, so that no prompt's numbers depend on its companions.
     """
 
-    def __init__(self, engine: LocalEngine, network: Network, dtype: torch.dtype):
+    def __init__(self, engine: LocalEngine, network: Network):
         self.network = network
-        self.new_cache = partial(KVCache, engine.model.config, device=engine.device, dtype=dtype)
+        self.new_cache = partial(
+            KVCache, engine.model.config, device=engine.device, dtype=engine.dtype
+        )
         self.device, self.context = engine.device, engine.model.config.context
         self.waiting: Counter[tuple[int, ...]] = Counter()
         self.ready: dict[tuple[int, ...], _Prompt] = {}
-        self.block_tokens = 512 if engine.device.type == "cpu" else 8192
+        self.block_tokens = 512 if engine.device.type == "cpu" else 2048
 
     def expect(self, prompt: tuple[int, ...]) -> None:
         self.waiting[prompt] += 1
@@ -314,7 +316,7 @@ class _Run:
 class _Slots:
     """The rows that decode together: their state on the device, their requests on the host."""
 
-    def __init__(self, engine: LocalEngine, network: Network, dtype: torch.dtype):
+    def __init__(self, engine: LocalEngine, network: Network):
         self.engine, self.network = engine, network
         n = engine.slots
         self.running: dict[int, _Run] = {}
@@ -332,7 +334,7 @@ class _Slots:
         self.top_p.fill_(1.0)  # sample_tokens looks at idle rows too
         self.done = torch.ones(n, dtype=torch.bool, device=engine.device)
         self.tokens = torch.zeros(n, 1, dtype=torch.int64, device=engine.device)
-        self.cache = KVCache(engine.model.config, n, 0, device=engine.device, dtype=dtype)
+        self.cache = KVCache(engine.model.config, n, 0, device=engine.device, dtype=engine.dtype)
         self.cache.lengths = self.length
         self.cache.empty = False
         self.peak = self.next_fit = 0

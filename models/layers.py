@@ -111,14 +111,19 @@ class LayerCache:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Write the T new keys and values at each row's own position, then attend."""
-        T, D = q.shape[2:]
+        self.write(k, v)
         if self.index is None:
-            self.keys[:, :, :T] = k
-            self.values[:, :, :T] = v
             return attention(q, k, v, causal=True)
-        for cache, new in ((self.keys, k), (self.values, v)):
-            cache.view(-1, D).index_copy_(0, self.index, new.reshape(-1, D).to(cache.dtype))
         return decode_attention(q, self.keys, self.values, self.lengths)
+
+    def write(self, k: Tensor, v: Tensor) -> None:
+        """Put the new keys and values (B, G, T, D) where they belong."""
+        T, D = k.shape[2:]
+        for cache, new in ((self.keys, k), (self.values, v)):
+            if self.index is None:
+                cache[:, :, :T] = new
+            else:
+                cache.view(-1, D).index_copy_(0, self.index, new.reshape(-1, D).to(cache.dtype))
 
 
 class GatedMLP(nn.Module):

@@ -38,12 +38,13 @@ class Mock(torch.nn.Module):
         super().__init__()
         self.config = GPTConfig(vocabulary, context, 1, 1, 1, 16)
         self.table = torch.eye(vocabulary).log() if table is None else table
-        self.prefilled = []
+        self.prefilled, self.blocks = [], set()
 
     def hidden(self, tokens, cache):
         B, T = tokens.shape
         if cache.empty:
             self.prefilled += tokens.tolist()
+            self.blocks.add((T, B))
         position = torch.zeros(B, 1) if cache.empty else cache.lengths[:, None]
         position = position.long() + torch.arange(T)
         cache.empty = False
@@ -240,26 +241,31 @@ def test_slots_do_not_matter_where_logits_are_equal():
     assert all(other == found[0] for other in found)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_order_and_neighbours_do_not_matter(threads, device):
-    """Bit for bit, log-probabilities included, with the real model."""
-    engine = LocalEngine(gpt(device), slots=8, eos=EOS, think_end=END)
-    requests = mixed_requests()
+@pytest.fixture
+def set_threads():
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        found = results(engine, requests)
-        assert len(found) == len(requests)
-        shuffled = random.Random(1).sample(requests, len(requests))
-        assert results(engine, shuffled) == found
-        for request in requests[::10]:  # alone
-            assert results(engine, [request]) == {request.key: found[request.key]}
-        # Beside a sequence that is longer than all, so that the cache is too.
-        long = Request((5,) * 60, SamplingParams(max_tokens=68), 0, 0, key="long")
-        beside = results(engine, [long, *requests])
-        assert {k: v for k, v in beside.items() if k != "long"} == found
-    finally:
-        torch.set_num_threads(before)
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    "threads, dtype", [(1, torch.float32), (2, torch.float32), (1, torch.bfloat16)]
+)
+def test_order_and_neighbours_do_not_matter(threads, dtype, device, set_threads):
+    """Bit for bit, log-probabilities included, with the real model."""
+    engine = LocalEngine(gpt(device), slots=8, eos=EOS, think_end=END, dtype=dtype)
+    requests = mixed_requests(prompts=4)
+    set_threads(threads)
+    found = results(engine, requests)
+    assert len(found) == len(requests)
+    shuffled = random.Random(1).sample(requests, len(requests))
+    assert results(engine, shuffled) == found
+    for request in requests[::12]:  # alone
+        assert results(engine, [request]) == {request.key: found[request.key]}
+    # Beside a sequence that is longer than all, so that the cache is too.
+    long = Request((5,) * 60, SamplingParams(max_tokens=68), 0, 0, key="long")
+    beside = results(engine, [long, *requests])
+    assert {k: v for k, v in beside.items() if k != "long"} == found
 
 
 def test_steps_per_look_do_not_matter(device):
@@ -310,7 +316,7 @@ def test_decoder_is_the_model(variant, dtype, tolerance):
     decoder = Decoder(model, dtype)
     with torch.inference_mode():
         wanted = model(tokens)
-        cache = KVCache(model.config, 2, 32)
+        cache = KVCache(model.config, 2, 32, dtype=dtype)
         prefilled = decoder.logits(decoder.hidden(tokens[:, :32], cache))
         torch.testing.assert_close(prefilled, wanted[:, :32], rtol=0, atol=tolerance)
         cache.lengths += starts
@@ -323,31 +329,32 @@ def test_decoder_is_the_model(variant, dtype, tolerance):
             cache.lengths += 1
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3, 6])
-@pytest.mark.parametrize("rows", [8, 24, 512])
 @pytest.mark.parametrize("variant", [*VARIANTS, dict(n_embd=96, n_inner=288)])
-def test_a_rows_bits_do_not_depend_on_its_place(variant, rows, threads):
-    """All rows alike must give logits alike, whoever computes them and with whatever remainder."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rows_bits_do_not_depend_on_its_place(variant, dtype, set_threads):
+    """All rows alike must give logits alike, on any thread and with whatever remainder; and the
+    same with a longer cache."""
     model = gpt(**variant)
-    config = model.config
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with torch.inference_mode():
-            decoder = Decoder(model)
-            cache = KVCache(config, rows, 32)
-            cache.keys.copy_(torch.randn_like(cache.keys[:, :1]))
-            cache.values.copy_(torch.randn_like(cache.values[:, :1]))
-            cache.lengths += 20
-            cache.empty = False
-            logits = decoder.logits(decoder.hidden(torch.full((rows, 1), 5), cache))
-            assert (logits == logits[:1]).all()
-            block = KVCache(config, 512 // 32, 32)
+    c = model.config
+    keys, values = torch.randn(2, c.n_layer, 1, c.n_kv_head, 64, c.head_dim)
+    with torch.inference_mode():
+        decoder = Decoder(model, dtype)
+        for threads, rows in itertools.product((1, 2, 3, 6), (8, 24, 512)):
+            set_threads(threads)
+            found = []
+            for capacity in (32, 64):
+                cache = KVCache(c, rows, capacity, dtype=dtype)
+                cache.keys.copy_(keys[:, :, :, :capacity])
+                cache.values.copy_(values[:, :, :, :capacity])
+                cache.lengths += 20
+                cache.empty = False
+                found.append(decoder.logits(decoder.hidden(torch.full((rows, 1), 5), cache)))
+            assert (found[0] == found[0][:1]).all(), f"{rows} rows on {threads} threads"
+            assert (found[0] == found[1]).all(), f"capacities, {rows} rows on {threads} threads"
+            block = KVCache(c, 512 // 32, 32, dtype=dtype)
             decoder.hidden(torch.arange(32).remainder(20).expand(16, -1), block)
-            assert (block.keys == block.keys[:, :1]).all()
-            assert (block.values == block.values[:, :1]).all()
-    finally:
-        torch.set_num_threads(before)
+            assert (block.keys == block.keys[:, :1]).all(), f"prefill on {threads} threads"
+            assert (block.values == block.values[:, :1]).all(), f"prefill on {threads} threads"
 
 
 def test_each_prompt_is_prefilled_once():
@@ -360,6 +367,16 @@ def test_each_prompt_is_prefilled_once():
     assert len(list(engine.generate(requests))) == 490
     real = sorted(tuple(row[:3]) for row in model.prefilled if any(row))
     assert real == sorted(prompts)
+
+
+def test_prefilled_blocks_have_a_shape_that_their_width_decides():
+    """However many prompts wait: else a prompt's numbers could depend on its companions."""
+    model = Mock(vocabulary=21, table=random_table(21))
+    engine = LocalEngine(model, slots=8, eos=EOS, think_end=END)
+    requests = mixed_requests(prompts=20)
+    for some in (requests, requests[:1], requests[::7]):
+        list(engine.generate(some))
+    assert len(dict(model.blocks)) == len(model.blocks) >= 2
 
 
 def test_requests_are_read_as_they_are_needed():
