@@ -1,5 +1,28 @@
-"""Tests run side by side, one a core: each keeps to one thread, and so do its child processes."""
+"""One thread a test process, and the kernels' interpreter for tests/kernels alone."""
 
+import importlib.util
 import os
+from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
+# Tests run side by side, one process a core: each keeps to one thread, child processes too.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import pytest
+import torch
+
+INTERPRET = not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
+KERNELS = Path(__file__).parent / "kernels"
+
+if INTERPRET:
+    # Triton's own library is built for the interpreter, or not, when it is imported.
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton  # noqa: F401
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Before any fixture: kernels run interpreted in their own tests, and nowhere else."""
+    if INTERPRET and item.path.is_relative_to(KERNELS):
+        os.environ["TRITON_INTERPRET"] = "1"
+    else:
+        os.environ.pop("TRITON_INTERPRET", None)

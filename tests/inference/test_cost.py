@@ -90,17 +90,18 @@ def test_counts_agree_with_the_model():
 
     config = GPTConfig(vocab_size=31, n_layer=2, n_head=4, n_kv_head=2, n_embd=64, n_inner=96)
     model = GPT(config).eval()
-    cache = KVCache(config, 1, 64)
     prompt, new = 40, 6
+    cache = KVCache(config, 1, prompt)
 
-    def feed(tokens, limit):
-        hidden = model.hidden(torch.zeros((1, tokens), dtype=torch.int64), cache, limit)
+    def feed(tokens, capacity):
+        cache.resize(capacity)  # a pass reads all of it
+        hidden = model.hidden(torch.zeros((1, tokens), dtype=torch.int64), cache)
         cache.lengths += tokens
         model.logits(hidden[:, -1])
 
     # The counter sees the products of attention only where they are not fused.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        prefill = counted(lambda: feed(prompt, None))
+        prefill = counted(lambda: feed(prompt, prompt))
         decode = counted(lambda: [feed(1, prompt + i + 1) for i in range(new)])
     prefill -= masked_away(config, prompt)
     assert prefill_flops(config, prompt) == pytest.approx(prefill, rel=0.01)

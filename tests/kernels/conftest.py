@@ -1,12 +1,7 @@
 """Kernels run in Triton's interpreter here (fp32 and fp16), or on the GPU where there is one."""
 
-import os
-
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read at each kernel's first launch
 
 
 @pytest.fixture
