@@ -163,7 +163,7 @@ class LocalEngine:
         # On a GPU the host looks at the results of several steps at once, so as not to stall it.
         self.steps_per_look = 1 if self.device.type == "cpu" else 8
 
-    def network(self) -> "Network":
+    def network(self) -> Network:
         """What computes the logits."""
         if self.device.type == "cpu" and isinstance(self.model, GPT):
             return Decoder(self.model, self.dtype)
