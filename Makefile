@@ -8,7 +8,7 @@ demo: .venv/.installed
 	$(BIN)/ponder demo
 
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest -q -n auto
+	$(BIN)/python -m pytest -q -n auto --dist worksteal
 
 check: .venv/.installed-dev
 	$(BIN)/ruff check .

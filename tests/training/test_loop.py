@@ -60,7 +60,7 @@ def test_a_run_leaves_model_metrics_and_provenance(whole):
 def test_training_learns(config):
     config, folder = config
     out = folder.mktemp("learns")
-    train(replace(config, out=out, steps=60, batch_size=16, save_every=0, eval_every=0))
+    train(replace(config, out=out, steps=120, batch_size=16, save_every=0, eval_every=0))
     rows = metrics(out)
     assert rows[-1]["val_loss"] < 2.0 < rows[0]["train_loss"]
 
