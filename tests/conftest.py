@@ -10,6 +10,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 import torch
 
+import ponder  # noqa: F401  takes the repository root off the path
+
 INTERPRET = not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
 KERNELS = Path(__file__).parent / "kernels"
 

@@ -103,3 +103,21 @@ def test_readme_shows_the_tree_as_it_is():
         for path in (ROOT / room).glob("*.py"):
             if path.name != "__init__.py":
                 assert path.name in shown, f"README's tree does not show {room}/{path.name}"
+
+
+def test_transformers_does_not_take_our_kernels_for_its_own():
+    code = """
+import sys
+import ponder, ponder.kernels, transformers
+from transformers.utils.import_utils import is_kernels_available
+is_kernels_available()
+assert "kernels" not in sys.modules or "ponder" not in (sys.modules["kernels"].__file__ or "")
+try:
+    import kernels
+except ImportError:
+    pass
+else:
+    assert kernels.__file__ != ponder.kernels.__file__, kernels.__file__
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
