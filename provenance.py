@@ -41,7 +41,8 @@ def commit() -> str:
 
 def machine() -> dict[str, Any]:
     """Processor, cores, memory in GiB and GPU."""
-    facts: dict[str, Any] = {"system": platform.platform(), "cores": os.cpu_count()}
+    system = f"{platform.system()} {platform.machine()}"
+    facts: dict[str, Any] = {"system": system, "cores": os.cpu_count()}
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]

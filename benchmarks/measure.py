@@ -110,6 +110,7 @@ def rows(
     implementations: Mapping[str, Callable[[], object]],
     *,
     repeats: int = 20,
+    warmup: int = 3,
     flops: float | None = None,
     nbytes: float | None = None,
     ceiling: float | None = None,
@@ -132,7 +133,7 @@ def rows(
             print(f"{benchmark} {case}: {name} is wrong by {error:.2e} and left out")
             continue
         good[name] = work
-    times = milliseconds(good, repeats=repeats)
+    times = milliseconds(good, repeats=repeats, warmup=warmup)
     result = []
     for name, work in good.items():
         p20, _, _, p80 = statistics.quantiles(times[name], n=5)
