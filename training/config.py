@@ -150,8 +150,9 @@ def shakespeare() -> TrainConfig:
         n_inner=512,
         gated=False,
         activation="relu2",
-        steps=1000,
+        steps=850,
         batch_size=32,
+        eval_every=100,
     )
 
 
