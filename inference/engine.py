@@ -14,7 +14,7 @@ import math
 import time
 from array import array
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -172,11 +172,17 @@ class LocalEngine:
             return self.model
         return copy.deepcopy(self.model).to(self.device, self.dtype)
 
-    def generate(self, requests: Iterable[Request]) -> Iterator[Sample]:
+    def generate(
+        self,
+        requests: Iterable[Request],
+        *,
+        watch: Callable[[Request, list[int]], None] | None = None,
+    ) -> Iterator[Sample]:
         """The sample of each request, in the order in which they finish.
 
         `requests` is read as slots fall free, up to two fillings of the slots ahead. Those that
         share a prompt should be adjacent: a prompt is forgotten when no waiting request has it.
+        watch is called with a running request and the tokens that its completion has newly got.
 
         Raises ValueError, when it reads the request and before it samples it, for a prompt that is
         empty, holds tokens outside the vocabulary, or leaves the context too little room for
@@ -201,7 +207,10 @@ class LocalEngine:
                 slots.fill(batch, prompts)
             if not slots.running:
                 return
-            yield from slots.step()
+            finished = slots.step()
+            if watch:
+                slots.show(watch)
+            yield from slots.collect(finished)
 
     def _checked(self, request: Request) -> Request:
         prompt, params = request.prompt, request.params
@@ -311,6 +320,7 @@ class _Run:
         self.request = request
         self.length = length  # cached tokens at step 0 of the slots' clock: may be negative
         self.seconds = seconds
+        self.shown = 0  # tokens of the completion that a watcher has seen
 
 
 class _Slots:
@@ -382,8 +392,8 @@ class _Slots:
         self.seconds += (time.perf_counter() - start) / len(self.running)
 
     @torch.inference_mode()
-    def step(self) -> list[Sample]:
-        """Decode a token of every slot (a few, on a GPU); the samples that finished."""
+    def step(self) -> list[int]:
+        """Decode a token of every slot (a few, on a GPU); the rows that finished."""
         start = time.perf_counter()
         n = self.engine.steps_per_look
         self._fit(max(run.length for run in self.running.values()) + self.steps + n)
@@ -394,7 +404,16 @@ class _Slots:
         if self.free:
             finished = [row for row in finished if row in self.running]
         self.seconds += (time.perf_counter() - start) / len(self.running)
-        return self._collect(finished) if finished else []
+        return finished
+
+    def show(self, watch: Callable[[Request, list[int]], None]) -> None:
+        """Tell watch what every running sample has got since the last time."""
+        counts = self.count.tolist()
+        for row, run in self.running.items():
+            new = self.tokens[row, run.shown : counts[row]].tolist()
+            run.shown = counts[row]
+            if new:
+                watch(run.request, new)
 
     def _step(self) -> None:
         engine, network = self.engine, self.network
@@ -422,8 +441,10 @@ class _Slots:
         self.length.masked_fill_(self.done, 0)
         self.token.copy_(token)
 
-    def _collect(self, rows: list[int]) -> list[Sample]:
+    def collect(self, rows: list[int]) -> list[Sample]:
         """The finished samples of these rows, which fall free."""
+        if not rows:
+            return []
         index = torch.tensor(rows, device=self.engine.device)
         counts = self.count[index].tolist()
         tokens = self.tokens[index, : max(counts)].tolist()

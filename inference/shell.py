@@ -3,6 +3,8 @@
 import sys
 import time
 
+from tokenizers.decoders import DecodeStream
+
 from . import cost
 from .config import GenerateConfig
 from .engine import Request, SamplingParams
@@ -30,14 +32,16 @@ def generate(config: GenerateConfig) -> None:
         max_tokens=config.max_tokens or room,
         budget=config.budget,
     )
-    requests = (Request(prompt, params, config.seed, i) for i in range(config.samples))
-    dim, plain = (DIM, PLAIN) if sys.stdout.isatty() else ("", "")
+    screen = _Screen(speaker, dim=sys.stdout.isatty())
     sampled = forced = flops = 0
     shape = speaker.model.config
-    for sample in speaker.engine.generate(requests):
-        text = speaker.text(sample)
-        thought, end, answer = text.rpartition("</think>")
-        print(f"{dim}{_printable(thought + end)}{plain}{_printable(answer)}", flush=True)
+    # A single sample is shown token by token; several run side by side, each is shown when done.
+    requests = [Request(prompt, params, config.seed, i) for i in range(config.samples)]
+    watch = screen.tokens if config.samples == 1 else None
+    for sample in speaker.engine.generate(requests, watch=watch):
+        if watch is None:
+            screen.tokens(sample.request, list(sample.tokens))
+        screen.end()
         sampled += sample.sampled_tokens
         forced += sample.forced_tokens
         flops += cost.sample_flops(shape, len(prompt), len(sample.tokens))
@@ -47,6 +51,37 @@ def generate(config: GenerateConfig) -> None:
         f"{flops:.3g} FLOPs, {time.perf_counter() - start:.2f} s",
         file=sys.stderr,
     )
+
+
+class _Screen:
+    """Prints completions as their tokens come, dimmed up to </think>."""
+
+    def __init__(self, speaker: Speaker, *, dim: bool):
+        self.speaker = speaker
+        self.dim, self.plain = (DIM, PLAIN) if dim else ("", "")
+        self.begin()
+
+    def begin(self) -> None:
+        # It holds back the bytes of a character that is not whole yet.
+        self.stream = DecodeStream(skip_special_tokens=False)
+        self.open = False
+
+    def tokens(self, request: Request, tokens: list[int]) -> None:
+        if not self.open:
+            self.open = True
+            print(f"{self.dim}<think>", end="")
+        for token in tokens:
+            if token == self.speaker.eos:
+                break
+            text = self.stream.step(self.speaker.tokenizer, token)
+            print(_printable(text or ""), end="")
+            if token == self.speaker.think_end:
+                print(self.plain, end="")
+        sys.stdout.flush()
+
+    def end(self) -> None:
+        print(self.plain, flush=True)
+        self.begin()
 
 
 def _printable(text: str) -> str:

@@ -41,7 +41,8 @@ class TaskData:
 
     A row is `prompt<think>trace</think>answer<eos>`; the loss is on what follows `<think>`. A
     fraction of the traces is whole, the rest is cut after a random number of steps, so that at
-    inference a forced `</think>` is nothing new.
+    inference a forced `</think>` is nothing new. The `</think>` of a cut trace is no target: it is
+    forced, and a model that learned to write it would stop thinking at random.
     """
 
     def __init__(self, config: TrainConfig, name: str):
@@ -49,6 +50,7 @@ class TaskData:
         self.tokenizer = character_tokenizer(self.task.alphabet)
         self.config = config
         self.think = self.tokenizer.token_to_id("<think>")
+        self.end_think = self.tokenizer.token_to_id("</think>")
         self.eos = self.tokenizer.token_to_id("<eos>")
 
     def batch(self, step: int) -> Batch:
@@ -59,11 +61,12 @@ class TaskData:
 
     def _batch(self, split: str, count: int, key: str) -> Batch:
         draw = random.Random(f"{split}/{key}")
-        texts = []
+        texts, forced = [], []
         for problem in self.task.problems(split, count, draw.getrandbits(62)):
-            whole = draw.random() < self.config.full_traces
-            budget = None if whole else draw.randint(0, problem.difficulty)
-            trace = self.task.trace(problem, budget)
+            trace = whole = self.task.trace(problem)
+            if draw.random() >= self.config.full_traces:
+                trace = self.task.trace(problem, draw.randint(0, problem.difficulty))
+            forced.append(trace != whole)
             texts.append(f"{problem.prompt}<think>{trace}</think>{problem.answer}<eos>")
         # One call for the whole batch: a call costs more than the characters.
         flat = np.array(self.tokenizer.encode("".join(texts)).ids)
@@ -81,6 +84,7 @@ class TaskData:
             start = int(np.flatnonzero(row == self.think)[0])
             tokens[i, : len(row) - 1] = row[:-1]
             targets[i, start : len(row) - 1] = row[start + 1 :]
+        targets[np.array(forced)[:, None] & (targets == self.end_think)] = IGNORE
         return torch.from_numpy(tokens), torch.from_numpy(targets)
 
 

@@ -16,8 +16,9 @@ from tokenizers import Tokenizer, models
 
 from ponder import tasks
 from ponder.inference.config import GenerateConfig, SweepConfig
+from ponder.inference.engine import Request, SamplingParams
 from ponder.inference.shell import generate
-from ponder.inference.sweep import redraw, sweep
+from ponder.inference.sweep import Speaker, redraw, sweep
 from ponder.models import GPT, GPTConfig, hub
 from ponder.training.tokenizer import character_tokenizer
 
@@ -183,6 +184,22 @@ def test_generate_prints_text_and_cost(model, capsys):
     for line in lines:  # one thinking token, then </think>, forced or not
         assert 0 <= len(line.removeprefix("<think>").partition("</think>")[0]) <= 1
     assert "5 prompt + " in shown.err and "FLOPs" in shown.err
+
+
+def test_one_sample_is_shown_token_by_token(model, monkeypatch):
+    written = []
+    monkeypatch.setattr("sys.stdout.write", written.append)
+    monkeypatch.setattr("sys.stdout.flush", lambda: written.append("|"))
+    generate(GenerateConfig(prompt="3+8=", model=str(model), budget=2, seed=4, temperature=1.0))
+    shown = "".join(written).removesuffix("|\n|")
+    speaker = Speaker(str(model), slots=8)
+    params = SamplingParams(max_tokens=59, budget=2)
+    (sample,) = speaker.engine.generate([Request(speaker.encode("3+8="), params, 4, 0)])
+    whole = speaker.text(sample)
+    assert shown.replace("|", "").rstrip("\n") == whole
+    # Every token but <eos> was shown before the next one was drawn.
+    pieces = [piece for piece in shown.replace("\n", "").split("|") if piece]
+    assert len(pieces) == len([t for t in sample.tokens if t != speaker.eos])
 
 
 @pytest.mark.parametrize(

@@ -57,9 +57,10 @@ def test_task_rows_read_as_prompt_thought_answer():
         assert answer == expected[-1]
         assert expected.startswith(trace)
         cut += trace != expected
-        # The loss is on the completion and its end, and on nothing of the prompt.
+        # The loss is on the completion and its end, on nothing of the prompt, and on a </think>
+        # only where the trace is whole: a cut is forced, never the model's own choice.
         decoded = data.tokenizer.decode(learned.tolist(), skip_special_tokens=False)
-        assert decoded == f"{trace}</think>{answer}<eos>"
+        assert decoded == f"{trace}{'</think>' if trace == expected else ''}{answer}<eos>"
     assert 0.2 < cut / 64 < 0.7  # half are cut at random, some of those at their full length
 
 
