@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from datetime import date
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ponder import provenance
@@ -136,28 +137,32 @@ def rows(
     times = milliseconds(good, repeats=repeats, warmup=warmup)
     result = []
     for name, work in good.items():
-        p20, _, _, p80 = statistics.quantiles(times[name], n=5)
-        p50 = statistics.median(times[name])
-        seconds = p50 / 1e3
+        seconds = statistics.median(times[name]) / 1e3
         rate = (flops or nbytes or 0) / seconds
-        row = Row(
-            benchmark=benchmark,
-            case=case,
-            dtype=dtype,
-            implementation=name,
-            ms_p20=round(p20, 4),
-            ms_p50=round(p50, 4),
-            ms_p80=round(p80, 4),
+        found = row(
+            benchmark,
+            case,
+            dtype,
+            name,
+            times[name],
             tflops=round(flops / seconds / 1e12, 4) if flops else "",
             gb_per_s=round(nbytes / seconds / 1e9, 2) if nbytes else "",
             roofline=round(rate / ceiling, 4) if ceiling and rate else "",
             peak_mib=peak_mib(work),
             error=f"{errors[name]:.3e}" if name in errors else "",
-            **_machine(),
         )
-        result.append(row)
-        print(f"{benchmark:12} {case:40} {dtype:5} {name:24} {p50:10.3f} ms  {row.roofline}")
+        result.append(found)
+        print(f"{benchmark:12} {case:40} {dtype:5} {name:24} {found.ms_p50:10.3f} ms")
     return result
+
+
+def row(
+    benchmark: str, case: str, dtype: str, implementation: str, times: list[float], **more
+) -> Row:
+    """The row of some times in ms, one or more of them; `more` are the columns behind them."""
+    p20, p50, p80 = np.quantile(times, (0.2, 0.5, 0.8)).round(4).tolist()
+    more = dict.fromkeys(("tflops", "gb_per_s", "roofline", "peak_mib", "error"), "") | more
+    return Row(benchmark, case, dtype, implementation, p20, p50, p80, **more, **_machine())
 
 
 def write(benchmark: str, measured: list[Row], folder: Path = RESULTS) -> Path:

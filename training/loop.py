@@ -79,14 +79,16 @@ class _Run:
         self, config: TrainConfig, data: Data, shape: GPTConfig, identity: dict, stop: Stop
     ):
         self.config, self.data, self.stop = config, data, stop
-        device = torch.device(PartialState().device or "cpu")
+        # Said in so many words: accelerate runs several processes on CPUs only where it is told.
+        cpu = not torch.accelerator.is_available()
+        device = torch.device(PartialState(cpu=cpu).device or "cpu")
         rows = config.batch_size // config.accumulation
         precision = choose_precision(
             config.precision, device, shape.n_embd, shape.n_inner, rows * config.context
         )
         mixed = "no" if precision == "fp32" else precision
         AcceleratorState._reset_state()  # an earlier run in this process may have had another
-        self.accelerator = Accelerator(mixed_precision=mixed)
+        self.accelerator = Accelerator(cpu=cpu, mixed_precision=mixed)
         self.ranks, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         if rows % self.ranks:
             raise ValueError(
