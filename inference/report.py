@@ -238,14 +238,15 @@ def draw_compute(axes: Axes, curves: Curves, columns: int = 3, title: str = "") 
         _line(axes, [r.cost for r in rows], rows, label, colour)
     before = None
     for r in _spread(curves.greedy or curves.votes.get(1, []), 9):
-        level = before is None or abs(r.accuracy - before.accuracy) < 0.05
+        # Clear of the line, which arrives from below, and of the ring around a point.
+        level = before is not None and abs(r.accuracy - before.accuracy) < 0.05
         axes.annotate(
             short_budget(r.think_budget),
             (r.cost, r.accuracy),
-            xytext=(0, -7) if level else (-6, 5),  # clear of the line that arrives from the left
+            xytext=(8, 0) if level else (-8, 0),
             textcoords="offset points",
-            ha="center" if level else "right",
-            va="top" if level else "baseline",
+            ha="left" if level else "right",
+            va="center",
             color=COLOURS["muted"],
             fontsize=8.5,
         )
