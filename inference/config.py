@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -30,6 +30,9 @@ class SweepConfig:
     seed: int = 0
     slots: int = 512
     """samples decoded at once"""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 on a GPU, and on a CPU where decoding is measured to be faster in it; run.json
+    says which it was"""
     resume: bool = False
     """go on with the samples that `out` holds"""
 

@@ -9,65 +9,40 @@ Norms, rotary, softmax, activations and the embedding look-up are below one per 
 A prompt is counted once for all samples that share it, and the head only where a next token is
 needed: once for the prompt, then once per token.
 
-A configuration is anything with `n_layer, n_head, n_kv_head, head_dim, n_embd, n_inner,
-vocab_size, gated`. Token counts are ints or integer arrays; sums over positions are exact.
+Token counts are ints or integer arrays; sums over positions are exact.
 """
 
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
+
+from ..models import GPTConfig
 
 Count: TypeAlias = Any  # an int or an integer array
 
 
-class Shape(Protocol):
-    @property
-    def n_layer(self) -> int: ...
-    @property
-    def n_head(self) -> int: ...
-    @property
-    def n_kv_head(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
-    @property
-    def n_embd(self) -> int: ...
-    @property
-    def n_inner(self) -> int: ...
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def gated(self) -> bool: ...
-
-
-def layer_weights(config: Shape) -> int:
-    """Weights in the matrices of all layers, embedding and head left out."""
-    attention = (2 * config.n_head + 2 * config.n_kv_head) * config.head_dim * config.n_embd
-    mlp = (3 if config.gated else 2) * config.n_inner * config.n_embd
-    return config.n_layer * (attention + mlp)
-
-
-def prefill_flops(config: Shape, prompt_tokens: Count) -> Count:
+def prefill_flops(config: GPTConfig, prompt_tokens: Count) -> Count:
     """Operations to read a prompt and give the distribution of its first next token."""
     return _positions(config, 0, prompt_tokens) + _head(config)
 
 
-def decode_flops(config: Shape, start: Count, tokens: Count) -> Count:
+def decode_flops(config: GPTConfig, start: Count, tokens: Count) -> Count:
     """Operations to feed `tokens` tokens one by one to a cache that holds `start`, each giving the
     distribution of the next."""
     return _positions(config, start, tokens) + tokens * _head(config)
 
 
-def sample_flops(config: Shape, prompt_tokens: Count, new_tokens: Count) -> Count:
+def sample_flops(config: GPTConfig, prompt_tokens: Count, new_tokens: Count) -> Count:
     """Operations of one sample of `new_tokens` tokens (sampled and forced) after its prefill: all
     but the last are fed back."""
     fed = new_tokens - 1
     return decode_flops(config, prompt_tokens, fed * (fed > 0))
 
 
-def _positions(config: Shape, start: Count, tokens: Count) -> Count:
+def _positions(config: GPTConfig, start: Count, tokens: Count) -> Count:
     """All layers for tokens at positions start, start + 1, …; the one at p sees p + 1 of them."""
     seen = tokens * start + tokens * (tokens + 1) // 2
     per_seen = 4 * config.n_layer * config.n_head * config.head_dim
-    return 2 * layer_weights(config) * tokens + per_seen * seen
+    return 2 * config.layer_weights * tokens + per_seen * seen
 
 
-def _head(config: Shape) -> int:
+def _head(config: GPTConfig) -> int:
     return 2 * config.n_embd * config.vocab_size

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
+from ..models import GPTConfig
 from . import cost, stats
 from .store import Pool, Setting, Store
 
@@ -36,12 +37,12 @@ class Strategy(Protocol):
         """The numbers of samples, among those asked for, that it can be run with on this pool."""
         ...
 
-    def run(self, pool: Pool, k: int, shape: cost.Shape | None) -> Outcome:
+    def run(self, pool: Pool, k: int, shape: GPTConfig | None) -> Outcome:
         """Its scores and costs with k samples of each problem; shape None: FLOPs are unknown."""
         ...
 
 
-def spend(pool: Pool, scores: np.ndarray, k: int, shape: cost.Shape | None) -> Outcome:
+def spend(pool: Pool, scores: np.ndarray, k: int, shape: GPTConfig | None) -> Outcome:
     """The outcome of any strategy that draws k independent samples: the prompt is read once, and
     the rest costs k times the mean of the stored samples."""
     flops = np.full(len(scores), np.nan)
@@ -68,7 +69,7 @@ class Greedy:
     def sizes(self, pool: Pool, samples: Sequence[int]) -> list[int]:
         return [1] if pool.temperature == 0 else []
 
-    def run(self, pool: Pool, k: int, shape: cost.Shape | None) -> Outcome:
+    def run(self, pool: Pool, k: int, shape: GPTConfig | None) -> Outcome:
         return spend(pool, pool.correct[:, 0].astype(float), 1, shape)
 
 
@@ -81,7 +82,7 @@ class Sampling:
     def sizes(self, pool: Pool, samples: Sequence[int]) -> list[int]:
         return [1] if pool.temperature > 0 else []
 
-    def run(self, pool: Pool, k: int, shape: cost.Shape | None) -> Outcome:
+    def run(self, pool: Pool, k: int, shape: GPTConfig | None) -> Outcome:
         return spend(pool, pool.correct.mean(1), 1, shape)
 
 
@@ -94,7 +95,7 @@ class SelfConsistency:
     def sizes(self, pool: Pool, samples: Sequence[int]) -> list[int]:
         return several(pool, samples)
 
-    def run(self, pool: Pool, k: int, shape: cost.Shape | None) -> Outcome:
+    def run(self, pool: Pool, k: int, shape: GPTConfig | None) -> Outcome:
         return spend(pool, stats.maj_at_k(pool.answers, pool.correct, k), k, shape)
 
 
@@ -107,7 +108,7 @@ class PassAtK:
     def sizes(self, pool: Pool, samples: Sequence[int]) -> list[int]:
         return several(pool, samples)
 
-    def run(self, pool: Pool, k: int, shape: cost.Shape | None) -> Outcome:
+    def run(self, pool: Pool, k: int, shape: GPTConfig | None) -> Outcome:
         return spend(pool, stats.pass_at_k(pool.correct, k), k, shape)
 
 
@@ -166,7 +167,7 @@ class Result:
 def evaluate(
     store: Store,
     *,
-    shape: cost.Shape | None = None,
+    shape: GPTConfig | None = None,
     samples: Sequence[int] | None = None,
     strategies: Sequence[str] | None = None,
     seed: int | None = None,

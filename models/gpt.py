@@ -69,11 +69,11 @@ class GPTConfig:
             raise ValueError("; ".join(problems))
 
     @property
-    def matrix_parameters(self) -> int:
-        """Weights that every token is multiplied with: all matrices and the head."""
+    def layer_weights(self) -> int:
+        """Weights in the matrices of all layers, embedding and head left out."""
         heads = 2 * (self.n_head + self.n_kv_head) * self.head_dim
         inner = (3 if self.gated else 2) * self.n_inner
-        return self.n_layer * self.n_embd * (heads + inner) + self.n_embd * self.vocab_size
+        return self.n_layer * self.n_embd * (heads + inner)
 
     def flops_per_token(self, length: int) -> float:
         """FLOPs of a forward pass over `length` tokens, divided by them; causal, masked half free.
@@ -82,7 +82,7 @@ class GPTConfig:
         """
         attended = (length + 1) / 2
         attention = 4 * self.n_layer * self.n_head * self.head_dim * attended
-        return 2 * self.matrix_parameters + attention
+        return 2 * (self.layer_weights + self.n_embd * self.vocab_size) + attention
 
 
 class KVCache:

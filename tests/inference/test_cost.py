@@ -1,4 +1,4 @@
-from dataclasses import dataclass
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -6,22 +6,17 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ponder.inference.cost import decode_flops, layer_weights, prefill_flops, sample_flops
+from ponder.inference.cost import decode_flops, prefill_flops, sample_flops
+from ponder.models import GPTConfig
 
-
-@dataclass(frozen=True)
-class Shape:
-    n_layer: int = 3
-    n_head: int = 4
-    n_kv_head: int = 2
-    head_dim: int = 16
-    n_embd: int = 48
-    n_inner: int = 80
-    vocab_size: int = 33
-    gated: bool = True
-
-
-SHAPES = [Shape(), Shape(n_kv_head=4, gated=False), Shape(n_layer=1, n_kv_head=1, head_dim=32)]
+SMALL = GPTConfig(
+    vocab_size=33, n_layer=3, n_head=4, n_kv_head=2, head_dim=16, n_embd=48, n_inner=80
+)
+SHAPES = [
+    SMALL,
+    replace(SMALL, n_kv_head=4, gated=False),
+    replace(SMALL, n_layer=1, n_kv_head=1, head_dim=32),
+]
 
 
 class Reference:
@@ -110,12 +105,12 @@ def test_counts_agree_with_the_model():
 
 def test_weights_of_a_known_model():
     """GPT-2 small: 84.9M weights in its blocks, of which 84.93M are in matrices."""
-    gpt2 = Shape(12, 12, 12, 64, 768, 3072, 50257, gated=False)
-    assert layer_weights(gpt2) == 84_934_656
+    gpt2 = GPTConfig(50257, 1024, 12, 12, 12, 64, 768, 3072, gated=False)
+    assert gpt2.layer_weights == 84_934_656
 
 
 def test_a_sample_feeds_all_its_tokens_but_the_last():
-    shape = Shape()
+    shape = SMALL
     assert sample_flops(shape, 10, 1) == sample_flops(shape, 10, 0) == 0
     assert sample_flops(shape, 10, 4) == decode_flops(shape, 10, 3)
     one_by_one = sum(decode_flops(shape, 10 + i, 1) for i in range(3))
@@ -126,7 +121,7 @@ def test_a_sample_feeds_all_its_tokens_but_the_last():
 
 
 def test_arrays_count_as_numbers_do():
-    shape = Shape()
+    shape = SMALL
     prompts, new = np.array([3, 50]), np.array([[1, 4], [9, 0]])
     table = sample_flops(shape, prompts[:, None], new)
     expected = [

@@ -12,7 +12,7 @@ from ponder.inference.report import COLUMNS, csv_text, human, png, visible, writ
 from ponder.inference.store import Key, Record, Store
 from ponder.inference.strategies import evaluate
 
-from .test_cost import Shape
+from .test_cost import SMALL
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -92,14 +92,14 @@ class Page(HTMLParser):
 
 
 def page_of(store, folder, **options):
-    results = evaluate(store, shape=Shape())
+    results = evaluate(store, shape=SMALL)
     path = write_report(folder, results, store, **options)
     return Page(path.read_text(encoding="utf-8")), path.read_text(encoding="utf-8")
 
 
 def test_results_csv(tmp_path):
     store = make_store(tmp_path / "s", task='a "quoted", task')
-    results = evaluate(store, shape=Shape())
+    results = evaluate(store, shape=SMALL)
     write_report(tmp_path / "report", results, store)
     with open(tmp_path / "report" / "results.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -169,7 +169,7 @@ def test_the_page_tells_the_numbers_and_the_corrected_problem(tmp_path):
 def test_hostile_texts_are_escaped(tmp_path):
     task = " ".join(HOSTILE)
     store = make_store(tmp_path / "s", texts=HOSTILE, task=task, problems=14, samples=8)
-    results = evaluate(store, shape=Shape(), model=HOSTILE[1])
+    results = evaluate(store, shape=SMALL, model=HOSTILE[1])
     run = {"command": HOSTILE[0], HOSTILE[1]: {HOSTILE[2]: HOSTILE}}
     path = write_report(tmp_path / "report", results, store, run=run, examples=10)
     source = path.read_text(encoding="utf-8")
@@ -208,7 +208,7 @@ def test_reports_of_one_strategy(tmp_path, only):
 
 
 def test_the_picture(tmp_path):
-    image = Image.open(io.BytesIO(png(evaluate(make_store(tmp_path / "s"), shape=Shape()))))
+    image = Image.open(io.BytesIO(png(evaluate(make_store(tmp_path / "s"), shape=SMALL))))
     assert image.width >= 1200
     colours = {c for _, c in image.convert("RGB").getcolors(maxcolors=1 << 24) or []}
     assert {(0xC2, 0x56, 0x2D), (0x16, 0x4A, 0x7F)} <= colours  # greedy and the largest vote
@@ -216,7 +216,7 @@ def test_the_picture(tmp_path):
 
 def test_the_same_results_give_the_same_files(tmp_path):
     store = make_store(tmp_path / "s", budgets=(None,))
-    results = evaluate(store, shape=Shape())
+    results = evaluate(store, shape=SMALL)
 
     def files():
         write_report(tmp_path / "report", results, store)  # the second time over old ones

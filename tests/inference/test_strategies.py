@@ -14,7 +14,7 @@ from ponder.inference.strategies import (
     spend,
 )
 
-from .test_cost import Shape
+from .test_cost import SMALL
 
 COLD, HOT = "temperature=0.0", "temperature=1.0"
 
@@ -57,7 +57,7 @@ def by_name(results):
 
 def test_scores_and_costs_of_every_strategy(tmp_path):
     store = make_store(tmp_path / "s", ["aabb", "bbbb", "-ba-"], greedy="aba")
-    shape = Shape()
+    shape = SMALL
     rows = by_name(evaluate(store, shape=shape, samples=[1, 2, 4, 16], model="tiny"))
     assert set(rows) == {
         ("greedy", 1),

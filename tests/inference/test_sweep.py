@@ -51,7 +51,13 @@ def model(tmp_path_factory) -> Path:
 @pytest.fixture
 def config(model, tmp_path) -> SweepConfig:
     return SweepConfig(
-        model=str(model), out=tmp_path / "out", samples=(1, 3), budgets=(0, 2), problems=6, slots=8
+        model=str(model),
+        out=tmp_path / "out",
+        samples=(1, 3),
+        budgets=(0, 2),
+        problems=6,
+        slots=8,
+        precision="fp32",
     )
 
 
@@ -100,7 +106,7 @@ def test_a_killed_sweep_goes_on_and_ends_with_the_same_samples(config, model, tm
     sweep(config)
     words = (
         f"sweep --model {model} --out {tmp_path / 'killed'} --samples 8 --budgets 0 2 "
-        "--problems 24 --slots 16"
+        "--problems 24 --slots 16 --precision fp32"
     ).split()
     code = (
         "import sys, ponder.inference.sweep as s; s.KEEP_EVERY_SECONDS = 0.05\n"
@@ -130,6 +136,22 @@ def test_a_killed_sweep_goes_on_and_ends_with_the_same_samples(config, model, tm
         sweep(replace(config, out=tmp_path / "killed"))
     sweep(replace(config, out=tmp_path / "killed", resume=True))
     assert samples(tmp_path / "killed") == samples(config.out)
+
+
+def test_a_resumed_sweep_keeps_the_precision_that_was_measured(config, monkeypatch):
+    config = replace(config, precision="auto")
+    measured = iter((torch.bfloat16, torch.float32))
+    monkeypatch.setattr("ponder.inference.sweep.faster_dtype", lambda *_: next(measured))
+    sweep(config)
+    before = samples(config.out)
+    sweep(replace(config, resume=True))
+    run = json.loads((config.out / "run.json").read_text())["sweep"]
+    assert run["configuration"]["precision"] == "bf16"
+    assert samples(config.out) == before
+    sweep(replace(config, out=config.out / "other"))  # the next measurement counts for a new one
+    assert samples(config.out / "other") != before
+    with pytest.raises(ValueError, match="precision 'bf16' .now 'fp32'."):
+        sweep(replace(config, precision="fp32", resume=True))
 
 
 def test_another_model_or_task_is_refused_and_nothing_is_lost(config, model, tmp_path):
