@@ -23,7 +23,10 @@ from ponder.benchmarks.measure import Row, row, write
 from ponder.training import preset
 from ponder.training.loop import train
 
-RUNS: dict[str, dict] = {"shakespeare": {"eval_every": 10}}
+RUNS: dict[str, dict] = {
+    "shakespeare": {"eval_every": 40, "log_every": 40},
+    "shakespeare_long": {"eval_every": 100, "log_every": 100},
+}
 
 
 def peer_seconds(checkout: Path, text: str, folder: Path) -> tuple[float, float]:

@@ -143,7 +143,7 @@ def demo() -> TrainConfig:
 
 
 def shakespeare() -> TrainConfig:
-    """nanoGPT's CPU size, 4 layers of width 128; give it --data text:PATH."""
+    """nanoGPT's CPU size, 4 layers of width 128, three minutes; give it --data text:PATH."""
     return TrainConfig(
         data="text:tinyshakespeare.txt",
         out=Path("runs/shakespeare"),
@@ -156,9 +156,27 @@ def shakespeare() -> TrainConfig:
         n_inner=512,
         gated=False,
         activation="relu2",
-        steps=850,
-        batch_size=32,
-        eval_every=100,
+        steps=1600,
+        batch_size=16,
+        weight_decay=0.1,
+        eval_every=200,
+    )
+
+
+def shakespeare_long() -> TrainConfig:
+    """The same size on contexts of 256, eight minutes; compiled, which needs a C++ compiler.
+
+    A million characters seen six times: without weight decay the loss stops falling at 1.50 (1.47
+    with 0.3, after as many steps).
+    """
+    return replace(
+        shakespeare(),
+        out=Path("runs/shakespeare_long"),
+        context=256,
+        steps=1700,
+        weight_decay=0.3,
+        compile=True,
+        eval_every=425,
     )
 
 
@@ -188,7 +206,7 @@ def gpt2() -> TrainConfig:
 
 
 PRESETS: dict[str, Callable[[], TrainConfig]] = {
-    f.__name__: f for f in (tiny, demo, shakespeare, gpt2)
+    f.__name__: f for f in (tiny, demo, shakespeare, shakespeare_long, gpt2)
 }
 
 

@@ -1,6 +1,8 @@
 """The training loop: for each step forward, loss, backward, update; then evaluate, save, log."""
 
 import json
+import os
+import shutil
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +14,7 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from tqdm import tqdm
 
 from ..models import GPT, GPTConfig, hub
@@ -34,6 +36,12 @@ def model_config(config: TrainConfig, vocab_size: int) -> GPTConfig:
     names = "context n_layer n_head n_kv_head head_dim n_embd n_inner gated activation qk_norm"
     fields = {name: getattr(config, name) for name in (*names.split(), "tie_embeddings")}
     return GPTConfig(vocab_size=vocab_size, **fields)
+
+
+def _cpp_compiler() -> str | None:
+    """Where the compiler is that torch.compile would take on a CPU."""
+    names = os.environ.get("CXX", ""), "g++", "clang++"
+    return next((path for name in names if name and (path := shutil.which(name))), None)
 
 
 class Stop:
@@ -82,10 +90,27 @@ class _Run:
         # Said in so many words: accelerate runs several processes on CPUs only where it is told.
         cpu = not torch.accelerator.is_available()
         device = torch.device(PartialState(cpu=cpu).device or "cpu")
+        if config.compile and device.type == "cpu" and not _cpp_compiler():
+            raise ValueError(
+                "compile needs a C++ compiler and there is none (g++, clang++, or what CXX names); "
+                "say --no-compile"
+            )
+        self.out, self.folder = config.out, config.out / "train"
+        self.model_folder = self.out
+        self.checkpoint = self.folder / "checkpoint.pt"
+        # None where nothing was written yet: the run then goes on from the beginning.
+        state = None
+        if config.resume and self.checkpoint.exists():
+            state = load_checkpoint(self.checkpoint)
         rows = config.batch_size // config.accumulation
-        precision = choose_precision(
-            config.precision, device, shape.n_embd, shape.n_inner, rows * config.context
-        )
+        # Measured once a run: not anew where it goes on, and not by each process for itself.
+        if state:
+            precision = state["precision"]
+        else:
+            precision = choose_precision(
+                config.precision, device, shape.n_embd, shape.n_inner, rows * config.context
+            )
+            [precision] = broadcast_object_list([precision])
         mixed = "no" if precision == "fp32" else precision
         AcceleratorState._reset_state()  # an earlier run in this process may have had another
         self.accelerator = Accelerator(cpu=cpu, mixed_precision=mixed)
@@ -99,8 +124,6 @@ class _Run:
         set_seed(config.seed)
         self.raw = GPT(shape)
         self.step, self.tokens, self.seconds = 0, 0, 0.0
-        self.out, self.folder = config.out, config.out / "train"
-        self.model_folder = self.out
         if self.accelerator.is_main_process:
             open_run(self.out, "train", identity, resume=config.resume)
             self.folder.mkdir(exist_ok=True)
@@ -108,17 +131,15 @@ class _Run:
         optimizer = build_optimizer(self.raw, config)
         model = torch.compile(self.raw) if config.compile else self.raw
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.checkpoint = self.folder / "checkpoint.pt"
         if config.resume:
-            self._restore()
+            self._restore(state)
         self.peak = peak_flops(self.accelerator.device, DTYPE[precision]) * self.ranks
         self.flops = 3 * shape.flops_per_token(config.context)  # backward costs two forwards
         self.first_bad = torch.tensor(config.steps, device=self.accelerator.device)
 
-    def _restore(self) -> None:
-        """Go on from the checkpoint; from the beginning where none was written yet."""
-        if self.checkpoint.exists():
-            state = load_checkpoint(self.checkpoint)
+    def _restore(self, state: dict[str, Any] | None) -> None:
+        """Go on from a checkpoint, and forget the metrics of what comes after it."""
+        if state:
             self.raw.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             if self.accelerator.scaler is not None and state["scaler"] is not None:
@@ -282,6 +303,7 @@ class _Run:
                 "step": self.step,
                 "tokens": self.tokens,
                 "seconds": self.seconds,
+                "precision": self.precision,
                 "model": self.raw.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": None if scaler is None else scaler.state_dict(),

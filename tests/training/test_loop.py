@@ -202,3 +202,25 @@ def test_two_optimizers_under_one_scaler_unscale_once():
 
     for (name, a), b in zip(step(1.0).named_parameters(), step(1024.0).parameters(), strict=True):
         torch.testing.assert_close(a, b, msg=name)
+
+
+def test_compiling_without_a_compiler_is_told_at_once(config, monkeypatch):
+    config, folder = config
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ValueError, match="compile needs a C.. compiler and .* say --no-compile"):
+        train(replace(config, out=folder.mktemp("compiled"), compile=True))
+
+
+def test_a_resumed_run_keeps_the_precision_that_was_measured(config, monkeypatch):
+    config, folder = config
+    out = folder.mktemp("measured")
+    measured = iter(["bf16", "fp32"])
+    monkeypatch.setattr("ponder.training.loop.choose_precision", lambda *_: next(measured))
+    config = replace(config, out=out, precision="auto")
+    train(config)
+    checkpoint = out / "train" / "checkpoint.pt"
+    assert load_checkpoint(checkpoint)["precision"] == "bf16"
+    train(replace(config, resume=True))
+    assert load_checkpoint(checkpoint)["precision"] == "bf16"
+    assert next(measured) == "fp32"  # nobody asked again
