@@ -24,8 +24,8 @@ from ponder.training import preset
 from ponder.training.loop import train
 
 RUNS: dict[str, dict] = {
-    "shakespeare": {"eval_every": 40, "log_every": 40},
-    "shakespeare_long": {"eval_every": 100, "log_every": 100},
+    "shakespeare": {"eval_every": 80, "log_every": 80},
+    "shakespeare_long": {},
 }
 
 

@@ -14,7 +14,7 @@ from ponder.models import GPT
 
 PROMPT, NEW = 64, 64
 EOS = CONFIG.vocab_size - 1
-BATCHES = (1, 64, 256) if DEVICE == "cpu" else (1, 16, 64, 256, 1024, 4096)
+BATCHES = (64, 256) if DEVICE == "cpu" else (1, 16, 64, 256, 1024, 4096)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -36,7 +36,6 @@ def build(dtype: torch.dtype) -> tuple[GPT, torch.nn.Module]:
                 parameter.normal_(std=parameter.shape[1] ** -0.5)
         model.lm_head.weight[EOS] = 0.0  # <eos> is rare, as in the middle of a thought
     peer = peer_of(model).to(dtype).eval()
-    peer.config.use_cache = True
     return model.eval(), peer
 
 
@@ -73,6 +72,7 @@ def _run(name: str, dtype: torch.dtype) -> list[Row]:
                     top_k=0,
                     eos_token_id=EOS,
                     pad_token_id=EOS,
+                    use_cache=True,
                 )
                 synchronize()
 

@@ -90,6 +90,13 @@ def run(compiled: bool = True) -> list[Row]:
             steps["ponder, torch.compile"] = stepper(
                 lambda f=fast: f(tokens, targets), other.parameters(), dtype
             )
+            other_peer = peer_of(other).train()
+            fast_peer = torch.compile(other_peer)
+            steps["transformers Qwen3, torch.compile"] = stepper(
+                lambda f=fast_peer: f(input_ids=tokens, labels=labels).loss,
+                other_peer.parameters(),
+                dtype,
+            )
         measured += rows(
             "train_step",
             f"Qwen3 {model.parameter_count / 1e6:.2f}M, {BATCH}x{CONTEXT} tokens, AdamW",
