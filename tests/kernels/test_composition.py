@@ -1,0 +1,58 @@
+"""The kernels together, as a model uses them: compiled as one graph, recomputed, and in fp16."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from ponder.models import GPT, GPTConfig
+
+
+@pytest.fixture
+def model(device) -> GPT:
+    torch.manual_seed(0)
+    config = GPTConfig(
+        vocab_size=40, context=32, n_layer=1, n_head=2, n_kv_head=1, head_dim=16, n_embd=32
+    )
+    gpt = GPT(config)
+    with torch.no_grad():
+        for parameter in gpt.parameters():  # zero output projections would hide what is behind
+            if parameter.ndim == 2:
+                parameter.normal_(std=0.2)
+    return gpt.to(device)
+
+
+def loss_and_gradients(model, call, tokens, targets) -> list[torch.Tensor]:
+    loss = call(tokens, targets)
+    return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+
+
+def batch(device) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens = torch.randint(40, (1, 9), device=device)
+    return tokens, torch.roll(tokens, -1, 1)
+
+
+def test_the_model_is_one_graph(model, device):
+    data = batch(device)
+    whole = torch.compile(model, fullgraph=True, backend="aot_eager")
+    eager = loss_and_gradients(model, model, *data)
+    for a, b in zip(loss_and_gradients(model, whole, *data), eager, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_recomputed_layers_give_the_same_gradients(model, device):
+    data = batch(device)
+    expected = loss_and_gradients(model, model, *data)
+    calls = 0
+    for block in model.layers:
+        forward = block.forward
+
+        def counted(*inputs, forward=forward):
+            nonlocal calls
+            calls += 1
+            return forward(*inputs)
+
+        block.forward = lambda *x, run=counted: checkpoint(run, *x, use_reentrant=False)
+    found = loss_and_gradients(model, model, *data)
+    assert calls == 2  # once forward, once more in the backward pass
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
