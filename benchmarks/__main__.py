@@ -4,4 +4,4 @@ from ponder.benchmarks import kernels, sampling, train_step
 from ponder.benchmarks.measure import write
 
 for module in (kernels, train_step, sampling):
-    print(write(module.__name__.rpartition(".")[2], module.run()))
+    write(module.run())

@@ -293,4 +293,4 @@ def run(groups: list[str] | None = None) -> list[Row]:
 
 if __name__ == "__main__":
     for group in sys.argv[1:] or GROUPS:
-        print(write(group, run([group])))
+        write(run([group]))

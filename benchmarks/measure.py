@@ -165,16 +165,19 @@ def row(
     return Row(benchmark, case, dtype, implementation, p20, p50, p80, **more, **_machine())
 
 
-def write(benchmark: str, measured: list[Row], folder: Path = RESULTS) -> Path:
-    """Replace this machine's rows of a benchmark by new ones; other machines' rows stay."""
-    path = folder / f"{benchmark}.csv"
+def write(measured: list[Row], folder: Path = RESULTS) -> None:
+    """Put rows into the file of their benchmark, in place of this machine's of the same cases."""
     folder.mkdir(parents=True, exist_ok=True)
-    kept: list[dict] = []
-    if path.exists() and measured:
-        with open(path, newline="") as file:
-            kept = [r for r in csv.DictReader(file) if r["gpu"] != measured[0].gpu]
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)])
-        writer.writeheader()
-        writer.writerows(kept + [asdict(row) for row in measured])
-    return path
+    for name in {found.benchmark: None for found in measured}:
+        path = folder / f"{name}.csv"
+        new = [asdict(found) for found in measured if found.benchmark == name]
+        replaced = {(found["gpu"], found["case"]) for found in new}
+        kept: list[dict] = []
+        if path.exists():
+            with open(path, newline="") as file:
+                kept = [r for r in csv.DictReader(file) if (r["gpu"], r["case"]) not in replaced]
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, [f.name for f in fields(Row)])
+            writer.writeheader()
+            writer.writerows(kept + new)
+        print(path)

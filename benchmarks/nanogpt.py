@@ -73,9 +73,9 @@ def peer_seconds(checkout: Path, text: str, folder: Path) -> tuple[float, float]
     return seconds, total / count
 
 
-def our_losses(preset_name: str, text: Path, out: Path, changes: dict) -> list[tuple[float, float]]:
+def our_losses(name: str, text: Path, out: Path, changes: dict) -> list[tuple[float, float]]:
     """(training seconds, validation loss) at every evaluation of a run."""
-    train(preset(preset_name, data=f"text:{text}", out=out, **changes))
+    train(preset(name, data=f"text:{text}", out=out, **changes))
     lines = (out / "train" / "metrics.jsonl").read_text().splitlines()
     found = [(row["seconds"], row["val_loss"]) for row in map(json.loads, lines)]
     return [(seconds, loss) for seconds, loss in found if loss is not None]
@@ -85,29 +85,30 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--peer", type=Path, help="a checkout of nanoGPT")
+    parser.add_argument("--presets", nargs="*", choices=RUNS, default=list(RUNS))
     args = parser.parse_args()
     # nanoGPT's published losses, of its CPU recipe and of its GPU recipe, and one between.
     marks = [1.88, 1.55, 1.4697]
     measured: list[Row] = []
 
     def add(loss: float, who: str, seconds: float, dtype: str) -> None:
-        case = f"tinyshakespeare to a validation loss of {loss:.4g}"
+        case = f"tinyshakespeare to a validation loss of {loss:.5g}"
         measured.append(row("nanogpt", case, dtype, who, [1e3 * seconds]))
         print(f"{case}: {who} {seconds:.1f} s")
 
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         if args.peer:
             seconds, loss = peer_seconds(args.peer, args.text.read_text(), folder)
             add(loss, "nanoGPT", seconds, "fp32")
             marks.insert(0, loss)
-        for preset_name, changes in RUNS.items():
-            losses = our_losses(preset_name, args.text, folder / preset_name, changes)
+        for name in args.presets:
+            losses = our_losses(name, args.text, folder / name, RUNS[name])
             for mark in marks:
                 reached = [seconds for seconds, loss in losses if loss <= mark]
                 if reached:
-                    add(mark, f"ponder train {preset_name}", reached[0], "bf16")
-    print(write("nanogpt", measured))
+                    add(mark, f"ponder train {name}", reached[0], "bf16")
+    write(measured)
 
 
 if __name__ == "__main__":

@@ -97,4 +97,4 @@ def _run(name: str, dtype: torch.dtype) -> list[Row]:
 
 
 if __name__ == "__main__":
-    print(write("sampling", run()))
+    write(run())

@@ -114,4 +114,4 @@ def run(compiled: bool = True) -> list[Row]:
 
 
 if __name__ == "__main__":
-    print(write("train_step", run()))
+    write(run())

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -73,6 +74,43 @@ def use_triton(x: Tensor) -> bool:
     if x.is_cuda:
         return triton_installed()
     return x.device.type == "cpu" and interpreting() and triton_installed()
+
+
+def _traced() -> bool:
+    """Whether something other than plain eager PyTorch looks at the calls: a compiler, fake
+    tensors, a FLOP counter, selective checkpointing."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+class Operation:
+    """A launcher as a custom op that is called directly where nothing traces the call.
+
+    The op is what a tracer sees; the dispatch to it takes longer than most kernels of a small model
+    run.
+    """
+
+    def __init__(self, name: str, launch: Callable):
+        self.op = torch.library.custom_op(name, launch, mutates_args=())
+        self.register_fake = self.op.register_fake
+        self.launch = self.apply = launch
+
+    def __call__(self, *args):
+        return self.op(*args) if _traced() else self.apply(*args)
+
+    def register_autograd(self, backward: Callable, *, setup_context: Callable) -> None:
+        self.op.register_autograd(backward, setup_context=setup_context)
+        members = {
+            "forward": staticmethod(self.launch),
+            "setup_context": staticmethod(setup_context),
+            # The kernels have no second derivative: a plain function would silently drop it.
+            "backward": staticmethod(once_differentiable(backward)),
+        }
+        self.apply = type(self.launch.__name__, (torch.autograd.Function,), members).apply
+
+
+def operation(name: str) -> Callable[[Callable], Operation]:
+    """A decorator of launchers, with the methods of what `torch.library.custom_op` gives."""
+    return functools.partial(Operation, name)
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

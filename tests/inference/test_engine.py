@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ponder.inference.decoder import Decoder
+from ponder.inference.decoder import Decoder, faster_dtype
 from ponder.inference.engine import LocalEngine, Request, SamplingParams, stream_key
 from ponder.models import GPT, GPTConfig, KVCache
 
@@ -355,6 +355,22 @@ def test_a_rows_bits_do_not_depend_on_its_place(variant, dtype, set_threads):
             decoder.hidden(torch.arange(32).remainder(20).expand(16, -1), block)
             assert (block.keys == block.keys[:, :1]).all(), f"prefill on {threads} threads"
             assert (block.values == block.values[:, :1]).all(), f"prefill on {threads} threads"
+
+
+@pytest.mark.parametrize(
+    "seconds, expected", [((1.0, 0.7), torch.bfloat16), ((1.0, 0.9), torch.float32)]
+)
+def test_bf16_is_chosen_where_it_pays(monkeypatch, seconds, expected):
+    clock = 0.0
+
+    def hidden(decoder, tokens, cache):
+        nonlocal clock
+        assert len(tokens) == 16 and cache.keys.dtype == decoder.dtype
+        clock += seconds[decoder.dtype == torch.bfloat16]
+
+    monkeypatch.setattr(Decoder, "hidden", hidden)
+    monkeypatch.setattr("ponder.inference.decoder.time.perf_counter", lambda: clock)
+    assert faster_dtype(gpt("cpu"), 10) == expected
 
 
 def test_each_prompt_is_prefilled_once():
