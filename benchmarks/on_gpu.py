@@ -19,8 +19,11 @@ ROOT = Path(__file__).parents[1]
 LIMIT = 480  # seconds a stage
 
 PYTHON = [sys.executable, "-m"]
+SANITIZER = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
 STAGES: dict[str, list[str]] = {
-    "tests": [*PYTHON, "pytest", "-q", "-x", str(ROOT / "tests" / "kernels")],
+    "tests": [*PYTHON, "pytest", "-q", "--maxfail=20", str(ROOT / "tests" / "kernels")],
+    "memcheck": [*SANITIZER, "memcheck", *PYTHON, "ponder.benchmarks.every_kernel"],
+    "racecheck": [*SANITIZER, "racecheck", *PYTHON, "ponder.benchmarks.every_kernel"],
     "attention": [*PYTHON, "ponder.benchmarks.kernels", "attention"],
     "mlp": [*PYTHON, "ponder.benchmarks.kernels", "mlp"],
     "rest": [*PYTHON, "ponder.benchmarks.kernels", "loss", "norm", "decode"],
@@ -39,6 +42,8 @@ def run_stage(name: str, out: Path) -> dict:
             verdict = "ok" if status.returncode == 0 else f"exit {status.returncode}"
         except subprocess.TimeoutExpired:
             verdict = f"over {LIMIT} s"
+        except FileNotFoundError:
+            verdict = f"no {words[0]}"
     for path in RESULTS.glob("*.csv"):
         shutil.copy(path, out / path.name)
     return {"verdict": verdict, "seconds": round(time.monotonic() - start)}
