@@ -5,7 +5,7 @@ from .cross_entropy import cross_entropy
 from .decode_attention import decode_attention
 from .linear_cross_entropy import linear_cross_entropy
 from .mlp import gated_mlp, mlp
-from .norm import rms_norm
+from .norm import layer_norm, rms_norm
 from .rotary import rotary
 from .sample_tokens import sample_tokens
 
@@ -14,6 +14,7 @@ __all__ = [
     "cross_entropy",
     "decode_attention",
     "gated_mlp",
+    "layer_norm",
     "linear_cross_entropy",
     "mlp",
     "rms_norm",
