@@ -8,6 +8,7 @@ from .mlp import gated_mlp, mlp
 from .norm import layer_norm, rms_norm
 from .rotary import rotary
 from .sample_tokens import sample_tokens
+from .softmax import softmax
 
 __all__ = [
     "attention",
@@ -20,4 +21,5 @@ __all__ = [
     "rms_norm",
     "rotary",
     "sample_tokens",
+    "softmax",
 ]
