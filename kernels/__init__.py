@@ -5,6 +5,7 @@ from .cross_entropy import cross_entropy
 from .decode_attention import decode_attention
 from .linear_cross_entropy import linear_cross_entropy
 from .mlp import gated_mlp, mlp
+from .mse_loss import mse_loss
 from .norm import layer_norm, rms_norm
 from .rotary import rotary
 from .sample_tokens import sample_tokens
@@ -18,6 +19,7 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "mlp",
+    "mse_loss",
     "rms_norm",
     "rotary",
     "sample_tokens",
