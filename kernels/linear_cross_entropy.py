@@ -14,6 +14,7 @@ Shapes: N rows (all dimensions but the last, flattened), C channels, V the vocab
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +54,7 @@ def linear_cross_entropy_reference(
     bias: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
-    **options: float | None,
+    **options: Any,
 ) -> Tensor:
     """The definition: all logits at once; the options are cross_entropy_reference's."""
     logits = F.linear(x, weight, bias)

@@ -157,7 +157,7 @@ def _programs(n_rows: int) -> int:
     return min(n_rows, 512)
 
 
-def _flags(dtype: str, stream: str, block_c: int) -> Iterator[tuple[bool, bool, bool]]:
+def _flags(dtype: str, stream: str, block_c: int) -> Iterator[tuple[bool, ...]]:
     """(CENTERED, HAS_BIAS, HAS_RESIDUAL) to compile ahead.
 
     Each flag only adds code and registers, and none depends on another, nor on the dtype: so none
