@@ -5,18 +5,23 @@ from .cross_entropy import cross_entropy
 from .decode_attention import decode_attention
 from .linear_cross_entropy import linear_cross_entropy
 from .mlp import gated_mlp, mlp
-from .norm import rms_norm
+from .mse_loss import mse_loss
+from .norm import layer_norm, rms_norm
 from .rotary import rotary
 from .sample_tokens import sample_tokens
+from .softmax import softmax
 
 __all__ = [
     "attention",
     "cross_entropy",
     "decode_attention",
     "gated_mlp",
+    "layer_norm",
     "linear_cross_entropy",
     "mlp",
+    "mse_loss",
     "rms_norm",
     "rotary",
     "sample_tokens",
+    "softmax",
 ]

@@ -2,29 +2,59 @@
 
     loss[i] = log Σ_v exp(logits[i, v]) − logits[i, targets[i]]
 
-Shapes: N rows (all dimensions but the last, flattened), V the vocabulary.
+and, each only where it is asked for: a cap on the logits, smoothed targets, a penalty on the
+log-sum-exp. Shapes: N rows (all dimensions but the last, flattened), V the vocabulary.
 """
 
+import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ._runtime import TRITON_TYPE, Specialization, jit, tl, use_triton
+from .softmax import with_block
 
 REDUCTIONS = ("mean", "sum", "none")
 
 
+class Options(NamedTuple):
+    """What changes the loss. Zero is off, and costs nothing: its code is not compiled."""
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    softcap: float = 0.0
+
+    def arguments(self) -> dict[str, float | bool]:
+        """What a kernel takes: the numbers, and which of them are on."""
+        flags = dict(zip(("SMOOTHING", "Z_LOSS", "SOFTCAP"), map(bool, self), strict=True))
+        return self._asdict() | flags
+
+
 def cross_entropy_reference(
-    logits: Tensor, targets: Tensor, ignore_index: int = -100, reduction: str = "mean"
+    logits: Tensor,
+    targets: Tensor,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
 ) -> Tensor:
     """The definition, computed in fp32 (fp64 stays fp64)."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
     kept = targets != ignore_index
     index = targets.where(kept, 0)[..., None].long()
-    losses = (logits.logsumexp(-1) - logits.gather(-1, index)[..., 0]).where(kept, 0)
-    return reduce_losses(losses, targets, ignore_index, reduction)
+    logprobs = logits.log_softmax(-1)
+    losses = -logprobs.gather(-1, index)[..., 0]
+    if label_smoothing:
+        losses = (1 - label_smoothing) * losses - label_smoothing * logprobs.mean(-1)
+    if z_loss:
+        losses = losses + z_loss * logits.logsumexp(-1).square()
+    return reduce_losses(losses.where(kept, 0), targets, ignore_index, reduction)
 
 
 def reduce_losses(losses: Tensor, targets: Tensor, ignore_index: int, reduction: str) -> Tensor:
@@ -39,19 +69,124 @@ def _count(targets: Tensor, ignore_index: int) -> Tensor:
 
 
 @jit
-def log_sum_exp(row_ptr, n_cols, n_readable, BLOCK_V: tl.constexpr):
-    """fp32, of n_cols numbers; n_readable ≥ n_cols of them may be read (a better aligned mask)."""
-    # The least fp32, not -inf: a block of -inf alone must not give exp(-inf − -inf).
+def _capped(b_logits, softcap):
+    """(softcap · tanh(logits / softcap), its derivative)."""
+    u = b_logits * (1.0 / softcap)
+    e = tl.exp(-2.0 * tl.abs(u))
+    inverse = 1.0 / (1.0 + e)
+    tanh = (1.0 - e) * inverse
+    tanh = tl.where(u < 0.0, -tanh, tanh)
+    # Near 0 the difference 1 − e cancels: there the series, to its u⁹ term.
+    square = u * u
+    series = -17.0 / 315.0 + square * (62.0 / 2835.0)
+    series = u * (1.0 + square * (-1.0 / 3.0 + square * (2.0 / 15.0 + square * series)))
+    # The derivative, 1 − tanh², without its cancellation where tanh is near 1.
+    return softcap * tl.where(square < 0.0625, series, tanh), 4.0 * e * inverse * inverse
+
+
+@jit
+def row_loss(
+    row_ptr,
+    target,
+    n_cols,
+    n_readable,
+    label_smoothing,
+    z_loss,
+    softcap,
+    SMOOTHING: tl.constexpr,
+    Z_LOSS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """(loss, max z, Σ exp(z − max z)) in fp32 of the row's n_cols logits, z where they are capped.
+
+    n_readable ≥ n_cols of them may be read (a better aligned mask). The maximum and the sum stay
+    apart: their log-sum-exp would round away a small loss beside large logits.
+    """
+    # No such target: NaN shows without a synchronization, and nothing is read out of bounds.
+    exists = (target >= 0) & (target < n_cols)
+    chosen = tl.load(row_ptr + target, mask=exists, other=float("nan")).to(tl.float32)
+    if SOFTCAP:
+        chosen = _capped(chosen, softcap)[0]
+    if SMOOTHING:
+        # Logits are summed as differences from a number that is near them.
+        origin = tl.where(chosen > float("-inf"), chosen, 0.0)
+        b_below = tl.zeros((BLOCK_V,), tl.float32)
     maximum = tl.full((), -3.4028234663852886e38, tl.float32)
     b_sum = tl.zeros((BLOCK_V,), tl.float32)
     for start in range(0, n_cols, BLOCK_V):
         o_col = start + tl.arange(0, BLOCK_V)
+        m_col = o_col < n_cols
         b_logits = tl.load(row_ptr + o_col, mask=o_col < n_readable, other=0.0).to(tl.float32)
-        b_logits = tl.where(o_col < n_cols, b_logits, float("-inf"))
-        risen = tl.maximum(maximum, tl.max(b_logits, 0))
-        b_sum = b_sum * tl.exp(maximum - risen) + tl.exp(b_logits - risen)
-        maximum = risen
-    return maximum + tl.log(tl.sum(b_sum, 0))
+        if SOFTCAP:
+            b_logits = _capped(b_logits, softcap)[0]
+        if SMOOTHING:
+            b_below += tl.where(m_col, origin - b_logits, 0.0)
+        maximum, b_sum = with_block(maximum, b_sum, tl.where(m_col, b_logits, float("-inf")))
+    total = tl.sum(b_sum, 0)
+    log_sum = tl.log(total)
+    loss = (maximum - chosen) + log_sum
+    if SMOOTHING:
+        of_all = (maximum - origin) + log_sum + tl.sum(b_below, 0) / n_cols
+        loss = (1.0 - label_smoothing) * loss + label_smoothing * of_all
+    if Z_LOSS:
+        log_sum_exp = maximum + log_sum
+        loss += z_loss * log_sum_exp * log_sum_exp
+    return loss, maximum, total
+
+
+@jit
+def row_gradient(
+    row_ptr,
+    drow_ptr,
+    target,
+    maximum,
+    total,
+    upstream,
+    n_cols,
+    n_readable,
+    label_smoothing,
+    z_loss,
+    softcap,
+    SMOOTHING: tl.constexpr,
+    Z_LOSS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Writes n_readable columns of the gradient, which may overwrite the logits.
+
+    dz = (softmax(z) (1 + 2 z_loss lse) − (1 − label_smoothing) onehot − label_smoothing / V) dloss
+    """
+    exists = (target >= 0) & (target < n_cols)
+    upstream = tl.where(exists, upstream, float("nan"))
+    of_exp = upstream / total
+    of_target = upstream
+    if Z_LOSS:
+        of_exp *= 1.0 + 2.0 * z_loss * (maximum + tl.log(total))
+    if SMOOTHING:
+        of_target = (1.0 - label_smoothing) * upstream
+        of_each = label_smoothing * upstream / n_cols
+    dtype = drow_ptr.dtype.element_ty
+    for start in range(0, n_cols, BLOCK_V):
+        o_col = start + tl.arange(0, BLOCK_V)
+        m_col = o_col < n_readable
+        b_logits = tl.load(row_ptr + o_col, mask=m_col, other=float("-inf")).to(tl.float32)
+        if SOFTCAP:
+            b_logits, b_slope = _capped(b_logits, softcap)
+        b_grad = tl.exp(b_logits - maximum) * of_exp - tl.where(o_col == target, of_target, 0.0)
+        if SMOOTHING:
+            b_grad -= of_each
+        if SOFTCAP:
+            b_grad *= b_slope
+        tl.store(drow_ptr + o_col, b_grad.to(dtype), mask=m_col)
+
+
+@jit
+def clear_row(row_ptr, n_cols, n_writable, BLOCK_V: tl.constexpr):
+    zeros = tl.zeros((BLOCK_V,), row_ptr.dtype.element_ty)
+    for start in range(0, n_cols, BLOCK_V):
+        o_col = start + tl.arange(0, BLOCK_V)
+        tl.store(row_ptr + o_col, zeros, mask=o_col < n_writable)
 
 
 @jit
@@ -60,24 +195,39 @@ def _cross_entropy_forward_kernel(
     stride_row,
     targets_ptr,
     losses_ptr,
-    lse_ptr,
+    statistics_ptr,
     n_cols,
     ignore_index,
+    label_smoothing,
+    z_loss,
+    softcap,
+    SMOOTHING: tl.constexpr,
+    Z_LOSS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     i_row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + i_row)
-    if target == ignore_index:
-        tl.store(losses_ptr + i_row, 0.0)
-        tl.store(lse_ptr + i_row, 0.0)
-    else:
-        row_ptr = logits_ptr + i_row * stride_row
-        # No such target: NaN shows without a synchronization, and nothing is read out of bounds.
-        exists = (target >= 0) & (target < n_cols)
-        chosen = tl.load(row_ptr + target, mask=exists, other=float("nan")).to(tl.float32)
-        lse = log_sum_exp(row_ptr, n_cols, n_cols, BLOCK_V)
-        tl.store(losses_ptr + i_row, lse - chosen)
-        tl.store(lse_ptr + i_row, lse)
+    loss = 0.0
+    maximum = 0.0
+    total = 0.0
+    if target != ignore_index:
+        loss, maximum, total = row_loss(
+            logits_ptr + i_row * stride_row,
+            target,
+            n_cols,
+            n_cols,
+            label_smoothing,
+            z_loss,
+            softcap,
+            SMOOTHING,
+            Z_LOSS,
+            SOFTCAP,
+            BLOCK_V,
+        )
+    tl.store(losses_ptr + i_row, loss)
+    tl.store(statistics_ptr + 2 * i_row, maximum)
+    tl.store(statistics_ptr + 2 * i_row + 1, total)
 
 
 @jit
@@ -85,31 +235,42 @@ def _cross_entropy_backward_kernel(
     logits_ptr,
     stride_row,
     targets_ptr,
-    lse_ptr,
+    statistics_ptr,
     upstream_ptr,
     dlogits_ptr,
     n_cols,
     ignore_index,
+    label_smoothing,
+    z_loss,
+    softcap,
+    SMOOTHING: tl.constexpr,
+    Z_LOSS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     i_row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + i_row)
-    lse = tl.load(lse_ptr + i_row)
-    upstream = tl.load(upstream_ptr + i_row)
-    exists = (target >= 0) & (target < n_cols)
-    upstream = tl.where(exists, upstream, float("nan"))
-    row_ptr = logits_ptr + i_row * stride_row
     drow_ptr = dlogits_ptr + i_row * n_cols
-    dtype = dlogits_ptr.dtype.element_ty
-    for start in range(0, n_cols, BLOCK_V):
-        o_col = start + tl.arange(0, BLOCK_V)
-        m_col = o_col < n_cols
-        if target == ignore_index:
-            tl.store(drow_ptr + o_col, tl.zeros((BLOCK_V,), dtype), mask=m_col)
-        else:
-            b_logits = tl.load(row_ptr + o_col, mask=m_col, other=0.0).to(tl.float32)
-            b_grad = tl.exp(b_logits - lse) - tl.where(o_col == target, 1.0, 0.0)
-            tl.store(drow_ptr + o_col, (b_grad * upstream).to(dtype), mask=m_col)
+    if target == ignore_index:
+        clear_row(drow_ptr, n_cols, n_cols, BLOCK_V)
+    else:
+        row_gradient(
+            logits_ptr + i_row * stride_row,
+            drow_ptr,
+            target,
+            tl.load(statistics_ptr + 2 * i_row),
+            tl.load(statistics_ptr + 2 * i_row + 1),
+            tl.load(upstream_ptr + i_row),
+            n_cols,
+            n_cols,
+            label_smoothing,
+            z_loss,
+            softcap,
+            SMOOTHING,
+            Z_LOSS,
+            SOFTCAP,
+            BLOCK_V,
+        )
 
 
 def block_and_warps(n_cols: int) -> tuple[int, int]:
@@ -122,30 +283,50 @@ def block_and_warps(n_cols: int) -> tuple[int, int]:
 BLOCKS = [block_and_warps(n) for n in (256, 4096, 4097)]
 
 
+def compiled_options(dtype: str, block_v: int) -> Iterator[dict[str, float | bool]]:
+    """Flags to compile ahead: none and all of them everywhere, each alone at the widest in fp32.
+
+    A flag only adds code and registers, and none depends on another.
+    """
+    yield Options().arguments()
+    yield Options(1.0, 1.0, 1.0).arguments()
+    if (dtype, block_v) == ("fp32", BLOCKS[-1][0]):
+        for i in range(3):
+            yield Options(*(float(i == j) for j in range(3))).arguments()
+
+
 def specializations(capability: int) -> Iterator[Specialization]:
-    """Every way in which the launchers below can compile the kernels."""
+    """The ways in which the launchers below can compile the kernels, see `compiled_options`."""
     for dtype in TRITON_TYPE.values():
+        shared = dict(logits_ptr=f"*{dtype}:16", stride_row="i32:16", targets_ptr="*i64:16")
+        shared |= dict(n_cols="i32:16", ignore_index="i32", statistics_ptr="*fp32:16")
+        shared |= dict.fromkeys(Options._fields, "fp32")
         for block_v, num_warps in BLOCKS:
-            shared = dict(logits_ptr=f"*{dtype}:16", stride_row="i32:16", targets_ptr="*i64:16")
-            shared |= dict(n_cols="i32:16", ignore_index="i32", lse_ptr="*fp32:16")
-            yield Specialization(
-                _cross_entropy_forward_kernel,
-                shared | dict(losses_ptr="*fp32:16"),
-                dict(BLOCK_V=block_v),
-                num_warps=num_warps,
-            )
-            yield Specialization(
-                _cross_entropy_backward_kernel,
-                shared | dict(upstream_ptr="*fp32:16", dlogits_ptr=f"*{dtype}:16"),
-                dict(BLOCK_V=block_v),
-                num_warps=num_warps,
-            )
+            for options in compiled_options(dtype, block_v):
+                flags = {k: v for k, v in options.items() if k.isupper()}
+                yield Specialization(
+                    _cross_entropy_forward_kernel,
+                    shared | dict(losses_ptr="*fp32:16"),
+                    flags | dict(BLOCK_V=block_v),
+                    num_warps=num_warps,
+                )
+                yield Specialization(
+                    _cross_entropy_backward_kernel,
+                    shared | dict(upstream_ptr="*fp32:16", dlogits_ptr=f"*{dtype}:16"),
+                    flags | dict(BLOCK_V=block_v),
+                    num_warps=num_warps,
+                )
 
 
 def launch_forward(
-    logits: Tensor, targets: Tensor, losses: Tensor, lse: Tensor, ignore_index: int
+    logits: Tensor,
+    targets: Tensor,
+    losses: Tensor,
+    statistics: Tensor,
+    ignore_index: int,
+    options: Options,
 ) -> None:
-    """losses (N,) and lse (N,), fp32, of logits (N, V) with unit stride in a row."""
+    """losses (N,), statistics (N, 2), fp32, of logits (N, V) with unit stride in a row."""
     n_rows, n_cols = logits.shape
     block_v, num_warps = block_and_warps(n_cols)
     if n_rows:
@@ -154,34 +335,45 @@ def launch_forward(
             logits.stride(0),
             targets,
             losses,
-            lse,
+            statistics,
             n_cols,
             ignore_index,
+            **options.arguments(),
             BLOCK_V=block_v,
             num_warps=num_warps,
         )
 
 
 @torch.library.custom_op("ponder::cross_entropy", mutates_args=())
-def _cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """(losses, lse), both fp32 (N,), of logits (N, V) and int64 targets (N,)."""
+def _cross_entropy(
+    logits: Tensor, targets: Tensor, ignore_index: int, options: list[float]
+) -> tuple[Tensor, Tensor]:
+    """(losses (N,), statistics (N, 2)), both fp32, of logits (N, V) and int64 targets (N,).
+
+    The statistics: a row's max and Σ exp(· − max).
+    """
     losses = logits.new_empty(logits.shape[0], dtype=torch.float32)
-    lse = torch.empty_like(losses)
-    launch_forward(logits, targets, losses, lse, ignore_index)
-    return losses, lse
+    statistics = losses.new_empty((*losses.shape, 2))
+    launch_forward(logits, targets, losses, statistics, ignore_index, Options(*options))
+    return losses, statistics
 
 
 @_cross_entropy.register_fake
-def _(logits, targets, ignore_index):
+def _(logits, targets, ignore_index, options):
     losses = logits.new_empty(logits.shape[0], dtype=torch.float32)
-    return losses, torch.empty_like(losses)
+    return losses, losses.new_empty((*losses.shape, 2))
 
 
 @torch.library.custom_op("ponder::cross_entropy_backward", mutates_args=())
 def _cross_entropy_backward(
-    upstream: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, ignore_index: int
+    upstream: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    statistics: Tensor,
+    ignore_index: int,
+    options: list[float],
 ) -> Tensor:
-    """(softmax(logits) − onehot(targets)) · upstream, row by row, in logits' dtype."""
+    """The gradient of Σ losses · upstream, in logits' dtype."""
     n_rows, n_cols = logits.shape
     dlogits = logits.new_empty(logits.shape)
     block_v, num_warps = block_and_warps(n_cols)
@@ -190,11 +382,12 @@ def _cross_entropy_backward(
             logits,
             logits.stride(0),
             targets,
-            lse,
+            statistics,
             upstream,
             dlogits,
             n_cols,
             ignore_index,
+            **Options(*options).arguments(),
             BLOCK_V=block_v,
             num_warps=num_warps,
         )
@@ -202,23 +395,36 @@ def _cross_entropy_backward(
 
 
 @_cross_entropy_backward.register_fake
-def _(upstream, logits, targets, lse, ignore_index):
+def _(upstream, logits, targets, statistics, ignore_index, options):
     return logits.new_empty(logits.shape)
 
 
 def _setup_context(ctx, inputs, output):
-    logits, targets, ctx.ignore_index = inputs
+    logits, targets, ctx.ignore_index, ctx.options = inputs
     ctx.save_for_backward(logits, targets, output[1])
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx, dlosses, _):
-    logits, targets, lse = ctx.saved_tensors
-    dlogits = _cross_entropy_backward(dlosses.contiguous(), logits, targets, lse, ctx.ignore_index)
-    return dlogits, None, None
+    dlogits = _cross_entropy_backward(
+        dlosses.contiguous(), *ctx.saved_tensors, ctx.ignore_index, ctx.options
+    )
+    return dlogits, None, None, None
 
 
 _cross_entropy.register_autograd(_backward, setup_context=_setup_context)
+
+
+def check_options(
+    name: str, label_smoothing: float, z_loss: float, softcap: float | None
+) -> Options:
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"{name}: label_smoothing is {label_smoothing}; it must be from 0 to 1")
+    if not 0 <= z_loss < math.inf:
+        raise ValueError(f"{name}: z_loss is {z_loss}; it must be 0 or more, and finite")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"{name}: softcap is {softcap}; it must be positive and finite, or None")
+    return Options(float(label_smoothing), float(z_loss), float(softcap or 0.0))
 
 
 def check_targets(
@@ -252,42 +458,72 @@ def check_targets(
 
 
 def on_cpu(
-    logits: Tensor, targets: Tensor, ignore_index: int, reduction: str, shape: torch.Size
+    logits: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    options: Options,
+    reduction: str,
+    shape: torch.Size,
 ) -> Tensor:
     """PyTorch's own operation, on logits (N, V) and targets (N,)."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
+    if options.softcap:
+        logits = options.softcap * torch.tanh(logits / options.softcap)
     kind = "none" if reduction == "none" else "sum"
-    loss = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction=kind)
+    loss = F.cross_entropy(
+        logits,
+        targets,
+        ignore_index=ignore_index,
+        reduction=kind,
+        label_smoothing=options.label_smoothing,
+    )
+    if options.z_loss:
+        squares = logits.logsumexp(-1).square().where(targets != ignore_index, 0)
+        loss = loss + options.z_loss * reduce_losses(squares, targets, ignore_index, kind)
     if reduction == "mean":
         return loss / _count(targets, ignore_index)
     return loss.view(shape) if reduction == "none" else loss
 
 
 def cross_entropy(
-    logits: Tensor, targets: Tensor, *, ignore_index: int = -100, reduction: str = "mean"
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
 ) -> Tensor:
-    """Cross-entropy in nats: loss[i] = log Σ_v exp(logits[i, v]) − logits[i, targets[i]].
+    """Cross-entropy in nats: loss[i] = lse[i] − logits[i, targets[i]].
 
-    logits (..., V) in fp32, fp16 or bf16, never overwritten; targets (...) integers in [0, V) or
-    ignore_index, whose loss and gradient are 0. reduction "mean" (over the targets that are not
-    ignored), "sum", or "none" (losses in the targets' shape). The result and all arithmetic are
-    fp32; the gradient has logits' dtype. The mean over no target at all is 0, where
-    torch.nn.functional.cross_entropy gives NaN: a micro-batch that is masked whole then adds
-    nothing to an accumulated loss instead of destroying it.
+    lse[i] = log Σ_v exp(logits[i, v]); logits (..., V) in fp32, fp16 or bf16, never overwritten;
+    targets (...) integers in [0, V) or ignore_index, whose loss and gradient are 0. reduction
+    "mean" (over the targets that are not ignored), "sum", or "none" (losses in the targets' shape).
+    The result and all arithmetic are fp32; the gradient has logits' dtype. The mean over no target
+    at all is 0, where torch.nn.functional.cross_entropy gives NaN: a micro-batch that is masked
+    whole then adds nothing to an accumulated loss instead of destroying it.
 
-    Raises ValueError for shapes, dtypes or a reduction that do not fit, and on the CPU for a target
-    out of range; on a GPU, where looking would cost a synchronization, such a target's loss and
-    gradient are NaN.
+    softcap: softcap · tanh(logits / softcap) takes the logits' place (Gemma 2, section 2).
+    label_smoothing, from 0 to 1, is the part of the target that all V classes share alike, as in
+    torch.nn.functional.cross_entropy: loss += label_smoothing · (logits[target] − mean_v logits).
+    z_loss: loss += z_loss · lse², which holds lse near 0 (PaLM, section 5, with 1e-4).
+
+    Raises ValueError for shapes, dtypes, a reduction or options that do not fit, and on the CPU for
+    a target out of range; on a GPU, where looking would cost a synchronization, such a target's
+    loss and gradient are NaN.
     """
     shape, n_cols = logits.shape[:-1], logits.shape[-1]
+    options = check_options("cross_entropy", label_smoothing, z_loss, softcap)
     flat = check_targets("cross_entropy", shape, n_cols, targets, ignore_index, reduction)
     if not use_triton(logits):
-        return on_cpu(logits.reshape(-1, n_cols), flat, ignore_index, reduction, shape)
+        rows = logits.reshape(-1, n_cols)
+        return on_cpu(rows, flat, ignore_index, options, reduction, shape)
     if logits.dtype not in TRITON_TYPE:
         raise ValueError(
             f"cross_entropy: logits are {logits.dtype}; supported are fp32, fp16 and bf16"
         )
     rows = logits.reshape(-1, n_cols)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    losses, _ = _cross_entropy(rows, flat, ignore_index)
+    losses, _ = _cross_entropy(rows, flat, ignore_index, list(options))
     return reduce_losses(losses.view(shape), targets, ignore_index, reduction)

@@ -7,12 +7,14 @@ the rows are taken in chunks, and each chunk's logits become the loss and then, 
 gradient, which the two products dx = dlogits W and dW += dlogitsᵀ x consume before the next chunk
 overwrites it. That is done in the forward pass: a sum's gradient is the same for every upstream
 gradient but for a factor, which the backward pass applies. Where every row has an upstream
-gradient of its own (reduction "none"), the backward pass computes the chunks again.
+gradient of its own (reduction "none"), the backward pass computes the chunks again. The options
+(smoothed targets, a cap on the logits, …) are those of cross_entropy.py.
 
 Shapes: N rows (all dimensions but the last, flattened), C channels, V the vocabulary.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,13 +24,18 @@ from torch.autograd.function import once_differentiable
 from ._runtime import TRITON_TYPE, Specialization, cdiv, jit, tl, use_triton
 from .cross_entropy import (
     BLOCKS,
+    Options,
     block_and_warps,
+    check_options,
     check_targets,
+    clear_row,
+    compiled_options,
     cross_entropy_reference,
     launch_forward,
-    log_sum_exp,
     on_cpu,
     reduce_losses,
+    row_gradient,
+    row_loss,
 )
 
 # Logits that exist at once. On a GPU the chunk must be tall: every chunk reads and writes the
@@ -47,10 +54,11 @@ def linear_cross_entropy_reference(
     bias: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
+    **options: Any,
 ) -> Tensor:
-    """The definition: all logits at once."""
+    """The definition: all logits at once; the options are cross_entropy_reference's."""
     logits = F.linear(x, weight, bias)
-    return cross_entropy_reference(logits, targets, ignore_index, reduction)
+    return cross_entropy_reference(logits, targets, ignore_index, reduction, **options)
 
 
 @jit
@@ -62,68 +70,95 @@ def _loss_and_gradient_kernel(
     losses_ptr,
     n_cols,
     ignore_index,
+    label_smoothing,
+    z_loss,
+    softcap,
+    SMOOTHING: tl.constexpr,
+    Z_LOSS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     HAS_UPSTREAM: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
+    # The padding is read and written too, up to stride_row: an aligned mask keeps accesses wide.
     i_row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + i_row)
     row_ptr = logits_ptr + i_row * stride_row
-    dtype = logits_ptr.dtype.element_ty
     if target == ignore_index:
         tl.store(losses_ptr + i_row, 0.0)
-        for start in range(0, n_cols, BLOCK_V):
-            o_col = start + tl.arange(0, BLOCK_V)
-            tl.store(row_ptr + o_col, tl.zeros((BLOCK_V,), dtype), mask=o_col < stride_row)
+        clear_row(row_ptr, n_cols, stride_row, BLOCK_V)
     else:
-        # No such target: NaN shows without a synchronization, and nothing is read out of bounds.
-        exists = (target >= 0) & (target < n_cols)
-        chosen = tl.load(row_ptr + target, mask=exists, other=float("nan")).to(tl.float32)
+        loss, maximum, total = row_loss(
+            row_ptr,
+            target,
+            n_cols,
+            stride_row,
+            label_smoothing,
+            z_loss,
+            softcap,
+            SMOOTHING,
+            Z_LOSS,
+            SOFTCAP,
+            BLOCK_V,
+        )
+        tl.store(losses_ptr + i_row, loss)
         tl.debug_barrier()  # every thread has read the target's logit before one overwrites it
-        lse = log_sum_exp(row_ptr, n_cols, stride_row, BLOCK_V)
-        tl.store(losses_ptr + i_row, lse - chosen)
-        upstream = tl.where(exists, 1.0, float("nan"))
+        upstream = 1.0
         if HAS_UPSTREAM:
-            upstream *= tl.load(upstream_ptr + i_row)
-        for start in range(0, n_cols, BLOCK_V):
-            o_col = start + tl.arange(0, BLOCK_V)
-            m_col = o_col < stride_row  # the padding too: an aligned mask keeps accesses wide
-            b_logits = tl.load(row_ptr + o_col, mask=m_col, other=0.0).to(tl.float32)
-            b_grad = tl.exp(b_logits - lse) - tl.where(o_col == target, 1.0, 0.0)
-            tl.store(row_ptr + o_col, (b_grad * upstream).to(dtype), mask=m_col)
+            upstream = tl.load(upstream_ptr + i_row)
+        row_gradient(
+            row_ptr,
+            row_ptr,
+            target,
+            maximum,
+            total,
+            upstream,
+            n_cols,
+            stride_row,
+            label_smoothing,
+            z_loss,
+            softcap,
+            SMOOTHING,
+            Z_LOSS,
+            SOFTCAP,
+            BLOCK_V,
+        )
 
 
 def specializations(capability: int) -> Iterator[Specialization]:
-    """Every way in which the launcher below can compile the kernel."""
+    """The ways in which the launcher below can compile the kernel, see `compiled_options`."""
     for dtype in TRITON_TYPE.values():
         for block_v, num_warps in BLOCKS:
-            for has_upstream in (False, True):
-                yield Specialization(
-                    _loss_and_gradient_kernel,
-                    dict(
-                        logits_ptr=f"*{dtype}:16",
-                        stride_row="i32:16",
-                        targets_ptr="*i64:16",
-                        upstream_ptr="*fp32:16",
-                        losses_ptr="*fp32:16",
-                        n_cols="i32:16",
-                        ignore_index="i32",
-                    ),
-                    dict(HAS_UPSTREAM=has_upstream, BLOCK_V=block_v),
-                    num_warps=num_warps,
-                )
+            for options in compiled_options(dtype, block_v):
+                flags = {k: v for k, v in options.items() if k.isupper()}
+                for has_upstream in (False, True):
+                    yield Specialization(
+                        _loss_and_gradient_kernel,
+                        dict(
+                            logits_ptr=f"*{dtype}:16",
+                            stride_row="i32:16",
+                            targets_ptr="*i64:16",
+                            upstream_ptr="*fp32:16",
+                            losses_ptr="*fp32:16",
+                            n_cols="i32:16",
+                            ignore_index="i32",
+                            **dict.fromkeys(Options._fields, "fp32"),
+                        ),
+                        flags | dict(HAS_UPSTREAM=has_upstream, BLOCK_V=block_v),
+                        num_warps=num_warps,
+                    )
 
 
 class _TritonStep:
     """Turns a chunk of logits into losses, and into their own gradient where asked."""
 
-    def __init__(self, n_rows: int, n_cols: int, like: Tensor, ignore_index: int):
+    def __init__(self, n_rows: int, n_cols: int, like: Tensor, ignore_index: int, options: Options):
         padded = cdiv(n_cols, PAD) * PAD
         self.logits = like.new_empty(n_rows, padded)[:, :n_cols]
-        self.lse = like.new_empty(n_rows, dtype=torch.float32)
-        self.ignore_index = ignore_index
+        self.statistics = like.new_empty(n_rows, 2, dtype=torch.float32)
+        self.ignore_index, self.options = ignore_index, options
 
     def losses(self, logits: Tensor, targets: Tensor, losses: Tensor) -> None:
-        launch_forward(logits, targets, losses, self.lse, self.ignore_index)
+        launch_forward(logits, targets, losses, self.statistics, self.ignore_index, self.options)
 
     def gradient(
         self, logits: Tensor, targets: Tensor, losses: Tensor, upstream: Tensor | None
@@ -138,6 +173,7 @@ class _TritonStep:
             losses,
             n_cols,
             self.ignore_index,
+            **self.options.arguments(),
             HAS_UPSTREAM=upstream is not None,
             BLOCK_V=block_v,
             num_warps=num_warps,
@@ -152,28 +188,53 @@ class _TorchStep:
     the largest probability is exp(max − lse). That is half the time of log_softmax, exp.
     """
 
-    def __init__(self, n_rows: int, n_cols: int, like: Tensor, ignore_index: int):
+    def __init__(self, n_rows: int, n_cols: int, like: Tensor, ignore_index: int, options: Options):
         self.logits = like.new_empty(n_rows, n_cols)
         wide = torch.promote_types(like.dtype, torch.float32)
         self.probabilities = like.new_empty(n_rows, n_cols, dtype=wide)
-        self.ignore_index = ignore_index
+        self.capped = self.logits
+        if options.softcap and like.dtype != wide:  # the cap's slope is a small difference from 1
+            self.capped = torch.empty_like(self.probabilities)
+        self.ignore_index, self.options = ignore_index, options
 
-    def losses(self, logits: Tensor, targets: Tensor, losses: Tensor) -> None:
+    def losses(self, logits: Tensor, targets: Tensor, losses: Tensor) -> Tensor:
+        """Returns the log-sum-exps; leaves the capped logits and the probabilities behind."""
+        label_smoothing, z_loss, softcap = self.options
         p = self.probabilities[: len(logits)]
+        if self.capped is not self.logits:
+            logits = self.capped[: len(logits)].copy_(logits)
+        if softcap:
+            logits.div_(softcap).tanh_().mul_(softcap)
         torch.softmax(logits, -1, dtype=p.dtype, out=p)
-        lse = logits.amax(-1).to(p.dtype) - p.amax(-1).log_()
+        maximum, log_sum = logits.amax(-1).to(p.dtype), p.amax(-1).log_().neg_()
         kept = targets != self.ignore_index
         chosen = logits.gather(1, targets.where(kept, 0)[:, None])[:, 0]
-        losses.copy_((lse - chosen).where(kept, 0))
+        loss = (maximum - chosen) + log_sum
+        lse = maximum + log_sum
+        if label_smoothing:
+            of_all = lse - logits.mean(-1, dtype=p.dtype)
+            loss = (1 - label_smoothing) * loss + label_smoothing * of_all
+        if z_loss:
+            loss = loss + z_loss * lse.square()
+        losses.copy_(loss.where(kept, 0))
+        return lse
 
     def gradient(
         self, logits: Tensor, targets: Tensor, losses: Tensor, upstream: Tensor | None
     ) -> Tensor:
-        self.losses(logits, targets, losses)
+        label_smoothing, z_loss, softcap = self.options
+        lse = self.losses(logits, targets, losses)
         p = self.probabilities[: len(logits)]
         kept = targets != self.ignore_index
         index = targets.where(kept, 0)[:, None]
-        p.scatter_add_(1, index, p.new_full((), -1.0).expand_as(index))
+        if z_loss:
+            p.mul_((1 + 2 * z_loss * lse)[:, None])
+        p.scatter_add_(1, index, p.new_full((), label_smoothing - 1).expand_as(index))
+        if label_smoothing:
+            p.sub_(label_smoothing / p.shape[1])
+        if softcap:
+            tanh = self.capped[: len(logits)].div_(softcap)
+            p.addcmul_(p, tanh.square_(), value=-1)
         if upstream is not None:
             p.mul_(upstream[:, None])
         if not kept.all():
@@ -188,6 +249,7 @@ def _in_chunks(
     targets: Tensor,
     upstream: Tensor | None,
     ignore_index: int,
+    options: Options,
     dtype: torch.dtype,
     need_x: bool = False,
     need_weight: bool = False,
@@ -208,7 +270,7 @@ def _in_chunks(
     most = max(1, CHUNK[x.device.type] // n_cols)
     height = cdiv(n_rows, max(1, cdiv(n_rows, most)))
     step_type = _TritonStep if use_triton(x) else _TorchStep
-    step = step_type(height, n_cols, x.new_empty(0, dtype=dtype), ignore_index)
+    step = step_type(height, n_cols, x.new_empty(0, dtype=dtype), ignore_index, options)
     for start in range(0, n_rows, max(1, height)):
         rows = slice(start, min(start + height, n_rows))
         b_x = x[rows].to(dtype)
@@ -250,14 +312,16 @@ def _losses(
     bias: Tensor | None,
     targets: Tensor,
     ignore_index: int,
+    options: list[float],
     dtype: torch.dtype,
 ) -> Tensor:
     """losses (N,) of x (N, C); the gradients wait for the upstream gradient of each row."""
-    return _in_chunks(x, weight, bias, targets, None, ignore_index, dtype)[0]
+    args = (x, weight, bias, targets, None, ignore_index, Options(*options), dtype)
+    return _in_chunks(*args)[0]
 
 
 @_losses.register_fake
-def _(x, weight, bias, targets, ignore_index, dtype):
+def _(x, weight, bias, targets, ignore_index, options, dtype):
     return _outputs(x, weight, dtype, False, False, False)[0]
 
 
@@ -269,42 +333,40 @@ def _total(
     targets: Tensor,
     upstream: Tensor | None,
     ignore_index: int,
+    options: list[float],
     dtype: torch.dtype,
     need_x: bool,
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(Σ losses, dx, dweight, dbias), the gradients those of Σ losses · upstream."""
-    needs = (need_x, need_weight, need_bias)
-    losses, dx, dweight, dbias = _in_chunks(
-        x, weight, bias, targets, upstream, ignore_index, dtype, *needs
-    )
+    args = (x, weight, bias, targets, upstream, ignore_index, Options(*options), dtype)
+    losses, dx, dweight, dbias = _in_chunks(*args, need_x, need_weight, need_bias)
     return losses.sum(), dx, dweight, dbias
 
 
 @_total.register_fake
-def _(x, weight, bias, targets, upstream, ignore_index, dtype, *needs):
+def _(x, weight, bias, targets, upstream, ignore_index, options, dtype, *needs):
     losses, *gradients = _outputs(x, weight, dtype, *needs)
     return losses.new_empty(()), *gradients
 
 
 def _setup_losses(ctx, inputs, output):
-    x, weight, bias, targets, ctx.ignore_index, ctx.dtype = inputs
-    ctx.save_for_backward(x, weight, bias, targets)
+    ctx.save_for_backward(*inputs[:4])
+    ctx.rest = inputs[4:]
 
 
 @once_differentiable
 def _backward_losses(ctx, upstream):
     x, weight, bias, targets = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
-    _, dx, dweight, dbias = _total(
-        x, weight, bias, targets, upstream.contiguous(), ctx.ignore_index, ctx.dtype, *needs
-    )
+    args = (x, weight, bias, targets, upstream.contiguous(), *ctx.rest)
+    _, dx, dweight, dbias = _total(*args, *needs)
     return (
         dx if needs[0] else None,
         dweight.to(weight.dtype) if needs[1] else None,
         dbias.to(bias.dtype) if needs[2] else None,
-        *[None] * 3,
+        *[None] * 4,
     )
 
 
@@ -329,7 +391,7 @@ def _backward_total(ctx, upstream, *_):
                 # One element, not a scalar: the factor must not be rounded to 16 bits first.
                 out = gradient.new_empty(gradient.shape, dtype=dtype)
                 scaled[i] = torch.mul(gradient, upstream.reshape(1), out=out)
-    return *scaled, *[None] * 7
+    return *scaled, *[None] * 8
 
 
 _total.register_autograd(_backward_total, setup_context=_setup_total)
@@ -355,6 +417,9 @@ def linear_cross_entropy(
     bias: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
 ) -> Tensor:
     """Cross-entropy in nats of the logits x Wᵀ + bias, without ever holding all of them.
 
@@ -363,17 +428,18 @@ def linear_cross_entropy(
     x (..., C), weight (V, C) and bias (V,) of one dtype (under autocast: any, and the products are
     in autocast's); targets (...) integers in [0, V) or ignore_index, whose loss and gradient are 0.
     reduction "mean" (over the targets that are not ignored; 0 where there is none), "sum", or
-    "none" (losses in the targets' shape). The result, the log-sum-exp and the accumulated gradients
-    of weight and bias are fp32; gradients come in the dtype of their tensor.
+    "none" (losses in the targets' shape). label_smoothing, z_loss, softcap: see `cross_entropy`.
+    The result, the log-sum-exp and the accumulated gradients of weight and bias are fp32; gradients
+    come in the dtype of their tensor.
 
-    Memory beyond inputs and gradients: one chunk of logits (CHUNK of them; on the CPU twice that),
-    whatever N · V, and the fp32 gradient of weight. "mean" and "sum" compute the gradients in the
-    forward pass (none where grad mode is off), "none" computes the logits again in the backward
-    pass. Differentiable once: a gradient of the gradient raises.
+    Memory beyond inputs and gradients: one chunk of logits (CHUNK of them; on the CPU two or three
+    times that), whatever N · V, and the fp32 gradient of weight. "mean" and "sum" compute the
+    gradients in the forward pass (none where grad mode is off), "none" computes the logits again in
+    the backward pass. Differentiable once: a gradient of the gradient raises.
 
-    Raises ValueError for shapes, dtypes or a reduction that do not fit, and on the CPU for a target
-    out of range; on a GPU, where looking would cost a synchronization, such a target's loss and
-    gradients are NaN.
+    Raises ValueError for shapes, dtypes, a reduction or options that do not fit, and on the CPU for
+    a target out of range; on a GPU, where looking would cost a synchronization, such a target's
+    loss and gradients are NaN.
     """
     n_cols = weight.shape[0]
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
@@ -387,6 +453,7 @@ def linear_cross_entropy(
             f"needs ({n_cols},)"
         )
     shape = x.shape[:-1]
+    options = check_options("linear_cross_entropy", label_smoothing, z_loss, softcap)
     flat = check_targets("linear_cross_entropy", shape, n_cols, targets, ignore_index, reduction)
     dtype = _product_dtype(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
@@ -397,12 +464,13 @@ def linear_cross_entropy(
             )
     elif rows.shape[0] * n_cols <= PLAIN:
         logits = F.linear(rows, weight, bias)
-        return on_cpu(logits, flat, ignore_index, reduction, shape)
+        return on_cpu(logits, flat, ignore_index, options, reduction, shape)
     needs = [
         torch.is_grad_enabled() and t is not None and t.requires_grad for t in (x, weight, bias)
     ]
     if reduction == "none" or not any(needs):
-        losses = _losses(rows, weight, bias, flat, ignore_index, dtype)
+        losses = _losses(rows, weight, bias, flat, ignore_index, list(options), dtype)
         return reduce_losses(losses.view(shape), targets, ignore_index, reduction)
-    total = _total(rows, weight, bias, flat, None, ignore_index, dtype, *needs)[0]
+    args = (rows, weight, bias, flat, None, ignore_index, list(options), dtype)
+    total = _total(*args, *needs)[0]
     return reduce_losses(total, targets, ignore_index, reduction)

@@ -1,5 +1,6 @@
 import functools
 import importlib
+import itertools
 import os
 import subprocess
 import sys
@@ -20,6 +21,14 @@ reference = module.linear_cross_entropy_reference
 # (shape of x, V): one token; fewer tokens than a chunk; chunks with a remainder, V past a block of
 # 256 and not a multiple of the padding; one class; a chunk of one row, V past a block of 2048.
 SHAPES = [((1, 8), 5), ((2, 3, 16), 65), ((2, 11, 24), 300), ((3, 4), 1), ((3, 8), 4200)]
+OFF = [0.0, 0.0, 0.0]  # the options, to the operations themselves
+# Each option alone, and all of them together; the last as a list, as the operations take them.
+EACH: list[dict] = [dict(label_smoothing=0.1), dict(z_loss=0.01), dict(softcap=2.0)]
+ALL, ON = EACH[0] | EACH[1] | EACH[2], [0.1, 0.01, 2.0]
+OPTIONS = pytest.mark.parametrize(
+    "options", [*EACH, ALL], ids=["smoothing", "z_loss", "softcap", "all"]
+)
+PLAIN_OR_ALL = pytest.mark.parametrize("options", [{}, ALL], ids=["plain", "all"])
 
 
 @pytest.fixture(params=["kernel", "cpu"])
@@ -65,15 +74,62 @@ def test_linear_cross_entropy(shape, n_cols, dtype, reduction, path):
     )
 
 
+@OPTIONS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shape, n_cols", [s for s in SHAPES if s[1] > 1])
+def test_options(shape, n_cols, dtype, options, path):
+    ignored = [1, 2] if len(shape) == 3 else []
+    x, weight, bias, targets = inputs(shape, n_cols, dtype, path, ignored)
+    for reduction in ("mean", "none"):
+        kind: dict = dict(reduction=reduction, **options)
+        check(
+            lambda x, w, b, k=kind: linear_cross_entropy(x, w, targets, bias=b, **k),
+            lambda x, w, b, k=kind: reference(x, w, targets, b, **k),
+            [x, weight, bias],
+            reduction=max(x.numel(), n_cols),
+            names="loss dx dweight dbias",
+        )
+
+
+@PLAIN_OR_ALL
+def test_a_vocabulary_past_128k(options, path, monkeypatch):
+    """In chunks of one row."""
+    monkeypatch.setitem(module.CHUNK, path, 2**17)
+    x, weight, bias, targets = inputs((2, 4), 131_075, torch.float32, path)
+    check(
+        lambda x, w, b: linear_cross_entropy(x, w, targets, bias=b, **options),
+        lambda x, w, b: reference(x, w, targets, b, **options),
+        [x, weight, bias],
+        reduction=len(weight),
+        names="loss dx dweight dbias",
+    )
+
+
+@pytest.mark.parametrize("options", [{}, *EACH], ids=["plain", "smoothing", "z_loss", "softcap"])
+def test_large_logits(options, path):
+    """Up to about ±1e4, and rows of equal logits."""
+    x, weight, bias, targets = inputs((22, 24), 300, torch.float32, path)
+    x[::2] *= 4e3
+    x[1::4] = 0
+    check(
+        lambda x, w: linear_cross_entropy(x, w, targets, reduction="sum", **options),
+        lambda x, w: reference(x, w, targets, reduction="sum", **options),
+        [x, weight],
+        reduction=x.numel(),
+        names="loss dx dweight",
+    )
+
+
 def test_few_logits_take_the_plain_operations(monkeypatch):
     """The third way to compute it: nothing is chunked, and the answer is the same."""
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setattr(module, "_in_chunks", None)
     x, weight, bias, targets = inputs((2, 3, 16), 65, torch.float32, "cpu", [1])
-    for reduction in ("mean", "sum", "none"):
+    for reduction, options in itertools.product(("mean", "sum", "none"), ({}, ALL)):
+        kind: dict = dict(reduction=reduction, **options)
         check(
-            lambda x, w, b, r=reduction: linear_cross_entropy(x, w, targets, bias=b, reduction=r),
-            lambda x, w, b, r=reduction: reference(x, w, targets, b, reduction=r),
+            lambda x, w, b, k=kind: linear_cross_entropy(x, w, targets, bias=b, **k),
+            lambda x, w, b, k=kind: reference(x, w, targets, b, **k),
             [x, weight, bias],
             reduction=x.numel(),
             names="loss dx dweight dbias",
@@ -91,6 +147,9 @@ def test_agrees_with_torch(path):
         logits = F.linear(x, weight, bias)
         theirs = F.cross_entropy(logits, targets, ignore_index=7, reduction=reduction)
         torch.testing.assert_close(mine, theirs)
+        options = dict(reduction=reduction, label_smoothing=0.1)
+        mine = linear_cross_entropy(x, weight, targets, bias=bias, **options)
+        torch.testing.assert_close(mine, F.cross_entropy(logits, targets, **options))
 
 
 def test_strided_inputs_stay_as_they_were(path):
@@ -106,16 +165,17 @@ def test_strided_inputs_stay_as_they_were(path):
     assert all(torch.equal(a, b) for a, b in zip((x, weight, bias), before, strict=True))
 
 
+@PLAIN_OR_ALL
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_repeated_backward_accumulates(reduction, path):
+def test_repeated_backward_accumulates(reduction, options, path):
     leaves = inputs((22, 24), 300, torch.float32, path, [4])
     targets = leaves[3]
     x, weight, bias = (t.requires_grad_() for t in leaves[:3])
-    loss = linear_cross_entropy(x, weight, targets, bias=bias, reduction=reduction)
-    upstream = torch.rand_like(loss)
+    loss = linear_cross_entropy(x, weight, targets, bias=bias, reduction=reduction, **options)
+    upstream = torch.randn_like(loss)
     for scale in (1.0, 3.0):
         loss.backward(scale * upstream, retain_graph=True)
-    truth = reference(x, weight, targets, bias, reduction=reduction)
+    truth = reference(x, weight, targets, bias, reduction=reduction, **options)
     expected = torch.autograd.grad(truth, (x, weight, bias), 4 * upstream)
     torch.testing.assert_close((x.grad, weight.grad, bias.grad), expected)
 
@@ -139,7 +199,7 @@ def test_only_the_gradients_that_are_asked_for(path, monkeypatch):
     original = module._in_chunks
 
     def spy(*args):
-        seen.append(tuple(args[7:]))
+        seen.append(tuple(args[8:]))
         return original(*args)
 
     monkeypatch.setattr(module, "_in_chunks", spy)
@@ -161,17 +221,18 @@ def test_only_the_gradients_that_are_asked_for(path, monkeypatch):
     assert seen == [()]
 
 
+@PLAIN_OR_ALL
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("n_rows", [0, 3])
-def test_no_valid_target_gives_zero(n_rows, reduction, path):
+def test_no_valid_target_gives_zero(n_rows, reduction, options, path):
     x, weight, bias, targets = inputs((n_rows, 8), 65, torch.float32, path, range(n_rows))
     leaves = [t.requires_grad_() for t in (x, weight, bias)]
-    loss = linear_cross_entropy(x, weight, targets, bias=bias, reduction=reduction)
+    loss = linear_cross_entropy(x, weight, targets, bias=bias, reduction=reduction, **options)
     gradients = torch.autograd.grad(loss, leaves)
     assert loss.item() == 0
     for gradient, leaf in zip(gradients, leaves, strict=True):
         assert gradient.shape == leaf.shape and not gradient.any()
-    losses = linear_cross_entropy(x, weight, targets, reduction="none")
+    losses = linear_cross_entropy(x, weight, targets, reduction="none", **options)
     assert losses.shape == (n_rows,) and not losses.any()
 
 
@@ -212,7 +273,8 @@ def test_a_target_out_of_range(wrong, path):
             linear_cross_entropy(x, weight, targets)
     if module.use_triton(x):
         needs = (True, False, False)
-        total, dx, _, _ = module._total(x, weight, None, targets, None, -100, x.dtype, *needs)
+        args = (x, weight, None, targets, None, -100, OFF, x.dtype)
+        total, dx, _, _ = module._total(*args, *needs)
         assert total.isnan()
         assert dx.isnan().any(1).tolist() == [False, True, False]
 
@@ -229,6 +291,8 @@ def test_unsupported_input_is_named(path):
         linear_cross_entropy(x, weight, targets[:2])
     with pytest.raises(ValueError, match="reduction is 'avg'"):
         linear_cross_entropy(x, weight, targets, reduction="avg")
+    with pytest.raises(ValueError, match="linear_cross_entropy: softcap is 0; it must be positive"):
+        linear_cross_entropy(x, weight, targets, softcap=0)
 
 
 def test_a_second_derivative_raises(path):
@@ -241,26 +305,25 @@ def test_a_second_derivative_raises(path):
             dx.sum().backward()
 
 
-def test_opcheck(path):
+@pytest.mark.parametrize("options", [OFF, ON])
+def test_opcheck(options, path):
     x, weight, bias, targets = inputs((6, 24), 300, torch.float32, path, [2])
     x, weight, bias = (t.requires_grad_() for t in (x, weight, bias))
     args = (x, weight, bias, targets)
-    torch.library.opcheck(torch.ops.ponder.linear_cross_entropy_losses, (*args, -100, x.dtype))
+    rest = (-100, options, x.dtype)
+    torch.library.opcheck(torch.ops.ponder.linear_cross_entropy_losses, (*args, *rest))
     needs = (True, True, True)
-    torch.library.opcheck(
-        torch.ops.ponder.linear_cross_entropy_total, (*args, None, -100, x.dtype, *needs)
-    )
+    torch.library.opcheck(torch.ops.ponder.linear_cross_entropy_total, (*args, None, *rest, *needs))
 
 
+@PLAIN_OR_ALL
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_compiles_whole_on_cpu(reduction, monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    monkeypatch.setattr(module, "PLAIN", 0)
-    x, weight, bias, targets = inputs((22, 24), 300, torch.float32, "cpu", [1])
+def test_compiles_whole(reduction, options, path):
+    x, weight, bias, targets = inputs((22, 24), 300, torch.float32, path, [1])
     leaves = [t.requires_grad_() for t in (x, weight, bias)]
     compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
-    loss = compiled(x, weight, targets, bias=bias, reduction=reduction)
-    truth = reference(x, weight, targets, bias, reduction=reduction)
+    loss = compiled(x, weight, targets, bias=bias, reduction=reduction, **options)
+    truth = reference(x, weight, targets, bias, reduction=reduction, **options)
     torch.testing.assert_close(loss, truth)
     torch.testing.assert_close(
         *(torch.autograd.grad(y, leaves, torch.ones_like(y)) for y in (loss, truth))
@@ -272,7 +335,7 @@ import importlib, re, sys, torch
 module = importlib.import_module("ponder.kernels.linear_cross_entropy")
 torch.set_num_threads(1)
 
-def peak(n_rows, chunk, fn, reduction):
+def peak(n_rows, chunk, fn, **options):
     # MiB of resident memory, at the highest, above where it was, for a forward and a backward.
     module.CHUNK["cpu"], module.PLAIN = chunk, 0
     x = torch.randn(n_rows, 16, requires_grad=True)
@@ -281,15 +344,16 @@ def peak(n_rows, chunk, fn, reduction):
     open("/proc/self/clear_refs", "w").write("5")
     status = lambda key: int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
     before = status("VmRSS")
-    fn(x, weight, targets, reduction=reduction).sum().backward()
+    fn(x, weight, targets, **options).sum().backward()
     return (status("VmHWM") - before) / 1024
 
 ours, plain = module.linear_cross_entropy, module.linear_cross_entropy_reference
-peak(512, 2**19, ours, "mean")  # the first run also loads code
-print(peak(2048, 2**19, plain, "mean"))
-for reduction in ("mean", "none"):
+options = dict(label_smoothing=0.1, z_loss=0.01, softcap=2.0)
+peak(512, 2**19, ours)  # the first run also loads code
+print(peak(2048, 2**19, plain))
+for kind in ({}, dict(reduction="none"), options):
     for n_rows, chunk in ((512, 2**19), (2048, 2**19), (2048, 2**22)):
-        print(peak(n_rows, chunk, ours, reduction))
+        print(peak(n_rows, chunk, ours, **kind))
 """
 
 
@@ -304,8 +368,8 @@ def test_peak_memory_grows_with_the_chunk_and_not_with_the_tokens():
     # In MiB: 64 of logits in all; 2 or 16 in a chunk, held twice; small x, weight and gradients.
     plain, *ours = map(float, run.stdout.split())
     assert plain > 64, f"all the logits at once took {plain:.1f} MiB: the measure is blind"
-    assert len(ours) == 6
-    for few, many, tall in (ours[:3], ours[3:]):
+    assert len(ours) == 9
+    for few, many, tall in (ours[:3], ours[3:6], ours[6:]):
         assert many < few + 4, f"four times the tokens took {many:.1f} MiB after {few:.1f}"
         assert many < 16, f"{many:.1f} MiB for two buffers of 2"
         assert tall > many + 20, f"a chunk eight times as tall took {tall:.1f} MiB after {many:.1f}"
