@@ -1,8 +1,8 @@
 """How a matrix product with an epilogue is cut into tiles: blocks in and out, tiles, the launch.
 
-A product of (n_rows, n_in) and (n_in, n_hidden) in contiguous row-major matrices. Blocks travel by
-TMA descriptors where the chip has them and rows start at multiples of 16 bytes, else by pointers;
-a kernel reads the same either way.
+A product of (n_rows, n_in) and (n_in, n_hidden) in contiguous row-major matrices; the second may
+lie transposed. Blocks travel by TMA descriptors where the chip has them and rows start at multiples
+of 16 bytes, else by pointers; a kernel reads the same either way.
 """
 
 import contextvars
@@ -76,6 +76,42 @@ def store(matrix, block, o_row, o_col, n_rows, n_cols, TMA: tl.constexpr):
 
 
 @jit
+def factor(
+    ptr,
+    n_k,
+    n_n,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """The second matrix of a product, (n_k, n_n); TRANSPOSED if it lies in memory as (n_n, n_k)."""
+    if TRANSPOSED:
+        return matrix(ptr, n_n, n_k, N, K, TMA)
+    else:
+        return matrix(ptr, n_k, n_n, K, N, TMA)
+
+
+@jit
+def load_factor(
+    factor,
+    o_k,
+    o_n,
+    n_k,
+    n_n,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """Its (K, N) block at (o_k, o_n); zero beyond the matrix."""
+    if TRANSPOSED:
+        return load(factor, o_n, o_k, n_n, n_k, N, K, TMA).T
+    else:
+        return load(factor, o_k, o_n, n_k, n_n, K, N, TMA)
+
+
+@jit
 def columns(block, INDEX: tl.constexpr, WIDTH: tl.constexpr):
     """Columns INDEX * WIDTH to (INDEX + 1) * WIDTH: the epilogues go by them to spare registers."""
     if block.shape[1] == WIDTH:
@@ -101,6 +137,10 @@ class Tile:
     tma: bool = False  # blocks by TMA; programs, one a processor, that walk over many tiles
     width: int = 64  # columns of a step of the epilogue
 
+    def count(self, n_rows: int, n_hidden: int, accumulators: int) -> int:
+        """How many cover (n_rows, n_hidden) for each of the accumulators."""
+        return cdiv(n_rows, self.block_m) * cdiv(n_hidden * accumulators, self.block_n)
+
     def constexprs(self, accumulators: int) -> dict[str, int | bool]:
         block_n = self.block_n // accumulators
         return dict(
@@ -123,7 +163,14 @@ class Tiles:
         yield from (*self.by_size, self.unaligned)
 
     def choose(
-        self, n_rows: int, n_in: int, n_hidden: int, itemsize: int, processors: int, aligned: bool
+        self,
+        n_rows: int,
+        n_in: int,
+        n_hidden: int,
+        accumulators: int,
+        itemsize: int,
+        processors: int,
+        aligned: bool,
     ) -> Tile:
         """The widest tile that occupies at least half of the processors, or the smallest."""
         # TMA asks for rows of whole 16 bytes; Triton knows of pointers' alignment by 16 elements.
@@ -131,7 +178,7 @@ class Tiles:
         wide = aligned and n_in % 16 == 0 and n_hidden % 16 == 0
         possible = [t for t in self.by_size if (tma if t.tma else wide)]
         for tile in possible:
-            if 2 * cdiv(n_rows, tile.block_m) * cdiv(n_hidden, tile.block_n) >= processors:
+            if 2 * tile.count(n_rows, n_hidden, accumulators) >= processors:
                 return tile
         return possible[-1] if wide else self.unaligned
 
@@ -159,13 +206,11 @@ def launch(
 ) -> None:
     """Run `kernel` on (n_rows, n_in, n_hidden) `sizes`; an accumulator for each of the products."""
     x = matrices[0]
-    n_rows, n_in, n_hidden = sizes
+    n_rows, _, n_hidden = sizes
     processors = _processors(x.device)
     aligned = all(m.data_ptr() % 16 == 0 for m in matrices)
-    tile = tiles.choose(
-        n_rows, n_in, n_hidden * accumulators, x.element_size(), processors, aligned
-    )
-    n_tiles = cdiv(n_rows, tile.block_m) * cdiv(n_hidden * accumulators, tile.block_n)
+    tile = tiles.choose(*sizes, accumulators, x.element_size(), processors, aligned)
+    n_tiles = tile.count(n_rows, n_hidden, accumulators)
 
     def run():
         if tile.tma and x.is_cuda:

@@ -5,13 +5,17 @@
 The cache is read in splits of a fixed number of positions, each by a program of its own that leaves
 its partial result and log-sum-exp; a second kernel combines them ("flash-decoding"). The query
 heads of one KV head and the T tokens are the rows of one tile, so K and V are read once a group.
+A prefix that several rows share is read the same way, its splits once for all of these rows: their
+queries are the rows of the tiles, and the same kernel combines what each row saw in both caches
+("cascade", "bifurcated" or "hydragen" attention).
 
-A row's result is a function of its own queries, cache and length, bit for bit: splits start at
-multiples of SPLIT whatever the other rows hold and however many positions the cache has.
+A row's result is a function of its own queries, cache, length and prefix, bit for bit: splits start
+at multiples of SPLIT whatever the other rows hold and however many positions the cache has.
 
-Dao et al. 2023, "Flash-Decoding for long-context inference"; Ainslie et al. 2023, "GQA".
+Dao et al. 2023, "Flash-Decoding for long-context inference"; Ainslie et al. 2023, "GQA"; Juravsky
+et al. 2024, "Hydragen"; Kwon et al. 2023, "PagedAttention"; Xiao et al. 2023, "Attention sinks".
 Shapes: B rows, Hq query heads, Hkv key/value heads, T new tokens, S cache positions, D head
-dimension.
+dimension; G groups of rows, P positions of their prefixes.
 """
 
 import math
@@ -21,6 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ._activations import activate
 from ._runtime import (
     TRITON_TYPE,
     Specialization,
@@ -34,6 +39,7 @@ from ._runtime import (
 
 MAX_HEAD_DIM = 256
 SPLIT = 256  # cache positions a program reads; a constant, so that sums never change their order
+PREFIX_SPLIT = 512  # more, for every split leaves a partial result of all the rows of a group
 # What keeps S out of the roundings on CPU: MKL cuts a contraction of more than 192 terms at places
 # that depend on its length, unless it has fewer than 4 rows; and torch.bmm takes another path below
 # 400 products. (Seen with MKL 2024.2, with AVX2 and AVX-512; the tests compare bits.)
@@ -44,7 +50,18 @@ LOG2_E = math.log2(math.e)
 
 
 def decode_attention_reference(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale: float | None = None
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    scale: float | None = None,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    prefix: tuple[Tensor, Tensor] | None = None,
+    prefix_lengths: Tensor | None = None,
+    block_table: Tensor | None = None,
 ) -> Tensor:
     """The definition, computed in fp32 (fp64 stays fp64) and returned in q's dtype.
 
@@ -52,6 +69,8 @@ def decode_attention_reference(
     D = 32, T = 1: 0.8 ms against 1.1 at S = 64, 1.4 against 2.1 at S = 128), are finite whatever
     lies beyond a length, and can be summed in an order that S does not change.
     """
+    if block_table is not None:
+        k_cache, v_cache = (_in_order(x, block_table) for x in (k_cache, v_cache))
     n_row, n_head, n_new, head_dim = q.shape
     n_kv_head, capacity = k_cache.shape[1:3]
     factor = head_dim**-0.5 if scale is None else scale
@@ -64,26 +83,73 @@ def decode_attention_reference(
         capacity = least
     queries = (q.to(wide) * factor).reshape(n_row * n_kv_head, n_query, head_dim)
     keys, values = k_cache.flatten(0, 1).to(wide), v_cache.flatten(0, 1).to(wide)
-    scores = torch.bmm(queries, keys.mT)
     last = lengths[:, None] + torch.arange(-n_new, 0, device=q.device)
-    hidden = torch.arange(capacity, device=q.device) > last.clamp_min(0)[..., None]
-    grouped = scores.view(n_row, n_head, n_new, capacity)
-    grouped.masked_fill_(hidden[:, None], -math.inf)
+    last = last.clamp_min(0)[..., None]  # (B, T, 1)
+
+    def mask(scores: Tensor, end: Tensor, newest: Tensor) -> None:
+        """Hide the positions from `end` on and those out of the window of `newest`."""
+        if softcap is not None:
+            scores.div_(softcap).tanh_().mul_(softcap)
+        positions = torch.arange(scores.shape[-1], device=q.device)
+        hidden = positions >= end
+        if window is not None:
+            hidden = hidden | (positions <= newest - window)
+        grouped = scores.view(n_row, n_head, n_new, len(positions))
+        grouped.masked_fill_(hidden[:, None], -math.inf)
+
+    scores = torch.bmm(queries, keys.mT)
+    mask(scores, last + 1, last)
+    if prefix is not None:
+        k_prefix, v_prefix = (x.flatten(0, 1).to(wide) for x in prefix)
+        n_prefix = k_prefix.shape[1]
+        prefix_scores = _per_group(queries, k_prefix.mT, n_kv_head)
+        end = torch.full_like(lengths, n_prefix)
+        if prefix_lengths is not None:
+            samples = n_row // max(1, len(prefix_lengths))
+            end = prefix_lengths.clamp(0, n_prefix).repeat_interleave(samples)
+        end = end[:, None, None]
+        mask(prefix_scores, end, end + last)
+        scores = torch.cat([scores, prefix_scores], -1)
+    if sinks is not None:
+        sink = sinks.to(wide)[:, None].expand(n_row, n_head, n_new)
+        scores = torch.cat([scores, sink.reshape(*scores.shape[:-1], 1)], -1)
     weights = scores.softmax(-1)
+    own = weights[..., :capacity]
     step = CPU_SPLIT if n_query >= CPU_ROWS else capacity
-    out = torch.bmm(weights[..., :step], values[:, :step])
+    out = torch.bmm(own[..., :step], values[:, :step])
     for start in range(step, capacity, step):
         split = slice(start, start + step)
-        out.baddbmm_(weights[..., split], values[:, split])
+        out.baddbmm_(own[..., split], values[:, split])
+    if prefix is not None:
+        out += _per_group(weights[..., capacity : capacity + n_prefix], v_prefix, n_kv_head)
     return out.view(q.shape).to(q.dtype)
 
 
-@jit(do_not_specialize=["group", "n_new", "n_split"])
+def _per_group(x: Tensor, y: Tensor, n_kv_head: int) -> Tensor:
+    """x y, of x (B Hkv, n, i) and y (G Hkv, i, o): the rows of a group are those of one product."""
+    n_group, samples = len(y) // n_kv_head, len(x) // max(1, len(y))
+    n, i, o = *x.shape[1:], y.shape[2]
+    x = x.reshape(n_group, samples, n_kv_head, n, i).transpose(1, 2)
+    out = torch.bmm(x.reshape(len(y), samples * n, i), y)
+    out = out.view(n_group, n_kv_head, samples, n, o).transpose(1, 2)
+    return out.reshape(n_group * samples * n_kv_head, n, o)
+
+
+def _in_order(pages: Tensor, block_table: Tensor) -> Tensor:
+    """(B, Hkv, S, D) of pages (n_pages, Hkv, page_size, D); any page where the table has none."""
+    index = block_table.long().clamp(0, max(0, pages.shape[0] - 1))
+    return pages[index].transpose(1, 2).flatten(2, 3)
+
+
+@jit(do_not_specialize=["group", "n_new", "n_split", "samples", "window", "page_size", "n_blocks"])
 def _decode_attention_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
     length_ptr,
+    prefix_length_ptr,
+    sink_ptr,
+    block_table_ptr,
     out_ptr,
     partial_ptr,
     lse_ptr,
@@ -102,43 +168,95 @@ def _decode_attention_kernel(
     capacity,
     head_dim,
     n_split,
+    samples,
+    window,
+    page_size,
+    n_blocks,
     scale_log2,
+    softcap_log2,
     SPLIT: tl.constexpr,
+    PREFIX: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SINKS: tl.constexpr,
+    PAGED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """PREFIX: a row of the cache is a group's, and a tile's rows are of all the group's samples.
+    PAGED: strides of rows are those of pages. SOFTCAP: scale_log2 is scale / softcap."""
     i_row = (tl.program_id(0) // n_kv_head).to(tl.int64)
     i_kv_head = (tl.program_id(0) % n_kv_head).to(tl.int64)
     i_split = tl.program_id(1)
-    length = tl.load(length_ptr + i_row).to(tl.int32)
-    visible = tl.minimum(tl.maximum(length, 1), capacity)
+    if PREFIX:
+        length = tl.load(prefix_length_ptr + i_row).to(tl.int32)
+        visible = tl.minimum(tl.maximum(length, 0), capacity)
+    else:
+        length = tl.load(length_ptr + i_row).to(tl.int32)
+        visible = tl.minimum(tl.maximum(length, 1), capacity)
     first = i_split * SPLIT
     if first >= visible:
         return
-    o_m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)  # query head within the group, token
+    # Query head within the group, token; in front of both the sample of a prefix.
+    o_m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_d = tl.arange(0, BLOCK_D)
     o_token = o_m % n_new
-    o_head = i_kv_head * group + o_m // n_new
-    m_m = o_m < group * n_new
     m_d = o_d < head_dim
-    last = tl.maximum(length - n_new + o_token, 0)
-    q_offset = i_row * stride_q_row + o_head * stride_q_head + o_token.to(tl.int64) * stride_q_token
+    if PREFIX:
+        m_m = o_m < samples * group * n_new
+        o_row = i_row * samples + o_m // (group * n_new)
+        o_head = i_kv_head * group + o_m // n_new % group
+        if WINDOW:  # rows that are none hold no split back
+            lengths = tl.load(length_ptr + o_row, mask=m_m, other=1 << 30).to(tl.int32)
+            last = visible + tl.maximum(lengths - n_new + o_token, 0)
+    else:
+        m_m = o_m < group * n_new
+        o_row = i_row
+        o_head = i_kv_head * group + o_m // n_new
+        last = tl.maximum(length - n_new + o_token, 0)
+    begin = first
+    if WINDOW:
+        lowest = tl.min(last, 0) - window + 1
+        if lowest >= first + SPLIT:
+            return
+        begin = tl.maximum(first, lowest // BLOCK_N * BLOCK_N)
+    q_offset = o_row * stride_q_row + o_head * stride_q_head + o_token.to(tl.int64) * stride_q_token
     b_q = tl.load(q_ptr + q_offset[:, None] + o_d, mask=m_m[:, None] & m_d, other=0.0)
-    k_ptr += i_row * stride_k_row + i_kv_head * stride_k_head
-    v_ptr += i_row * stride_v_row + i_kv_head * stride_v_head
+    k_ptr += i_kv_head * stride_k_head
+    v_ptr += i_kv_head * stride_v_head
+    if not PAGED:
+        k_ptr += i_row * stride_k_row
+        v_ptr += i_row * stride_v_row
 
     b_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     b_sum = tl.zeros((BLOCK_M,), tl.float32)
     b_out = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for start in range(first, tl.minimum(first + SPLIT, visible), BLOCK_N):
+    for start in range(begin, tl.minimum(first + SPLIT, visible), BLOCK_N):
         o_n = start + tl.arange(0, BLOCK_N)
         m_load = (o_n < visible)[:, None] & m_d
-        o_n_wide = o_n.to(tl.int64)[:, None]
-        b_k = tl.load(k_ptr + o_n_wide * stride_k_token + o_d, mask=m_load, other=0.0)
-        b_v = tl.load(v_ptr + o_n_wide * stride_v_token + o_d, mask=m_load, other=0.0)
+        if PAGED:
+            page = tl.load(
+                block_table_ptr + i_row * n_blocks + o_n // page_size, mask=o_n < visible, other=0
+            ).to(tl.int64)[:, None]
+            o_in_page = (o_n % page_size).to(tl.int64)[:, None]
+            k_offset = page * stride_k_row + o_in_page * stride_k_token
+            v_offset = page * stride_v_row + o_in_page * stride_v_token
+        else:
+            o_n_wide = o_n.to(tl.int64)[:, None]
+            k_offset = o_n_wide * stride_k_token
+            v_offset = o_n_wide * stride_v_token
+        b_k = tl.load(k_ptr + k_offset + o_d, mask=m_load, other=0.0)
+        b_v = tl.load(v_ptr + v_offset + o_d, mask=m_load, other=0.0)
         b_score = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale_log2
-        b_score = tl.where(o_n[None, :] <= last[:, None], b_score, float("-inf"))
+        if SOFTCAP:
+            b_score = activate(b_score, "tanh") * softcap_log2
+        if PREFIX:
+            b_score = tl.where((o_n < visible)[None, :], b_score, float("-inf"))
+        else:
+            b_score = tl.where(o_n[None, :] <= last[:, None], b_score, float("-inf"))
+        if WINDOW:
+            b_score = tl.where(o_n[None, :] > last[:, None] - window, b_score, float("-inf"))
         b_new = tl.maximum(b_max, tl.max(b_score, 1))
         b_finite = tl.where(b_new == float("-inf"), 0.0, b_new)  # nothing seen yet: no inf − inf
         b_weight = tl.exp2(b_score - b_finite[:, None])
@@ -150,9 +268,13 @@ def _decode_attention_kernel(
 
     b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)  # a query that sees nothing of this split
     b_out /= b_sum[:, None]
-    o_out = (i_row * n_kv_head * group + o_head) * n_new + o_token
+    o_out = (o_row * n_kv_head * group + o_head) * n_new + o_token
     m_out = m_m[:, None] & m_d
     if n_split == 1:
+        if SINKS:
+            sink = tl.load(sink_ptr + o_head, mask=m_m, other=0.0).to(tl.float32)
+            lse = b_max + tl.log2(b_sum)
+            b_out /= 1.0 + tl.exp2(sink * 1.4426950408889634 - lse)[:, None]
         out = b_out.to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + o_out[:, None] * head_dim + o_d, out, mask=m_out)
     else:
@@ -161,43 +283,81 @@ def _decode_attention_kernel(
         tl.store(lse_ptr + o_partial, b_max + tl.log2(b_sum), mask=m_m)
 
 
-@jit(do_not_specialize=["rows_per_length", "n_split"])
+@jit
+def _add_split(b_out, total, best, partial_ptr, lse_ptr, o_partial, head_dim, o_d, m_d):
+    lse = tl.load(lse_ptr + o_partial)
+    b_partial = tl.load(partial_ptr + o_partial * head_dim + o_d, mask=m_d, other=0.0)
+    new = tl.maximum(best, lse)
+    decay, weight = tl.exp2(best - new), tl.exp2(lse - new)
+    return b_out * decay + b_partial * weight, total * decay + weight, new
+
+
+@jit(do_not_specialize=["n_head", "n_new", "n_split", "n_own_split", "samples", "window"])
 def _combine_kernel(
     partial_ptr,
     lse_ptr,
     length_ptr,
+    prefix_length_ptr,
+    sink_ptr,
     out_ptr,
-    rows_per_length,
+    n_head,
+    n_new,
     capacity,
+    prefix_capacity,
     head_dim,
     n_split,
+    n_own_split,
+    samples,
+    window,
     SPLIT: tl.constexpr,
+    PREFIX_SPLIT: tl.constexpr,
+    PREFIX: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SINKS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """One query's splits: of the row's own cache, then of its prefix. None wholly before a window:
+    those hold nothing."""
     i_out = tl.program_id(0).to(tl.int64)
+    i_row = i_out // (n_head * n_new)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < head_dim
-    length = tl.load(length_ptr + i_out // rows_per_length).to(tl.int32)
+    length = tl.load(length_ptr + i_row).to(tl.int32)
     visible = tl.minimum(tl.maximum(length, 1), capacity)
-    best = tl.load(lse_ptr + i_out * n_split)  # position 0 is always seen: finite
+    first = 0
+    if WINDOW:
+        last = tl.maximum(length - n_new + (i_out % n_new).to(tl.int32), 0)
+        first = tl.maximum(last - window + 1, 0) // SPLIT
+    o_first = i_out * n_split + first
+    best = tl.load(lse_ptr + o_first)  # holds a position that is seen: finite
     total = best * 0.0 + 1.0
-    b_out = tl.load(partial_ptr + i_out * n_split * head_dim + o_d, mask=m_d, other=0.0)
-    for i_split in range(1, tl.cdiv(visible, SPLIT)):
+    b_out = tl.load(partial_ptr + o_first * head_dim + o_d, mask=m_d, other=0.0)
+    for i_split in range(first + 1, tl.cdiv(visible, SPLIT)):
         o_partial = i_out * n_split + i_split
-        lse = tl.load(lse_ptr + o_partial)
-        b_partial = tl.load(partial_ptr + o_partial * head_dim + o_d, mask=m_d, other=0.0)
-        new = tl.maximum(best, lse)
-        decay, weight = tl.exp2(best - new), tl.exp2(lse - new)
-        b_out = b_out * decay + b_partial * weight
-        total = total * decay + weight
-        best = new
+        b_out, total, best = _add_split(
+            b_out, total, best, partial_ptr, lse_ptr, o_partial, head_dim, o_d, m_d
+        )
+    if PREFIX:
+        prefix = tl.load(prefix_length_ptr + i_row // samples).to(tl.int32)
+        prefix = tl.minimum(tl.maximum(prefix, 0), prefix_capacity)
+        first = 0
+        if WINDOW:
+            first = tl.maximum(prefix + last - window + 1, 0) // PREFIX_SPLIT
+        for i_split in range(first, tl.cdiv(prefix, PREFIX_SPLIT)):
+            o_partial = i_out * n_split + n_own_split + i_split
+            b_out, total, best = _add_split(
+                b_out, total, best, partial_ptr, lse_ptr, o_partial, head_dim, o_d, m_d
+            )
+    if SINKS:
+        sink = tl.load(sink_ptr + i_out // n_new % n_head).to(tl.float32)
+        total += tl.exp2(sink * 1.4426950408889634 - best)
     b_out /= total
     tl.store(out_ptr + i_out * head_dim + o_d, b_out.to(out_ptr.dtype.element_ty), mask=m_d)
 
 
 @dataclass(frozen=True)
 class Tile:
-    """16 rows (query heads × tokens; tl.dot takes no fewer) against BLOCK_N cache positions.
+    """Rows (query heads × tokens; tl.dot takes no fewer than 16) against BLOCK_N cache positions.
 
     BLOCK_N keeps 16 KiB of K, and of V, a block (8 KiB in fp32, which spills registers beyond).
     """
@@ -208,127 +368,194 @@ class Tile:
     num_warps: int = 4
     num_stages: int = 2
 
+    def constexprs(self) -> dict[str, int]:
+        return dict(BLOCK_M=self.block_m, BLOCK_N=self.block_n, BLOCK_D=self.block_d)
 
-def _tile(head_dim: int, element_size: int) -> Tile:
+
+def _tile(head_dim: int, element_size: int, prefix: bool = False) -> Tile:
+    """A prefix has many rows: 64, wgmma's least; whatever their number, for it might show in bits.
+    In fp32, which has no wgmma, they would only take registers."""
     block_d = max(32, next_power_of_2(head_dim))
     elements = 8192 if element_size == 2 else 2048
-    return Tile(min(64, max(16, elements // block_d)), block_d)
+    block_n = min(64, max(16, elements // block_d))
+    if prefix and element_size == 2:
+        return Tile(block_n, block_d, block_m=64, num_warps=4 if block_d < 128 else 8)
+    return Tile(block_n, block_d)
 
 
 def specializations(capability: int) -> Iterator[Specialization]:
-    """Every way in which the launcher below can compile the kernels."""
-    strides = [f"stride_{x}_{d}" for x in "qkv" for d in ("row", "head", "token")]
-    for dtype, name in TRITON_TYPE.items():
-        pointer = f"*{name}:16"
+    """How the launchers below can compile the kernels.
+
+    Every dtype and head dimension with no option; in bf16 and fp32 with every option at once, on
+    the row's own cache and on a prefix: an option alone holds less. Pages of any size are one case.
+    """
+    for dtype in TRITON_TYPE:
         for head_dim in (32, 64, 128, 256):
-            yield Specialization(
-                _combine_kernel,
-                dict(
-                    partial_ptr="*fp32:16",
-                    lse_ptr="*fp32:16",
-                    length_ptr="*i64:16",
-                    out_ptr=pointer,
-                    rows_per_length="i32",
-                    capacity="i32:16",
-                    head_dim="i32:16",
-                    n_split="i32",
-                ),
-                dict(SPLIT=SPLIT, BLOCK_D=head_dim),
-                num_warps=1,
-            )
-            tile = _tile(head_dim, dtype.itemsize)
-            # Not a `matrix` kernel: 16 rows wait for memory, and wgmma starts at 64.
-            yield Specialization(
-                _decode_attention_kernel,
-                dict(
-                    q_ptr=pointer,
-                    k_ptr=pointer,
-                    v_ptr=pointer,
-                    length_ptr="*i64:16",
-                    out_ptr=pointer,
-                    partial_ptr="*fp32:16",
-                    lse_ptr="*fp32:16",
-                    **dict.fromkeys(strides, "i32:16"),
-                    n_kv_head="i32",
-                    group="i32",
-                    n_new="i32",
-                    capacity="i32:16",
-                    head_dim="i32:16",
-                    n_split="i32",
-                    scale_log2="fp32",
-                ),
-                dict(
-                    SPLIT=SPLIT,
-                    BLOCK_M=tile.block_m,
-                    BLOCK_N=tile.block_n,
-                    BLOCK_D=tile.block_d,
-                ),
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
-            )
+            yield _combine(dtype, head_dim)
+            yield _attend(dtype, head_dim)
+            yield _attend(dtype, head_dim, PREFIX=True)
+            if dtype != torch.float16:
+                every = dict(WINDOW=True, SINKS=True)
+                yield _combine(dtype, head_dim, PREFIX=True, **every)
+                yield _attend(dtype, head_dim, PAGED=True, SOFTCAP=True, **every)
+                yield _attend(dtype, head_dim, PREFIX=True, SOFTCAP=True, WINDOW=True)
+
+
+def _pointers(dtype: torch.dtype) -> dict[str, str]:
+    element = f"*{TRITON_TYPE[dtype]}:16"
+    return dict.fromkeys(("length_ptr", "prefix_length_ptr"), "*i64:16") | dict(
+        sink_ptr=element, out_ptr=element, partial_ptr="*fp32:16", lse_ptr="*fp32:16"
+    )
+
+
+def _combine(dtype: torch.dtype, head_dim: int, **options: bool) -> Specialization:
+    numbers = ("n_head", "n_new", "n_split", "n_own_split", "samples", "window")
+    return Specialization(
+        _combine_kernel,
+        _pointers(dtype)
+        | dict.fromkeys(numbers, "i32")
+        | dict.fromkeys(("capacity", "prefix_capacity", "head_dim"), "i32:16"),
+        dict(SPLIT=SPLIT, PREFIX_SPLIT=PREFIX_SPLIT, BLOCK_D=head_dim)
+        | dict.fromkeys(("PREFIX", "WINDOW", "SINKS"), False)
+        | options,
+        num_warps=1,
+    )
+
+
+def _attend(dtype: torch.dtype, head_dim: int, **options: bool) -> Specialization:
+    prefix = options.get("PREFIX", False)
+    tile = _tile(head_dim, dtype.itemsize, prefix)
+    element = f"*{TRITON_TYPE[dtype]}:16"
+    strides = [f"stride_{x}_{d}" for x in "qkv" for d in ("row", "head", "token")]
+    numbers = "n_kv_head group n_new n_split samples window page_size n_blocks".split()
+    return Specialization(
+        _decode_attention_kernel,
+        dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), element)
+        | _pointers(dtype)
+        | dict(block_table_ptr="*i32:16", lse_ptr="*fp32" if prefix else "*fp32:16")
+        | dict.fromkeys((*strides, "capacity", "head_dim"), "i32:16")
+        | dict.fromkeys(numbers, "i32")
+        | dict.fromkeys(("scale_log2", "softcap_log2"), "fp32"),
+        dict(SPLIT=PREFIX_SPLIT if prefix else SPLIT)
+        | dict.fromkeys(("PREFIX", "WINDOW", "SOFTCAP", "SINKS", "PAGED"), False)
+        | options
+        | tile.constexprs(),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        matrix=tile.block_m == 64,  # with 16 rows it waits for memory, and wgmma starts at 64
+    )
 
 
 @torch.library.custom_op("ponder::decode_attention", mutates_args=())
 def _decode_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale: float
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    k_prefix: Tensor | None = None,
+    v_prefix: Tensor | None = None,
+    prefix_lengths: Tensor | None = None,
+    block_table: Tensor | None = None,
 ) -> Tensor:
-    """The kernels on tensors whose last dimension has unit stride; lengths int64."""
+    """The kernels on tensors whose last dimension has unit stride; lengths int64, all of them or
+    none of the prefix's."""
     n_row, n_head, n_new, head_dim = q.shape
-    n_kv_head, capacity = k_cache.shape[1:3]
+    n_kv_head, page_size = k_cache.shape[1:3]
+    capacity = page_size if block_table is None else page_size * block_table.shape[1]
+    prefix_capacity = 0 if k_prefix is None else k_prefix.shape[2]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if not out.numel():
         return out
-    rows = n_head // n_kv_head * n_new
-    tile = _tile(head_dim, q.element_size())
-    n_split = cdiv(capacity, SPLIT)
+    n_own_split = cdiv(capacity, SPLIT)
+    n_split = n_own_split + cdiv(prefix_capacity, PREFIX_SPLIT)
     partial = lse = out
     if n_split > 1:
         partial = q.new_empty((n_row * n_head * n_new, n_split, head_dim), dtype=torch.float32)
         lse = q.new_empty((n_row * n_head * n_new, n_split), dtype=torch.float32)
-    _decode_attention_kernel[(n_row * n_kv_head, n_split, cdiv(rows, tile.block_m))](
-        q,
-        k_cache,
-        v_cache,
-        lengths,
-        out,
-        partial,
-        lse,
-        *q.stride()[:3],
-        *k_cache.stride()[:3],
-        *v_cache.stride()[:3],
-        n_kv_head,
-        n_head // n_kv_head,
-        n_new,
-        capacity,
-        head_dim,
-        n_split,
-        scale * LOG2_E,
-        SPLIT=SPLIT,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_D=tile.block_d,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
+    samples = 1 if k_prefix is None else n_row // k_prefix.shape[0]
+
+    def attend(k: Tensor, v: Tensor, partial: Tensor, lse: Tensor, prefix: bool) -> None:
+        split = PREFIX_SPLIT if prefix else SPLIT
+        positions = prefix_capacity if prefix else capacity
+        tile = _tile(head_dim, q.element_size(), prefix)
+        n_caches, rows = n_row, n_head // n_kv_head * n_new
+        if prefix:
+            n_caches, rows = n_row // samples, rows * samples
+        grid = (n_caches * n_kv_head, cdiv(positions, split), cdiv(rows, tile.block_m))
+        _decode_attention_kernel[grid](
+            q,
+            k,
+            v,
+            lengths,
+            lengths if prefix_lengths is None else prefix_lengths,
+            q if sinks is None else sinks,
+            lengths if block_table is None else block_table,
+            out,
+            partial,
+            lse,
+            *q.stride()[:3],
+            *k.stride()[:3],
+            *v.stride()[:3],
+            n_kv_head,
+            n_head // n_kv_head,
+            n_new,
+            positions,
+            head_dim,
+            n_split,
+            samples,
+            window or 0,
+            page_size,
+            0 if block_table is None else block_table.stride(0),
+            scale * LOG2_E if softcap is None else scale / softcap,
+            0.0 if softcap is None else softcap * LOG2_E,
+            SPLIT=split,
+            PREFIX=prefix,
+            WINDOW=window is not None,
+            SOFTCAP=softcap is not None,
+            SINKS=sinks is not None and not prefix,
+            PAGED=block_table is not None and not prefix,
+            **tile.constexprs(),
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+
+    attend(k_cache, v_cache, partial, lse, prefix=False)
+    if k_prefix is not None and v_prefix is not None and prefix_capacity:
+        attend(k_prefix, v_prefix, partial[:, n_own_split:], lse[:, n_own_split:], prefix=True)
     if n_split > 1:
         _combine_kernel[(n_row * n_head * n_new,)](
             partial,
             lse,
             lengths,
+            lengths if prefix_lengths is None else prefix_lengths,
+            q if sinks is None else sinks,
             out,
-            n_head * n_new,
+            n_head,
+            n_new,
             capacity,
+            prefix_capacity,
             head_dim,
             n_split,
+            n_own_split,
+            samples,
+            window or 0,
             SPLIT=SPLIT,
-            BLOCK_D=tile.block_d,
+            PREFIX_SPLIT=PREFIX_SPLIT,
+            PREFIX=prefix_capacity > 0,
+            WINDOW=window is not None,
+            SINKS=sinks is not None,
+            BLOCK_D=max(32, next_power_of_2(head_dim)),
             num_warps=1,
         )
     return out
 
 
 @_decode_attention.register_fake
-def _(q, k_cache, v_cache, lengths, scale):
+def _(q, k_cache, v_cache, lengths, scale, *options):
     return q.new_empty(q.shape)
 
 
@@ -336,15 +563,19 @@ def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> None:
+def _check(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, block_table: Tensor | None
+) -> None:
     if q.dim() != 4:
         raise ValueError(f"decode_attention: q is {tuple(q.shape)}; it must be (B, Hq, T, D)")
     n_row, n_head, n_new, head_dim = q.shape
     shape = k_cache.shape
-    if len(shape) != 4 or (shape[0], shape[3]) != (n_row, head_dim):
+    fits = len(shape) == 4 and shape[3] == head_dim
+    if not fits or (block_table is None and shape[0] != n_row):
+        needed = f"{n_row}, Hkv, S" if block_table is None else "n_pages, Hkv, page_size"
         raise ValueError(
             f"decode_attention: k_cache is {tuple(shape)}; beside q of {tuple(q.shape)} it must "
-            f"be ({n_row}, Hkv, S, {head_dim})"
+            f"be ({needed}, {head_dim})"
         )
     if v_cache.shape != shape:
         raise ValueError(
@@ -355,23 +586,93 @@ def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> None
         raise ValueError(
             f"decode_attention: {n_head} query heads do not divide among {shape[1]} KV heads"
         )
-    if n_new > shape[2]:
+    capacity = shape[2]
+    if block_table is not None:
+        good = block_table.dim() == 2 and block_table.shape[0] == n_row
+        if not good or block_table.dtype != torch.int32:
+            raise ValueError(
+                f"decode_attention: block_table is {tuple(block_table.shape)} {block_table.dtype}; "
+                f"it must be ({n_row}, blocks of a row) int32"
+            )
+        capacity *= block_table.shape[1]
+    if n_new > capacity:
         raise ValueError(
-            f"decode_attention: q holds {n_new} new tokens; the cache has only {shape[2]} positions"
+            f"decode_attention: q holds {n_new} new tokens; the cache has only {capacity} positions"
         )
-    if lengths.shape != (n_row,) or lengths.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"decode_attention: lengths is {tuple(lengths.shape)} {lengths.dtype}; it must be "
-            f"({n_row},) int32 or int64"
-        )
+    _check_lengths("lengths", lengths, n_row)
     for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
         if x.dtype != q.dtype:
             raise ValueError(f"decode_attention: {name} is {x.dtype}; it must be as q, {q.dtype}")
 
 
+def _check_lengths(name: str, lengths: Tensor, count: int) -> None:
+    if lengths.shape != (count,) or lengths.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"decode_attention: {name} is {tuple(lengths.shape)} {lengths.dtype}; it must be "
+            f"({count},) int32 or int64"
+        )
+
+
+def _check_options(
+    q: Tensor,
+    n_kv_head: int,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    prefix: tuple[Tensor, Tensor] | None,
+    prefix_lengths: Tensor | None,
+) -> None:
+    n_row, n_head, _, head_dim = q.shape
+    if window is not None and window < 1:
+        raise ValueError(f"decode_attention: window is {window}; it must be 1 position or more")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"decode_attention: softcap is {softcap}; it must be above 0")
+    if sinks is not None and (sinks.shape != (n_head,) or not sinks.is_floating_point()):
+        raise ValueError(
+            f"decode_attention: sinks is {tuple(sinks.shape)} {sinks.dtype}; it must be "
+            f"({n_head},), floating-point"
+        )
+    if prefix is None:
+        if prefix_lengths is not None:
+            raise ValueError("decode_attention: prefix_lengths is given; it needs a prefix")
+        return
+    for name, x in zip(("k_prefix", "v_prefix"), prefix, strict=True):
+        shape = tuple(x.shape)
+        if x.dim() != 4 or (shape[1], shape[3]) != (n_kv_head, head_dim):
+            raise ValueError(
+                f"decode_attention: {name} is {shape}; beside q of {tuple(q.shape)} it must be "
+                f"(groups, {n_kv_head}, P, {head_dim})"
+            )
+        if shape != tuple(prefix[0].shape):
+            raise ValueError(
+                f"decode_attention: v_prefix is {shape}; it must be as k_prefix, "
+                f"{tuple(prefix[0].shape)}"
+            )
+        if x.dtype != q.dtype:
+            raise ValueError(f"decode_attention: {name} is {x.dtype}; it must be as q, {q.dtype}")
+        if n_row % shape[0] if shape[0] else n_row:
+            raise ValueError(
+                f"decode_attention: the prefix has {shape[0]} groups, which do not divide {n_row} "
+                "rows"
+            )
+    if prefix_lengths is not None:
+        _check_lengths("prefix_lengths", prefix_lengths, prefix[0].shape[0])
+
+
 @torch.no_grad()
 def decode_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, *, scale: float | None = None
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    prefix: tuple[Tensor, Tensor] | None = None,
+    prefix_lengths: Tensor | None = None,
+    block_table: Tensor | None = None,
 ) -> Tensor:
     """Attention of each row's T newest tokens against its KV cache; no gradient (inference only).
 
@@ -384,19 +685,68 @@ def decode_attention(
     checked; a query that would see nothing sees position 0.) scale defaults to 1/sqrt(D). Returns
     (B, Hq, T, D) in q's dtype; sums are fp32.
 
+    window: a query sees so many positions, its own the last of them. softcap: a score s becomes
+    softcap · tanh(s / softcap). sinks (Hq,), floating-point: a further score of each head, which
+    takes its share of the softmax and adds nothing to the output.
+
+    prefix = (k_prefix, v_prefix), each (G, Hkv, P, D): positions in front of the cache that B/G
+    adjacent rows share (the samples of a prompt). They are read once a group, not once a row.
+    prefix_lengths (G,) int32 or int64, at most P: the valid ones, all if not given. lengths count
+    the row's own cache alone; a window runs on from one into the other.
+
+    block_table (B, blocks of a row) int32: the caches are pages, (n_pages, Hkv, page_size, D), and
+    position j of row b is in page block_table[b, j // page_size], at j % page_size. Entries beyond
+    a row's length may be anything; entries within it are read on the device and not checked.
+
     Beyond a row's length the cache may hold anything finite. There, and in the other rows, nothing
     changes a bit of the row's result; nor does S, which on CPU must be a multiple of 16 (and fp32).
+    On CPU, a prefix has no such promise: there the number of rows in a group may show.
 
-    Raises ValueError for shapes or dtypes that do not fit. Source: Dao et al. 2023.
+    Raises ValueError for shapes or dtypes that do not fit. Source: Dao et al. 2023; the prefix,
+    Juravsky et al. 2024; pages, Kwon et al. 2023.
     """
-    q, k_cache, v_cache = autocast(q, k_cache, v_cache)  # pyright: ignore[reportAssignmentType]
-    _check(q, k_cache, v_cache, lengths)
+    k_prefix, v_prefix = prefix or (None, None)
+    q, k_cache, v_cache, k_prefix, v_prefix = autocast(  # pyright: ignore[reportAssignmentType]
+        q, k_cache, v_cache, k_prefix, v_prefix
+    )
+    prefix = None if k_prefix is None or v_prefix is None else (k_prefix, v_prefix)
+    _check(q, k_cache, v_cache, lengths, block_table)
+    _check_options(q, k_cache.shape[1], window, softcap, sinks, prefix, prefix_lengths)
     if not use_triton(q):
-        return decode_attention_reference(q, k_cache, v_cache, lengths, scale)
+        return decode_attention_reference(
+            q,
+            k_cache,
+            v_cache,
+            lengths,
+            scale,
+            window=window,
+            softcap=softcap,
+            sinks=sinks,
+            prefix=prefix,
+            prefix_lengths=prefix_lengths,
+            block_table=block_table,
+        )
     if q.dtype not in TRITON_TYPE:
         raise ValueError(f"decode_attention: q is {q.dtype}; supported are fp32, fp16 and bf16")
     if q.shape[-1] > MAX_HEAD_DIM:
         raise ValueError(f"decode_attention: heads of {q.shape[-1]} dimensions; at most 256 fit")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    caches = _unit_stride(k_cache), _unit_stride(v_cache)
-    return _decode_attention(_unit_stride(q), *caches, lengths.long().contiguous(), scale)
+    lengths = lengths.long().contiguous()
+    if prefix is not None:
+        if prefix_lengths is None:
+            prefix_lengths = lengths.new_full((prefix[0].shape[0],), prefix[0].shape[2])
+        prefix = _unit_stride(prefix[0]), _unit_stride(prefix[1])
+        prefix_lengths = prefix_lengths.long().contiguous()
+    return _decode_attention(
+        _unit_stride(q),
+        _unit_stride(k_cache),
+        _unit_stride(v_cache),
+        lengths,
+        scale,
+        window,
+        softcap,
+        sinks if sinks is None else sinks.contiguous(),
+        *(prefix or (None, None)),
+        prefix_lengths,
+        block_table if block_table is None else _unit_stride(block_table),
+    )

@@ -1,22 +1,28 @@
 """Multi-layer perceptrons whose activation is computed inside the matrix product.
 
-    plain:  h = act(x w_upᵀ + b_up)                 y = h w_downᵀ + b_down
-    gated:  h = act(x w_gateᵀ) * (x w_upᵀ)          y = h w_downᵀ
+    plain:  h = act(x w_upᵀ + b_up)                                   y = h w_downᵀ + b_down
+    gated:  h = act(x w_gateᵀ + b_gate) * (x w_upᵀ + b_up)            y = h w_downᵀ + b_down
 
 Gated units: Shazeer 2020, "GLU Variants Improve Transformer", equation 6; relu2: So et al. 2021,
 "Primer", section 4.2. Shapes: M rows (all dimensions of x but the last, flattened), C columns of x
-and y, F hidden units. x, y (M, C); w_gate, w_up (F, C); w_down (C, F): torch.nn.Linear's layout.
+and y, F hidden units. x, y (M, C); w_gate, w_up (F, C); w_down (C, F): torch.nn.Linear's shapes.
+
+Strides tell how a weight lies in memory: as Linear's, contiguous, or as GPT-2's Conv1D keeps it,
+which is contiguous the other way round and is passed as `weight.t()`. The kernels read both; the
+gradient of a weight lies as the weight does, so that none is ever copied into the other layout.
 
 The forward kernel's epilogue turns the accumulators of x w_upᵀ (and x w_gateᵀ, on the same tile of
 x) into h. The backward kernel computes dh = dy w_down, and its epilogue multiplies by the
 activation's derivative and recomputes h, which dw_down needs. The other products are PyTorch's.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ._activations import (
     ACTIVATIONS,
@@ -25,7 +31,18 @@ from ._activations import (
     activate_with_slope,
     slope_from_output,
 )
-from ._gemm import Tile, Tiles, columns, launch, load, matrix, store, tile_index
+from ._gemm import (
+    Tile,
+    Tiles,
+    columns,
+    factor,
+    launch,
+    load,
+    load_factor,
+    matrix,
+    store,
+    tile_index,
+)
 from ._runtime import TRITON_TYPE, Specialization, autocast, capability, jit, tl, use_triton
 
 
@@ -42,10 +59,24 @@ def mlp_reference(
 
 
 def gated_mlp_reference(
-    x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, activation: str = "silu"
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    activation: str = "silu",
+    b_gate: Tensor | None = None,
+    b_up: Tensor | None = None,
+    b_down: Tensor | None = None,
 ) -> Tensor:
     """The definition of `gated_mlp`, and its path on CPU tensors."""
-    return F.linear(ACTIVATIONS[activation](F.linear(x, w_gate)) * F.linear(x, w_up), w_down)
+    hidden = ACTIVATIONS[activation](F.linear(x, w_gate, b_gate)) * F.linear(x, w_up, b_up)
+    return F.linear(hidden, w_down, b_down)
+
+
+@jit
+def _bias(ptr, o_col, n_cols, WIDTH: tl.constexpr):
+    cols = o_col + tl.arange(0, WIDTH)
+    return tl.load(ptr + cols, mask=cols < n_cols, other=0.0).to(tl.float32)[None, :]
 
 
 @jit(do_not_specialize=["n_rows"])
@@ -53,6 +84,7 @@ def _mlp_forward_kernel(
     x_ptr,
     w_gate_ptr,
     w_up_ptr,
+    b_gate_ptr,
     b_up_ptr,
     hidden_ptr,
     gate_ptr,
@@ -62,8 +94,10 @@ def _mlp_forward_kernel(
     n_hidden,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    GATE_BIAS: tl.constexpr,
+    UP_BIAS: tl.constexpr,
     KEEP: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -71,10 +105,10 @@ def _mlp_forward_kernel(
     WIDTH: tl.constexpr,
 ):
     x = matrix(x_ptr, n_rows, n_in, BLOCK_M, BLOCK_K, TMA)
-    w_up = matrix(w_up_ptr, n_hidden, n_in, BLOCK_N, BLOCK_K, TMA)
+    w_up = factor(w_up_ptr, n_in, n_hidden, BLOCK_K, BLOCK_N, TRANSPOSED, TMA)
     hidden = matrix(hidden_ptr, n_rows, n_hidden, BLOCK_M, WIDTH, TMA)
     if GATED:
-        w_gate = matrix(w_gate_ptr, n_hidden, n_in, BLOCK_N, BLOCK_K, TMA)
+        w_gate = factor(w_gate_ptr, n_in, n_hidden, BLOCK_K, BLOCK_N, TRANSPOSED, TMA)
     if KEEP:
         up = matrix(up_ptr, n_rows, n_hidden, BLOCK_M, WIDTH, TMA)
         if GATED:
@@ -89,20 +123,22 @@ def _mlp_forward_kernel(
             b_gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for o_k in range(0, n_in, BLOCK_K):
             b_x = load(x, o_m, o_k, n_rows, n_in, BLOCK_M, BLOCK_K, TMA)
-            b_w = load(w_up, o_n, o_k, n_hidden, n_in, BLOCK_N, BLOCK_K, TMA)
-            b_up = tl.dot(b_x, b_w.T, b_up, input_precision="ieee")
+            b_w = load_factor(w_up, o_k, o_n, n_in, n_hidden, BLOCK_K, BLOCK_N, TRANSPOSED, TMA)
+            b_up = tl.dot(b_x, b_w, b_up, input_precision="ieee")
             if GATED:
-                b_w = load(w_gate, o_n, o_k, n_hidden, n_in, BLOCK_N, BLOCK_K, TMA)
-                b_gate = tl.dot(b_x, b_w.T, b_gate, input_precision="ieee")
+                b_w = load_factor(
+                    w_gate, o_k, o_n, n_in, n_hidden, BLOCK_K, BLOCK_N, TRANSPOSED, TMA
+                )
+                b_gate = tl.dot(b_x, b_w, b_gate, input_precision="ieee")
         for i in tl.static_range(BLOCK_N // WIDTH):
             o_col = o_n + i * WIDTH
             c_up = columns(b_up, i, WIDTH)
-            if HAS_BIAS:
-                cols = o_col + tl.arange(0, WIDTH)
-                bias = tl.load(b_up_ptr + cols, mask=cols < n_hidden, other=0.0)
-                c_up += bias.to(tl.float32)[None, :]
+            if UP_BIAS:
+                c_up += _bias(b_up_ptr, o_col, n_hidden, WIDTH)
             if GATED:
                 c_gate = columns(b_gate, i, WIDTH)
+                if GATE_BIAS:
+                    c_gate += _bias(b_gate_ptr, o_col, n_hidden, WIDTH)
                 c_hidden = activate(c_gate, ACTIVATION) * c_up
             else:
                 c_hidden = activate(c_up, ACTIVATION)
@@ -128,6 +164,7 @@ def _mlp_backward_kernel(
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
     UP_IS_HIDDEN: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -135,7 +172,7 @@ def _mlp_backward_kernel(
     WIDTH: tl.constexpr,
 ):
     dy = matrix(dy_ptr, n_rows, n_in, BLOCK_M, BLOCK_K, TMA)
-    w_down = matrix(w_down_ptr, n_in, n_hidden, BLOCK_K, BLOCK_N, TMA)
+    w_down = factor(w_down_ptr, n_in, n_hidden, BLOCK_K, BLOCK_N, TRANSPOSED, TMA)
     up = matrix(up_ptr, n_rows, n_hidden, BLOCK_M, WIDTH, TMA)
     dup = matrix(dup_ptr, n_rows, n_hidden, BLOCK_M, WIDTH, TMA)
     if not UP_IS_HIDDEN:
@@ -151,7 +188,7 @@ def _mlp_backward_kernel(
         b_dhidden = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for o_k in range(0, n_in, BLOCK_K):
             b_dy = load(dy, o_m, o_k, n_rows, n_in, BLOCK_M, BLOCK_K, TMA)
-            b_w = load(w_down, o_k, o_n, n_in, n_hidden, BLOCK_K, BLOCK_N, TMA)
+            b_w = load_factor(w_down, o_k, o_n, n_in, n_hidden, BLOCK_K, BLOCK_N, TRANSPOSED, TMA)
             b_dhidden = tl.dot(b_dy, b_w, b_dhidden, input_precision="ieee")
         for i in tl.static_range(BLOCK_N // WIDTH):
             o_col = o_n + i * WIDTH
@@ -215,22 +252,30 @@ def _tiles(device_capability: int, itemsize: int, backward: bool) -> Tiles:
 def specializations(capability: int) -> Iterator[Specialization]:
     """How the launchers below can compile the kernels.
 
-    Not the full product, which has thousands: every tile and dtype with gelu's gated epilogue; on
-    the widest tile the other costly activations and the plain epilogues; on a narrow one the rest.
+    Not the full product, which has thousands: every tile and dtype with gelu's gated epilogue, and
+    every tile again with Conv1D's weights; on the widest tile the other costly activations and the
+    plain epilogues; on a narrow one the rest. Biases and pre-activations stored come on top of
+    everything here (but for one), so that what does without them fits too.
     """
     for backward in (False, True):
         for dtype, itemsize in (("fp32", 4), ("fp16", 2), ("bf16", 2)):
             tiles = _tiles(capability, itemsize, backward)
             for tile in tiles:
-                yield _specialization(backward, dtype, tile, True, "gelu", tile is tiles.unaligned)
+                unaligned = tile is tiles.unaligned
+                yield _specialization(backward, dtype, tile, True, "gelu", unaligned)
+                if dtype != "fp16":
+                    yield _specialization(
+                        backward, dtype, tile, True, "gelu", unaligned, conv1d=True
+                    )
         yield _specialization(backward, "bf16", tiles.by_size[0], False, "gelu")
         yield _specialization(backward, "bf16", tiles.by_size[0], False, "relu2", lean=True)
         for activation in ACTIVATIONS:
             costly = activation in ("gelu_tanh", "silu")
             tile = tiles.by_size[0 if costly and backward else -1]
             yield _specialization(backward, "bf16", tile, True, activation)
-            if backward and _up_is_hidden(False, activation):
+            if backward and activation in FROM_OUTPUT:
                 yield _specialization(backward, "bf16", tile, False, activation)
+                yield _specialization(backward, "bf16", tile, False, activation, lean=True)
 
 
 def _specialization(
@@ -241,16 +286,24 @@ def _specialization(
     activation: str,
     unaligned: bool = False,
     lean: bool = False,
+    conv1d: bool = False,
 ) -> Specialization:
-    """`lean`: neither biases nor pre-activations."""
+    """`lean`: neither biases nor pre-activations are stored, in the backward they come anew."""
     if backward:
         kernel = _mlp_backward_kernel
         names = "dy_ptr w_down_ptr gate_ptr up_ptr dgate_ptr dup_ptr hidden_ptr"
-        options = dict(UP_IS_HIDDEN=_up_is_hidden(gated, activation))
+        options = dict(
+            UP_IS_HIDDEN=_up_is_hidden(gated, activation) and not lean, TRANSPOSED=conv1d
+        )
     else:
         kernel = _mlp_forward_kernel
-        names = "x_ptr w_gate_ptr w_up_ptr b_up_ptr hidden_ptr gate_ptr up_ptr"
-        options = dict(HAS_BIAS=not lean, KEEP=not lean)
+        names = "x_ptr w_gate_ptr w_up_ptr b_gate_ptr b_up_ptr hidden_ptr gate_ptr up_ptr"
+        options = dict(
+            GATE_BIAS=gated and not lean,
+            UP_BIAS=not lean,
+            KEEP=not lean,
+            TRANSPOSED=not conv1d,
+        )
     size = "i32" if unaligned else "i32:16"
     return Specialization(
         kernel,
@@ -276,12 +329,14 @@ def _mlp(
     w_gate: Tensor | None,
     w_up: Tensor,
     w_down: Tensor,
+    b_gate: Tensor | None,
     b_up: Tensor | None,
     b_down: Tensor | None,
     activation: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, gate, up) of contiguous x (M, C); gate and up are empty where no backward needs them.
+    """(y, gate, up) of contiguous x (M, C) and weights as `_laid_out` leaves them; gate and up are
+    empty where no backward needs them, or it computes them again.
 
     up is the hidden activations themselves where their derivative follows from them.
     """
@@ -293,32 +348,26 @@ def _mlp(
     gate = torch.empty_like(hidden) if keep and gated else x.new_empty(0)
     up = torch.empty_like(hidden) if keep and not up_is_hidden else x.new_empty(0)
     if hidden.numel():
-        unused = hidden
+        optional = [hidden if t is None else t for t in (w_gate, b_gate, b_up)]
         launch(
             _mlp_forward_kernel,
             _tiles(capability(x.device), x.element_size(), backward=False),
-            (
-                x,
-                unused if w_gate is None else w_gate,
-                w_up,
-                unused if b_up is None else b_up,
-                hidden,
-                gate,
-                up,
-            ),
+            (x, optional[0], w_up, *optional[1:], hidden, gate, up),
             (n_rows, n_in, n_hidden),
             1 + gated,
             ACTIVATION=activation,
             GATED=gated,
-            HAS_BIAS=b_up is not None,
+            GATE_BIAS=b_gate is not None,
+            UP_BIAS=b_up is not None,
             KEEP=keep and not up_is_hidden,
+            TRANSPOSED=w_up.is_contiguous(),
         )
     y = F.linear(hidden, w_down, b_down)
     return y, gate, hidden if keep and up_is_hidden else up
 
 
 @_mlp.register_fake
-def _(x, w_gate, w_up, w_down, b_up, b_down, activation, keep):
+def _(x, w_gate, w_up, w_down, b_gate, b_up, b_down, activation, keep):
     shape = (x.shape[0], w_up.shape[0]) if keep else (0,)
     gate = x.new_empty(0 if w_gate is None else shape)
     return torch.empty_like(x), gate, x.new_empty(shape)
@@ -326,11 +375,16 @@ def _(x, w_gate, w_up, w_down, b_up, b_down, activation, keep):
 
 @torch.library.custom_op("ponder::mlp_backward", mutates_args=())
 def _mlp_backward(
-    dy: Tensor, w_down: Tensor, gate: Tensor, up: Tensor, activation: str, gated: bool
+    dy: Tensor,
+    w_down: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    activation: str,
+    gated: bool,
+    up_is_hidden: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(d_gate, d_up, hidden), (M, F) each; d_gate is empty where there is no gate, hidden where
     up is hidden."""
-    up_is_hidden = _up_is_hidden(gated, activation)
     dup = torch.empty_like(up)
     dgate = torch.empty_like(up) if gated else up.new_empty(0)
     hidden = up.new_empty(0) if up_is_hidden else torch.empty_like(up)
@@ -343,40 +397,55 @@ def _mlp_backward(
             ACTIVATION=activation,
             GATED=gated,
             UP_IS_HIDDEN=up_is_hidden,
+            TRANSPOSED=not w_down.is_contiguous(),
         )
     return dgate, dup, hidden
 
 
 @_mlp_backward.register_fake
-def _(dy, w_down, gate, up, activation, gated):
-    hidden = up.new_empty(0) if _up_is_hidden(gated, activation) else torch.empty_like(up)
+def _(dy, w_down, gate, up, activation, gated, up_is_hidden):
+    hidden = up.new_empty(0) if up_is_hidden else torch.empty_like(up)
     return torch.empty_like(up) if gated else up.new_empty(0), torch.empty_like(up), hidden
 
 
 def _setup_context(ctx, inputs, output):
-    x, w_gate, w_up, w_down, _, _, ctx.activation, _ = inputs
+    x, w_gate, w_up, w_down, b_gate, b_up, _, ctx.activation, ctx.keep = inputs
     _, gate, up = output
     ctx.set_materialize_grads(False)  # gate and up have no gradients: no zeros in their place
-    ctx.save_for_backward(x, w_gate, w_up, w_down, gate, up)
+    kept = (gate, up) if ctx.keep else (b_gate, b_up)
+    ctx.save_for_backward(x, w_gate, w_up, w_down, *kept)
+
+
+def _weight_gradient(w: Tensor, inputs: Tensor, doutputs: Tensor) -> Tensor:
+    """dw of outputs = inputs wᵀ, lying in memory as w does."""
+    return doutputs.t() @ inputs if w.is_contiguous() else (inputs.t() @ doutputs).t()
 
 
 def _backward(ctx, dy, *_):
     x, w_gate, w_up, w_down, gate, up = ctx.saved_tensors
     gated = w_gate is not None
+    up_is_hidden = ctx.keep and _up_is_hidden(gated, ctx.activation)
+    if not ctx.keep:
+        b_gate, b_up = gate, up
+        gate = F.linear(x, w_gate, b_gate) if gated else x.new_empty(0)
+        up = F.linear(x, w_up, b_up)
     dy = dy.contiguous()
-    dgate, dup, hidden = _mlp_backward(dy, w_down, gate, up, ctx.activation, gated)
-    if _up_is_hidden(gated, ctx.activation):
+    dgate, dup, hidden = _mlp_backward(dy, w_down, gate, up, ctx.activation, gated, up_is_hidden)
+    if up_is_hidden:
         hidden = up
-    need_x, need_gate, need_up, need_down, need_b_up, need_b_down, *_ = ctx.needs_input_grad
+    need_x, need_gate, need_up, need_down, need_b_gate, need_b_up, need_b_down, *_ = (
+        ctx.needs_input_grad
+    )
     dx = None
     if need_x:
         dx = dup @ w_up
         dx = torch.addmm(dx, dgate, w_gate) if gated else dx
     return (
         dx,
-        dgate.t() @ x if need_gate else None,
-        dup.t() @ x if need_up else None,
-        dy.t() @ hidden if need_down else None,
+        _weight_gradient(w_gate, x, dgate) if need_gate else None,
+        _weight_gradient(w_up, x, dup) if need_up else None,
+        _weight_gradient(w_down, hidden, dy) if need_down else None,
+        dgate.sum(0) if need_b_gate else None,
         dup.sum(0) if need_b_up else None,
         dy.sum(0) if need_b_down else None,
         None,
@@ -409,15 +478,37 @@ def _check(name: str, activation: str, x: Tensor, shapes: dict[str, tuple]) -> N
             )
 
 
-def _fused(name: str, activation: str, x: Tensor, *others: Tensor | None) -> Tensor:
-    """`others`: w_gate, w_up, w_down, b_up, b_down."""
-    inputs = autocast(x.reshape(-1, x.shape[-1]), *others)
-    inputs = [t if t is None else t.contiguous() for t in inputs]
-    assert inputs[0] is not None
-    if inputs[0].dtype not in TRITON_TYPE:
+def _laid_out(w: Tensor, like: Tensor) -> Tensor:
+    """w, contiguous the other way round (Conv1D's) if `like` is, else contiguous; copied if not."""
+    if like.is_contiguous() or not like.t().is_contiguous():
+        return w.contiguous()
+    return w.t().contiguous().t()
+
+
+def _fused(
+    name: str, activation: str, recompute: bool, x: Tensor, *parameters: Tensor | None
+) -> Tensor:
+    """`parameters`: w_gate, w_up, w_down, b_gate, b_up, b_down."""
+    cast: tuple[Any, ...] = autocast(x.reshape(-1, x.shape[-1]), *parameters)
+    rows, w_gate, w_up, w_down, *biases = cast
+    if rows.dtype not in TRITON_TYPE:
         raise ValueError(f"{name}: x is {x.dtype}; supported are fp32, fp16 and bf16")
+    inputs = [
+        rows.contiguous(),
+        None if w_gate is None else _laid_out(w_gate, w_up),
+        _laid_out(w_up, w_up),
+        _laid_out(w_down, w_down),
+        *(b if b is None else b.contiguous() for b in biases),
+    ]
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    return _mlp(*inputs, activation, keep)[0].view(x.shape)
+    return _mlp(*inputs, activation, keep and not recompute)[0].view(x.shape)
+
+
+def _plain(reference: Callable[..., Tensor], recompute: bool, *inputs) -> Tensor:
+    """The path on CPU tensors."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(reference, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return reference(*inputs)
 
 
 def mlp(
@@ -428,16 +519,23 @@ def mlp(
     activation: str = "gelu",
     b_up: Tensor | None = None,
     b_down: Tensor | None = None,
+    recompute: bool = False,
 ) -> Tensor:
-    """Multi-layer perceptron of one hidden layer: y = w_down · act(w_up · x + b_up) + b_down.
+    """Multi-layer perceptron of one hidden layer: y = act(x w_upᵀ + b_up) w_downᵀ + b_down.
 
     x (..., C), w_up (F, C), w_down (C, F), b_up (F,), b_down (C,) in fp32 (IEEE products), fp16 or
     bf16; y as x. Products accumulate in fp32. Activations: relu, relu2 (relu squared), gelu (by
     erf), gelu_tanh, silu, sigmoid, tanh, identity.
 
-    Kept for the backward, beside x: F elements a row. For relu, relu2, sigmoid, tanh and identity
-    they are the hidden activations, whose derivative follows from them (relu2' = 2 relu =
-    2 sqrt(relu2)); for the others the pre-activations, and the hidden ones are computed again.
+    Weights may be contiguous (torch.nn.Linear's) or transposed views of contiguous ones (pass a
+    Conv1D's `weight.t()`); both are read as they lie, and their gradients lie as they do. Anything
+    else is copied.
+
+    Kept for the backward, beside x: 2 F bytes a token (4 F in fp32). For relu, relu2, sigmoid, tanh
+    and identity they hold the hidden activations, whose derivative follows from them (relu2' =
+    2 relu = 2 sqrt(relu2)); for the others the pre-activations, and the hidden ones are computed
+    again. With `recompute`: 0 bytes; the backward starts with one more product, 2 C F operations a
+    token on top of 8 C F.
 
     Raises ValueError for an unknown activation, and for shapes, dtypes or devices that do not fit.
     """
@@ -454,21 +552,35 @@ def mlp(
         ),
     )
     if not use_triton(x):
-        return mlp_reference(x, w_up, w_down, activation, b_up, b_down)
-    return _fused("mlp", activation, x, None, w_up, w_down, b_up, b_down)
+        return _plain(mlp_reference, recompute, x, w_up, w_down, activation, b_up, b_down)
+    return _fused("mlp", activation, recompute, x, None, w_up, w_down, None, b_up, b_down)
 
 
 def gated_mlp(
-    x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, *, activation: str = "silu"
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    *,
+    activation: str = "silu",
+    b_gate: Tensor | None = None,
+    b_up: Tensor | None = None,
+    b_down: Tensor | None = None,
+    recompute: bool = False,
 ) -> Tensor:
-    """Gated perceptron: y = w_down · (act(w_gate · x) * (w_up · x)); silu makes it SwiGLU.
+    """Gated perceptron: y = (act(x w_gateᵀ + b_gate) * (x w_upᵀ + b_up)) w_downᵀ + b_down.
 
-    x (..., C), w_gate and w_up (F, C), w_down (C, F) in fp32 (IEEE products), fp16 or bf16; y as x.
-    Products accumulate in fp32. Activations as for `mlp`.
+    With silu it is SwiGLU, with gelu GEGLU. x (..., C), w_gate and w_up (F, C), w_down (C, F),
+    b_gate and b_up (F,), b_down (C,) in fp32 (IEEE products), fp16 or bf16; y as x. Products
+    accumulate in fp32. Activations and the layouts of weights as for `mlp`; w_gate is copied if it
+    does not lie as w_up does.
 
-    Kept for the backward, beside x: 2 F elements a row, the products with w_gate and w_up (PyTorch
-    keeps 4 F). Raises ValueError for an unknown activation, and for shapes, dtypes or devices that
-    do not fit. Source: Shazeer 2020, "GLU Variants Improve Transformer".
+    Kept for the backward, beside x: 4 F bytes a token (8 F in fp32), the pre-activations of gate
+    and up (PyTorch keeps twice as much). With `recompute`: 0 bytes; the backward starts with two
+    more products, 4 C F operations a token on top of 12 C F.
+
+    Raises ValueError for an unknown activation, and for shapes, dtypes or devices that do not fit.
+    Source: Shazeer 2020, "GLU Variants Improve Transformer".
     """
     n_in, n_hidden = x.shape[-1], w_up.shape[0]
     _check(
@@ -479,8 +591,13 @@ def gated_mlp(
             w_gate=(w_gate, (n_hidden, n_in)),
             w_up=(w_up, (n_hidden, n_in)),
             w_down=(w_down, (n_in, n_hidden)),
+            b_gate=(b_gate, (n_hidden,)),
+            b_up=(b_up, (n_hidden,)),
+            b_down=(b_down, (n_in,)),
         ),
     )
+    parameters = w_gate, w_up, w_down
+    biases = b_gate, b_up, b_down
     if not use_triton(x):
-        return gated_mlp_reference(x, w_gate, w_up, w_down, activation)
-    return _fused("gated_mlp", activation, x, w_gate, w_up, w_down, None, None)
+        return _plain(gated_mlp_reference, recompute, x, *parameters, activation, *biases)
+    return _fused("gated_mlp", activation, recompute, x, *parameters, *biases)

@@ -27,29 +27,57 @@ def weights(count, shape, dtype, device):
     return [x, *inner, torch.randn(c, f, dtype=dtype, device=device) / f**0.5]
 
 
-def check_plain(shape, dtype, device, activation, bias=False):
-    inputs = weights(1, shape, dtype, device)
+def conv1d(inputs):
+    """The same values with every weight a transposed view, as a Conv1D's is passed."""
+    return [t.t().contiguous().t() if t.dim() == 2 else t for t in inputs]
+
+
+def check_plain(shape, dtype, device, activation, bias=False, layout=list, **options):
+    x, *parameters = weights(1, shape, dtype, device)
     names = "y dx dw_up dw_down"
     if bias:
         _, c, f = shape
-        inputs += [torch.randn(n, dtype=dtype, device=device) for n in (f, c)]
+        parameters += [torch.randn(n, dtype=dtype, device=device) for n in (f, c)]
         names += " db_up db_down"
+
+    def ours(x, *parameters):
+        w_up, w_down, *biases = layout(parameters)
+        biases = dict(zip(("b_up", "b_down"), biases, strict=False))
+        return mlp(x, w_up, w_down, activation=activation, **biases, **options)
+
     check(
-        lambda x, u, d, bu=None, bd=None: mlp(x, u, d, activation=activation, b_up=bu, b_down=bd),
+        ours,
         lambda x, u, d, *biases: mlp_reference(x, u, d, activation, *biases),
-        inputs,
+        [x, *parameters],
         reduction=max(shape),
         names=names,
     )
 
 
-def check_gated(shape, dtype, device, activation):
+def check_gated(shape, dtype, device, activation, biases="", layout=list, **options):
+    """`biases`: the names of those that are given, of b_gate, b_up and b_down."""
+    x, *parameters = weights(2, shape, dtype, device)
+    _, c, f = shape
+    given = biases.split()
+    parameters += [
+        torch.randn(c if b == "b_down" else f, dtype=dtype, device=device) for b in given
+    ]
+
+    def ours(x, *parameters):
+        w_gate, w_up, w_down, *values = layout(parameters)
+        named = dict(zip(given, values, strict=True))
+        return gated_mlp(x, w_gate, w_up, w_down, activation=activation, **named, **options)
+
+    def reference(x, w_gate, w_up, w_down, *values):
+        named = dict(zip(given, values, strict=True))
+        return gated_mlp_reference(x, w_gate, w_up, w_down, activation, **named)
+
     check(
-        lambda *inputs: gated_mlp(*inputs, activation=activation),
-        lambda *inputs: gated_mlp_reference(*inputs, activation),
-        weights(2, shape, dtype, device),
+        ours,
+        reference,
+        [x, *parameters],
         reduction=max(shape),
-        names="y dx dw_gate dw_up dw_down",
+        names=" ".join(["y dx dw_gate dw_up dw_down", *(f"d{b}" for b in given)]),
     )
 
 
@@ -57,7 +85,7 @@ def check_gated(shape, dtype, device, activation):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_activation(activation, dtype, device):
     check_plain(TMA, dtype, device, activation, bias=True)
-    check_gated(TMA, dtype, device, activation)
+    check_gated(TMA, dtype, device, activation, "b_gate b_up b_down")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -68,6 +96,54 @@ def test_every_shape(shape, dtype, device):
     check_gated(shape, dtype, device, "silu")
 
 
+@pytest.mark.parametrize("biases", ["b_gate", "b_up", "b_down"])
+def test_one_bias_alone(biases, device):
+    check_gated(POINTERS, torch.float32, device, "silu", biases)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_conv1d_weights(shape, dtype, device):
+    check_plain(shape, dtype, device, "gelu_tanh", bias=True, layout=conv1d)
+    check_gated(shape, dtype, device, "silu", layout=conv1d)
+
+
+# One activation of each kind: its derivative follows from the output, or from the pre-activation.
+@pytest.mark.parametrize("layout", [list, conv1d])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_recompute(dtype, layout, device):
+    for shape in (TMA, UNALIGNED):
+        for activation in ("relu2", "gelu"):
+            check_plain(shape, dtype, device, activation, bias=True, layout=layout, recompute=True)
+        biases = "b_gate b_up b_down"
+        check_gated(shape, dtype, device, "silu", biases, layout=layout, recompute=True)
+
+
+def test_a_gradient_lies_as_its_weight(device):
+    x, *parameters = weights(2, POINTERS, torch.float32, device)
+    for layout in (list, conv1d):
+        leaves = [w.detach().requires_grad_() for w in layout(parameters)]
+        grads = torch.autograd.grad(gated_mlp(x, *leaves).sum(), leaves)
+        assert [g.stride() for g in grads] == [w.stride() for w in leaves]
+
+
+def test_weights_of_mixed_and_other_layouts(device):
+    """Copied where they must be: gate unlike up, and columns of a wider matrix."""
+    x, w_gate, w_up, w_down = weights(2, POINTERS, torch.float32, device)
+
+    def ours(x, w_gate, w_up, w_down):
+        wider = torch.cat([w_down, w_down], 1)[:, : w_down.shape[1]]
+        return gated_mlp(x, *conv1d([w_gate]), w_up, wider)
+
+    names = "y dx dw_gate dw_up dw_down"
+    check(ours, gated_mlp_reference, [x, w_gate, w_up, w_down], reduction=80, names=names)
+
+
+def test_rows_that_no_descriptor_takes(device):
+    """140 fp16 are 280 bytes, no multiple of 16, though gate and up together have 560."""
+    check_gated((37, 48, 140), torch.float16, device, "silu")
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.bfloat16])
@@ -76,13 +152,15 @@ def test_wide_tiles(shape, dtype):
     """Enough tiles for the widest of them, and for the one after."""
     check_plain(shape, dtype, "cuda", "gelu", bias=True)
     check_plain(shape, dtype, "cuda", "relu2")
-    check_gated(shape, dtype, "cuda", "silu")
+    check_gated(shape, dtype, "cuda", "silu", "b_gate b_up b_down")
+    check_plain(shape, dtype, "cuda", "gelu_tanh", bias=True, layout=conv1d, recompute=True)
+    check_gated(shape, dtype, "cuda", "silu", layout=conv1d, recompute=True)
 
 
 def test_shapes_reach_every_kind_of_tile(device):
     module = importlib.import_module("ponder.kernels.mlp")
     chosen = [
-        module._INTERPRETER.choose(*shape, itemsize=4, processors=4, aligned=True)
+        module._INTERPRETER.choose(*shape, 1, itemsize=4, processors=4, aligned=True)
         for shape in (TMA, POINTERS, UNALIGNED)
     ]
     assert chosen == list(module._INTERPRETER)
@@ -148,11 +226,13 @@ def test_only_what_needs_a_gradient_gets_one(device):
     assert x.grad is None and w_gate.grad is None and w_down.grad is None
 
 
+@pytest.mark.parametrize("layout", [list, conv1d])
 @pytest.mark.parametrize("activation, kept", [("relu2", 1), ("gelu", 1), ("gated", 2)])
-def test_memory_kept_for_backward(activation, kept, device):
+def test_memory_kept_for_backward(activation, kept, layout, device):
     """So many times F elements a row, as the docstrings say, beside the inputs; or none."""
-    m, c, f = POINTERS
-    inputs = [t.requires_grad_() for t in weights(1 + (kept == 2), POINTERS, torch.float32, device)]
+    m, _, f = POINTERS
+    x, *parameters = weights(1 + (kept == 2), POINTERS, torch.float32, device)
+    inputs = [t.requires_grad_() for t in (x, *layout(parameters))]
     sizes = []
 
     def pack(tensor):
@@ -160,13 +240,18 @@ def test_memory_kept_for_backward(activation, kept, device):
             sizes.append(tensor.numel())
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        gated_mlp(*inputs) if kept == 2 else mlp(*inputs, activation=activation)
-        assert sum(sizes) == kept * m * f
+    def forward(**options):
         sizes.clear()
+        gated_mlp(*inputs, **options) if kept == 2 else mlp(
+            *inputs, activation=activation, **options
+        )
+        return sum(sizes)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        assert forward() == kept * m * f
+        assert forward(recompute=True) == 0
         with torch.no_grad():
-            gated_mlp(*inputs) if kept == 2 else mlp(*inputs, activation=activation)
-        assert not sizes
+            assert forward() == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float16])
@@ -195,6 +280,8 @@ def test_unsupported_input_is_named(device):
         gated_mlp(x, w_gate[:23], w_up, w_down)
     with pytest.raises(ValueError, match=r"b_up has shape \(16,\).*needs \(24,\)"):
         mlp(x, w_up, w_down, b_up=w_up[0])
+    with pytest.raises(ValueError, match=r"b_gate has shape \(16,\).*needs \(24,\)"):
+        gated_mlp(x, w_gate, w_up, w_down, b_gate=w_up[0])
     with pytest.raises(ValueError, match="w_up is torch.float16 on .*as x, torch.float32"):
         mlp(x, w_up.half(), w_down)
     with pytest.raises(ValueError, match="x is torch.float64; supported are"):
@@ -209,14 +296,33 @@ def test_opcheck(gated, activation, device):
         t.requires_grad_() for t in weights(2, (3, 16, 24), torch.float32, device)
     )
     bias = torch.randn(24, device=device, requires_grad=True)
-    for keep in (True, False):
-        inputs = (x, w_gate if gated else None, w_up, w_down, bias, None, activation, keep)
-        if not keep:
-            inputs = tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in inputs)
-        torch.library.opcheck(module._mlp, inputs)
+    gate = (w_gate, w_up, w_down, bias) if gated else (None, w_up, w_down, None)
+    for keep in (True, False):  # False: nothing needs a gradient, or the backward recomputes
+        torch.library.opcheck(module._mlp, (x, *gate, bias, None, activation, keep))
+    still = [t.detach() if isinstance(t, torch.Tensor) else t for t in (x, *gate, bias)]
+    torch.library.opcheck(module._mlp, (*still, None, activation, False))
     dy, gate, up = x.detach(), torch.randn(3, 24, device=device), torch.rand(3, 24, device=device)
-    inputs = (dy, w_down.detach(), gate if gated else gate.new_empty(0), up, activation, gated)
-    torch.library.opcheck(module._mlp_backward, inputs)
+    gate = gate if gated else gate.new_empty(0)
+    for up_is_hidden in {False, not gated and activation == "relu2"}:
+        inputs = (dy, w_down.detach(), gate, up, activation, gated, up_is_hidden)
+        torch.library.opcheck(module._mlp_backward, inputs)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiles_in_one_graph(recompute, device):
+    x, *parameters = weights(2, POINTERS, torch.float32, device)
+    inputs = [t.requires_grad_() for t in (x, *conv1d(parameters))]
+
+    def step(*inputs):
+        return gated_mlp(*inputs, recompute=recompute)
+
+    upstream = torch.randn_like(inputs[0])
+    eager = torch.autograd.grad(step(*inputs), inputs, upstream)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for ours, theirs in zip(
+        torch.autograd.grad(compiled(*inputs), inputs, upstream), eager, strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
 
 
 # The CPU path is PyTorch's own; here it is judged against formulas written out in fp64.
@@ -239,12 +345,38 @@ def test_cpu_path(activation, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     act = FORMULAS[activation]
     x, w_gate, w_up, w_down = weights(2, (5, 8, 12), torch.float64, "cpu")
-    b_up, b_down = torch.randn(12).double(), torch.randn(8).double()
+    b_gate, b_up, b_down = (torch.randn(n).double() for n in (12, 12, 8))
     torch.testing.assert_close(
         mlp(x, w_up, w_down, activation=activation, b_up=b_up, b_down=b_down),
         act(x @ w_up.t() + b_up) @ w_down.t() + b_down,
     )
     torch.testing.assert_close(
-        gated_mlp(x, w_gate, w_up, w_down, activation=activation),
-        (act(x @ w_gate.t()) * (x @ w_up.t())) @ w_down.t(),
+        gated_mlp(
+            *(x, w_gate, w_up, w_down),
+            activation=activation,
+            b_gate=b_gate,
+            b_up=b_up,
+            b_down=b_down,
+        ),
+        (act(x @ w_gate.t() + b_gate) * (x @ w_up.t() + b_up)) @ w_down.t() + b_down,
     )
+
+
+def test_cpu_path_recomputes(monkeypatch):
+    """The same gradients; only inputs and what checkpointing needs of them are kept."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    inputs = [t.requires_grad_() for t in weights(2, (50, 8, 12), torch.float64, "cpu")]
+    sizes = []
+
+    def pack(tensor):
+        sizes.append(tensor.numel())
+        return tensor
+
+    for layer, tensors in ((mlp, [inputs[0], *inputs[2:]]), (gated_mlp, inputs)):
+        plain = torch.autograd.grad(layer(*tensors).sum(), tensors)
+        sizes.clear()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            y = layer(*tensors, recompute=True)
+        assert sum(sizes) <= sum(t.numel() for t in tensors)
+        again = torch.autograd.grad(y.sum(), tensors)
+        assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
