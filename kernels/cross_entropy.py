@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._runtime import TRITON_TYPE, Specialization, jit, tl, use_triton
+from ._runtime import TRITON_TYPE, Specialization, jit, operation, tl, use_triton
 from .softmax import with_block
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -344,7 +344,7 @@ def launch_forward(
         )
 
 
-@torch.library.custom_op("ponder::cross_entropy", mutates_args=())
+@operation("ponder::cross_entropy")
 def _cross_entropy(
     logits: Tensor, targets: Tensor, ignore_index: int, options: list[float]
 ) -> tuple[Tensor, Tensor]:
@@ -364,7 +364,7 @@ def _(logits, targets, ignore_index, options):
     return losses, losses.new_empty((*losses.shape, 2))
 
 
-@torch.library.custom_op("ponder::cross_entropy_backward", mutates_args=())
+@operation("ponder::cross_entropy_backward")
 def _cross_entropy_backward(
     upstream: Tensor,
     logits: Tensor,

@@ -33,6 +33,7 @@ from ._runtime import (
     cdiv,
     jit,
     next_power_of_2,
+    operation,
     tl,
     use_triton,
 )
@@ -446,7 +447,7 @@ def _attend(dtype: torch.dtype, head_dim: int, **options: bool) -> Specializatio
     )
 
 
-@torch.library.custom_op("ponder::decode_attention", mutates_args=())
+@operation("ponder::decode_attention")
 def _decode_attention(
     q: Tensor,
     k_cache: Tensor,

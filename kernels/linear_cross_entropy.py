@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._runtime import TRITON_TYPE, Specialization, cdiv, jit, tl, use_triton
+from ._runtime import TRITON_TYPE, Specialization, cdiv, jit, operation, tl, use_triton
 from .cross_entropy import (
     BLOCKS,
     Options,
@@ -305,7 +305,7 @@ def _outputs(x, weight, dtype, need_x, need_weight, need_bias):
     )
 
 
-@torch.library.custom_op("ponder::linear_cross_entropy_losses", mutates_args=())
+@operation("ponder::linear_cross_entropy_losses")
 def _losses(
     x: Tensor,
     weight: Tensor,
@@ -325,7 +325,7 @@ def _(x, weight, bias, targets, ignore_index, options, dtype):
     return _outputs(x, weight, dtype, False, False, False)[0]
 
 
-@torch.library.custom_op("ponder::linear_cross_entropy_total", mutates_args=())
+@operation("ponder::linear_cross_entropy_total")
 def _total(
     x: Tensor,
     weight: Tensor,

@@ -43,7 +43,16 @@ from ._gemm import (
     store,
     tile_index,
 )
-from ._runtime import TRITON_TYPE, Specialization, autocast, capability, jit, tl, use_triton
+from ._runtime import (
+    TRITON_TYPE,
+    Specialization,
+    autocast,
+    capability,
+    jit,
+    operation,
+    tl,
+    use_triton,
+)
 
 
 def mlp_reference(
@@ -323,7 +332,7 @@ def _up_is_hidden(gated: bool, activation: str) -> bool:
     return not gated and activation in FROM_OUTPUT
 
 
-@torch.library.custom_op("ponder::mlp", mutates_args=())
+@operation("ponder::mlp")
 def _mlp(
     x: Tensor,
     w_gate: Tensor | None,
@@ -373,7 +382,7 @@ def _(x, w_gate, w_up, w_down, b_gate, b_up, b_down, activation, keep):
     return torch.empty_like(x), gate, x.new_empty(shape)
 
 
-@torch.library.custom_op("ponder::mlp_backward", mutates_args=())
+@operation("ponder::mlp_backward")
 def _mlp_backward(
     dy: Tensor,
     w_down: Tensor,

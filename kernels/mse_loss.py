@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._runtime import TRITON_TYPE, Specialization, cdiv, jit, tl, use_triton
+from ._runtime import TRITON_TYPE, Specialization, cdiv, jit, operation, tl, use_triton
 
 REDUCTIONS = ("mean", "sum", "none")
 BLOCK = 4096  # elements of a step, 16 for each of 256 threads
@@ -113,7 +113,7 @@ def specializations(capability: int) -> Iterator[Specialization]:
                 )
 
 
-@torch.library.custom_op("ponder::mse_loss", mutates_args=())
+@operation("ponder::mse_loss")
 def _mse_loss(input: Tensor, target: Tensor, per_element: bool) -> Tensor:
     """fp32: the squared errors (N,) of contiguous input and target (N,), or their sum."""
     n = input.numel()
@@ -139,7 +139,7 @@ def _(input, target, per_element):
     return input.new_empty(input.shape if per_element else (), dtype=torch.float32)
 
 
-@torch.library.custom_op("ponder::mse_loss_backward", mutates_args=())
+@operation("ponder::mse_loss_backward")
 def _mse_loss_backward(
     upstream: Tensor,
     input: Tensor,

@@ -23,6 +23,7 @@ from ._runtime import (
     cdiv,
     jit,
     next_power_of_2,
+    operation,
     tl,
     use_triton,
 )
@@ -221,7 +222,7 @@ def specializations(capability: int) -> Iterator[Specialization]:
                 )
 
 
-@torch.library.custom_op("ponder::norm", mutates_args=())
+@operation("ponder::norm")
 def _norm(
     x: Tensor,
     weight: Tensor,
@@ -266,7 +267,7 @@ def _(x, weight, bias, residual, eps, centered):
     return _outputs(x, residual, centered)
 
 
-@torch.library.custom_op("ponder::norm_backward", mutates_args=())
+@operation("ponder::norm_backward")
 def _norm_backward(
     dy: Tensor,
     dh: Tensor | None,

@@ -20,6 +20,7 @@ from ._runtime import (
     cdiv,
     jit,
     next_power_of_2,
+    operation,
     tl,
     use_triton,
 )
@@ -180,7 +181,7 @@ def _empty(x: Tensor) -> Tensor:
     return x.new_empty(n_row, n_token, n_head, head_dim).transpose(1, 2)
 
 
-@torch.library.custom_op("ponder::rotary", mutates_args=())
+@operation("ponder::rotary")
 def _rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
     """q and k rotated by θ (by −θ where inverse); q and k have unit stride within a head."""
     yq, yk = _empty(q), _empty(k)
@@ -229,7 +230,7 @@ def _backward(ctx, dq, dk):
     return dq, dk, None, None, None
 
 
-_rotary.register_autograd(_backward, setup_context=_setup_context)
+_rotary.register_autograd(_backward, setup_context=_setup_context, twice=True)
 
 
 def _unit_stride(x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._runtime import TRITON_TYPE, Specialization, jit, tl, use_triton
+from ._runtime import TRITON_TYPE, Specialization, jit, operation, tl, use_triton
 
 WORD = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)  # of the counter's words 0 and 2
@@ -310,7 +310,7 @@ def specializations(capability: int) -> Iterator[Specialization]:
             )
 
 
-@torch.library.custom_op("ponder::sample_tokens", mutates_args=())
+@operation("ponder::sample_tokens")
 def _sample_tokens(
     logits: Tensor,
     temperature: Tensor,

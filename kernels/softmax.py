@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ._runtime import TRITON_TYPE, Specialization, jit, next_power_of_2, tl, use_triton
+from ._runtime import TRITON_TYPE, Specialization, jit, next_power_of_2, operation, tl, use_triton
 
 MAX_WHOLE = 8192  # columns of the longest row that a program holds in registers
 
@@ -128,7 +128,7 @@ def specializations(capability: int) -> Iterator[Specialization]:
             )
 
 
-@torch.library.custom_op("ponder::softmax", mutates_args=())
+@operation("ponder::softmax")
 def _softmax(x: Tensor) -> Tensor:
     """Of the rows of x (N, C) with unit stride in a row; contiguous."""
     n_rows, n_cols = x.shape
@@ -143,7 +143,7 @@ def _(x):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("ponder::softmax_backward", mutates_args=())
+@operation("ponder::softmax_backward")
 def _softmax_backward(dy: Tensor, y: Tensor) -> Tensor:
     n_rows, n_cols = y.shape
     dx = torch.empty_like(y)

@@ -291,21 +291,23 @@ def test_unsupported_input_is_named(device):
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("activation", ["relu2", "silu"])
 def test_opcheck(gated, activation, device):
-    module = importlib.import_module("ponder.kernels.mlp")
+    op = torch.ops.ponder.mlp.default
     x, w_gate, w_up, w_down = (
         t.requires_grad_() for t in weights(2, (3, 16, 24), torch.float32, device)
     )
     bias = torch.randn(24, device=device, requires_grad=True)
     gate = (w_gate, w_up, w_down, bias) if gated else (None, w_up, w_down, None)
     for keep in (True, False):  # False: nothing needs a gradient, or the backward recomputes
-        torch.library.opcheck(module._mlp, (x, *gate, bias, None, activation, keep))
+        torch.library.opcheck(
+            torch.ops.ponder.mlp.default, (x, *gate, bias, None, activation, keep)
+        )
     still = [t.detach() if isinstance(t, torch.Tensor) else t for t in (x, *gate, bias)]
-    torch.library.opcheck(module._mlp, (*still, None, activation, False))
+    torch.library.opcheck(op, (*still, None, activation, False))
     dy, gate, up = x.detach(), torch.randn(3, 24, device=device), torch.rand(3, 24, device=device)
     gate = gate if gated else gate.new_empty(0)
     for up_is_hidden in {False, not gated and activation == "relu2"}:
         inputs = (dy, w_down.detach(), gate, up, activation, gated, up_is_hidden)
-        torch.library.opcheck(module._mlp_backward, inputs)
+        torch.library.opcheck(torch.ops.ponder.mlp_backward.default, inputs)
 
 
 @pytest.mark.parametrize("recompute", [False, True])

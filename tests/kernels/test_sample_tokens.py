@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare, kstest
 
 from ponder.kernels.sample_tokens import (
-    _sample_tokens,
     philox,
     sample_tokens,
     sample_tokens_reference,
@@ -325,4 +324,6 @@ def test_opcheck(device):
     logits = torch.randn(2, 30, device=device)
     ones = torch.ones(2, device=device)
     parameters = (ones, ones.long() * 4, ones * 0.9, ones * 0.1)
-    torch.library.opcheck(_sample_tokens, (logits, *parameters, *streams(2, device).values()))
+    torch.library.opcheck(
+        torch.ops.ponder.sample_tokens.default, (logits, *parameters, *streams(2, device).values())
+    )
