@@ -10,7 +10,7 @@ Shapes: B batch, Hq query heads, Hkv key/value heads, T queries, S keys, D head 
 """
 
 from ._activations import activate, activate_with_slope
-from ._attention_masks import key_bounds, query_bounds
+from ._attention_masks import distance, key_bounds, near, query_bounds
 from ._runtime import jit, tl
 
 
@@ -137,12 +137,10 @@ def attention_forward_kernel(
             if cap_scale is not None:
                 b_score = activate(b_score * cap_scale, "tanh")
             if slopes_ptr is not None:
-                b_distance = o_t[:, None] + (n_keys - n_queries) - o_s[None, :]
-                b_score -= tl.load(slopes_ptr) * tl.abs(b_distance).to(tl.float32)
+                b_distance = distance(o_t[:, None], o_s[None, :], n_queries, n_keys)
+                b_score -= tl.load(slopes_ptr) * b_distance
             if MASK:
-                seen = (o_s < n_keys)[None, :] & (o_s[None, :] <= o_t[:, None] + offset)
-                if width is not None:
-                    seen = seen & (o_s[None, :] > o_t[:, None] + offset - width)
+                seen = (o_s < n_keys)[None, :] & near(o_t[:, None], o_s[None, :], offset, width)
                 if q_spans_ptr is not None:
                     b_segment_s = tl.load(kv_spans_ptr + o_s, mask=o_s < n_keys, other=-1)
                     seen = seen & (b_segment_t[:, None] == b_segment_s[None, :])
@@ -271,20 +269,18 @@ def attention_backward_q_kernel(
             if cap_scale is not None:
                 b_score, b_slope = activate_with_slope(b_score * cap_scale, "tanh")
             if slopes_ptr is not None:
-                b_distance = o_t[:, None] + (n_keys - n_queries) - o_s[None, :]
-                b_score -= tl.load(slopes_ptr) * tl.abs(b_distance).to(tl.float32)
+                b_distance = distance(o_t[:, None], o_s[None, :], n_queries, n_keys)
+                b_score -= tl.load(slopes_ptr) * b_distance
             b_p = tl.exp2(b_score * score_scale - b_lse[:, None])
             if MASK:
-                seen = (o_s < n_keys)[None, :] & (o_s[None, :] <= o_t[:, None] + offset)
-                if width is not None:
-                    seen = seen & (o_s[None, :] > o_t[:, None] + offset - width)
+                seen = (o_s < n_keys)[None, :] & near(o_t[:, None], o_s[None, :], offset, width)
                 if q_spans_ptr is not None:
                     b_segment_s = tl.load(kv_spans_ptr + o_s, mask=o_s < n_keys, other=-1)
                     seen = seen & (b_segment_t[:, None] == b_segment_s[None, :])
                 b_p = tl.where(seen, b_p, 0.0)
-            b_dscore = b_p * (b_dp - b_delta[:, None])
             if cap_scale is not None:
-                b_dscore *= b_slope
+                b_p *= b_slope
+            b_dscore = b_p * (b_dp - b_delta[:, None])
             b_dq = tl.dot(b_dscore.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
     _store_rows(dq_ptr, b_dq * scale, o_t, stride_dq_t, n_queries, head_dim, BLOCK_D)
 
@@ -393,12 +389,10 @@ def attention_backward_kv_kernel(
         if cap_scale is not None:
             b_score, b_slope = activate_with_slope(b_score * cap_scale, "tanh")
         if slopes_ptr is not None:
-            b_distance = o_t[None, :] + (n_keys - n_queries) - o_s[:, None]
-            b_score -= tl.load(slopes_ptr + member) * tl.abs(b_distance).to(tl.float32)
+            b_distance = distance(o_t[None, :], o_s[:, None], n_queries, n_keys)
+            b_score -= tl.load(slopes_ptr + member) * b_distance
         b_p = tl.exp2(b_score * score_scale - b_lse[None, :])
-        seen = o_s[:, None] <= o_t[None, :] + offset
-        if width is not None:
-            seen = seen & (o_s[:, None] > o_t[None, :] + offset - width)
+        seen = near(o_t[None, :], o_s[:, None], offset, width)
         if q_spans_ptr is not None:
             b_segment_t = tl.load(q_spans_ptr + o_t, mask=m_t, other=-1)
             seen = seen & (b_segment_s[:, None] == b_segment_t[None, :])
@@ -414,11 +408,11 @@ def attention_backward_kv_kernel(
             BLOCK_DV,
         )
         b_dv = tl.dot(b_p.to(b_dout.dtype), b_dout, b_dv, input_precision="ieee")
+        if cap_scale is not None:
+            b_p *= b_slope
         b_dp = tl.dot(b_v, tl.trans(b_dout), input_precision="ieee")
         b_delta = tl.load(delta_ptr + member * n_queries + o_t, mask=m_t, other=0.0)
         b_dscore = b_p * (b_dp - b_delta[None, :])
-        if cap_scale is not None:
-            b_dscore *= b_slope
         b_dk = tl.dot(b_dscore.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
     _store_rows(dk_ptr, b_dk * scale, o_s, stride_dk_s, n_keys, head_dim, BLOCK_D)
     _store_rows(dv_ptr, b_dv, o_s, stride_dv_s, n_keys, head_dim_v, BLOCK_DV)

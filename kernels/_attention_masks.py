@@ -116,25 +116,26 @@ def key_bounds(
 ):
     """(first, whole_first, whole_end, end) of a query block; all but the end whole blocks of keys.
 
-    Queries past the last one count as if they were there, in no segment: they can only add masks.
+    A window counts the block's queries past the last one too: they can only call for masks.
     """
     first = 0
     whole_first = 0
     whole_end = tl.minimum(n_keys, start_t + offset + 1)
-    end = tl.minimum(n_keys, start_t + BLOCK_T + offset)
     if width is not None:
         first = tl.maximum(start_t + offset + 1 - width, 0)
         whole_first = tl.maximum(start_t + BLOCK_T + offset - width, 0)
+    m_t = o_t < n_queries
     if q_spans_ptr is not None:
-        m_t = o_t < n_queries
         b_first = tl.load(q_spans_ptr + o_t, mask=m_t, other=0)
-        b_end = tl.load(q_spans_ptr + n_queries + o_t, mask=m_t, other=0)
         b_unbroken = tl.load(q_spans_ptr + 2 * n_queries + o_t, mask=m_t, other=n_keys)
         first = tl.maximum(first, tl.min(tl.where(m_t, b_first, n_keys), 0))
         whole_first = tl.maximum(whole_first, tl.max(b_first, 0))
         whole_end = tl.minimum(whole_end, tl.min(b_unbroken, 0))
-        end = tl.minimum(end, tl.max(b_end, 0))
     whole_end = tl.maximum(whole_end, 0) // BLOCK_S * BLOCK_S
+    end = tl.minimum(n_keys, start_t + BLOCK_T + offset)
+    if q_spans_ptr is not None:
+        b_end = tl.load(q_spans_ptr + n_queries + o_t, mask=m_t, other=0)
+        end = tl.minimum(end, tl.max(b_end, 0))
     if width is not None or q_spans_ptr is not None:
         first = first // BLOCK_S * BLOCK_S
         whole_first = tl.cdiv(whole_first, BLOCK_S) * BLOCK_S
@@ -166,3 +167,18 @@ def query_bounds(
         first = tl.maximum(first, tl.min(b_first, 0))
         end = tl.minimum(end, tl.max(b_end, 0))
     return first // BLOCK_T * BLOCK_T, end
+
+
+@jit
+def near(o_t, o_s, offset, width):
+    """offset - width < o_s - o_t <= offset; a column and a row, whichever way around."""
+    if width is None:
+        return o_s <= o_t + offset
+    else:  # both sides in one comparison: what is below 0 is large without a sign
+        return (o_t + offset - o_s).to(tl.uint32) < tl.cast(width, tl.uint32)
+
+
+@jit
+def distance(o_t, o_s, n_queries, n_keys):
+    """fp32, how far a key stands from its query; cast before they meet in a tile of numbers."""
+    return tl.abs((o_t + n_keys - n_queries).to(tl.float32) - o_s.to(tl.float32))

@@ -1,5 +1,6 @@
 """How the attention kernels cut their work, by kernel, chip, number type and head dimension."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from ._runtime import next_power_of_2
@@ -76,13 +77,32 @@ TILES = {
 }
 
 
+# Options whose masks and scores take more registers than those tiles leave, and the tiles then. On
+# sm_100 all options take the "small" ones.
+OPTIONS = frozenset({"alibi", "segments", "window", "softcap"})
+WITH_OPTIONS = {
+    ("forward", "small", 32): (OPTIONS, Tiles(128, 64, 8, 3)),
+    ("forward", "small", 64): (OPTIONS, Tiles(128, 64, 8, 3)),
+    ("backward_q", "fp32", 128): (OPTIONS, Tiles(32, 16, 8, 2)),
+    ("backward_kv", "fp32", 64): (OPTIONS, Tiles(32, 32, 8, 2)),
+    ("backward_kv", "large", 256): ({"alibi"}, Tiles(16, 64, 8, 2)),
+}
+
+
 def block_d(head_dim: int) -> int:
     return max(32, next_power_of_2(head_dim))
 
 
-def choose(kernel: str, head_dim: int, dtype: str, capability: int) -> Tiles:
+def choose(
+    kernel: str, head_dim: int, dtype: str, capability: int, options: Collection[str]
+) -> Tiles:
+    """The tiles of a kernel that is asked for these options, others than of OPTIONS ignored."""
+    used = OPTIONS.intersection(options)
     if dtype == "fp32" and capability:
         chip = "fp32"
     else:
-        chip = "large" if capability in (90, 100, 103) else "small"
-    return TILES[kernel, chip][block_d(head_dim)]
+        large = capability == 90 or (capability in (100, 103) and not used)
+        chip = "large" if large else "small"
+    block = block_d(head_dim)
+    callers, tiles = WITH_OPTIONS.get((kernel, chip, block), ((), None))
+    return tiles if tiles and used.intersection(callers) else TILES[kernel, chip][block]

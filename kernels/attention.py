@@ -126,7 +126,7 @@ def _specialization(
     head_dim_v: int | None = None,
 ) -> Specialization:
     widest = max(head_dim, head_dim_v or 0)
-    tiles = choose(name, widest, dtype, capability)
+    tiles = choose(name, widest, dtype, capability, options)
     unused = {x for option, xs in OPTIONS.items() if option not in options for x in xs}
     if head_dim_v is None:
         unused.add("head_dim_v")
@@ -159,8 +159,8 @@ def _specialization(
 
 def specializations(capability: int) -> Iterator[Specialization]:
     """Every way in which the launchers below can compile the kernels without options, and a cover
-    of those with: all at once (the most registers) at every head dimension, each alone at one, as
-    a feature alone leaves out branches of the others, and values of other dimensions than keys.
+    of those with: all at once (the most registers) at every head dimension, each alone at one
+    (what it leaves out), and values wider and narrower than keys.
 
     fp16 takes bf16's tiles and the same instructions but for the type, so it is here once.
     """
@@ -172,11 +172,10 @@ def specializations(capability: int) -> Iterator[Specialization]:
                 yield _specialization(name, block, dtype, capability, OPTIONS)
         yield _specialization(name, 64, "fp16", capability)
         arguments = inspect.signature(KERNELS[name].fn).parameters
-        for option, needed in OPTIONS.items():
-            if needed[0] in arguments:
+        for option, (needed, *_) in OPTIONS.items():
+            if needed in arguments:
                 yield _specialization(name, 128, "bf16", capability, [option])
-        for head_dim, head_dim_v in ((192, 128), (64, 256), (32, 48)):
-            yield _specialization(name, head_dim, "bf16", capability, head_dim_v=head_dim_v)
+        yield _specialization(name, 64, "bf16", capability, head_dim_v=256)
         yield _specialization(name, 192, "bf16", capability, OPTIONS, head_dim_v=128)
 
 
@@ -218,6 +217,13 @@ class Scores:
     softcap: float | None
     scale: float
 
+    @property
+    def options(self) -> list[str]:
+        values = dict(
+            alibi=self.slopes, segments=self.q_spans, window=self.window, softcap=self.softcap
+        )
+        return [name for name, value in values.items() if value is not None]
+
 
 def _launch(
     name: str,
@@ -235,7 +241,8 @@ def _launch(
     )
     device, head_dim_v = like[0].device, v_shape[3]
     dtype = TRITON_TYPE[like[0].dtype]
-    tiles = choose(name, max(head_dim, head_dim_v), dtype, capability(device))
+    widest = max(head_dim, head_dim_v)
+    tiles = choose(name, widest, dtype, capability(device), scores.options)
     offset, width = diagonal(n_queries, n_keys, scores.causal, scores.window)
     # A score is unit · (tanh(cap_scale · q · k) or q · k - slope · distance), slopes in that unit.
     unit = scores.scale if scores.softcap is None else scores.softcap

@@ -267,7 +267,7 @@ def configurations(draw):
     return sizes, draw(st.integers(1, 40)), options
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(configurations(), st.integers(0, 2**32))
 def test_any_configuration(configuration, seed):
     (*sizes, head_dim), head_dim_v, options = configuration
