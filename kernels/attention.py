@@ -13,452 +13,135 @@ Shapes: B batch, Hq query heads, Hkv key/value heads, T queries, S keys, D head 
 
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal, overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ._attention_kernels import (
+    attention_backward_kv_kernel,
+    attention_backward_q_kernel,
+    attention_forward_kernel,
+)
+from ._attention_masks import (
+    Segments,
+    diagonal,
+    distances,
+    packed_segments,
+    packed_spans,
+    spans,
+    visible,
+)
+from ._attention_tiles import Tiles, block_d, choose
 from ._runtime import (
     TRITON_TYPE,
     Specialization,
     autocast,
     capability,
     cdiv,
-    jit,
-    next_power_of_2,
-    tl,
     use_triton,
 )
 
 MAX_HEAD_DIM = 256
 CPU_SCORES = 512 * 512  # on a CPU, queries × keys up to which bf16 scores are kept in memory
-LOG2_E = math.log2(math.e)
+LOG2_E, LN_2 = math.log2(math.e), math.log(2)
 
 
 def attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool = True, scale: float | None = None
-) -> Tensor:
-    """The definition, computed in fp32 (fp64 stays fp64) and returned in q's dtype."""
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool = True,
+    scale: float | None = None,
+    *,
+    window: int | None = None,
+    segment_ids: Segments | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The definition, computed in fp32 (fp64 stays fp64); out is returned in q's dtype."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    group = q.shape[1] // k.shape[1]
+    group, n_queries, n_keys = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
     keys, values = (x.to(wide).repeat_interleave(group, 1) for x in (k, v))
     scores = q.to(wide) @ keys.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
-    n_queries, n_keys = scores.shape[-2:]
-    hidden = torch.zeros(n_queries, n_keys, dtype=torch.bool, device=q.device)
-    if causal:
-        hidden = ~hidden.logical_not().tril(n_keys - n_queries)
-    weights = scores.masked_fill(hidden, -math.inf).softmax(-1).masked_fill(hidden, 0.0)
-    return (weights @ values).to(q.dtype)
-
-
-# In the kernels a query block and a key block meet in a tile (BLOCK_T, BLOCK_S). Query i sees the
-# keys j <= i + offset: offset is S - T where attention is causal (the last query sees the last key)
-# and S where every key is seen. Tiles that are seen whole take the pass without a mask.
-# Log-sum-exps are to base 2, of scores times log2(e).
-
-
-@jit
-def _load_rows(
-    ptr,
-    o_row,
-    stride,
-    n_rows,
-    head_dim,
-    MASK_ROWS: tl.constexpr,
-    MASK_D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    o_d = tl.arange(0, BLOCK_D)
-    pointers = ptr + o_row.to(tl.int64)[:, None] * stride + o_d[None, :]
-    if MASK_ROWS and MASK_D:
-        mask = (o_row < n_rows)[:, None] & (o_d < head_dim)[None, :]
-        return tl.load(pointers, mask=mask, other=0.0)
-    elif MASK_ROWS:
-        return tl.load(pointers, mask=(o_row < n_rows)[:, None], other=0.0)
-    elif MASK_D:
-        return tl.load(pointers, mask=(o_d < head_dim)[None, :], other=0.0)
-    else:
-        return tl.load(pointers)
-
-
-@jit
-def _store_rows(ptr, block, o_row, stride, n_rows, head_dim, BLOCK_D: tl.constexpr):
-    o_d = tl.arange(0, BLOCK_D)
-    pointers = ptr + o_row.to(tl.int64)[:, None] * stride + o_d[None, :]
-    mask = (o_row < n_rows)[:, None] & (o_d < head_dim)[None, :]
-    tl.store(pointers, block.to(ptr.dtype.element_ty), mask=mask)
-
-
-@jit(do_not_specialize=["n_heads", "group", "n_queries", "n_keys", "offset"])
-def _attention_forward_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    out_ptr,
-    lse_ptr,
-    stride_q_b,
-    stride_q_h,
-    stride_q_t,
-    stride_k_b,
-    stride_k_h,
-    stride_k_s,
-    stride_v_b,
-    stride_v_h,
-    stride_v_s,
-    stride_out_b,
-    stride_out_h,
-    stride_out_t,
-    n_heads,
-    group,
-    n_queries,
-    n_keys,
-    offset,
-    head_dim,
-    score_scale,
-    MASK_D: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    n_blocks = tl.cdiv(n_queries, BLOCK_T)
-    i_head = tl.program_id(0) // n_blocks
-    # The last queries see the most keys: they start first, so that no long one ends alone.
-    start_t = (n_blocks - 1 - tl.program_id(0) % n_blocks) * BLOCK_T
-    i_b = (i_head // n_heads).to(tl.int64)
-    i_h = (i_head % n_heads).to(tl.int64)
-    q_ptr += i_b * stride_q_b + i_h * stride_q_h
-    k_ptr += i_b * stride_k_b + i_h // group * stride_k_h
-    v_ptr += i_b * stride_v_b + i_h // group * stride_v_h
-    out_ptr += i_b * stride_out_b + i_h * stride_out_h
-    lse_ptr += i_head.to(tl.int64) * n_queries
-
-    o_t = start_t + tl.arange(0, BLOCK_T)
-    b_q = _load_rows(q_ptr, o_t, stride_q_t, n_queries, head_dim, True, MASK_D, BLOCK_D)
-    b_out = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
-    b_sum = tl.zeros((BLOCK_T,), dtype=tl.float32)
-    # Finite, so that a row that sees no key has exp2(-inf - b_max) = 0 and never inf - inf.
-    b_max = tl.zeros((BLOCK_T,), dtype=tl.float32) - 1e30
-    whole = tl.maximum(tl.minimum(n_keys, start_t + offset + 1), 0) // BLOCK_S * BLOCK_S
-    seen_end = tl.minimum(n_keys, start_t + BLOCK_T + offset)
-    for MASK in tl.static_range(2):
-        if MASK:
-            first, last = whole, seen_end
-        else:
-            first, last = 0, whole
-        for start_s in range(first, last, BLOCK_S):
-            o_s = start_s + tl.arange(0, BLOCK_S)
-            b_k = _load_rows(k_ptr, o_s, stride_k_s, n_keys, head_dim, MASK, MASK_D, BLOCK_D)
-            b_score = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
-            if MASK:
-                seen = (o_s < n_keys)[None, :] & (o_s[None, :] <= o_t[:, None] + offset)
-                b_score = tl.where(seen, b_score, float("-inf"))
-            new_max = tl.maximum(b_max, tl.max(b_score, 1) * score_scale)
-            b_p = tl.exp2(b_score * score_scale - new_max[:, None])
-            shrink = tl.exp2(b_max - new_max)
-            b_sum = b_sum * shrink + tl.sum(b_p, 1)
-            b_out = b_out * shrink[:, None]
-            b_v = _load_rows(v_ptr, o_s, stride_v_s, n_keys, head_dim, MASK, MASK_D, BLOCK_D)
-            b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out, input_precision="ieee")
-            b_max = new_max
-    divisor = tl.where(b_sum == 0.0, 1.0, b_sum)
-    b_out = b_out / divisor[:, None]
-    _store_rows(out_ptr, b_out, o_t, stride_out_t, n_queries, head_dim, BLOCK_D)
-    b_lse = tl.where(b_sum == 0.0, float("-inf"), b_max + tl.log2(divisor))
-    tl.store(lse_ptr + o_t, b_lse, mask=o_t < n_queries)
-
-
-@jit(do_not_specialize=["n_heads", "group", "n_queries", "n_keys", "offset"])
-def _attention_backward_q_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    out_ptr,
-    dout_ptr,
-    dq_ptr,
-    lse_ptr,
-    delta_ptr,
-    stride_q_b,
-    stride_q_h,
-    stride_q_t,
-    stride_k_b,
-    stride_k_h,
-    stride_k_s,
-    stride_v_b,
-    stride_v_h,
-    stride_v_s,
-    stride_out_b,
-    stride_out_h,
-    stride_out_t,
-    stride_dout_b,
-    stride_dout_h,
-    stride_dout_t,
-    stride_dq_b,
-    stride_dq_h,
-    stride_dq_t,
-    n_heads,
-    group,
-    n_queries,
-    n_keys,
-    offset,
-    head_dim,
-    scale,
-    score_scale,
-    MASK_D: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    n_blocks = tl.cdiv(n_queries, BLOCK_T)
-    i_head = tl.program_id(0) // n_blocks
-    start_t = (n_blocks - 1 - tl.program_id(0) % n_blocks) * BLOCK_T
-    i_b = (i_head // n_heads).to(tl.int64)
-    i_h = (i_head % n_heads).to(tl.int64)
-    q_ptr += i_b * stride_q_b + i_h * stride_q_h
-    k_ptr += i_b * stride_k_b + i_h // group * stride_k_h
-    v_ptr += i_b * stride_v_b + i_h // group * stride_v_h
-    out_ptr += i_b * stride_out_b + i_h * stride_out_h
-    dout_ptr += i_b * stride_dout_b + i_h * stride_dout_h
-    dq_ptr += i_b * stride_dq_b + i_h * stride_dq_h
-    lse_ptr += i_head.to(tl.int64) * n_queries
-    delta_ptr += i_head.to(tl.int64) * n_queries
-
-    o_t = start_t + tl.arange(0, BLOCK_T)
-    b_q = _load_rows(q_ptr, o_t, stride_q_t, n_queries, head_dim, True, MASK_D, BLOCK_D)
-    b_dout = _load_rows(dout_ptr, o_t, stride_dout_t, n_queries, head_dim, True, MASK_D, BLOCK_D)
-    b_out = _load_rows(out_ptr, o_t, stride_out_t, n_queries, head_dim, True, MASK_D, BLOCK_D)
-    # The softmax's inner product sum_j p_ij dp_ij, which equals dout_i · out_i.
-    b_delta = tl.sum(b_out.to(tl.float32) * b_dout.to(tl.float32), 1)
-    tl.store(delta_ptr + o_t, b_delta, mask=o_t < n_queries)
-    b_lse = tl.load(lse_ptr + o_t, mask=o_t < n_queries, other=0.0)
-    b_dq = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
-    whole = tl.maximum(tl.minimum(n_keys, start_t + offset + 1), 0) // BLOCK_S * BLOCK_S
-    seen_end = tl.minimum(n_keys, start_t + BLOCK_T + offset)
-    for MASK in tl.static_range(2):
-        if MASK:
-            first, last = whole, seen_end
-        else:
-            first, last = 0, whole
-        for start_s in range(first, last, BLOCK_S):
-            o_s = start_s + tl.arange(0, BLOCK_S)
-            b_k = _load_rows(k_ptr, o_s, stride_k_s, n_keys, head_dim, MASK, MASK_D, BLOCK_D)
-            b_v = _load_rows(v_ptr, o_s, stride_v_s, n_keys, head_dim, MASK, MASK_D, BLOCK_D)
-            b_score = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
-            b_dp = tl.dot(b_dout, tl.trans(b_v), input_precision="ieee")
-            b_p = tl.exp2(b_score * score_scale - b_lse[:, None])
-            if MASK:
-                seen = (o_s < n_keys)[None, :] & (o_s[None, :] <= o_t[:, None] + offset)
-                b_p = tl.where(seen, b_p, 0.0)
-            b_dscore = b_p * (b_dp - b_delta[:, None])
-            b_dq = tl.dot(b_dscore.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
-    _store_rows(dq_ptr, b_dq * scale, o_t, stride_dq_t, n_queries, head_dim, BLOCK_D)
-
-
-@jit(do_not_specialize=["n_heads", "group", "n_queries", "n_keys", "offset"])
-def _attention_backward_kv_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    dout_ptr,
-    dk_ptr,
-    dv_ptr,
-    lse_ptr,
-    delta_ptr,
-    stride_q_b,
-    stride_q_h,
-    stride_q_t,
-    stride_k_b,
-    stride_k_h,
-    stride_k_s,
-    stride_v_b,
-    stride_v_h,
-    stride_v_s,
-    stride_dout_b,
-    stride_dout_h,
-    stride_dout_t,
-    stride_dk_b,
-    stride_dk_h,
-    stride_dk_s,
-    stride_dv_b,
-    stride_dv_h,
-    stride_dv_s,
-    n_heads,
-    group,
-    n_queries,
-    n_keys,
-    offset,
-    head_dim,
-    scale,
-    score_scale,
-    MASK_D: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    n_blocks = tl.cdiv(n_keys, BLOCK_S)
-    n_kv_heads = n_heads // group
-    i_head = tl.program_id(0) // n_blocks
-    start_s = tl.program_id(0) % n_blocks * BLOCK_S  # the first keys are seen most: longest first
-    i_b = (i_head // n_kv_heads).to(tl.int64)
-    i_h = (i_head % n_kv_heads).to(tl.int64)
-    k_ptr += i_b * stride_k_b + i_h * stride_k_h
-    v_ptr += i_b * stride_v_b + i_h * stride_v_h
-    dk_ptr += i_b * stride_dk_b + i_h * stride_dk_h
-    dv_ptr += i_b * stride_dv_b + i_h * stride_dv_h
-    q_ptr += i_b * stride_q_b + i_h * group * stride_q_h
-    dout_ptr += i_b * stride_dout_b + i_h * group * stride_dout_h
-    lse_ptr += (i_b * n_heads + i_h * group) * n_queries
-    delta_ptr += (i_b * n_heads + i_h * group) * n_queries
-
-    o_s = start_s + tl.arange(0, BLOCK_S)
-    b_k = _load_rows(k_ptr, o_s, stride_k_s, n_keys, head_dim, True, MASK_D, BLOCK_D)
-    b_v = _load_rows(v_ptr, o_s, stride_v_s, n_keys, head_dim, True, MASK_D, BLOCK_D)
-    b_dk = tl.zeros((BLOCK_S, BLOCK_D), dtype=tl.float32)
-    b_dv = tl.zeros((BLOCK_S, BLOCK_D), dtype=tl.float32)
-    # One loop over the group's heads and their queries, every tile masked: two passes, or a loop
-    # in a loop, hold more live registers than there are (D = 128: 296 bytes of stack).
-    first = tl.maximum(start_s - offset, 0) // BLOCK_T * BLOCK_T
-    n_steps = tl.cdiv(tl.maximum(n_queries - first, 0), BLOCK_T)
-    for step in range(0, group * n_steps):
-        member = (step // n_steps).to(tl.int64)
-        o_t = first + step % n_steps * BLOCK_T + tl.arange(0, BLOCK_T)
-        m_t = o_t < n_queries
-        b_q = _load_rows(
-            q_ptr + member * stride_q_h,
-            o_t,
-            stride_q_t,
-            n_queries,
-            head_dim,
-            True,
-            MASK_D,
-            BLOCK_D,
-        )
-        # Past the last query lse = inf makes every weight 0.
-        b_lse = tl.load(lse_ptr + member * n_queries + o_t, mask=m_t, other=float("inf"))
-        b_score = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
-        b_p = tl.exp2(b_score * score_scale - b_lse[None, :])
-        b_p = tl.where(o_s[:, None] <= o_t[None, :] + offset, b_p, 0.0)
-        b_dout = _load_rows(
-            dout_ptr + member * stride_dout_h,
-            o_t,
-            stride_dout_t,
-            n_queries,
-            head_dim,
-            True,
-            MASK_D,
-            BLOCK_D,
-        )
-        b_dv = tl.dot(b_p.to(b_dout.dtype), b_dout, b_dv, input_precision="ieee")
-        b_dp = tl.dot(b_v, tl.trans(b_dout), input_precision="ieee")
-        b_delta = tl.load(delta_ptr + member * n_queries + o_t, mask=m_t, other=0.0)
-        b_dscore = b_p * (b_dp - b_delta[None, :])
-        b_dk = tl.dot(b_dscore.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
-    _store_rows(dk_ptr, b_dk * scale, o_s, stride_dk_s, n_keys, head_dim, BLOCK_D)
-    _store_rows(dv_ptr, b_dv, o_s, stride_dv_s, n_keys, head_dim, BLOCK_D)
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """How a kernel cuts its work: queries and keys in a tile, warps, and stages of the pipeline."""
-
-    block_t: int
-    block_s: int
-    num_warps: int
-    num_stages: int
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if alibi_slopes is not None:
+        distance = distances(n_queries, n_keys, q.device).abs()
+        scores = scores - alibi_slopes.to(wide)[:, None, None] * distance
+    hidden = ~visible(n_queries, n_keys, causal, window, segment_ids, q.device)
+    scores = scores.masked_fill(hidden, -math.inf)
+    if sinks is not None:
+        sink = sinks.to(wide)[:, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sink], -1)
+    weights = scores.softmax(-1)[..., :n_keys].masked_fill(hidden, 0.0)
+    out = (weights @ values).to(q.dtype)
+    return (out, scores.logsumexp(-1)) if return_lse else out
 
 
 KERNELS = {
-    "forward": _attention_forward_kernel,
-    "backward_q": _attention_backward_q_kernel,
-    "backward_kv": _attention_backward_kv_kernel,
-}
-
-# By kernel and chip, then by padded head dimension. "large" is for 227 KB of shared memory (sm_90,
-# sm_100), "small" for 99 KB, which all others and the interpreter have; "fp32" is for IEEE
-# products, which no matrix unit makes. None spills more than 56 bytes a thread.
-TILES = {
-    ("forward", "large"): {
-        32: Tiles(128, 128, 8, 3),
-        64: Tiles(128, 128, 8, 3),
-        128: Tiles(128, 128, 8, 2),
-        256: Tiles(128, 64, 8, 2),
-    },
-    ("forward", "small"): {
-        32: Tiles(128, 64, 4, 3),
-        64: Tiles(128, 64, 4, 3),
-        128: Tiles(128, 64, 8, 2),
-        256: Tiles(64, 32, 8, 2),
-    },
-    ("forward", "fp32"): {
-        32: Tiles(64, 64, 8, 2),
-        64: Tiles(64, 32, 8, 2),
-        128: Tiles(32, 16, 8, 1),
-        256: Tiles(16, 16, 8, 2),
-    },
-    ("backward_q", "large"): {
-        32: Tiles(128, 128, 8, 2),
-        64: Tiles(128, 128, 8, 2),
-        128: Tiles(128, 64, 8, 3),
-        256: Tiles(64, 32, 8, 2),
-    },
-    ("backward_q", "small"): {
-        32: Tiles(128, 64, 8, 2),
-        64: Tiles(128, 64, 8, 2),
-        128: Tiles(64, 64, 8, 2),
-        256: Tiles(32, 32, 8, 2),
-    },
-    ("backward_q", "fp32"): {
-        32: Tiles(64, 32, 8, 2),
-        64: Tiles(64, 32, 8, 2),
-        128: Tiles(32, 16, 4, 2),
-        256: Tiles(16, 16, 8, 2),
-    },
-    ("backward_kv", "large"): {
-        32: Tiles(64, 128, 8, 3),
-        64: Tiles(64, 128, 8, 3),
-        128: Tiles(64, 128, 8, 2),
-        256: Tiles(32, 64, 8, 2),
-    },
-    ("backward_kv", "small"): {
-        32: Tiles(64, 128, 8, 2),
-        64: Tiles(64, 128, 8, 2),
-        128: Tiles(64, 64, 8, 2),
-        256: Tiles(32, 32, 8, 1),
-    },
-    ("backward_kv", "fp32"): {
-        32: Tiles(32, 32, 4, 1),
-        64: Tiles(32, 64, 8, 1),
-        128: Tiles(32, 32, 8, 2),
-        256: Tiles(16, 16, 8, 1),
-    },
+    "forward": attention_forward_kernel,
+    "backward_q": attention_backward_q_kernel,
+    "backward_kv": attention_backward_kv_kernel,
 }
 
 
-def _block_d(head_dim: int) -> int:
-    return max(32, next_power_of_2(head_dim))
+def _masks(head_dim: int, dtype: str) -> bool:
+    return head_dim != block_d(head_dim) or dtype == "fp32"  # fp32: slow enough for one variant
 
 
-def _tiles(kernel: str, head_dim: int, dtype: str, capability: int) -> Tiles:
-    if dtype == "fp32" and capability:
-        chip = "fp32"
-    else:
-        chip = "large" if capability in (90, 100, 103) else "small"
-    return TILES[kernel, chip][_block_d(head_dim)]
+def _constants(head_dim: int, head_dim_v: int, dtype: str, tiles: Tiles) -> dict[str, Any]:
+    return dict(
+        MASK_D=_masks(head_dim, dtype),
+        MASK_DV=_masks(head_dim_v, dtype),
+        BLOCK_T=tiles.block_t,
+        BLOCK_S=tiles.block_s,
+        BLOCK_D=block_d(head_dim),
+        BLOCK_DV=block_d(head_dim_v),
+    )
 
 
-def _masks_head_dim(head_dim: int, dtype: str) -> bool:
-    return head_dim != _block_d(head_dim) or dtype == "fp32"  # fp32: slow enough for one variant
+# The arguments of each feature; they are None where it is not used.
+OPTIONS = dict(
+    sinks=["sinks_ptr"],
+    lse=["dlse_ptr"],
+    alibi=["slopes_ptr"],
+    segments=["q_spans_ptr", "kv_spans_ptr"],
+    window=["width"],
+    softcap=["cap_scale"],
+)
 
 
-def _specialization(name: str, head_dim: int, dtype: str, capability: int) -> Specialization:
-    tiles = _tiles(name, head_dim, dtype, capability)
+def _specialization(
+    name: str,
+    head_dim: int,
+    dtype: str,
+    capability: int,
+    options: Collection[str] = (),
+    head_dim_v: int | None = None,
+) -> Specialization:
+    widest = max(head_dim, head_dim_v or 0)
+    tiles = choose(name, widest, dtype, capability, options)
+    unused = {x for option, xs in OPTIONS.items() if option not in options for x in xs}
+    if head_dim_v is None:
+        unused.add("head_dim_v")
     signature = {}
+    constants = _constants(head_dim, head_dim_v or head_dim, dtype, tiles)
     for argument in inspect.signature(KERNELS[name].fn).parameters:
-        if argument in ("lse_ptr", "delta_ptr"):
+        if argument in unused:
+            constants[argument] = None
+        elif argument in ("lse_ptr", "delta_ptr", "dlse_ptr", "sinks_ptr", "slopes_ptr"):
             signature[argument] = "*fp32:16"
+        elif argument.endswith("spans_ptr"):
+            signature[argument] = "*i32:16"
         elif argument.endswith("_ptr"):
             signature[argument] = f"*{dtype}:16"
-        elif argument.startswith("stride") or argument == "head_dim":
+        elif argument.startswith(("stride", "head_dim")):
             signature[argument] = "i32:16"
         elif argument.endswith("scale"):
             signature[argument] = "fp32"
@@ -467,12 +150,7 @@ def _specialization(name: str, head_dim: int, dtype: str, capability: int) -> Sp
     return Specialization(
         KERNELS[name],
         signature,
-        dict(
-            MASK_D=_masks_head_dim(head_dim, dtype),
-            BLOCK_T=tiles.block_t,
-            BLOCK_S=tiles.block_s,
-            BLOCK_D=_block_d(head_dim),
-        ),
+        constants,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         matrix=dtype != "fp32",  # IEEE products of fp32 take no matrix unit
@@ -480,15 +158,25 @@ def _specialization(name: str, head_dim: int, dtype: str, capability: int) -> Sp
 
 
 def specializations(capability: int) -> Iterator[Specialization]:
-    """Every way in which the launchers below can compile the kernels.
+    """Every way in which the launchers below can compile the kernels without options, and a cover
+    of those with: all at once (the most registers) at every head dimension, each alone at one
+    (what it leaves out), and values wider and narrower than keys.
 
     fp16 takes bf16's tiles and the same instructions but for the type, so it is here once.
     """
     for name in KERNELS:
-        for block_d in (32, 64, 128, 256):
-            for dtype, head_dim in (("bf16", block_d), ("bf16", block_d - 16), ("fp32", block_d)):
+        for block in (32, 64, 128, 256):
+            for dtype, head_dim in (("bf16", block), ("bf16", block - 16), ("fp32", block)):
                 yield _specialization(name, head_dim, dtype, capability)
+            for dtype in ("bf16", "fp32"):
+                yield _specialization(name, block, dtype, capability, OPTIONS)
         yield _specialization(name, 64, "fp16", capability)
+        arguments = inspect.signature(KERNELS[name].fn).parameters
+        for option, (needed, *_) in OPTIONS.items():
+            if needed in arguments:
+                yield _specialization(name, 128, "bf16", capability, [option])
+        yield _specialization(name, 64, "bf16", capability, head_dim_v=256)
+        yield _specialization(name, 192, "bf16", capability, OPTIONS, head_dim_v=128)
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -499,8 +187,13 @@ def _aligned(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def _like(x: Tensor) -> Tensor:
+def _like(x: Tensor, head_dim: int | None = None) -> Tensor:
     """Empty, in x's layout if that has the last dimension innermost, else contiguous."""
+    if head_dim not in (None, x.shape[-1]):
+        batch, n_heads, length, _ = x.shape
+        if x.transpose(1, 2).is_contiguous():
+            return x.new_empty(batch, length, n_heads, head_dim).transpose(1, 2)
+        return x.new_empty(batch, n_heads, length, head_dim)
     y = torch.empty_like(x)
     contiguous = torch.contiguous_format
     return y if y.stride(-1) == 1 else torch.empty_like(x, memory_format=contiguous)
@@ -512,23 +205,47 @@ def _strides(x: Tensor) -> tuple[int, ...]:
     return tuple(stride if size > 1 else 0 for size, stride in sizes_strides)
 
 
+@dataclass(frozen=True)
+class Scores:
+    """How a query and a key make a score, and which keys a query sees."""
+
+    slopes: Tensor | None  # (Hq,)
+    q_spans: Tensor | None  # of _attention_masks.spans
+    kv_spans: Tensor | None
+    causal: bool
+    window: int | None
+    softcap: float | None
+    scale: float
+
+    @property
+    def options(self) -> list[str]:
+        values = dict(
+            alibi=self.slopes, segments=self.q_spans, window=self.window, softcap=self.softcap
+        )
+        return [name for name, value in values.items() if value is not None]
+
+
 def _launch(
     name: str,
     tensors: list[Tensor],
-    rows: list[Tensor],
-    q: Tensor,
-    k: Tensor,
-    causal: bool,
-    scales: list[float],
+    rows: Sequence[Tensor | None],
+    like: tuple[Tensor, Tensor, Tensor],
+    scores: Scores,
 ) -> None:
-    """Run one kernel on `tensors` (B, H, length, D) and `rows` (B, Hq, T).
+    """Run one kernel on `tensors` (B, H, length, D) and `rows` (B, Hq, T), sized as q, k and v.
 
     There is a program for each block of queries, or of keys in "backward_kv", of each head.
     """
-    batch, n_heads, n_queries, head_dim = q.shape
-    n_kv_heads, n_keys = k.shape[1:3]
-    dtype = TRITON_TYPE[q.dtype]
-    tiles = _tiles(name, head_dim, dtype, capability(q.device))
+    (batch, n_heads, n_queries, head_dim), (_, n_kv_heads, n_keys, _), v_shape = (
+        x.shape for x in like
+    )
+    device, head_dim_v = like[0].device, v_shape[3]
+    dtype = TRITON_TYPE[like[0].dtype]
+    widest = max(head_dim, head_dim_v)
+    tiles = choose(name, widest, dtype, capability(device), scores.options)
+    offset, width = diagonal(n_queries, n_keys, scores.causal, scores.window)
+    # A score is unit · (tanh(cap_scale · q · k) or q · k - slope · distance), slopes in that unit.
+    unit = scores.scale if scores.softcap is None else scores.softcap
     if name == "backward_kv":
         n_programs = cdiv(n_keys, tiles.block_s) * batch * n_kv_heads
     else:
@@ -542,13 +259,17 @@ def _launch(
             n_heads // n_kv_heads,
             n_queries,
             n_keys,
-            n_keys - n_queries if causal else n_keys,
+            offset,
             head_dim,
-            *scales,
-            MASK_D=_masks_head_dim(head_dim, dtype),
-            BLOCK_T=tiles.block_t,
-            BLOCK_S=tiles.block_s,
-            BLOCK_D=_block_d(head_dim),
+            None if head_dim_v == head_dim else head_dim_v,
+            *([] if name == "forward" else [scores.scale]),
+            unit * LOG2_E,
+            None if scores.softcap is None else scores.scale / scores.softcap,
+            None if scores.slopes is None else scores.slopes / unit,
+            scores.q_spans,
+            scores.kv_spans,
+            width,
+            **_constants(head_dim, head_dim_v, dtype, tiles),
             num_warps=tiles.num_warps,
             num_stages=tiles.num_stages,
         )
@@ -556,75 +277,116 @@ def _launch(
 
 @torch.library.custom_op("ponder::attention", mutates_args=())
 def _attention(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    slopes: Tensor | None,
+    q_spans: Tensor | None,
+    kv_spans: Tensor | None,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """(out in q's layout, log-sum-exp to base 2 (B, Hq, T)); D is a multiple of 16."""
-    out = _like(q)
+    """(out in q's layout, log-sum-exp to base 2 (B, Hq, T)); all D are multiples of 16."""
+    out = _like(q, v.shape[-1])
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
-    _launch("forward", [q, k, v, out], [lse], q, k, causal, [scale * LOG2_E])
+    rows = [lse, None if sinks is None else sinks * LOG2_E]
+    scores = Scores(slopes, q_spans, kv_spans, causal, window, softcap, scale)
+    _launch("forward", [q, k, v, out], rows, (q, k, v), scores)
     return out, lse
 
 
 @_attention.register_fake
-def _(q, k, v, causal, scale):
-    return _like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+def _(q, k, v, *_):
+    return _like(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op("ponder::attention_backward", mutates_args=())
 def _attention_backward(
     dout: Tensor,
+    dlse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    slopes: Tensor | None,
+    q_spans: Tensor | None,
+    kv_spans: Tensor | None,
     causal: bool,
+    window: int | None,
+    softcap: float | None,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv); out, log-sum-exp and the rest are as the forward had them."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dk, dv, delta); out, log-sum-exp and the rest are as the forward had them.
+
+    dlse is the gradient of the log-sum-exp to base 2. delta (B, Hq, T) is what every key's dp
+    falls by in dscore = p (dp - delta): dout · out - dlse · log2(e).
+    """
     dq, dk, dv = _like(q), _like(k), _like(v)
-    delta = torch.empty_like(lse)  # dout · out of each row: the first kernel writes it
+    delta = torch.empty_like(lse)  # the first kernel writes it
+    dlse = None if dlse is None else (dlse * LOG2_E).contiguous()
     dout, q, k, v, out = (_aligned(x) for x in (dout, q, k, v, out))
-    scales = [scale, scale * LOG2_E]
-    _launch("backward_q", [q, k, v, out, dout, dq], [lse, delta], q, k, causal, scales)
-    _launch("backward_kv", [q, k, v, dout, dk, dv], [lse, delta], q, k, causal, scales)
-    return dq, dk, dv
+    scores = Scores(slopes, q_spans, kv_spans, causal, window, softcap, scale)
+    rows = [lse, delta]
+    _launch("backward_q", [q, k, v, out, dout, dq], [*rows, dlse], (q, k, v), scores)
+    _launch("backward_kv", [q, k, v, dout, dk, dv], rows, (q, k, v), scores)
+    return dq, dk, dv, delta
 
 
 @_attention_backward.register_fake
-def _(dout, q, k, v, out, lse, causal, scale):
-    return _like(q), _like(k), _like(v)
+def _(dout, dlse, q, k, v, out, lse, *_):
+    return _like(q), _like(k), _like(v), torch.empty_like(lse)
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, ctx.causal, ctx.scale = inputs
-    out, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, k, v, out, lse)
+    q, k, v, sinks, *ctx.rules = inputs
+    ctx.save_for_backward(q, k, v, *output, sinks, *ctx.rules[:3])
+    ctx.rules = ctx.rules[3:]
+    ctx.set_materialize_grads(False)  # the log-sum-exp is rarely differentiated
 
 
-def _backward(ctx, dout, _):
-    grads = _attention_backward(dout, *ctx.saved_tensors, ctx.causal, ctx.scale)
-    return *grads, None, None
+def _backward(ctx, dout, dlse):
+    q, k, v, out, lse, sinks, *tables = ctx.saved_tensors
+    dout = torch.zeros_like(out) if dout is None else dout
+    *grads, delta = _attention_backward(dout, dlse, q, k, v, out, lse, *tables, *ctx.rules)
+    dsinks = None
+    if sinks is not None:  # a sink is a key of value 0, seen by all rows of its head
+        weight = torch.exp2(sinks[:, None] * LOG2_E - lse)
+        dsinks = -(weight.masked_fill(lse == -math.inf, 0.0) * delta).sum((0, 2))
+    return *grads, dsinks, *[None] * (len(tables) + len(ctx.rules))
 
 
 _attention.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _attention_cpu(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
+def _attention_cpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    scale: float,
+    window: int | None,
+    segments: Segments | None,
+) -> Tensor:
     n_queries, n_keys = q.shape[2], k.shape[2]
     mask = None
-    if n_queries == 1:  # the last query, which sees every key
+    if window is not None or segments is not None:
+        mask = visible(n_queries, n_keys, causal, window, segments, q.device)
+        causal = False
+    elif n_queries == 1:  # the last query, which sees every key
         causal = False
     elif causal and n_queries != n_keys:  # PyTorch's is_causal aligns the first query and key
         shape = (n_queries, n_keys)
         mask = torch.ones(shape, dtype=torch.bool, device=q.device).tril(n_keys - n_queries)
         causal = False
     short = 1 < n_queries <= n_keys and n_queries * n_keys <= CPU_SCORES
-    if q.dtype == torch.bfloat16 and short:
+    if q.dtype == torch.bfloat16 and short and segments is None:
         return _attention_cpu_short(q, k, v, causal, mask, scale)
-    return torch.nn.functional.scaled_dot_product_attention(
+    return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=True
     )
 
@@ -646,29 +408,154 @@ def _attention_cpu_short(
     return torch.bmm(torch.softmax(scores, -1), v).view(B, Hq, T, v.shape[-1])
 
 
+def _segments(
+    q: Tensor,
+    k: Tensor,
+    segment_ids: Tensor | Segments | None,
+    cu_seqlens: Tensor | None,
+) -> Segments | None:
+    """The queries' and the keys' segment ids, checked, from either way to give them."""
+    batch, n_queries, n_keys = q.shape[0], q.shape[2], k.shape[2]
+    if cu_seqlens is not None:
+        if segment_ids is not None:
+            raise ValueError("attention: cu_seqlens and segment_ids are given; only one may be")
+        if batch != 1 or n_queries != n_keys:
+            raise ValueError(
+                f"attention: cu_seqlens needs one row with as many queries as keys; q is "
+                f"{tuple(q.shape)}, k {tuple(k.shape)}"
+            )
+        if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2:
+            raise ValueError(
+                f"attention: cu_seqlens is {tuple(cu_seqlens.shape)}; it must be (sequences + 1,)"
+            )
+        _check_integers("cu_seqlens", cu_seqlens, q)
+        return packed_segments(cu_seqlens, n_queries)
+    if segment_ids is None:
+        return None
+    ids = (segment_ids, segment_ids) if isinstance(segment_ids, Tensor) else segment_ids
+    if len(ids) != 2:
+        raise ValueError(f"attention: segment_ids holds {len(ids)} tensors; a pair has two")
+    for x, n, side in zip(ids, (n_queries, n_keys), ("queries", "keys"), strict=True):
+        if x.shape != (batch, n):
+            raise ValueError(
+                f"attention: segment_ids of the {side} are {tuple(x.shape)}; they must be "
+                f"{(batch, n)}, and a pair where there are other keys than queries"
+            )
+        _check_integers("segment_ids", x, q)
+    return ids
+
+
+def _check_integers(name: str, x: Tensor, q: Tensor) -> None:
+    if x.dtype not in (torch.int32, torch.int64) or x.device != q.device:
+        raise ValueError(
+            f"attention: {name} is {x.dtype} on {x.device}; it must be int32 or int64 on {q.device}"
+        )
+
+
+def _check_per_head(name: str, x: Tensor | None, q: Tensor) -> None:
+    if x is None:
+        return
+    if x.shape != q.shape[1:2] or not x.is_floating_point() or x.device != q.device:
+        raise ValueError(
+            f"attention: {name} is {tuple(x.shape)} {x.dtype} on {x.device}; it must hold a float "
+            f"for each of q's {q.shape[1]} heads, on {q.device}"
+        )
+
+
+def _check_options(
+    q: Tensor,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    scale: float,
+) -> None:
+    if not 0.0 < scale < math.inf:
+        raise ValueError(f"attention: scale is {scale}; it must be a positive number")
+    if window is not None and window < 1:
+        raise ValueError(f"attention: window is {window}; it must be a positive number of keys")
+    if softcap is not None and not 0.0 < softcap < math.inf:
+        raise ValueError(f"attention: softcap is {softcap}; it must be a positive number")
+    _check_per_head("sinks", sinks, q)
+    _check_per_head("alibi_slopes", alibi_slopes, q)
+    if alibi_slopes is not None and alibi_slopes.requires_grad:
+        raise ValueError("attention: alibi_slopes requires grad; slopes have none, detach them")
+
+
+@overload
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: float | None = None
-) -> Tensor:
-    """Exact softmax attention: out_i = sum_j softmax_j(scale · q_i · k_j) v_j.
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = False, **options: Any
+) -> Tensor: ...
 
-    q (B, Hq, T, D); k and v (B, Hkv, S, D); Hq a multiple of Hkv: query head h reads key head
-    h // (Hq / Hkv). fp32 (IEEE products), fp16 or bf16, D up to 256, any strides, any T and S.
-    Where causal, the last query is aligned with the last key: query i sees the keys
-    j <= i + S - T, and a query that sees none gives 0. scale defaults to 1 / sqrt(D).
-    Returns (B, Hq, T, D) in q's dtype and layout. Scores, softmax and sums are fp32; gradients
-    are deterministic; memory grows with T + S, not T × S.
 
-    Raises ValueError for shapes or dtypes that do not fit. Source: Dao 2023, "FlashAttention-2:
-    Faster Attention with Better Parallelism and Work Partitioning", algorithms 1 and 2.
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **options: Any
+) -> tuple[Tensor, Tensor]: ...
+
+
+def attention(  # pyright: ignore[reportInconsistentOverload]  (options are spelled out here)
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    segment_ids: Tensor | tuple[Tensor, Tensor] | None = None,
+    cu_seqlens: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    deterministic: bool = True,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Exact softmax attention: out_i = sum_j softmax_j(score_ij) v_j, score = scale · q_i · k_j.
+
+    q (B, Hq, T, D); k (B, Hkv, S, D); v (B, Hkv, S, Dv); Hq a multiple of Hkv: query head h reads
+    key head h // (Hq / Hkv). fp32 (IEEE products), fp16 or bf16, D and Dv up to 256, any strides,
+    any T and S. Returns (B, Hq, T, Dv) in q's dtype and layout. Scores, softmax and sums are fp32;
+    memory grows with T + S, not T × S.
+
+    Query i stands beside key p = i + S - T: the last query is aligned with the last key. It sees
+      causal       the keys j <= p;
+      window       those with |p - j| < window: where causal, the last `window` up to p;
+      segment_ids  those of its own segment: int32 or int64 (B, T), or a pair of the queries'
+                   (B, T) and the keys' (B, S); any ids in any order, fastest where a segment has
+                   no gap;
+      cu_seqlens   those of its own sequence, where one row (B = 1, T = S) holds many end to end:
+                   sequence n is [cu_seqlens[n], cu_seqlens[n + 1]), int32 or int64, rising from 0
+                   (the values stay on the device, unchecked; positions past the last are one
+                   more sequence). New lengths need no new compilation.
+    Blocks of keys that no query of a block can see are not visited. A query that sees no key
+    gives 0.
+
+    A score is, in this order,
+      scale         times q_i · k_j, by default 1 / sqrt(D);
+      softcap       softcap · tanh(score / softcap);
+      alibi_slopes  minus slope · |p - j|, (Hq,), without gradient.
+    sinks (Hq,) are learned logits that join the softmax's denominator, as a key of value 0 that
+    every query of the head sees.
+
+    return_lse gives (out, lse): lse (B, Hq, T) in fp32 is the natural logarithm of the softmax's
+    denominator, sinks included (-inf where that is 0), and may be differentiated too.
+    Gradients repeat bit for bit on a GPU whether `deterministic` is asked for or not: no kernel
+    adds in an order that varies.
+
+    Raises ValueError for shapes, dtypes or options that do not fit. Sources: Dao 2023,
+    "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning", algorithms
+    1 and 2; Beltagy et al. 2020, "Longformer" (window); Gemma Team 2024, "Gemma 2" (softcap);
+    Xiao et al. 2023, "Efficient Streaming Language Models with Attention Sinks", as learned logits
+    in OpenAI 2025, "gpt-oss"; Press et al. 2021, "ALiBi".
     """
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if not q.ndim == k.ndim == v.ndim == 4:
         raise ValueError(f"attention: {shapes}; each must have 4 dimensions, (B, H, T, D)")
     batch, n_heads, _, head_dim = q.shape
-    if k.shape != v.shape or k.shape[0] != batch or k.shape[3] != head_dim:
+    if k.shape[:3] != v.shape[:3] or k.shape[0] != batch or k.shape[3] != head_dim:
         raise ValueError(
-            f"attention: {shapes}; k and v must be alike, with q's batch {batch} and head "
-            f"dimension {head_dim}"
+            f"attention: {shapes}; k and v must be alike but for v's head dimension, with q's "
+            f"batch {batch}, and k with q's head dimension {head_dim}"
         )
     if k.shape[1] == 0 or n_heads % k.shape[1]:
         raise ValueError(
@@ -678,15 +565,37 @@ def attention(
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"attention: q is {q.dtype}, k {k.dtype}, v {v.dtype}; they must be alike")
     scale = float(head_dim**-0.5 if scale is None else scale)
-    if not 0.0 < scale < math.inf:
-        raise ValueError(f"attention: scale is {scale}; it must be a positive number")
+    _check_options(q, window, softcap, sinks, alibi_slopes, scale)
+    segments = _segments(q, k, segment_ids, cu_seqlens)
     if not use_triton(q):
-        return _attention_cpu(q, k, v, causal, scale)
+        if not return_lse and softcap is None and sinks is None and alibi_slopes is None:
+            return _attention_cpu(q, k, v, causal, scale, window, segments)
+        return attention_reference(
+            q,
+            k,
+            v,
+            causal,
+            scale,
+            window=window,
+            segment_ids=segments,
+            softcap=softcap,
+            sinks=sinks,
+            alibi_slopes=alibi_slopes,
+            return_lse=return_lse,
+        )
     if q.dtype not in TRITON_TYPE:
         raise ValueError(f"attention: q is {q.dtype}; supported are fp32, fp16 and bf16")
-    if head_dim > MAX_HEAD_DIM:
-        raise ValueError(f"attention: the head dimension is {head_dim}; at most {MAX_HEAD_DIM}")
-    padding = -head_dim % 16
-    if padding:  # so that every row is aligned; other head dimensions are padded in the kernel
-        q, k, v = (torch.nn.functional.pad(x, (0, padding)) for x in (q, k, v))
-    return _attention(q, k, v, causal, scale)[0][..., :head_dim]
+    head_dim_v = v.shape[3]
+    if max(head_dim, head_dim_v) > MAX_HEAD_DIM:
+        raise ValueError(
+            f"attention: the head dimension is {max(head_dim, head_dim_v)}; at most {MAX_HEAD_DIM}"
+        )
+    # So that every row is aligned; other head dimensions are padded in the kernel.
+    q, k, v = (F.pad(x, (0, -x.shape[3] % 16)) if x.shape[3] % 16 else x for x in (q, k, v))
+    sinks, slopes = (x if x is None else x.float() for x in (sinks, alibi_slopes))
+    tables = None, None
+    if segments is not None:
+        tables = spans(segments) if cu_seqlens is None else packed_spans(cu_seqlens, segments)
+    out, lse = _attention(q, k, v, sinks, slopes, *tables, causal, window, softcap, scale)
+    out = out[..., :head_dim_v]
+    return (out, lse * LN_2) if return_lse else out

@@ -189,8 +189,9 @@ def test_one_compilation_serves_all_lengths(head_dim, dtype, device):
             q = torch.zeros(2, n_queries, heads, head_dim, dtype=dtype, device=device)
             k = torch.zeros(2, 1, n_keys, head_dim, dtype=dtype, device=device)
             q = q.transpose(1, 2)
-            out, lse = module._attention(q, k, k, True, 1.0)
-            module._attention_backward(out, q, k, k, out, lse, True, 1.0)
+            options = (None, None, None, True, None, None, 1.0)  # slopes, spans, causal, …
+            out, lse = module._attention(q, k, k, None, *options)
+            module._attention_backward(out, None, q, k, k, out, lse, *options)
     found = {compiled_as(*launch) for launch in launches}
     assert len(found) == len(module.KERNELS) == 3
     listed = set()
@@ -247,7 +248,8 @@ def test_opcheck(device):
     q, k, v = qkv(2, 2, 1, 9, 12, 16, torch.float32, device)
     q = q.transpose(1, 2).contiguous().transpose(1, 2)  # (B, T, H, D) in memory
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    torch.library.opcheck(module._attention, (*leaves, True, 0.25))
+    options = (None, None, None, None, True, None, None, 0.25)
+    torch.library.opcheck(module._attention, (*leaves, *options))
 
 
 @pytest.mark.parametrize(
