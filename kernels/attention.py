@@ -36,14 +36,7 @@ from ._attention_masks import (
     visible,
 )
 from ._attention_tiles import Tiles, block_d, choose
-from ._runtime import (
-    TRITON_TYPE,
-    Specialization,
-    autocast,
-    capability,
-    cdiv,
-    use_triton,
-)
+from ._runtime import TRITON_TYPE, Specialization, autocast, capability, cdiv, operation, use_triton
 
 MAX_HEAD_DIM = 256
 CPU_SCORES = 512 * 512  # on a CPU, queries × keys up to which bf16 scores are kept in memory
@@ -275,7 +268,7 @@ def _launch(
         )
 
 
-@torch.library.custom_op("ponder::attention", mutates_args=())
+@operation("ponder::attention")
 def _attention(
     q: Tensor,
     k: Tensor,
@@ -304,7 +297,7 @@ def _(q, k, v, *_):
     return _like(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@torch.library.custom_op("ponder::attention_backward", mutates_args=())
+@operation("ponder::attention_backward")
 def _attention_backward(
     dout: Tensor,
     dlse: Tensor | None,

@@ -354,7 +354,9 @@ def test_opcheck(device):
     sinks, slopes = torch.randn(2, device=device, requires_grad=True), torch.rand(2, device=device)
     pair = ids(4, 5, device=device, batch=2), ids(4, 8, device=device, batch=2)
     tables = module.spans(pair)
-    torch.library.opcheck(module._attention, (q, k, v, sinks, slopes, *tables, True, 5, 3.0, 0.25))
+    torch.library.opcheck(
+        torch.ops.ponder.attention.default, (q, k, v, sinks, slopes, *tables, True, 5, 3.0, 0.25)
+    )
 
 
 def test_deterministic(device):
