@@ -446,6 +446,4 @@ def sample_tokens(
             value = torch.full((n_row,), value, dtype=dtype, device=logits.device)
         given[name] = value.contiguous()
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
-    return _sample_tokens(
-        logits, **given, seeds=seeds.contiguous(), positions=positions.contiguous()
-    )
+    return _sample_tokens(logits, *given.values(), seeds.contiguous(), positions.contiguous())
