@@ -293,7 +293,7 @@ def _add_split(b_out, total, best, partial_ptr, lse_ptr, o_partial, head_dim, o_
     return b_out * decay + b_partial * weight, total * decay + weight, new
 
 
-@jit(do_not_specialize=["n_head", "n_new", "n_split", "n_own_split", "samples", "window"])
+@jit(do_not_specialize=["rows_per_length", "n_new", "n_split", "n_own_split", "samples", "window"])
 def _combine_kernel(
     partial_ptr,
     lse_ptr,
@@ -301,7 +301,7 @@ def _combine_kernel(
     prefix_length_ptr,
     sink_ptr,
     out_ptr,
-    n_head,
+    rows_per_length,
     n_new,
     capacity,
     prefix_capacity,
@@ -320,7 +320,7 @@ def _combine_kernel(
     """One query's splits: of the row's own cache, then of its prefix. None wholly before a window:
     those hold nothing."""
     i_out = tl.program_id(0).to(tl.int64)
-    i_row = i_out // (n_head * n_new)
+    i_row = i_out // rows_per_length
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < head_dim
     length = tl.load(length_ptr + i_row).to(tl.int32)
@@ -350,7 +350,7 @@ def _combine_kernel(
                 b_out, total, best, partial_ptr, lse_ptr, o_partial, head_dim, o_d, m_d
             )
     if SINKS:
-        sink = tl.load(sink_ptr + i_out // n_new % n_head).to(tl.float32)
+        sink = tl.load(sink_ptr + i_out % rows_per_length // n_new).to(tl.float32)
         total += tl.exp2(sink * 1.4426950408889634 - best)
     b_out /= total
     tl.store(out_ptr + i_out * head_dim + o_d, b_out.to(out_ptr.dtype.element_ty), mask=m_d)
@@ -360,7 +360,8 @@ def _combine_kernel(
 class Tile:
     """Rows (query heads × tokens; tl.dot takes no fewer than 16) against BLOCK_N cache positions.
 
-    BLOCK_N keeps 16 KiB of K, and of V, a block (8 KiB in fp32, which spills registers beyond).
+    BLOCK_N keeps 16 KiB of K, and of V, a block (8 KiB in fp32 and with many rows, where more
+    would spill registers).
     """
 
     block_n: int
@@ -377,11 +378,11 @@ def _tile(head_dim: int, element_size: int, prefix: bool = False) -> Tile:
     """A prefix has many rows: 64, wgmma's least; whatever their number, for it might show in bits.
     In fp32, which has no wgmma, they would only take registers."""
     block_d = max(32, next_power_of_2(head_dim))
-    elements = 8192 if element_size == 2 else 2048
-    block_n = min(64, max(16, elements // block_d))
     if prefix and element_size == 2:
+        block_n = min(64, 4096 // block_d)
         return Tile(block_n, block_d, block_m=64, num_warps=4 if block_d < 128 else 8)
-    return Tile(block_n, block_d)
+    elements = 8192 if element_size == 2 else 2048
+    return Tile(min(64, max(16, elements // block_d)), block_d)
 
 
 def specializations(capability: int) -> Iterator[Specialization]:
@@ -410,7 +411,7 @@ def _pointers(dtype: torch.dtype) -> dict[str, str]:
 
 
 def _combine(dtype: torch.dtype, head_dim: int, **options: bool) -> Specialization:
-    numbers = ("n_head", "n_new", "n_split", "n_own_split", "samples", "window")
+    numbers = ("rows_per_length", "n_new", "n_split", "n_own_split", "samples", "window")
     return Specialization(
         _combine_kernel,
         _pointers(dtype)
@@ -535,7 +536,7 @@ def _decode_attention(
             lengths if prefix_lengths is None else prefix_lengths,
             q if sinks is None else sinks,
             out,
-            n_head,
+            n_head * n_new,
             n_new,
             capacity,
             prefix_capacity,

@@ -277,7 +277,8 @@ def specializations(capability: int) -> Iterator[Specialization]:
                         backward, dtype, tile, True, "gelu", unaligned, conv1d=True
                     )
         yield _specialization(backward, "bf16", tiles.by_size[0], False, "gelu")
-        yield _specialization(backward, "bf16", tiles.by_size[0], False, "relu2", lean=True)
+        for lean in (False, True):
+            yield _specialization(backward, "bf16", tiles.by_size[0], False, "relu2", lean=lean)
         for activation in ACTIVATIONS:
             costly = activation in ("gelu_tanh", "silu")
             tile = tiles.by_size[0 if costly and backward else -1]
