@@ -389,7 +389,8 @@ def specializations(capability: int) -> Iterator[Specialization]:
     """How the launchers below can compile the kernels.
 
     Every dtype and head dimension with no option; in bf16 and fp32 with every option at once, on
-    the row's own cache and on a prefix: an option alone holds less. Pages of any size are one case.
+    the row's own cache and on a prefix; each option alone where registers are fewest, in bf16 with
+    the widest heads. Pages of any size are one case.
     """
     for dtype in TRITON_TYPE:
         for head_dim in (32, 64, 128, 256):
@@ -401,6 +402,10 @@ def specializations(capability: int) -> Iterator[Specialization]:
                 yield _combine(dtype, head_dim, PREFIX=True, **every)
                 yield _attend(dtype, head_dim, PAGED=True, SOFTCAP=True, **every)
                 yield _attend(dtype, head_dim, PREFIX=True, SOFTCAP=True, WINDOW=True)
+    for option in ("WINDOW", "SOFTCAP", "SINKS", "PAGED"):
+        yield _attend(torch.bfloat16, MAX_HEAD_DIM, **{option: True})
+        if option in ("WINDOW", "SOFTCAP"):
+            yield _attend(torch.bfloat16, MAX_HEAD_DIM, PREFIX=True, **{option: True})
 
 
 def _pointers(dtype: torch.dtype) -> dict[str, str]:
