@@ -22,42 +22,59 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     def tensor(*shape: int) -> Tensor:
         return torch.randn(shape, device=DEVICE, dtype=dtype, requires_grad=True)
 
-    for head_dim, causal in ((64, True), (80, False), (128, True)):
-        q, k, v = (
-            tensor(2, 4, 197, head_dim),
-            tensor(2, 2, 197, head_dim),
-            tensor(2, 2, 197, head_dim),
-        )
-        yield f"attention {head_dim}", kernels.attention(q, k, v, causal=causal)
+    def attention(head_dim: int, **options) -> Tensor:
+        q, k = tensor(2, 4, 197, head_dim), tensor(2, 2, 197, head_dim)
+        return kernels.attention(q, k, tensor(2, 2, 197, head_dim), **options)
+
+    for head_dim in (32, 64, 80, 128, 256):
+        yield f"attention {head_dim}", attention(head_dim, causal=head_dim != 80)
+    documents = torch.arange(197, device=DEVICE).expand(2, -1) // 50
+    options = dict(window=70, segment_ids=documents, softcap=20.0, sinks=tensor(4))
+    slopes = torch.rand(4, device=DEVICE)
+    out, lse = attention(64, **options, alibi_slopes=slopes, return_lse=True)
+    yield "attention with every option", out.float().sum() + lse.exp().sum()
     x, w_gate, w_up, w_down = tensor(70, 48), tensor(136, 48), tensor(136, 48), tensor(48, 136)
-    for activation in ("silu", "gelu", "relu", "relu2"):
-        yield (
-            f"gated_mlp {activation}",
-            kernels.gated_mlp(x, w_gate, w_up, w_down, activation=activation),
-        )
-        yield f"mlp {activation}", kernels.mlp(x, w_up, w_down, activation=activation)
-    yield "rms_norm", kernels.rms_norm(x, tensor(48))
-    yield "rms_norm and residual", sum(kernels.rms_norm(x, tensor(48), residual=tensor(70, 48)))
+    for activation in ("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh", "identity"):
+        gated = kernels.gated_mlp(x, w_gate, w_up, w_down, activation=activation)
+        plain = kernels.mlp(x, w_up, w_down, activation=activation, b_up=tensor(136))
+        yield f"gated_mlp and mlp {activation}", gated + plain
+    conv1d = tensor(48, 136).t(), tensor(48, 136).t(), tensor(136, 48).t()
+    yield "gated_mlp, Conv1D's layout, recomputed", kernels.gated_mlp(x, *conv1d, recompute=True)
+    for norm in (kernels.rms_norm, kernels.layer_norm):
+        yield norm.__name__, norm(x, tensor(48))
+        y, h = norm(x, tensor(48), tensor(48), residual=tensor(70, 48))
+        yield f"{norm.__name__} with bias and residual", y + h
     angles = torch.randn(33, 16, device=DEVICE)
     turned = kernels.rotary(tensor(2, 4, 33, 32), tensor(2, 2, 33, 32), angles.cos(), angles.sin())
     yield "rotary", turned[0].sum() + turned[1].sum()
     targets = torch.randint(1000, (70,), device=DEVICE)
-    yield "linear_cross_entropy", kernels.linear_cross_entropy(x, tensor(1000, 48), targets)
-    yield "cross_entropy", kernels.cross_entropy(tensor(70, 1000), targets)
+    for extra in ({}, dict(label_smoothing=0.1, z_loss=1e-4, softcap=30.0)):
+        loss = kernels.linear_cross_entropy(x, tensor(1000, 48), targets, **extra)
+        loss += kernels.cross_entropy(tensor(70, 1000), targets, **extra)
+        yield f"linear_cross_entropy and cross_entropy {' '.join(extra)}", loss
+    yield "softmax", kernels.softmax(tensor(7, 1003)) + kernels.softmax(tensor(7, 9001)).sum()
+    yield "mse_loss", kernels.mse_loss(tensor(70, 48), tensor(70, 48))
 
 
 @torch.no_grad()
 def without_gradient(dtype: torch.dtype) -> None:
     """The functions of inference."""
-    q = torch.randn(3, 4, 2, 64, device=DEVICE, dtype=dtype)
-    cache = torch.randn(2, 3, 2, 700, 64, device=DEVICE, dtype=dtype)
-    lengths = torch.tensor([2, 129, 700], device=DEVICE)
+
+    def tensor(*shape: int) -> Tensor:
+        return torch.randn(shape, device=DEVICE, dtype=dtype)
+
+    q, lengths = tensor(4, 4, 2, 64), torch.tensor([2, 129, 700, 31], device=DEVICE)
+    cache = tensor(4, 2, 704, 64), tensor(4, 2, 704, 64)
     kernels.decode_attention(q, *cache, lengths)
-    logits = torch.randn(5, 1003, device=DEVICE, dtype=dtype)
+    prefix = tensor(2, 2, 600, 64), tensor(2, 2, 600, 64)
+    options = dict(window=400, softcap=20.0, sinks=tensor(4))
+    kernels.decode_attention(q, *cache, lengths, prefix=prefix, **options)
+    pages = torch.randperm(4 * 44, device=DEVICE).int().view(4, 44)
+    paged = tensor(176, 2, 16, 64), tensor(176, 2, 16, 64)
+    kernels.decode_attention(q, *paged, lengths, block_table=pages)
     numbers = torch.arange(5, device=DEVICE)
-    kernels.sample_tokens(
-        logits, temperature=0.8, top_k=50, top_p=0.9, min_p=0.01, seeds=numbers, positions=numbers
-    )
+    filters = dict(temperature=0.8, top_k=50, top_p=0.9, min_p=0.01)
+    kernels.sample_tokens(tensor(5, 1003), **filters, seeds=numbers, positions=numbers)
 
 
 def main() -> None:

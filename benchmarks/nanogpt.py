@@ -21,6 +21,7 @@ import torch
 
 from ponder.benchmarks.measure import Row, row, write
 from ponder.training import preset
+from ponder.training.checkpoint import load_checkpoint
 from ponder.training.loop import train
 
 RUNS: dict[str, dict] = {
@@ -73,12 +74,13 @@ def peer_seconds(checkout: Path, text: str, folder: Path) -> tuple[float, float]
     return seconds, total / count
 
 
-def our_losses(name: str, text: Path, out: Path, changes: dict) -> list[tuple[float, float]]:
-    """(training seconds, validation loss) at every evaluation of a run."""
+def our_losses(name: str, text: Path, out: Path, changes: dict) -> tuple[str, list]:
+    """A run's precision, and (training seconds, validation loss) at every evaluation."""
     train(preset(name, data=f"text:{text}", out=out, **changes))
     lines = (out / "train" / "metrics.jsonl").read_text().splitlines()
     found = [(row["seconds"], row["val_loss"]) for row in map(json.loads, lines)]
-    return [(seconds, loss) for seconds, loss in found if loss is not None]
+    precision = load_checkpoint(out / "train" / "checkpoint.pt")["precision"]
+    return precision, [(seconds, loss) for seconds, loss in found if loss is not None]
 
 
 def main() -> None:
@@ -103,11 +105,11 @@ def main() -> None:
             add(loss, "nanoGPT", seconds, "fp32")
             marks.insert(0, loss)
         for name in args.presets:
-            losses = our_losses(name, args.text, folder / name, RUNS[name])
+            precision, losses = our_losses(name, args.text, folder / name, RUNS[name])
             for mark in marks:
                 reached = [seconds for seconds, loss in losses if loss <= mark]
                 if reached:
-                    add(mark, f"ponder train {name}", reached[0], "bf16")
+                    add(mark, f"ponder train {name}", reached[0], precision)
     write(measured)
 
 

@@ -38,13 +38,16 @@ def generate(config: GenerateConfig) -> None:
     # A single sample is shown token by token; several run side by side, each is shown when done.
     requests = [Request(prompt, params, config.seed, i) for i in range(config.samples)]
     watch = screen.tokens if config.samples == 1 else None
-    for sample in speaker.engine.generate(requests, watch=watch):
-        if watch is None:
-            screen.tokens(sample.request, list(sample.tokens))
-        screen.end()
-        sampled += sample.sampled_tokens
-        forced += sample.forced_tokens
-        flops += cost.sample_flops(shape, len(prompt), len(sample.tokens))
+    try:
+        for sample in speaker.engine.generate(requests, watch=watch):
+            if watch is None:
+                screen.tokens(sample.request, list(sample.tokens))
+            screen.end()
+            sampled += sample.sampled_tokens
+            forced += sample.forced_tokens
+            flops += cost.sample_flops(shape, len(prompt), len(sample.tokens))
+    finally:  # an interrupted sample leaves the terminal as it was
+        print(screen.plain, end="", flush=True)
     flops += cost.prefill_flops(shape, len(prompt))
     print(
         f"{len(prompt)} prompt + {sampled} sampled + {forced} forced tokens, "

@@ -14,7 +14,7 @@ from ..models import hub
 from ..models.gpt import GPT
 from ..provenance import open_run, read_run
 from .config import SweepConfig
-from .decoder import faster_dtype
+from .decoder import bf16_pays
 from .engine import LocalEngine, Request, Sample, SamplingParams
 from .report import write_report
 from .store import Key, Record, Store, params_text
@@ -51,13 +51,11 @@ class Speaker:
         self.model: GPT = hub.load(path, device=device, dtype=torch.float32)
         self.model.eval()
         if precision == "auto":
-            on_gpu = device == "cuda"
-            dtype = torch.bfloat16 if on_gpu else faster_dtype(self.model, slots)
-        else:
-            dtype = DTYPE[precision]
+            bf16 = device == "cuda" or bf16_pays(self.model, slots)
+            precision = "bf16" if bf16 else "fp32"
+        self.precision, dtype = precision, DTYPE[precision]
         if device == "cuda":
             self.model.to(dtype)
-        self.precision = next(name for name, known in DTYPE.items() if known == dtype)
         self.tokenizer: Tokenizer = hub.load_tokenizer(path)
         self.think = self._token("<think>")
         self.think_end = self._token("</think>")

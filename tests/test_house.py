@@ -121,3 +121,11 @@ else:
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stderr
+
+
+def test_the_memory_checkers_run_calls_every_kernel():
+    from ponder import kernels
+
+    text = (ROOT / "benchmarks" / "every_kernel.py").read_text()
+    called = set(re.findall(r"kernels\.(\w+)", text))
+    assert called == set(kernels.__all__)

@@ -89,7 +89,15 @@ class _Run:
         self.config, self.data, self.stop = config, data, stop
         # Said in so many words: accelerate runs several processes on CPUs only where it is told.
         cpu = not torch.accelerator.is_available()
-        device = torch.device(PartialState(cpu=cpu).device or "cpu")
+        processes = PartialState(cpu=cpu)
+        self.ranks, self.rank = processes.num_processes, processes.process_index
+        device = torch.device(processes.device or "cpu")
+        rows = config.batch_size // config.accumulation
+        if rows % self.ranks:
+            raise ValueError(
+                f"batch_size {config.batch_size} over {config.accumulation} micro-batches gives "
+                f"{rows} rows, which {self.ranks} processes cannot share evenly"
+            )
         if config.compile and device.type == "cpu" and not _cpp_compiler():
             raise ValueError(
                 "compile needs a C++ compiler and there is none (g++, clang++, or what CXX names); "
@@ -97,12 +105,15 @@ class _Run:
             )
         self.out, self.folder = config.out, config.out / "train"
         self.model_folder = self.out
+        if processes.is_main_process:
+            open_run(self.out, "train", identity, resume=config.resume)
+            self.folder.mkdir(exist_ok=True)
+        processes.wait_for_everyone()
         self.checkpoint = self.folder / "checkpoint.pt"
         # None where nothing was written yet: the run then goes on from the beginning.
         state = None
         if config.resume and self.checkpoint.exists():
             state = load_checkpoint(self.checkpoint)
-        rows = config.batch_size // config.accumulation
         # Measured once a run: not anew where it goes on, and not by each process for itself.
         if state:
             precision = state["precision"]
@@ -111,23 +122,13 @@ class _Run:
                 config.precision, device, shape.n_embd, shape.n_inner, rows * config.context
             )
             [precision] = broadcast_object_list([precision])
+        self.precision = precision
         mixed = "no" if precision == "fp32" else precision
         AcceleratorState._reset_state()  # an earlier run in this process may have had another
         self.accelerator = Accelerator(cpu=cpu, mixed_precision=mixed)
-        self.ranks, self.rank = self.accelerator.num_processes, self.accelerator.process_index
-        if rows % self.ranks:
-            raise ValueError(
-                f"batch_size {config.batch_size} over {config.accumulation} micro-batches gives "
-                f"{rows} rows, which {self.ranks} processes cannot share evenly"
-            )
-        self.precision = precision
         set_seed(config.seed)
         self.raw = GPT(shape)
         self.step, self.tokens, self.seconds = 0, 0, 0.0
-        if self.accelerator.is_main_process:
-            open_run(self.out, "train", identity, resume=config.resume)
-            self.folder.mkdir(exist_ok=True)
-        self.accelerator.wait_for_everyone()
         optimizer = build_optimizer(self.raw, config)
         model = torch.compile(self.raw) if config.compile else self.raw
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)

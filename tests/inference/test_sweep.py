@@ -140,8 +140,8 @@ def test_a_killed_sweep_goes_on_and_ends_with_the_same_samples(config, model, tm
 
 def test_a_resumed_sweep_keeps_the_precision_that_was_measured(config, monkeypatch):
     config = replace(config, precision="auto")
-    measured = iter((torch.bfloat16, torch.float32))
-    monkeypatch.setattr("ponder.inference.sweep.faster_dtype", lambda *_: next(measured))
+    measured = iter((True, False))
+    monkeypatch.setattr("ponder.inference.sweep.bf16_pays", lambda *_: next(measured))
     sweep(config)
     before = samples(config.out)
     sweep(replace(config, resume=True))

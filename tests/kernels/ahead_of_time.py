@@ -57,10 +57,6 @@ def main() -> None:
     module = importlib.import_module(f"ponder.kernels.{args.module}")
     compiled = 0
     for spec in module.specializations(args.capability):
-        # fp16 takes bf16's blocks, and its instructions but for the type: seen on one chip, it is
-        # seen on all, in two thirds of the time.
-        if args.capability != 90 and any("fp16" in kind for kind in spec.signature.values()):
-            continue
         kernel = compile_ahead(spec, args.capability)
         compiled += 1
         registers, stack = resources(kernel.asm["cubin"])

@@ -7,6 +7,9 @@ from torch import Tensor
 
 EPSILON = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
+DTYPES = [torch.float32, torch.float16]  # and bf16, which the interpreter gets wrong, on a GPU
+DTYPES += [torch.bfloat16] * torch.cuda.is_available()
+
 
 def relative_error(x: Tensor, truth: Tensor) -> float:
     """‖x − truth‖ / ‖truth‖ in fp64; NaN where x holds one."""

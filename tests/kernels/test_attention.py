@@ -7,7 +7,7 @@ import torch
 from ponder.kernels import attention
 from ponder.kernels.attention import attention_reference
 
-from .numerics import EPSILON, check, relative_error, run
+from .numerics import DTYPES, EPSILON, check, relative_error, run
 
 module = importlib.import_module("ponder.kernels.attention")
 
@@ -44,7 +44,7 @@ def check_attention(inputs, causal, scale=None):
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_attention(case, dtype, device):
     *sizes, causal = case
@@ -84,7 +84,7 @@ def test_gradients_of_views(device):
     assert relative_error(*grads) < 1e-6
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_large_logits(dtype, device):
     """Logits of some thousands: without the running maximum, exp would overflow.
 

@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from ponder.kernels import attention
 from ponder.kernels.attention import attention_reference
 
-from .numerics import EPSILON, check, run
+from .numerics import DTYPES, EPSILON, check, run
 from .test_attention import Recorder, compiled_as, qkv
 
 module = importlib.import_module("ponder.kernels.attention")
@@ -56,7 +56,7 @@ def ids(*lengths, device="cpu", batch=1):
 
 # (B, Hq, Hkv, T, S, D). Tiles are 32 to 128 here: windows within a tile, across tiles, over many
 # tiles, of two keys and wider than all; T = S, T < S and T > S (rows that see no key).
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "sizes, window, causal",
     [
@@ -106,7 +106,7 @@ def test_blocks_out_of_sight_are_not_visited(by, device):
 
 
 # Gemma 2 (softcap 50, window), gpt-oss (sinks, window), MLA (192 and 128), and each option alone.
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "sizes, head_dim_v, options",
     [

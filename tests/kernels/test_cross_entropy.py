@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from ponder.kernels import cross_entropy
 from ponder.kernels.cross_entropy import cross_entropy_reference
 
-from .numerics import check
+from .numerics import DTYPES, check
 
 # One class; less than a block of 256; a block; past 256 (blocks of 2048) and past 4096 (of 8192),
 # with a remainder; one row and many.
@@ -39,7 +39,7 @@ def logits_and_targets(shape, dtype, device, ignored=()):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_cross_entropy(shape, dtype, reduction, path):
     logits, targets = logits_and_targets(shape, dtype, path, ignored=[0] if shape[0] > 1 else [])
@@ -55,7 +55,7 @@ def test_cross_entropy(shape, dtype, reduction, path):
 
 
 @OPTIONS
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES[1:])
 def test_options(shape, dtype, options, path):
     logits, targets = logits_and_targets(shape, dtype, path, ignored=[0] if shape[0] > 1 else [])
@@ -85,7 +85,7 @@ def test_one_class_loses_nothing(options, path):
     torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_vocabulary_past_128k(dtype, path):
     logits, targets = logits_and_targets((2, 131_075), dtype, path)
     targets[1] = 131_074

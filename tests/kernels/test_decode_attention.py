@@ -5,7 +5,7 @@ import torch
 
 from ponder.kernels.decode_attention import decode_attention, decode_attention_reference
 
-from .numerics import EPSILON, relative_error
+from .numerics import DTYPES, EPSILON, relative_error
 
 
 def truth(q, k, v, lengths, scale=None):
@@ -44,9 +44,6 @@ GRID = [
     (2, 8, 4, 1, 260, 128, [259, 40]),
     (2, 1, 1, 1, 33, 256, [33, 8]),
 ]
-
-DTYPES = [torch.float32, torch.float16]  # and bf16, which the interpreter gets wrong, on a GPU
-DTYPES += [torch.bfloat16] * torch.cuda.is_available()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -7,7 +7,7 @@ import torch
 
 from ponder.kernels.decode_attention import decode_attention, decode_attention_reference
 
-from .numerics import EPSILON, relative_error
+from .numerics import DTYPES, EPSILON, relative_error
 
 
 def truth(
@@ -106,8 +106,6 @@ def check(q, k, v, lengths, page_size=None, **options):
 # several; more rows of a tile than 16; lengths at the edges of a block (64) and of a split.
 SHORT = (3, 4, 2, 2, 70, 32, [2, 64, 70])
 LONG = (4, 4, 1, 5, 600, 40, [6, 256, 257, 600])
-DTYPES = [torch.float32, torch.float16]  # and bf16, which the interpreter gets wrong, on a GPU
-DTYPES += [torch.bfloat16] * torch.cuda.is_available()
 
 
 # A window of the query alone; of fewer and of more positions than a block and than a split; one

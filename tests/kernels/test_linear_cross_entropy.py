@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from ponder.kernels import linear_cross_entropy
 from ponder.kernels._runtime import interpreting
 
-from .numerics import check, relative_error
+from .numerics import DTYPES, check, relative_error
 
 # The package's attribute of this name is the function.
 module = importlib.import_module("ponder.kernels.linear_cross_entropy")
@@ -53,7 +53,7 @@ def inputs(shape, n_cols, dtype, device, ignored=()):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape, n_cols", SHAPES)
 def test_linear_cross_entropy(shape, n_cols, dtype, reduction, path):
     ignored = [1, 2] if len(shape) == 3 else []
@@ -75,7 +75,7 @@ def test_linear_cross_entropy(shape, n_cols, dtype, reduction, path):
 
 
 @OPTIONS
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape, n_cols", [s for s in SHAPES if s[1] > 1])
 def test_options(shape, n_cols, dtype, options, path):
     ignored = [1, 2] if len(shape) == 3 else []

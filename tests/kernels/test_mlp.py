@@ -7,9 +7,7 @@ from ponder.kernels import gated_mlp, mlp
 from ponder.kernels._activations import ACTIVATIONS
 from ponder.kernels.mlp import gated_mlp_reference, mlp_reference
 
-from .numerics import check
-
-DTYPES = [torch.float32, torch.float16]
+from .numerics import DTYPES, check
 
 # (M, C, F). The three ways to cut a product: blocks by TMA (several tiles in both directions, each
 # with a remainder; tiles of rows in groups of eight and one more), blocks by pointers (too few
@@ -146,7 +144,7 @@ def test_rows_that_no_descriptor_takes(device):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(4099, 264, 2088), (1030, 256, 1040)])
 def test_wide_tiles(shape, dtype):
     """Enough tiles for the widest of them, and for the one after."""

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from ponder.kernels import mse_loss
 
-from .numerics import check, relative_error
+from .numerics import DTYPES, check, relative_error
 
 # The package's attribute of this name is the function.
 module = importlib.import_module("ponder.kernels.mse_loss")
@@ -32,7 +32,7 @@ def both(reduction):
 
 
 @REDUCTIONS
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_mse_loss(shape, dtype, reduction, path):
     torch.manual_seed(0)
@@ -59,7 +59,7 @@ def test_agrees_with_torch(reduction, path):
 
 
 @REDUCTIONS
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_large_and_equal_values(dtype, reduction, path):
     """±1e4, whose squares do not fit fp16; and equal ones, with nothing to lose."""
     torch.manual_seed(0)

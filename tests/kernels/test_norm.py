@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from ponder.kernels import layer_norm, rms_norm
 from ponder.kernels.norm import layer_norm_reference, rms_norm_reference
 
-from .numerics import check, relative_error
+from .numerics import DTYPES, check, relative_error
 
 # One column, less than a block, a power of two, just past one; one row, and rows past the
 # 512 partial sums of the weight's gradient. With an eps that shows: a tiny one leaves nothing of
@@ -15,7 +15,7 @@ from .numerics import check, relative_error
 SHAPES = [(1, 1), (3, 5), (2, 7, 64), (1, 129), (515, 40)]
 REFERENCE = {rms_norm: rms_norm_reference, layer_norm: layer_norm_reference}
 NORMS = pytest.mark.parametrize("norm", REFERENCE, ids=lambda norm: norm.__name__)
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES)
 
 
 def inputs(shape, dtype, device):
@@ -36,7 +36,7 @@ def with_residual(norm, **options):
 
 
 @NORMS
-@DTYPES
+@EACH_DTYPE
 @pytest.mark.parametrize("shape", SHAPES)
 def test_norm(shape, dtype, norm, device):
     x, weight, bias, _ = inputs(shape, dtype, device)
@@ -46,7 +46,7 @@ def test_norm(shape, dtype, norm, device):
 
 
 @NORMS
-@DTYPES
+@EACH_DTYPE
 @pytest.mark.parametrize("shape", SHAPES)
 def test_norm_with_residual(shape, dtype, norm, device):
     check(
@@ -97,7 +97,7 @@ def test_layer_norm_of_constant_rows_is_the_bias(n_cols, device):
     torch.testing.assert_close(dx, expected.expand_as(dx), rtol=1e-5, atol=1e-3)
 
 
-@DTYPES
+@EACH_DTYPE
 def test_layer_norm_of_rows_far_from_zero(dtype, device):
     """Rows whose deviations are small beside their mean, at most as wrong as PyTorch's own."""
     x, weight, bias, _ = inputs((7, 300), dtype, device)

@@ -6,7 +6,7 @@ import torch
 from ponder.kernels import rotary
 from ponder.kernels.rotary import rotary_reference
 
-from .numerics import check
+from .numerics import DTYPES, check
 
 # (B, Hq, Hk, T, D): one token; GQA with heads narrower than a tile; D/2 not a power of two and
 # tokens past a tile's 16 (D = 80); a head wider than most.
@@ -36,7 +36,7 @@ def path(request, device, monkeypatch):
 
 
 @pytest.mark.parametrize("per_row", [False, True], ids=["shared", "per_row"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_rotary(shape, dtype, per_row, path):
     torch.manual_seed(0)

@@ -13,6 +13,8 @@ from ponder.kernels.sample_tokens import (
     uniform,
 )
 
+from .numerics import DTYPES
+
 OFF = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
 
 
@@ -161,7 +163,7 @@ def test_filters_against_literal_ones_in_the_kernel(row):
     consistent(*row, "cuda" if torch.cuda.is_available() else "cpu", 2)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_kernel_agrees_with_pytorch_over_several_blocks(dtype, device):
     n_row, n_token = 8, 9000  # blocks of 4096 tokens
     logits = (torch.randn(n_row, n_token, generator=generator(2)) * 3).to(device, dtype)

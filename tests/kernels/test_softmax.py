@@ -6,12 +6,12 @@ import torch
 from ponder.kernels import softmax
 from ponder.kernels.softmax import MAX_WHOLE, softmax_reference
 
-from .numerics import check
+from .numerics import DTYPES, check
 
 # One column; less than a block of 256; a block; just past one; the longest row that a program holds
 # whole, and one that it takes in blocks, of which the last has one column.
 SHAPES = [(3, 1), (2, 5, 65), (1, 256), (4, 257), (2, MAX_WHOLE), (2, MAX_WHOLE + 1)]
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES)
 
 
 @pytest.fixture(params=["kernel", "cpu"])
@@ -23,7 +23,7 @@ def path(request, device, monkeypatch):
     return device
 
 
-@DTYPES
+@EACH_DTYPE
 @pytest.mark.parametrize("shape", SHAPES)
 def test_softmax(shape, dtype, path):
     torch.manual_seed(0)
@@ -46,7 +46,7 @@ def test_any_dimension_of_any_strides(dim, path):
     torch.testing.assert_close(softmax(one_row, dim % 2), torch.softmax(one_row, dim % 2))
 
 
-@DTYPES
+@EACH_DTYPE
 @pytest.mark.parametrize("n_cols", [40, MAX_WHOLE + 40])
 def test_large_logits(n_cols, dtype, path):
     """Near 1e4, near -1e4, both at once, and all alike: nothing overflows or is rounded away."""
