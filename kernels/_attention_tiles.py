@@ -70,8 +70,8 @@ TILES = {
     },
     ("backward_kv", "fp32"): {
         32: Tiles(32, 32, 4, 1),
-        64: Tiles(32, 64, 8, 1),
-        128: Tiles(32, 32, 8, 2),
+        64: Tiles(32, 32, 8, 2),
+        128: Tiles(32, 32, 8, 1),
         256: Tiles(16, 16, 8, 1),
     },
 }
@@ -83,8 +83,9 @@ OPTIONS = frozenset({"alibi", "segments", "window", "softcap"})
 WITH_OPTIONS = {
     ("forward", "small", 32): (OPTIONS, Tiles(128, 64, 8, 3)),
     ("forward", "small", 64): (OPTIONS, Tiles(128, 64, 8, 3)),
+    ("backward_q", "large", 64): (OPTIONS, Tiles(128, 64, 8, 3)),
     ("backward_q", "fp32", 128): (OPTIONS, Tiles(32, 16, 8, 2)),
-    ("backward_kv", "fp32", 64): (OPTIONS, Tiles(32, 32, 8, 2)),
+    ("backward_kv", "fp32", 128): (OPTIONS, Tiles(16, 32, 8, 2)),
     ("backward_kv", "large", 256): ({"alibi"}, Tiles(16, 64, 8, 2)),
 }
 

@@ -158,10 +158,17 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.n_embd, c.norm_eps)
         self.mlp = (GatedMLP if c.gated else MLP)(c.n_embd, c.n_inner, c.activation)
 
-    def forward(self, x: Tensor, h: Tensor | None, rope, cache: LayerCache | None = None):
+    def forward(
+        self,
+        x: Tensor,
+        h: Tensor | None,
+        rope: tuple[Tensor, Tensor],
+        cache: LayerCache | None = None,
+        segment_ids: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """x, what the last block added, and the residual stream h before it → the same pair."""
         y, h = (self.input_layernorm(x), x) if h is None else self.input_layernorm(x, h)
-        y, h = self.post_attention_layernorm(self.self_attn(y, rope, cache), h)
+        y, h = self.post_attention_layernorm(self.self_attn(y, rope, cache, segment_ids), h)
         return self.mlp(y), h
 
 
@@ -201,11 +208,17 @@ class GPT(nn.Module):
         """Parameters, the tied head counted once."""
         return sum(p.numel() for p in self.parameters())
 
-    def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+    def hidden(
+        self,
+        tokens: Tensor,
+        cache: KVCache | None = None,
+        segment_ids: Tensor | None = None,
+    ) -> Tensor:
         """tokens (B, T) → (B, T, C), what the head reads.
 
-        With a cache, row b's tokens take the positions from `cache.lengths[b]` on; its capacity
-        must hold them, and the caller then adds to `lengths`.
+        segment_ids (B, T), int32 or int64: a token attends to those of its own segment alone (a
+        document of several packed in a row). With a cache, row b's tokens take the positions from
+        `cache.lengths[b]` on; its capacity must hold them, and the caller then adds to `lengths`.
         """
         T = tokens.shape[1]
         positions = None
@@ -221,7 +234,7 @@ class GPT(nn.Module):
         views = [None] * len(self.layers) if cache is None else cache.views(positions, T)
         x, h = self.embed_tokens(tokens), None
         for block, view in zip(self.layers, views, strict=True):
-            x, h = block(x, h, rope, view)
+            x, h = block(x, h, rope, view, segment_ids)
         if cache is not None:
             cache.empty = False
         return self.norm(x, h)[0]
@@ -231,13 +244,19 @@ class GPT(nn.Module):
         return self.lm_head(hidden).float()
 
     def forward(
-        self, tokens: Tensor, targets: Tensor | None = None, reduction: str = "mean"
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        *,
+        reduction: str = "mean",
     ) -> Tensor:
         """Logits (B, T, V) in fp32; with targets (B, T), −100 where none, the loss in nats.
 
-        `reduction` is mean, sum or none, over the targets that there are.
+        segment_ids as in `hidden`. `reduction` is mean, sum or none, over the targets that there
+        are.
         """
-        hidden = self.hidden(tokens)
+        hidden = self.hidden(tokens, segment_ids=segment_ids)
         if targets is None:
             return self.logits(hidden)
         return linear_cross_entropy(hidden, self.lm_head.weight, targets, reduction=reduction)

@@ -87,9 +87,16 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(head_dim, eps) if qk_norm else None
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], cache: "LayerCache | None" = None
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        cache: "LayerCache | None" = None,
+        segment_ids: Tensor | None = None,
     ) -> Tensor:
-        """x (B, T, C) → (B, T, C); with a cache, the T tokens follow what it holds."""
+        """x (B, T, C) → (B, T, C); with a cache, the T tokens follow what it holds.
+
+        segment_ids (B, T), without a cache: a token attends to its own segment alone.
+        """
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.n_head, self.head_dim)
         k = self.k_proj(x).view(B, T, self.n_kv_head, self.head_dim)
@@ -97,7 +104,10 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotary(q.transpose(1, 2), k.transpose(1, 2), *rope)
-        y = attention(q, k, v, causal=True) if cache is None else cache.attend(q, k, v)
+        if cache is None:
+            y = attention(q, k, v, causal=True, segment_ids=segment_ids)
+        else:
+            y = cache.attend(q, k, v)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, self.n_head * self.head_dim))
 
 

@@ -7,7 +7,7 @@ have seen, and every process can take its own rows of the same batch.
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -21,7 +21,13 @@ from .tokenizer import build_tokenizer, character_tokenizer
 IGNORE = -100  # a target that is no target
 VALIDATION_PROBLEMS = 1024
 
-Batch = tuple[Tensor, Tensor]  # tokens and targets, both (B, T) int64
+
+class Batch(NamedTuple):
+    """Rows of tokens, what each is to predict, and the document that each belongs to."""
+
+    tokens: Tensor  # (B, T) int64
+    targets: Tensor  # (B, T) int64, IGNORE where there is none
+    segment_ids: Tensor | None = None  # (B, T) int32; None: a row is one document
 
 
 class Data(Protocol):
@@ -85,7 +91,7 @@ class TaskData:
             tokens[i, : len(row) - 1] = row[:-1]
             targets[i, start : len(row) - 1] = row[start + 1 :]
         targets[np.array(forced)[:, None] & (targets == self.end_think)] = IGNORE
-        return torch.from_numpy(tokens), torch.from_numpy(targets)
+        return Batch(torch.from_numpy(tokens), torch.from_numpy(targets))
 
 
 class TextData:
@@ -112,7 +118,7 @@ class TextData:
         start = draw.integers(len(self.train) - c.context, size=c.batch_size)
         index = start[:, None] + np.arange(c.context + 1)
         rows = torch.from_numpy(self.train[index].astype(np.int64))
-        return rows[:, :-1], rows[:, 1:]
+        return Batch(rows[:, :-1], rows[:, 1:])
 
     def validation(self) -> Iterator[Batch]:
         context = self.config.context
@@ -123,7 +129,7 @@ class TextData:
         targets[: len(self.held_out) - 1] = self.held_out[1:]
         rows = max(1, 8192 // context)
         pairs = (torch.from_numpy(a.reshape(count, context)) for a in (tokens, targets))
-        yield from zip(*(a.split(rows) for a in pairs), strict=True)
+        yield from map(Batch, *(a.split(rows) for a in pairs))
 
 
 def read_text(path: str) -> str:

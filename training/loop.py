@@ -21,7 +21,7 @@ from ..models import GPT, GPTConfig, hub
 from ..provenance import open_run
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import TrainConfig
-from .data import IGNORE, Data, load_data
+from .data import IGNORE, Batch, Data, load_data
 from .hardware import choose_precision, peak_flops
 from .optimizer import build_optimizer
 
@@ -171,15 +171,15 @@ class _Run:
         with ThreadPoolExecutor(1) as ahead, bar:
             batch = ahead.submit(self.data.batch, self.step)
             while self.step < config.steps and not self._stop_agreed():
-                tokens, targets = batch.result()
+                rows = batch.result()
                 batch = ahead.submit(self.data.batch, self.step + 1)
-                loss, norm = self._update(tokens, targets)
+                loss, norm = self._update(rows)
                 self.first_bad = torch.where(
                     torch.isfinite(loss), self.first_bad, self.first_bad.clamp_max(self.step + 1)
                 )
                 loss_sum += loss
                 self.step += 1
-                self.tokens += tokens.numel()
+                self.tokens += rows.tokens.numel()
                 bar.update()
                 last = self.step == config.steps
                 evaluate = last or (config.eval_every and self.step % config.eval_every == 0)
@@ -225,27 +225,19 @@ class _Run:
         """The sum over processes."""
         return cast(torch.Tensor, self.accelerator.reduce(x, "sum"))
 
-    def _update(
-        self, tokens: torch.Tensor, targets: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _update(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimizer step on the global batch; (mean loss, gradient norm), on the device."""
         config, accelerator = self.config, self.accelerator
         self.optimizer.optimizer.set_rate(config.rate(self.step))
         # Normalized by the tokens of the whole batch, not by micro-batches or processes.
-        total = int((targets != IGNORE).sum())
-        share = slice(self.rank, None, self.ranks)
+        total = int((batch.targets != IGNORE).sum())
         loss_sum = torch.zeros((), device=accelerator.device)
-        parts = zip(
-            tokens[share].chunk(config.accumulation),
-            targets[share].chunk(config.accumulation),
-            strict=True,
-        )
-        for i, (x, y) in enumerate(parts):
+        rows = len(batch.tokens) // config.accumulation
+        for i in range(config.accumulation):
+            part = self._share(batch, i * rows, (i + 1) * rows)
             last = i == config.accumulation - 1
             with nullcontext() if last else accelerator.no_sync(self.model):
-                x = x.to(accelerator.device, non_blocking=True)
-                y = y.to(accelerator.device, non_blocking=True)
-                loss = self.model(x, y, reduction="sum") / total
+                loss = self.model(*part, reduction="sum") / total
                 # Several processes average their gradients; the sum is what is meant.
                 accelerator.backward(loss * self.ranks)
                 loss_sum += loss.detach()
@@ -255,6 +247,13 @@ class _Run:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return self._total(loss_sum), norm
+
+    def _share(self, batch: Batch, start: int = 0, stop: int | None = None) -> Batch:
+        """This process's part of these rows, on its device."""
+        share = slice(start + self.rank, stop, self.ranks)
+        parts = (x if x is None else x[share] for x in batch)
+        device = self.accelerator.device
+        return Batch(*(x if x is None else x.to(device, non_blocking=True) for x in parts))
 
     def _check_finite(self) -> None:
         bad = int(self.first_bad)
@@ -270,13 +269,11 @@ class _Run:
         """Mean loss over the validation tokens, in nats."""
         self.model.eval()
         sums = torch.zeros(2, device=self.accelerator.device, dtype=torch.float64)
-        for tokens, targets in self.data.validation():
-            share = slice(self.rank, None, self.ranks)
-            x = tokens[share].to(self.accelerator.device)
-            y = targets[share].to(self.accelerator.device)
-            if len(x):
-                sums[0] += self.model(x, y, reduction="sum").double()
-                sums[1] += (y != IGNORE).sum()
+        for batch in self.data.validation():
+            part = self._share(batch)
+            if len(part.tokens):
+                sums[0] += self.model(*part, reduction="sum").double()
+                sums[1] += (part.targets != IGNORE).sum()
         self.model.train()
         total, count = self._total(sums).tolist()
         return total / count

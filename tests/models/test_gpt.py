@@ -70,6 +70,18 @@ def test_cached_logits_equal_transformers(pair):
     assert (logits - peer(tokens).logits)[done].abs().max() < 1e-4
 
 
+@torch.no_grad()
+def test_packed_documents_are_as_if_alone(pair):
+    _, model = pair
+    lengths = 1, 17, 9
+    row = torch.randint(0, 50, (1, sum(lengths)))
+    segment_ids = torch.arange(3).repeat_interleave(torch.tensor(lengths))[None]
+    packed = model(row, segment_ids=segment_ids)
+    alone = torch.cat([model(part) for part in row.split(lengths, 1)], 1)
+    assert (packed - alone).abs().max() < 1e-5
+    assert (packed - model(row)).abs().max() > 1e-2
+
+
 def test_loss_and_gradients_equal_transformers(pair):
     peer, model = pair
     tokens = torch.randint(0, 50, (3, 41))
