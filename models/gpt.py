@@ -165,7 +165,7 @@ class Block(nn.Module):
         rope: tuple[Tensor, Tensor],
         cache: LayerCache | None = None,
         segment_ids: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ):
         """x, what the last block added, and the residual stream h before it → the same pair."""
         y, h = (self.input_layernorm(x), x) if h is None else self.input_layernorm(x, h)
         y, h = self.post_attention_layernorm(self.self_attn(y, rope, cache, segment_ids), h)

@@ -251,9 +251,12 @@ class _Run:
     def _share(self, batch: Batch, start: int = 0, stop: int | None = None) -> Batch:
         """This process's part of these rows, on its device."""
         share = slice(start + self.rank, stop, self.ranks)
-        parts = (x if x is None else x[share] for x in batch)
-        device = self.accelerator.device
-        return Batch(*(x if x is None else x.to(device, non_blocking=True) for x in parts))
+
+        def part(x: torch.Tensor) -> torch.Tensor:
+            return x[share].to(self.accelerator.device, non_blocking=True)
+
+        segment_ids = None if batch.segment_ids is None else part(batch.segment_ids)
+        return Batch(part(batch.tokens), part(batch.targets), segment_ids)
 
     def _check_finite(self) -> None:
         bad = int(self.first_bad)

@@ -76,10 +76,10 @@ def test_resume_gives_the_same_losses_and_weights(config, whole, monkeypatch):
 
     update = loop._Run._update
 
-    def dies_at_five(self, tokens, targets):
+    def dies_at_five(self, batch):
         if self.step == 5:
             raise Killed
-        return update(self, tokens, targets)
+        return update(self, batch)
 
     monkeypatch.setattr(loop._Run, "_update", dies_at_five)
     with pytest.raises(Killed):
@@ -115,11 +115,11 @@ def test_a_loss_that_is_not_finite_names_its_step_and_keeps_the_checkpoint(confi
 
     update = loop._Run._update
 
-    def poisoned(self, tokens, targets):
+    def poisoned(self, batch):
         if self.step == 4:
             with torch.no_grad():
                 self.raw.norm.weight.fill_(float("nan"))
-        return update(self, tokens, targets)
+        return update(self, batch)
 
     monkeypatch.setattr(loop._Run, "_update", poisoned)
     with pytest.raises(Diverged, match="step 5 is not finite; the last good checkpoint is kept"):
