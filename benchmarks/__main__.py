@@ -18,6 +18,7 @@ from ponder.benchmarks import (
     overhead,
     pointwise,
     sampling,
+    tiles,
     train_step,
 )
 from ponder.benchmarks.comparison import measure
@@ -26,11 +27,12 @@ from ponder.benchmarks.measure import DEVICE, RESULTS, WRONG, Row, write
 
 CASES = {
     module.__name__.rpartition(".")[2]: module.cases
-    for module in (attention, mlp, losses, pointwise, decode)
+    for module in (attention, mlp, losses, pointwise, decode, tiles)
 }
 RUNS = {"overhead": overhead.run}
 WHOLE = {"train_step": train_step.run, "sampling": sampling.run}
 GROUPS = [*CASES, *RUNS, *WHOLE]
+BY_NAME_ALONE = ("tiles",)  # compares our kernels with themselves
 
 
 def results(group: str, only: str, smoke: bool) -> Iterator[list[Row]]:
@@ -58,7 +60,7 @@ def main() -> int:
     unknown = set(args.groups) - set(GROUPS)
     if unknown:
         parser.error(f"no group is named {', '.join(unknown)}; there are {', '.join(GROUPS)}")
-    for group in args.groups or GROUPS:
+    for group in args.groups or [g for g in GROUPS if g not in BY_NAME_ALONE]:
         for rows in results(group, args.only, args.smoke):
             if not args.smoke:
                 write(rows, args.out)

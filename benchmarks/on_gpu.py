@@ -27,6 +27,7 @@ STAGES: dict[str, list[str]] = {
     "racecheck": [*SANITIZER, "racecheck", *PYTHON, "ponder.benchmarks.every_kernel"],
     "attention-64": [*PYTHON, "ponder.benchmarks", "attention", "--only", "D64"],
     "attention-128": [*PYTHON, "ponder.benchmarks", "attention", "--only", "D128"],
+    "tiles": [*PYTHON, "ponder.benchmarks", "tiles"],
     "mlp": [*PYTHON, "ponder.benchmarks", "mlp"],
     "rest": [*PYTHON, "ponder.benchmarks", "losses", "pointwise", "decode", "overhead"],
     "train_step": [*PYTHON, "ponder.benchmarks", "train_step"],
@@ -64,11 +65,7 @@ def main() -> None:
             state[name] = run_stage(name, args.out)
             state_file.write_text(json.dumps(state, indent=1))
             if state[name]["verdict"] != "ok":
-                print(
-                    "\n".join(
-                        (args.out / f"{name}.log").read_text().splitlines()[-15:]
-                    )
-                )
+                print("\n".join((args.out / f"{name}.log").read_text().splitlines()[-15:]))
     for name, found in state.items():
         print(f"{name:14} {found['verdict']:12} {found['seconds']:5} s")
 

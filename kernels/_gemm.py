@@ -5,14 +5,13 @@ lie transposed. Blocks travel by TMA descriptors where the chip has them and row
 of 16 bytes, else by pointers; a kernel reads the same either way.
 """
 
-import contextvars
 import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ._runtime import cdiv, jit, tl
+from ._runtime import cdiv, grid, jit, tl
 
 
 @jit
@@ -191,11 +190,6 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
-    """Where a kernel's TMA descriptors lie; PyTorch's allocator aligns to 512 bytes."""
-    return torch.empty(size, dtype=torch.int8, device="cuda")
-
-
 def launch(
     kernel,
     tiles: Tiles,
@@ -211,20 +205,12 @@ def launch(
     aligned = all(m.data_ptr() % 16 == 0 for m in matrices)
     tile = tiles.choose(*sizes, accumulators, x.element_size(), processors, aligned)
     n_tiles = tile.count(n_rows, n_hidden, accumulators)
-
-    def run():
-        if tile.tma and x.is_cuda:
-            import triton
-
-            triton.set_allocator(_scratch)
-        kernel[(min(n_tiles, processors) if tile.tma else n_tiles,)](
-            *matrices,
-            *sizes,
-            **constexprs,
-            **tile.constexprs(accumulators),
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-        )
-
-    with torch.cuda.device_of(x):
-        contextvars.copy_context().run(run)  # the caller's Triton allocator stays as it was
+    n_programs = min(n_tiles, processors) if tile.tma else n_tiles
+    grid(kernel, n_programs, descriptors=tile.tma)(
+        *matrices,
+        *sizes,
+        **constexprs,
+        **tile.constexprs(accumulators),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )

@@ -4,6 +4,7 @@ Triton is imported at the first launch, not before, so that `import ponder.kerne
 works where Triton does not exist (macOS, Windows): there every function takes PyTorch's operation.
 """
 
+import contextvars
 import functools
 import importlib.util
 import os
@@ -86,6 +87,20 @@ def _traced() -> bool:
     )
 
 
+def _on_its_device(launch: Callable) -> Callable:
+    """The launcher, run with the device of its first tensor current: there Triton launches."""
+
+    @functools.wraps(launch)
+    def run(*args):
+        x = args[0]
+        if x.is_cuda and x.device.index != torch.cuda.current_device():
+            with torch.cuda.device(x.device):
+                return launch(*args)
+        return launch(*args)
+
+    return run
+
+
 class Operation:
     """A launcher as a custom op that is called directly where nothing traces the call.
 
@@ -94,6 +109,7 @@ class Operation:
     """
 
     def __init__(self, name: str, launch: Callable):
+        launch = _on_its_device(launch)
         self.op = torch.library.custom_op(name, launch, mutates_args=())
         self.register_fake = self.op.register_fake
         self.launch = self.apply = launch
@@ -148,6 +164,27 @@ def capability(device: torch.device) -> int:
         return 0
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Where a kernel's TMA descriptors lie; PyTorch's allocator aligns to 512 bytes."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def grid(kernel: Any, n_programs: int, *, descriptors: bool = False) -> Callable[..., None]:
+    """The launch of so many programs of a kernel; descriptors: it makes TMA descriptors."""
+    start = kernel[(n_programs,)]
+    if not descriptors or interpreting():
+        return start
+
+    def with_scratch(*args, **options):
+        import triton
+
+        triton.set_allocator(_scratch)
+        start(*args, **options)
+
+    # A copy of the context, so that the caller's Triton allocator stays as it was.
+    return functools.partial(contextvars.copy_context().run, with_scratch)
 
 
 TRITON_TYPE = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}

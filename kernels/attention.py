@@ -21,6 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._attention_hopper import (
+    attention_backward_kv_specialized_kernel,
+    attention_forward_specialized_kernel,
+)
 from ._attention_kernels import (
     attention_backward_kv_kernel,
     attention_backward_q_kernel,
@@ -35,8 +39,17 @@ from ._attention_masks import (
     spans,
     visible,
 )
-from ._attention_tiles import Tiles, block_d, choose
-from ._runtime import TRITON_TYPE, Specialization, autocast, capability, cdiv, operation, use_triton
+from ._attention_tiles import SPECIALIZED_TILES, Tiles, block_d, choose
+from ._runtime import (
+    TRITON_TYPE,
+    Specialization,
+    autocast,
+    capability,
+    cdiv,
+    grid,
+    operation,
+    use_triton,
+)
 
 MAX_HEAD_DIM = 256
 CPU_SCORES = 512 * 512  # on a CPU, queries × keys up to which bf16 scores are kept in memory
@@ -84,6 +97,16 @@ KERNELS = {
 }
 
 
+SPECIALIZED = {
+    "forward": attention_forward_specialized_kernel,
+    "backward_kv": attention_backward_kv_specialized_kernel,
+}
+
+
+def _kernel(name: str, tiles: Tiles) -> Any:
+    return (SPECIALIZED if tiles.specialized else KERNELS)[name]
+
+
 def _masks(head_dim: int, dtype: str) -> bool:
     return head_dim != block_d(head_dim) or dtype == "fp32"  # fp32: slow enough for one variant
 
@@ -117,15 +140,17 @@ def _specialization(
     capability: int,
     options: Collection[str] = (),
     head_dim_v: int | None = None,
+    tiles: Tiles | None = None,
 ) -> Specialization:
-    widest = max(head_dim, head_dim_v or 0)
-    tiles = choose(name, widest, dtype, capability, options)
+    if tiles is None:
+        tiles = choose(name, max(head_dim, head_dim_v or 0), dtype, capability, options)
+    kernel = _kernel(name, tiles)
     unused = {x for option, xs in OPTIONS.items() if option not in options for x in xs}
     if head_dim_v is None:
         unused.add("head_dim_v")
     signature = {}
     constants = _constants(head_dim, head_dim_v or head_dim, dtype, tiles)
-    for argument in inspect.signature(KERNELS[name].fn).parameters:
+    for argument in inspect.signature(kernel.fn).parameters:
         if argument in unused:
             constants[argument] = None
         elif argument in ("lse_ptr", "delta_ptr", "dlse_ptr", "sinks_ptr", "slopes_ptr"):
@@ -141,7 +166,7 @@ def _specialization(
         elif not argument.isupper():
             signature[argument] = "i32"
     return Specialization(
-        KERNELS[name],
+        kernel,
         signature,
         constants,
         num_warps=tiles.num_warps,
@@ -170,6 +195,10 @@ def specializations(capability: int) -> Iterator[Specialization]:
                 yield _specialization(name, 128, "bf16", capability, [option])
         yield _specialization(name, 64, "bf16", capability, head_dim_v=256)
         yield _specialization(name, 192, "bf16", capability, OPTIONS, head_dim_v=128)
+    if capability == 90:
+        for (name, block), tiles in SPECIALIZED_TILES.items():
+            for head_dim in (block, block - 16):
+                yield _specialization(name, head_dim, "bf16", capability, tiles=tiles)
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -244,7 +273,7 @@ def _launch(
     else:
         n_programs = cdiv(n_queries, tiles.block_t) * batch * n_heads
     if n_programs:
-        KERNELS[name][(n_programs,)](
+        grid(_kernel(name, tiles), n_programs, descriptors=tiles.specialized)(
             *tensors,
             *rows,
             *(stride for x in tensors for stride in _strides(x)),

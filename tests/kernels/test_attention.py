@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from ponder.kernels import attention
+from ponder.kernels._attention_tiles import Tiles
 from ponder.kernels.attention import attention_reference
 
 from .numerics import DTYPES, EPSILON, check, relative_error, run
@@ -279,3 +280,41 @@ def test_limits_of_the_kernel_are_named(device):
         attention(x, x, x)
     with pytest.raises(ValueError, match=r"q is torch.float64; supported"):
         attention(*[x.double()[..., :16]] * 3)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_specialized_kernels(case, device, monkeypatch):
+    """Those for Hopper, with tiles small enough for the interpreter to meet several of them."""
+    if device == "cuda" and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("this GPU has no such kernels")
+
+    def choose(name, *rest):
+        if name not in module.SPECIALIZED:
+            return tiles(name, *rest)
+        block_t, block_s = (128, 64) if name == "forward" else (64, 128)
+        return Tiles(block_t, block_s, 4, 2, specialized=True)
+
+    tiles = module.choose
+    monkeypatch.setattr(module, "choose", choose)
+    *sizes, causal = case
+    check_attention(qkv(*sizes, torch.float16, device), causal)
+
+
+def test_specialized_kernels_keep_the_allocator(monkeypatch):
+    """Descriptors take memory from Triton's allocator: set for the launch, and for no longer."""
+    import triton
+
+    from ponder.kernels._runtime import grid
+
+    events = []
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(triton, "set_allocator", lambda f: events.append("set"))
+
+    class Kernel:
+        def __getitem__(self, programs):
+            return lambda *args, **options: events.append((programs, args, options))
+
+    grid(Kernel(), 3)(1, 2, num_warps=4)
+    assert events == [((3,), (1, 2), dict(num_warps=4))]
+    grid(Kernel(), 3, descriptors=True)(1)
+    assert events[1:] == ["set", ((3,), (1,), {})]
