@@ -92,9 +92,9 @@ WITH_OPTIONS = {
 }
 
 
-# For _attention_hopper's kernels, which know no option but causal, on sm_90 in 16 bits. They compile without
-# spills and are right in the interpreter, but no GPU has timed them: so nothing chooses them yet
-# but benchmarks/tiles.py.
+# For the kernels of _attention_hopper, which know no option but causal, on sm_90 in 16 bits. They
+# compile without spilling and are right in the interpreter, but no GPU has timed them: so nothing
+# chooses them yet but benchmarks/tiles.py.
 SPECIALIZED_TILES = {
     ("forward", 64): Tiles(128, 128, 4, 3, specialized=True),
     ("forward", 128): Tiles(128, 128, 4, 2, specialized=True),
