@@ -7,6 +7,7 @@ thing printed is a table of the stages.
 """
 
 import argparse
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -20,9 +21,12 @@ FIGURES = ROOT / "docs" / "figures"
 LIMIT = 480  # seconds a stage
 
 PYTHON = [sys.executable, "-m"]
+PYTEST = [*PYTHON, "pytest", "-q", "--maxfail=20"]
+if importlib.util.find_spec("xdist"):
+    PYTEST += ["-n", "8"]  # Triton compiles for minutes
 SANITIZER = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
 STAGES: dict[str, list[str]] = {
-    "tests": [*PYTHON, "pytest", "-q", "--maxfail=20", str(ROOT / "tests" / "kernels")],
+    "kernel-tests": [*PYTEST, str(ROOT / "tests" / "kernels")],
     "memcheck": [*SANITIZER, "memcheck", *PYTHON, "ponder.benchmarks.every_kernel"],
     "racecheck": [*SANITIZER, "racecheck", *PYTHON, "ponder.benchmarks.every_kernel"],
     "attention-64": [*PYTHON, "ponder.benchmarks", "attention", "--only", "D64"],
@@ -31,7 +35,9 @@ STAGES: dict[str, list[str]] = {
     "mlp": [*PYTHON, "ponder.benchmarks", "mlp"],
     "rest": [*PYTHON, "ponder.benchmarks", "losses", "pointwise", "decode", "overhead"],
     "train_step": [*PYTHON, "ponder.benchmarks", "train_step"],
+    "profiles": [*PYTHON, "ponder.benchmarks.profiles"],
     "sampling": [*PYTHON, "ponder.benchmarks", "sampling"],
+    "all-tests": [*PYTEST, "--ignore", str(ROOT / "tests" / "kernels"), str(ROOT / "tests")],
     "demo": [*PYTHON, "ponder", "demo", "--out", "OUT/demo"],
 }
 
