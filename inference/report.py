@@ -24,9 +24,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from . import stats
+from .estimators import leaders
+from .evaluation import Result, paired_difference
 from .store import Record, Store
-from .strategies import Result, paired_difference
 
 COLUMNS = (
     *("task", "model", "strategy", "samples", "think_budget", "temperature", "problems"),
@@ -466,12 +466,10 @@ def worked_examples(curves: Curves, store: Store, count: int) -> list[dict[str, 
         return []
     budget, params, seed = gain[0].think_budget, gain[0].params, gain[0].seed
     pool = store.pool(budget=budget, params=params, seed=seed, samples=gain[0].samples)
-    winner = stats.vote(pool.answers)
-    right = pool.correct[np.arange(len(winner)), winner] & (winner >= 0)
-    corrected = np.flatnonzero(right & ~pool.correct[:, 0])
+    chosen = (pool.answers == leaders(pool.answers)[0][:, -1:]) & (pool.answers >= 0)
+    corrected = np.flatnonzero((chosen & pool.correct).any(1) & ~pool.correct[:, 0])
     corrected = corrected[np.argsort(pool.difficulty[corrected], kind="stable")]
-    chosen = np.take_along_axis(pool.answers, winner[:, None], 1)
-    share = (pool.answers == chosen).mean(1)
+    share = chosen.mean(1)
     problems = store.problems()
     examples = []
     for group in np.array_split(corrected, min(count, len(corrected)) or 1):
