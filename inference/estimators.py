@@ -50,7 +50,7 @@ def maj_at_k(answers: np.ndarray, correct: np.ndarray, k: int) -> np.ndarray:
         for i in np.flatnonzero(shares):
             others = tuple(sorted(np.delete(counts, i).tolist()))
             scores[p] += shares[i] * win_probability(int(counts[i]), others, silent, k)
-    # Rounded, so that what is certain is 1 and not a few ulps less, which would lose a tie of costs.
+    # Rounded: what is certain is 1 and not a few ulps less, which would lose ties to others.
     return scores.round(12)
 
 
@@ -273,8 +273,8 @@ def beta_rule(threshold: float) -> Rule:
 
 def unanimous_rule(window: int) -> Rule:
     """Draw windows of so many samples; stop after the first that agrees on one answer, which is
-    put to the vote with all before it. Source: Li et al. 2024, "Escape Sky-high Cost: Early-stopping
-    Self-Consistency for Multi-step Reasoning"."""
+    put to the vote with all before it. Source: Li et al. 2024, "Escape Sky-high Cost:
+    Early-stopping Self-Consistency for Multi-step Reasoning"."""
 
     def rule(seen: Prefixes) -> tuple[np.ndarray, np.ndarray]:
         rows, k = seen.answers.shape

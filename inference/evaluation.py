@@ -10,6 +10,8 @@ from . import stats
 from .store import Setting, Store
 from .strategies import STRATEGIES, Outcome, spend
 
+SLACK = 0.02  # costs that differ by less count as equal: a few tokens more or less are chance
+
 
 @dataclass(frozen=True)
 class Result:
@@ -131,10 +133,10 @@ def evaluate(
 
 
 def mark_pareto(results: Sequence[Result]) -> list[Result]:
-    """The results with `pareto` set on those that no other one beats, costs within 2 % counting as
-    equal (a few tokens more or less are chance); oracles do not compete."""
+    """The results with `pareto` set on those that no other one beats, costs within
+    SLACK counting as equal; oracles do not compete."""
     cost_of = [np.nan if r.oracle else r.cost for r in results]
-    frontier = stats.pareto(cost_of, [r.accuracy for r in results], slack=0.02)
+    frontier = stats.pareto(cost_of, [r.accuracy for r in results], slack=SLACK)
     return [replace(r, pareto=bool(best)) for r, best in zip(results, frontier, strict=True)]
 
 

@@ -11,8 +11,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from . import cost, estimators
 from ..models import GPTConfig
+from . import cost, estimators
 from .store import Pool, parse_params
 
 

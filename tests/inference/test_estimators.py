@@ -231,7 +231,7 @@ def test_the_certain_rule_against_all_orders(pool, data):
     answers = [TEXTS[text][0] for text in pool]
 
     def mass(order):
-        """The answers' probabilities, most first, by the distinct texts seen; and what is unseen."""
+        """Answers by the probability of their distinct texts, and what is unseen."""
         seen = {pool[i] for i in order}
         sums = {a: sum(TEXTS[t][1] for t in seen if TEXTS[t][0] == a) for a in (0, 1, 2)}
         ranked = sorted(sums, key=lambda a: -sums[a])

@@ -13,7 +13,9 @@ def test_bins_are_about_equal_and_levels_stay_whole():
     assert bins_of(np.full(7, 5)).tolist() == [0] * 7
     assert bins_of(np.arange(100), 4).tolist() == [i // 25 for i in range(100)]
     # A level that fills half of all problems takes one bin, and no bin is left empty.
-    assert bins_of(np.array([1] * 6 + [2, 3, 4, 5, 6, 7]), 4).tolist() == [0] * 6 + [1] * 3 + [2] * 3
+    assert (
+        bins_of(np.array([1] * 6 + [2, 3, 4, 5, 6, 7]), 4).tolist() == [0] * 6 + [1] * 3 + [2] * 3
+    )
 
 
 def test_the_choice_is_the_best_that_fits():

@@ -84,7 +84,9 @@ def test_coverage_follows_the_law_that_made_it():
     spread = rng.normal(0, 0.02, size=(400, 1))
     fit = fit_coverage(k, law + spread - spread.mean())
     assert fit is not None
-    assert fit.a.mean == pytest.approx(-1.5, rel=1e-6) and fit.b.mean == pytest.approx(0.6, rel=1e-6)
+    assert fit.a.mean == pytest.approx(-1.5, rel=1e-6) and fit.b.mean == pytest.approx(
+        0.6, rel=1e-6
+    )
     assert fit.a.low < -1.5 < fit.a.high and fit.b.low < 0.6 < fit.b.high
     assert fit.b.high - fit.b.low < 0.05
     np.testing.assert_allclose(fit(k), law, rtol=1e-6)
