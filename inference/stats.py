@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import curve_fit
+from scipy.optimize import least_squares
 
 CHUNK = 1 << 24  # elements of a temporary array, so that memory stays in the tens of megabytes
 
@@ -133,16 +133,11 @@ def _coverage_law(
     # A straight line in log k: log(-log C) = log(-a) - b log k. It starts the least squares in C.
     slope, height = np.polyfit(np.log(k[inside]), np.log(-np.log(mean[inside])), 1)
     first = (height, -slope) if start is None else (np.log(-start[0]), start[1])
-    try:
-        (log_a, b), _ = curve_fit(
-            lambda k, log_a, b: np.exp(-np.exp(np.clip(log_a - b * np.log(k), -50, 50))),
-            k,
-            mean,
-            p0=first,
-            maxfev=400,
-        )
-    except RuntimeError:  # no minimum found: the straight line will do
-        log_a, b = height, -slope
+
+    def residual(law: np.ndarray) -> np.ndarray:
+        return np.exp(-np.exp(np.clip(law[0] - law[1] * np.log(k), -50, 50))) - mean
+
+    log_a, b = least_squares(residual, first, method="lm").x
     return -float(np.exp(log_a)), float(b)
 
 

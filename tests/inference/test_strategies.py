@@ -21,9 +21,9 @@ class Problem:
     difficulty: int
 
 
-def make_store(path, answers, *, greedy, budget=8, seed=0, logprobs=None, hot=HOT):
+def make_store(path, answers, *, greedy, budget=8, seed=0, logprobs=None, hot=HOT, tokens=4):
     """answers: per problem, the stored samples' answers ("-" for none); the right one is "a".
-    logprobs: of the samples at a temperature, -1 by default."""
+    logprobs: of the samples at a temperature, -1 by default. tokens: of the first sample."""
     store = Store(path, identity={"model": "m", "task": "t"})
     store.add_problems([Problem(str(i), "a", i) for i in range(len(answers))])
 
@@ -34,7 +34,7 @@ def make_store(path, answers, *, greedy, budget=8, seed=0, logprobs=None, hot=HO
             answer=None if answer == "-" else answer,
             correct=answer == "a",
             prompt_tokens=10 + problem,
-            sampled_tokens=4 + sample,
+            sampled_tokens=tokens + sample,
             forced_tokens=1,
             think_tokens=3,
             logprob=logprobs[sample] if logprobs else -1.0,
@@ -171,12 +171,12 @@ def test_incomplete_stores(tmp_path):
 
 
 def test_paired_difference_uses_the_problems_that_both_hold(tmp_path):
-    store = make_store(tmp_path / "s", ["aaba", "bbbb", "abab"], greedy="ab")
+    store = make_store(tmp_path / "s", ["aaba", "bbbb", "abaa"], greedy="ab")
     rows = by_name(evaluate(store, samples=[4]))
     difference = paired_difference(rows["self-consistency", 4], rows["greedy", 1])
     assert difference.mean == 0
     difference = paired_difference(rows["self-consistency", 4], rows["sampling", 1])
-    assert difference.mean == pytest.approx((0.25 + 0 + 0.5) / 3)
+    assert difference.mean == pytest.approx((0.25 + 0 + 0.25) / 3)
 
 
 def test_bad_requests_are_named(tmp_path):

@@ -233,7 +233,7 @@ def test_any_other_answer_is_wrong(data):
 
 
 def test_unknown_names_settings_and_values_are_named():
-    assert tasks.names() == NAMES
+    assert tasks.names() == [*NAMES, "gsm8k", "math500", "aime24", "aime25"]
     with pytest.raises(ValueError, match="unknown task 'sudoku'; known: last_digit, permute, mul"):
         tasks.get("sudoku")
     with pytest.raises(ValueError, match="last_digit: unknown setting 'digits'; known: operands"):
