@@ -3,7 +3,6 @@
 import io
 import math
 import re
-import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,6 +16,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 
 from . import stats
 from .evaluation import SLACK, Result
+from .page import budget_order, duration, human, short_budget, visible, vote_text
 from .policy import Policy
 from .store import Pool, Store
 
@@ -63,12 +63,12 @@ STYLE: dict[Any, Any] = {
 
 # What accuracy is drawn against: the axis, a row's cost, how a tick reads.
 UNITS: dict[str, tuple[str, Callable[[Result], float], Callable[[float], str]]] = {
-    "FLOPs": ("FLOPs per problem", lambda r: r.flops_per_problem, lambda x: human(x)),
-    "Tokens": ("Tokens per problem", lambda r: r.tokens_per_problem, lambda x: human(x)),
+    "FLOPs": ("FLOPs per problem", lambda r: r.flops_per_problem, human),
+    "Tokens": ("Tokens per problem", lambda r: r.tokens_per_problem, human),
     "Seconds": (
         "Engine time per problem",
         lambda r: r.seconds_per_problem,
-        lambda x: duration(x),
+        duration,
     ),
 }
 
@@ -119,7 +119,7 @@ class Curves:
     @property
     def shown_votes(self) -> dict[int, str]:
         """At most four sizes of the vote, the ends among them, each with its colour."""
-        return _shades(_spread(list(self.votes), 4), "vote")
+        return _shades(spread(list(self.votes), 4), "vote")
 
     def pool(self, store: Store, budget: int | None | Literal["any"] = "any") -> Pool | None:
         """All samples behind the votes at a budget (or at any); None where each problem has one."""
@@ -139,27 +139,7 @@ class Curves:
         return max(pairs, key=lambda pair: pair[0].accuracy - pair[1].accuracy)
 
 
-def budget_order(budget: int | None) -> float:
-    return math.inf if budget is None else budget
-
-
-def budget_phrase(budget: int | None) -> str:
-    return "unlimited thinking" if budget is None else f"thinking budget {budget:,}"
-
-
-def budget_text(budget: int | None) -> str:
-    return "no limit" if budget is None else f"{budget:,}"
-
-
-def short_budget(budget: int | None) -> str:
-    return "∞" if budget is None else f"{budget:,}"
-
-
-def vote_text(samples: int) -> str:
-    return "1 sample" if samples == 1 else f"vote of {samples}"
-
-
-def _spread(items: Sequence, count: int) -> list:
+def spread(items: Sequence, count: int) -> list:
     """At most `count` of the items, evenly spaced, first and last among them."""
     if len(items) <= count:
         return list(items)
@@ -200,7 +180,7 @@ def draw_compute(
     for label, colour, rows in lines:
         _line(axes, [cost(r) for r in rows], rows, label, colour)
     before = None
-    for r in _spread(curves.greedy or curves.votes.get(1, []), 9):
+    for r in spread(curves.greedy or curves.votes.get(1, []), 9):
         # Clear of the line, which arrives from below, and of the ring around a point.
         level = before is not None and abs(r.accuracy - before.accuracy) < 0.05
         axes.annotate(
@@ -225,6 +205,12 @@ def draw_compute(
         color=COLOURS["ink"],
         label="another strategy" if others else None,
     )
+    _rings(axes, best, cost)
+    _cost_axis(axes, [cost(r) for r in drawn + others], axis, tick)
+    _finish(axes, curves.guess, columns, title)
+
+
+def _rings(axes: Axes, best: Sequence[Result], cost: Callable[[Result], float]) -> None:
     axes.plot(
         [cost(r) for r in best],
         [r.accuracy for r in best],
@@ -235,8 +221,6 @@ def draw_compute(
         markeredgewidth=1.1,
         label="Pareto frontier",
     )
-    _cost_axis(axes, [cost(r) for r in drawn + others], axis, tick)
-    _finish(axes, curves, columns, title)
 
 
 def frontier(rows: Sequence[Result], cost: Callable[[Result], float]) -> list[Result]:
@@ -257,8 +241,23 @@ def _cost_axis(
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
+def draw_models(
+    axes: Axes, models: dict[str, list[Result]], best: Sequence[Result], unit: str
+) -> None:
+    """Accuracy against the compute of a problem: the Pareto frontier of each model."""
+    axis, cost, tick = UNITS[unit]
+    names = ("vote-4", "greedy", "budget-3", "outvoted", "vote-2", "budget-1", "never", "ink")
+    for i, (model, rows) in enumerate(models.items()):
+        rows = sorted(rows, key=cost)
+        _line(axes, [cost(r) for r in rows], rows, visible(model), COLOURS[names[i % len(names)]])
+    _rings(axes, best, cost)
+    rows = [r for of_one in models.values() for r in of_one]
+    _cost_axis(axes, [cost(r) for r in rows], axis, tick)
+    _finish(axes, rows[0].guess_accuracy, 3)
+
+
 def draw_policy(
-    axes: Axes, curves: Curves, overall: Sequence[Policy], split: Sequence[Policy], unit: str
+    axes: Axes, guess: float, overall: Sequence[Policy], split: Sequence[Policy], unit: str
 ) -> None:
     """Accuracy of the compute-optimal policy on problems that had no part in choosing it."""
     lines = [("one choice for all", COLOURS["vote-4"], overall)]
@@ -270,7 +269,7 @@ def draw_policy(
         axes.plot(cost, three[:, 0], "o-", color=colour, label=label)
     label, _, tick = UNITS[unit]
     _cost_axis(axes, [p.cost for _, _, policies in lines for p in policies], label, tick)
-    _finish(axes, curves, 3)
+    _finish(axes, guess, 3)
 
 
 def draw_outcomes(axes: Axes, shares: dict[int | None, tuple[float, ...]]) -> None:
@@ -302,15 +301,15 @@ def draw_budgets(axes: Axes, curves: Curves) -> None:
     place = {budget: i for i, budget in enumerate(curves.budgets)}
     for label, colour, rows in _lines(curves):
         _line(axes, [place[r.think_budget] for r in rows], rows, label, colour)
-    ticks = _spread(curves.budgets, 9)
+    ticks = spread(curves.budgets, 9)
     axes.set_xticks([place[b] for b in ticks], [short_budget(b) for b in ticks])
     axes.set_xlabel("Thinking budget (tokens)")
-    _finish(axes, curves, 3)
+    _finish(axes, curves.guess, 3)
 
 
 def draw_samples(axes: Axes, curves: Curves) -> None:
     """Accuracy against the number of samples: votes, and what a perfect verifier would reach."""
-    for budget, colour in _shades(_spread(curves.budgets, 4), "budget").items():
+    for budget, colour in _shades(spread(curves.budgets, 4), "budget").items():
         votes = [r for k in curves.votes for r in curves.votes[k] if r.think_budget == budget]
         oracle = [r for k in curves.oracle for r in curves.oracle[k] if r.think_budget == budget]
         _line(axes, [r.samples for r in votes], votes, f"budget {short_budget(budget)}", colour)
@@ -324,10 +323,10 @@ def draw_samples(axes: Axes, curves: Curves) -> None:
     axes.plot([], [], color=COLOURS["muted"], linestyle=(0, (1, 1.5)), label="pass@k")
     axes.set_xscale("log", base=2)
     ticks = sorted(set(curves.votes) | set(curves.oracle))
-    axes.set_xticks(_spread(ticks, 8), [str(k) for k in _spread(ticks, 8)])
+    axes.set_xticks(spread(ticks, 8), [str(k) for k in spread(ticks, 8)])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("Samples per problem")
-    _finish(axes, curves, 3)
+    _finish(axes, curves.guess, 3)
 
 
 def _lines(curves: Curves) -> list[tuple[str, str, list[Result]]]:
@@ -345,9 +344,9 @@ def _line(axes: Axes, x: Sequence[float], rows: list[Result], label: str, colour
     axes.plot(x, [r.accuracy for r in rows], "o-", color=colour, label=label)
 
 
-def _finish(axes: Axes, curves: Curves, columns: int, title: str = "") -> None:
-    guess = axes.axhline(curves.guess, color=COLOURS["muted"], linestyle=(0, (5, 4)), linewidth=1.2)
-    guess.set_label("best guess")
+def _finish(axes: Axes, guess: float, columns: int, title: str = "") -> None:
+    line = axes.axhline(guess, color=COLOURS["muted"], linestyle=(0, (5, 4)), linewidth=1.2)
+    line.set_label("best guess")
     axes.set_ylim(0, 1.03)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.0f} %"))
     axes.set_ylabel("Accuracy")
@@ -372,7 +371,8 @@ def _legend(axes: Axes, columns: int, title: str = "") -> None:
         columnspacing=1.4,
         handletextpad=0.5,
     )
-    legend.get_title().set_parse_math(False)  # a name may hold dollar signs
+    for text in (legend.get_title(), *legend.get_texts()):
+        text.set_parse_math(False)  # a name may hold dollar signs
 
 
 def svg(draw, name: str, *of, width: float, height: float, **options) -> Markup:
@@ -394,35 +394,3 @@ def svg(draw, name: str, *of, width: float, height: float, **options) -> Markup:
         text = text.replace(value, f"var(--{colour})")
     label = escape(draw.__doc__.strip().splitlines()[0])
     return Markup(text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1))
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
-
-
-def human(x: float) -> str:
-    """A number of at most four characters and a unit: 1234567 → "1.23 M"."""
-    if math.isnan(x):
-        return "unknown"
-    for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(x) >= size:
-            return f"{x / size:.3g} {unit}"
-    return f"{x:.3g}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds with a unit of fitting size: 0.00032 → "320 µs"."""
-    for unit, size in (("s", 1), ("ms", 1e-3), ("µs", 1e-6)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds:.2g} s"
-
-
-def visible(text: str) -> str:
-    """The text with what would not show, or would reorder its neighbours, spelled out."""
-    return "".join(
-        f"⟨U+{ord(c):04X}⟩"
-        if c not in "\n\t" and unicodedata.category(c) in ("Cc", "Cf", "Cs", "Cn", "Zl", "Zp")
-        else c
-        for c in text
-    )

@@ -9,7 +9,8 @@ import numpy as np
 
 from . import estimators, stats
 from .evaluation import Result
-from .figures import Curves, _spread, budget_order, vote_text
+from .figures import Curves, spread
+from .page import budget_order, vote_text
 from .policy import Policy, bins_of, compute_optimal
 from .store import Store
 
@@ -32,7 +33,7 @@ def outcome_shares(curves: Curves, store: Store) -> dict[int | None, tuple[float
 def coverage_rows(curves: Curves, store: Store) -> list[dict[str, Any]]:
     """For at most four budgets: pass@k at the ends, and the fit of exp(a k^-b) between them."""
     rows = []
-    for budget in _spread(curves.budgets, 4):
+    for budget in spread(curves.budgets, 4):
         pool = curves.pool(store, budget)
         if pool is None:
             continue
@@ -95,7 +96,7 @@ class Policies:
             for p, before in zip(policies, [None, *policies], strict=False)
             if before is None or p.choice != before.choice
         ]
-        return _spread(changes, 6)
+        return spread(changes, 6)
 
 
 def policies(results: Sequence[Result], store: Store, points: int = 10) -> Policies | None:
@@ -114,15 +115,19 @@ def policies(results: Sequence[Result], store: Store, points: int = 10) -> Polic
         ]
     )
     scores = np.stack([r.scores[m] for r, m in zip(ways, inside, strict=True)])
-    means, accuracy = costs.mean(1), scores.mean(1).round(12)
-    enough = means[accuracy == accuracy.max()].min()  # beyond it more compute buys nothing
-    # From the cheapest way on; the last budget leaves room for a half that is a little dearer.
-    budgets = np.geomspace(means.min(), max(enough, means.min()) * 1.1, points).tolist()
     problems = store.problems()
     level = np.array([problems[i].difficulty for i in ids])
     bins = bins_of(level)
     names = [_span(level[bins == group]) for group in range(int(bins.max()) + 1)]
     several = len(names) > 1
+    # Up to what the dearest bin needs for its best accuracy, beyond which more compute buys
+    # nothing; the last budget leaves room for a half that is a little dearer.
+    enough = []
+    for group in range(len(names)):
+        cost = costs[:, bins == group].mean(1)
+        accuracy = scores[:, bins == group].mean(1).round(12)
+        enough.append(cost[accuracy == accuracy.max()].min())
+    budgets = np.geomspace(costs.mean(1).min(), 1.1 * max(enough), points).tolist()
     return Policies(
         unit="FLOPs" if known else "Tokens",
         ways=ways,
@@ -145,7 +150,7 @@ def difficulty_tables(curves: Curves, store: Store, groups: int = 8) -> list[dic
     for name, rows in (("Greedy", curves.greedy), (vote_text(most), curves.votes.get(most, []))):
         if not rows:
             continue
-        rows = _spread(rows, 9)
+        rows = spread(rows, 9)
         levels = [np.array([difficulty[i] for i in r.ids]) for r in rows]
         known = np.unique(levels[0])
         lines = []

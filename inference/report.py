@@ -8,33 +8,21 @@ import csv
 import io
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import jinja2
-from markupsafe import Markup
 
 from .browser import problem_groups
 from .evaluation import Result, paired_difference
 from .figures import (
     Curves,
-    budget_phrase,
-    budget_text,
     draw_budgets,
     draw_compute,
     draw_outcomes,
     draw_policy,
     draw_samples,
-    duration,
-    human,
-    percent,
     png,
-    short_budget,
     svg,
-    visible,
-    vote_text,
 )
 from .findings import (
     control_rows,
@@ -43,6 +31,7 @@ from .findings import (
     outcome_shares,
     policies,
 )
+from .page import budget_phrase, environment, percent, points, vote_text, write_files
 from .store import Store
 
 COLUMNS = (
@@ -50,21 +39,6 @@ COLUMNS = (
     *("accuracy", "ci_low", "ci_high", "prompt_tokens", "sampled_tokens", "forced_tokens"),
     *("flops_per_problem", "seconds_per_problem", "guess_accuracy", "pareto"),
 )
-# What a strategy is called on the page; one that is not here goes by its own name.
-WORDS = {
-    "greedy": "greedy",
-    "sampling": "one sample",
-    "self-consistency": "majority vote",
-    "probability-vote": "vote weighted by probability",
-    "mean-probability-vote": "vote weighted by mean token probability",
-    "confidence-vote": "vote weighted by self-confidence",
-    "best-of-n": "the most probable per token",
-    "adaptive-consistency": "vote, stopped when likely decided (Beta)",
-    "early-stopping": "vote, stopped by a unanimous window",
-    "certain-mode": "vote, stopped when the mode is proven",
-    "pass@k": "any right (perfect verifier)",
-    "vote-ceiling": "ceiling of voting",
-}
 
 
 def write_report(
@@ -84,22 +58,17 @@ def write_report(
     """
     if not results:
         raise ValueError(f"{store.path} holds no results to report: run the sweep first")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     if isinstance(run, Mapping) or run is None:
         facts = run or {}
     else:
         facts = json.loads(Path(run).read_text(encoding="utf-8"))
     page = html(results, store, run=facts, examples=examples)
-    for name, content in (
-        ("results.csv", csv_text(results).encode("utf-8", "replace")),
-        ("accuracy_vs_compute.png", png(results)),
-        ("index.html", page.encode()),
-    ):
-        aside = folder / f".{name}.new"
-        aside.write_bytes(content)
-        os.replace(aside, folder / name)
-    return folder / "index.html"
+    files = {
+        "results.csv": csv_text(results).encode("utf-8", "replace"),
+        "accuracy_vs_compute.png": png(results),
+        "index.html": page.encode(),
+    }
+    return write_files(folder, files) / "index.html"
 
 
 def csv_text(results: Iterable[Result]) -> str:
@@ -127,58 +96,45 @@ def html(
 ) -> str:
     """The page as text. Everything that is not markup of this file is escaped."""
     curves = Curves.of(results)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=lambda value: (
-            visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-        ),
-    )
-    environment.filters |= {
-        "percent": percent,
-        "human": human,
-        "duration": duration,
-        "budget": budget_text,
-        "short_budget": short_budget,
-        "budget_phrase": budget_phrase,
-        "vote": vote_text,
-        "points": points,
-        "words": lambda name: WORDS.get(name, name),
-    }
     small = dict(width=4.8, height=3.7)
     pool = curves.pool(store)
     shares = outcome_shares(curves, store) if pool else {}
     policy = policies(results, store)
-    return environment.get_template("report.html").render(
-        first=results[0],
-        results=results,
-        curves=curves,
-        headlines=headlines(curves),
-        compute={
-            unit: (
-                svg(draw_compute, f"wide-{unit}", curves, unit, width=8.6, height=4.3, columns=7),
-                svg(draw_compute, f"narrow-{unit}", curves, unit, width=4.8, height=4.4),
-            )
-            for unit in curves.units
-        },
-        by_budget=len(curves.budgets) > 1 and svg(draw_budgets, "budgets", curves, **small),
-        by_samples=len(curves.votes) > 1 and svg(draw_samples, "samples", curves, **small),
-        choosing=choosing(curves),
-        coverage=coverage_rows(curves, store) if pool else [],
-        outcomes=shares
-        and svg(draw_outcomes, "outcomes", shares, width=4.8, height=1.6 + 0.34 * len(shares)),
-        policy=policy,
-        by_policy=policy
-        and svg(draw_policy, "policy", curves, policy.overall, policy.split, policy.unit, **small),
-        control=control_rows(curves, store),
-        difficulty=difficulty_tables(curves, store),
-        groups=problem_groups(curves, store, examples) if pool else [],
-        made=made(run),
-        columns=COLUMNS,
-        field=_csv_field,
+    return (
+        environment()
+        .get_template("report.html")
+        .render(
+            first=results[0],
+            results=results,
+            curves=curves,
+            headlines=headlines(curves),
+            compute={
+                unit: (
+                    svg(
+                        draw_compute, f"wide-{unit}", curves, unit, width=8.6, height=4.3, columns=7
+                    ),
+                    svg(draw_compute, f"narrow-{unit}", curves, unit, width=4.8, height=4.4),
+                )
+                for unit in curves.units
+            },
+            by_budget=len(curves.budgets) > 1 and svg(draw_budgets, "budgets", curves, **small),
+            by_samples=len(curves.votes) > 1 and svg(draw_samples, "samples", curves, **small),
+            choosing=choosing(curves),
+            coverage=coverage_rows(curves, store) if pool else [],
+            outcomes=shares
+            and svg(draw_outcomes, "outcomes", shares, width=4.8, height=1.6 + 0.34 * len(shares)),
+            policy=policy,
+            by_policy=policy
+            and svg(
+                draw_policy, "policy", curves, policy.overall, policy.split, policy.unit, **small
+            ),
+            control=control_rows(curves, store),
+            difficulty=difficulty_tables(curves, store),
+            groups=problem_groups(curves, store, examples) if pool else [],
+            made=made(run),
+            columns=COLUMNS,
+            field=_csv_field,
+        )
     )
 
 
@@ -222,12 +178,6 @@ def choosing(curves: Curves) -> list[dict[str, Any]]:
         and (r.samples == vote.samples or r.strategy in ("greedy", "sampling", "vote-ceiling"))
     ]
     return [dict(r=r, better=None if r is vote else paired_difference(r, vote)) for r in rows]
-
-
-def points(share: float) -> str:
-    """A difference of shares in points: -0.0213 → "−2.1"; what rounds to nothing has no sign."""
-    text = f"{100 * share:+.1f}".replace("-", "−")
-    return text.lstrip("+−") if text.endswith("0.0") and len(text) == 4 else text
 
 
 def made(run: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:

@@ -101,13 +101,15 @@ def run(engine: Engine, searches: Iterable[Search]) -> list[Found]:
     searches = list(searches)
     found: list[Found | None] = [None] * len(searches)
     waiting: dict[int, list[Sample] | None] = dict.fromkeys(range(len(searches)))
-    while waiting:
+    while True:
         asked: dict[int, list[Request]] = {}
         for i, samples in waiting.items():
             try:
                 asked[i] = next(searches[i]) if samples is None else searches[i].send(samples)
             except StopIteration as stop:
                 found[i] = stop.value
+        if not asked:
+            break
         requests = [
             replace(request, key=(i, j))
             for i, of_one in asked.items()

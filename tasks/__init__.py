@@ -69,6 +69,21 @@ def final_text(text: str) -> str | None:
     return None if "<think>" in tail else tail.strip()
 
 
+def judge(task: Task, problem: Problem, text: str) -> tuple[str | None, bool]:
+    """The answer that a completion gives, and whether it is right.
+
+    Raises ValueError, naming the task and the problem, where the task's own code raises: a verifier
+    that breaks is a fault to mend, not a wrong answer.
+    """
+    try:
+        return task.answer(text), bool(task.verify(problem, text))
+    except Exception as error:
+        raise ValueError(
+            f"{task.name}: its verifier failed on {text[:80]!r} for the problem "
+            f"{problem.prompt[:80]!r} ({type(error).__name__}: {error})"
+        ) from error
+
+
 def check_range(task: str, field: str, bounds: tuple[int, int], least: int) -> None:
     """Raise ValueError unless bounds is (low, high), whole numbers with least <= low <= high."""
     pair = isinstance(bounds, tuple | list) and [type(bound) for bound in bounds] == [int, int]

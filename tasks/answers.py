@@ -93,15 +93,18 @@ def normal(text: str) -> str:
 
 def canonical(text: str) -> str:
     """One text for all the ways of writing an answer that are known to be the same: a number, or
-    what math-verify's parser makes of it (x + 1 and 1 + x), or normal LaTeX where it cannot."""
+    what math-verify's parser makes of it (x + 1 and 1 + x, x/2 and 0.5x), or normal LaTeX where it cannot."""
     plain = normal(text)
     if number(plain) is not None or not have_math_verify():
         return plain
     from math_verify import parse
+    from sympy import nsimplify
 
     try:
         parsed = parse(f"\\boxed{{{text}}}", parsing_timeout=_seconds())
-        return str(parsed[0]) if parsed and not isinstance(parsed[0], str) else plain
+        if not parsed or isinstance(parsed[0], str):
+            return plain
+        return str(nsimplify(parsed[0], rational=True))
     except Exception:  # noqa: BLE001  sympy raises what it likes on what a model wrote
         return plain
 

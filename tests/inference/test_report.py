@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from ponder.inference.evaluation import evaluate
-from ponder.inference.figures import duration, human, png, visible
-from ponder.inference.report import COLUMNS, csv_text, points, write_report
+from ponder.inference.figures import png
+from ponder.inference.page import duration, human, points, visible
+from ponder.inference.report import COLUMNS, csv_text, write_report
 from ponder.inference.store import Key, Record, Store
 from ponder.inference.strategies import STRATEGIES
 

@@ -21,11 +21,13 @@ class Problem:
     difficulty: int
 
 
-def make_store(path, answers, *, greedy, budget=8, seed=0, logprobs=None, hot=HOT, tokens=4):
+def make_store(
+    path, answers, *, greedy, budget=8, seed=0, logprobs=None, hot=HOT, tokens=4, prompt=""
+):
     """answers: per problem, the stored samples' answers ("-" for none); the right one is "a".
     logprobs: of the samples at a temperature, -1 by default. tokens: of the first sample."""
     store = Store(path, identity={"model": "m", "task": "t"})
-    store.add_problems([Problem(str(i), "a", i) for i in range(len(answers))])
+    store.add_problems([Problem(f"{prompt}{i}", "a", i) for i in range(len(answers))])
 
     def record(problem, params, sample, answer):
         return Record(

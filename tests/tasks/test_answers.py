@@ -87,7 +87,7 @@ def test_formulas_without_math_verify(monkeypatch):
 
 def test_formulas_with_math_verify():
     pytest.importorskip("math_verify", reason="math-verify is not installed")
-    assert canonical("x + 1") == canonical("1+x")
+    assert canonical("x + 1") == canonical("1+x") and canonical("0.5x") == canonical("x/2")
     assert same("(x+1)^2", "x^2+2x+1") and not same("x^2", "x^3")
     assert same(r"\frac{\sqrt{2}}{2}", r"\frac{1}{\sqrt{2}}")
     assert not same("5", r"\frac{")

@@ -258,3 +258,19 @@ def test_unknown_splits_and_negative_counts_are_named(task):
         task.problems("dev", 1, 0)
     with pytest.raises(ValueError, match="count is -1; it must be 0 or more"):
         task.problems("train", -1, 0)
+
+
+def test_a_verifier_that_raises_is_named(task, monkeypatch):
+    problem = task.problems("test", 1, 0)[0]
+    right = f"<think></think>{problem.answer}"
+    assert tasks.judge(task, problem, right) == (task.answer(right), True)
+    assert tasks.judge(task, problem, "?")[1] is False
+
+    def broken(self, problem, text):
+        raise KeyError("gone")
+
+    monkeypatch.setattr(type(task), "verify", broken)
+    with pytest.raises(
+        ValueError, match=rf"{task.name}: its verifier failed on .*KeyError: 'gone'"
+    ):
+        tasks.judge(task, problem, right)
