@@ -45,7 +45,9 @@ def problem_groups(curves: Curves, store: Store, count: int) -> list[dict[str, A
             for group in np.array_split(ids, min(count, len(ids)))
         ]
         shown = [_problem(curves, store, pool, problems, int(p)) for p in picked]
-        groups.append(dict(name=name, total=len(ids), share=len(ids) / len(found), shown=shown))
+        groups.append(
+            dict(name=name, total=len(ids), share=len(ids) / len(pool.problems), shown=shown)
+        )
     return groups
 
 

@@ -126,7 +126,13 @@ def html(
             policy=policy,
             by_policy=policy
             and svg(
-                draw_policy, "policy", curves, policy.overall, policy.split, policy.unit, **small
+                draw_policy,
+                "policy",
+                curves.guess,
+                policy.overall,
+                policy.split,
+                policy.unit,
+                **small,
             ),
             control=control_rows(curves, store),
             difficulty=difficulty_tables(curves, store),

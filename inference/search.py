@@ -90,7 +90,8 @@ Search = Generator[list[Request], list[Sample], Found]
 
 
 class Searcher(Protocol):
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def search(self, prompt: Tokens, steps: Steps, judge: Judge) -> Search: ...
 

@@ -25,8 +25,13 @@ class Choice(NamedTuple):
 
 
 class Strategy(Protocol):
-    name: str
-    oracle: bool  # a bound on what others can reach, so that it never competes with them
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def oracle(self) -> bool:
+        """Whether it is a bound on what others can reach, so that it never competes with them."""
+        ...
 
     def sizes(self, pool: Pool, samples: Sequence[int]) -> list[int]:
         """The numbers of samples, among those asked for, that it can be run with on this pool."""

@@ -93,11 +93,11 @@ def normal(text: str) -> str:
 
 def canonical(text: str) -> str:
     """One text for all the ways of writing an answer that are known to be the same: a number, or
-    what math-verify's parser makes of it (x + 1 and 1 + x, x/2 and 0.5x), or normal LaTeX where it cannot."""
+    what math-verify makes of it (x + 1 and 1 + x, x/2 and 0.5x), or normal LaTeX."""
     plain = normal(text)
     if number(plain) is not None or not have_math_verify():
         return plain
-    from math_verify import parse
+    from math_verify import parse  # pyright: ignore[reportMissingImports]
     from sympy import nsimplify
 
     try:
@@ -115,7 +115,7 @@ def same(gold: str, given: str) -> bool:
         return True
     if not have_math_verify():
         return False
-    from math_verify import parse, verify
+    from math_verify import parse, verify  # pyright: ignore[reportMissingImports]
 
     try:
         left, right = (

@@ -93,7 +93,7 @@ class Gym:
 
     def _create(self, size: int, seed: int) -> Any:
         try:
-            import reasoning_gym
+            import reasoning_gym  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise ValueError(
                 f"gym tasks need the package reasoning-gym (missing: {error.name}): "

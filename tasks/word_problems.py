@@ -85,7 +85,7 @@ class WordProblems:
     def source(self) -> Source:
         return SOURCES[self.name]
 
-    @cached_property
+    @property
     def alphabet(self) -> str:
         """Every character of the training problems, or of the test problems where there are no
         others."""

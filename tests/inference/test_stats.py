@@ -95,14 +95,14 @@ def test_coverage_follows_the_law_that_made_it():
 
 def test_the_fits_interval_covers_the_truth_about_as_often_as_it_says():
     k, rng, hits = np.array([1, 2, 4, 8]), np.random.default_rng(6), 0
-    for trial in range(40):
+    for trial in range(24):
         # Two kinds of problems: the mean follows the law exactly, each problem does not.
         hard = rng.random((120, 1)) < 0.5
         law = np.exp(-1.2 * k**-0.5)
         coverage = np.where(hard, law - 0.25, law + 0.25)
-        fit = fit_coverage(k, coverage, resamples=60, seed=trial)
+        fit = fit_coverage(k, coverage, resamples=40, seed=trial)
         hits += fit.a.low <= -1.2 <= fit.a.high
-    assert hits / 40 >= 0.8  # 0.95, less four standard deviations
+    assert hits / 24 >= 0.75  # 0.95, less four standard deviations
 
 
 def test_coverage_without_a_law():
