@@ -44,12 +44,12 @@ def maj_at_k(answers: np.ndarray, correct: np.ndarray, k: int) -> np.ndarray:
     """
     _samples(correct, k)
     scores = np.zeros(len(answers))
-    for p, (row, right) in enumerate(zip(answers, correct, strict=True)):
-        _, shares, counts = _tally(row, right)
-        silent = int((row < 0).sum())
-        for i in np.flatnonzero(shares):
-            others = tuple(sorted(np.delete(counts, i).tolist()))
-            scores[p] += shares[i] * win_probability(int(counts[i]), others, silent, k)
+    _, shares, counts = _tallies(answers, correct)
+    for p, i in zip(*np.nonzero(shares), strict=True):
+        rest = np.delete(counts[p, :-1], i)
+        others = tuple(sorted(rest[rest > 0].tolist()))
+        chance = win_probability(int(counts[p, i]), others, int(counts[p, -1]), k)
+        scores[p] += shares[p, i] * chance
     # Rounded: what is certain is 1 and not a few ulps less, which would lose ties to others.
     return scores.round(12)
 
@@ -114,24 +114,24 @@ def weighted_vote_at_k(
     n = _samples(correct, k)
     chosen = _subsets(n, k, limit, seed)  # (S, N) bool
     scores = np.zeros(len(answers))
-    for p, (row, right) in enumerate(zip(answers, correct, strict=True)):
-        codes, shares, counts = _tally(row, right)
-        if not shares.any():
+    codes, shares, counts = _tallies(answers, correct)
+    for p, code in enumerate(codes):
+        several = int(code.max(initial=-1)) + 1
+        share = shares[p, :several]
+        if not share.any() or (share.min() == 1 and not counts[p, -1]):
+            scores[p] = share.any()
             continue
-        if shares.min() == 1 and (row >= 0).all():
-            scores[p] = 1
-            continue
-        gives = (codes[:, None] == np.arange(len(counts))).astype(float)  # (N, answers)
+        gives = (code[:, None] == np.arange(several)).astype(float)  # (N, answers)
         logs = log_weights[p] - log_weights[p].max()
         if logs.min() > -600:
             sums = chosen.astype(float) @ (gives * np.exp(logs)[:, None])  # (S, answers)
         else:  # next to the best of all samples the weights of some subsets vanish
-            logs = np.where(chosen & (row >= 0), logs, -np.inf)
+            logs = np.where(chosen & (code >= 0), logs, -np.inf)
             top = logs.max(1, keepdims=True)
             sums = np.exp(logs - np.where(np.isfinite(top), top, 0)) @ gives
         best = sums.max(1, keepdims=True)
         tied = (sums >= best * (1 - 1e-9)) & (best > 0)  # sums of equal weights differ in ulps
-        scores[p] = (tied @ shares / np.maximum(tied.sum(1), 1)).mean()
+        scores[p] = (tied @ share / np.maximum(tied.sum(1), 1)).mean()
     return scores.round(12)
 
 
@@ -206,13 +206,7 @@ def stop_early(
     step = max(1, CHUNK // orders.size)
     for start in range(0, len(answers), step):
         block = slice(start, min(start + step, len(answers)))
-        tallies = [
-            _tally(row, right) for row, right in zip(answers[block], correct[block], strict=True)
-        ]
-        codes = np.stack([t[0] for t in tallies])  # (B, N)
-        shares = np.zeros((len(codes), n + 1))  # the last for "no answer"
-        for row, (_, share, _) in zip(shares, tallies, strict=True):
-            row[: len(share)] = share
+        codes, shares, _ = _tallies(answers[block], correct[block])  # (B, N), (B, N + 1)
 
         def take(values: np.ndarray, block: slice = block) -> np.ndarray:
             return values[block][:, orders[:, :k]].reshape(-1, k)
@@ -323,15 +317,21 @@ def _first(stop: np.ndarray, leader: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return last + 1, np.take_along_axis(leader, last[:, None], 1)[:, 0]
 
 
-def _tally(row: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Codes 0, 1, … of a problem's answers (N,), negative for none; then for each answer the share
-    of its samples that is right (1 or 0, unless the verifier looks at more), and their number."""
-    voters = row >= 0
-    _, inverse, counts = np.unique(row[voters], return_inverse=True, return_counts=True)
-    codes = np.full(len(row), -1)
-    codes[voters] = inverse
-    shares = np.bincount(inverse, weights=right[voters], minlength=len(counts)) / counts
-    return codes, shares, counts
+def _tallies(answers: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Each problem's answers numbered 0, 1, … (P, N), negative for none; then for each number the
+    share of its samples that is right (1 or 0, unless the verifier looks at more) and how many
+    they are, (P, N + 1), where the last column is for no answer: never right."""
+    rows, n = answers.shape
+    order = answers.argsort(1, kind="stable")
+    ranked = np.take_along_axis(answers, order, 1)
+    first = ranked >= 0
+    first[:, 1:] &= ranked[:, 1:] != ranked[:, :-1]
+    codes = np.empty((rows, n), dtype=np.int64)
+    np.put_along_axis(codes, order, np.where(ranked >= 0, first.cumsum(1) - 1, -1), 1)
+    cell = (np.arange(rows)[:, None] * (n + 1) + np.where(codes < 0, n, codes)).ravel()
+    counts = np.bincount(cell, minlength=rows * (n + 1)).reshape(rows, n + 1)
+    right = np.bincount(cell, weights=(correct & (codes >= 0)).ravel(), minlength=counts.size)
+    return codes, right.reshape(counts.shape) / np.maximum(counts, 1), counts
 
 
 def _samples(correct: np.ndarray, k: int) -> int:

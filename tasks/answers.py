@@ -11,7 +11,7 @@ _NUMBER = re.compile(
     r"(?:(?<!\d)[-−+])?\$?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+|/\d+)?|(?<!\d)\.\d+)",
     re.ASCII,
 )
-_SAID = re.compile(r"(?:final answer|answer) *(?:is|:|=)\s*:?\s*(.+?)\s*(?:\n|$)", re.IGNORECASE)
+_SAID = re.compile(r"\banswer *(?:is|:|=)[ \t]*:?\s*([^\n]+)", re.IGNORECASE)
 _SPACE = re.compile(r"\\[,;:! ]|~|\\q?quad\b|\s+")
 _WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
 LONGEST = 1000  # characters of an answer; what is longer is no answer
@@ -41,15 +41,17 @@ def extract(text: str) -> str | None:
 def last_boxed(text: str) -> str | None:
     """What the last `\\boxed{}` or `\\fbox{}` holds, braces within it balanced; None where there is
     none, or its braces never close."""
-    starts = [m.end() for m in re.finditer(r"\\(?:boxed|fbox)\s*\{", text)]
-    for start in reversed(starts):
-        depth = 1
-        for end in range(start, len(text)):
-            if text[end] in "{}" and text[end - 1] != "\\":
-                depth += 1 if text[end] == "{" else -1
-            if not depth:
-                return text[start:end].strip()
-    return None
+    boxes = {m.end() - 1 for m in re.finditer(r"\\(?:boxed|fbox)\s*\{", text)}
+    opened: list[int] = []
+    last = -1, -1
+    for m in re.finditer(r"\\.|[{}]", text, re.DOTALL):  # a brace behind a backslash is a character
+        if m[0] == "{":
+            opened.append(m.start())
+        elif m[0] == "}" and opened:
+            start = opened.pop()
+            if start in boxes:
+                last = max(last, (start, m.start()))
+    return text[last[0] + 1 : last[1]].strip() if last[0] >= 0 else None
 
 
 def number(text: str) -> str | None:

@@ -1,4 +1,4 @@
-"""The tasks of the package reasoning-gym (an extra: pip install reasoning-gym), as `gym:NAME`.
+"""The tasks of the package reasoning-gym (the extra `gym`), as `gym:NAME`.
 
 They are generated without end and scored by their own verifiers, but come without worked chains of
 thought: they are for sweeps, not for training.

@@ -30,6 +30,8 @@ def test_where_an_answer_stands(text, answer):
 def test_boxes_nest():
     assert last_boxed(r"\boxed{\frac{a}{\sqrt{b}}} end") == r"\frac{a}{\sqrt{b}}"
     assert last_boxed(r"\fbox {7}") == "7"
+    assert last_boxed(r"{ \boxed{\boxed{1} \boxed{2}") == "2"
+    assert last_boxed("\\boxed{" * 50_000) is None  # in no time
     assert last_boxed("boxed{7}") is None and last_boxed(r"\boxed{") is None
 
 
