@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from .estimators import leaders
+from .estimators import leaders, tallies
 from .figures import Curves
 from .store import Pool, Record, Store, StoredProblem
 
@@ -24,7 +24,8 @@ def problem_groups(curves: Curves, store: Store, count: int) -> list[dict[str, A
     pool = store.pool(
         budget=vote.think_budget, params=vote.params, seed=vote.seed, samples=vote.samples
     )
-    winner = (pool.answers == leaders(pool.answers)[0][:, -1:]) & (pool.answers >= 0)
+    codes = tallies(pool.answers, pool.correct)[0]
+    winner = (codes == leaders(codes)[0][:, -1:]) & (codes >= 0)
     wins, found = (winner & pool.correct).any(1), pool.correct.any(1)
     kinds = [
         ("Where the vote corrects a single sample", wins & ~pool.correct[:, 0]),

@@ -44,7 +44,7 @@ def maj_at_k(answers: np.ndarray, correct: np.ndarray, k: int) -> np.ndarray:
     """
     _samples(correct, k)
     scores = np.zeros(len(answers))
-    _, shares, counts = _tallies(answers, correct)
+    _, shares, counts = tallies(answers, correct)
     for p, i in zip(*np.nonzero(shares), strict=True):
         rest = np.delete(counts[p, :-1], i)
         others = tuple(sorted(rest[rest > 0].tolist()))
@@ -114,7 +114,7 @@ def weighted_vote_at_k(
     n = _samples(correct, k)
     chosen = _subsets(n, k, limit, seed)  # (S, N) bool
     scores = np.zeros(len(answers))
-    codes, shares, counts = _tallies(answers, correct)
+    codes, shares, counts = tallies(answers, correct)
     for p, code in enumerate(codes):
         several = int(code.max(initial=-1)) + 1
         share = shares[p, :several]
@@ -206,7 +206,7 @@ def stop_early(
     step = max(1, CHUNK // orders.size)
     for start in range(0, len(answers), step):
         block = slice(start, min(start + step, len(answers)))
-        codes, shares, _ = _tallies(answers[block], correct[block])  # (B, N), (B, N + 1)
+        codes, shares, _ = tallies(answers[block], correct[block])  # (B, N), (B, N + 1)
 
         def take(values: np.ndarray, block: slice = block) -> np.ndarray:
             return values[block][:, orders[:, :k]].reshape(-1, k)
@@ -317,7 +317,7 @@ def _first(stop: np.ndarray, leader: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return last + 1, np.take_along_axis(leader, last[:, None], 1)[:, 0]
 
 
-def _tallies(answers: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def tallies(answers: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Each problem's answers numbered 0, 1, … (P, N), negative for none; then for each number the
     share of its samples that is right (1 or 0, unless the verifier looks at more) and how many
     they are, (P, N + 1), where the last column is for no answer: never right."""
