@@ -1,87 +1,17 @@
-"""Estimates from n stored samples of each problem, and how far to trust them.
+"""From scores of P problems to what may be said: intervals, differences, frontiers, laws.
 
-Shapes: P problems, N samples of each. The problem is the unit that is resampled: samples of one
-problem are not independent evidence about the next.
+The problem is the unit that is resampled: samples of one problem are not independent evidence
+about the next.
 """
 
 from collections import Counter
 from collections.abc import Sequence
-from itertools import combinations
-from math import comb
 from typing import NamedTuple
 
 import numpy as np
+from scipy.optimize import least_squares
 
 CHUNK = 1 << 24  # elements of a temporary array, so that memory stays in the tens of megabytes
-
-
-def pass_at_k(correct: np.ndarray, k: int) -> np.ndarray:
-    """The chance that k of a problem's N samples, drawn without replacement, hold a right one.
-
-    1 - C(N - c, k) / C(N, k), c of N samples right: unbiased, where "any of the first k" is noisy
-    and 1 - (1 - c/N)^k is biased. correct (P, N) bool; returns (P,) in [0, 1]. Raises ValueError
-    unless 1 <= k <= N. Source: Chen et al. 2021, "Evaluating Large Language Models Trained on
-    Code", section 2.1.
-    """
-    n = _samples(correct, k)
-    wrong = n - correct.sum(1)
-    i = np.arange(k)
-    return 1 - np.prod(np.maximum(wrong[:, None] - i, 0) / (n - i), axis=1)
-
-
-def maj_at_k(
-    answers: np.ndarray, correct: np.ndarray, k: int, *, subsets: int = 2000, seed: int = 0
-) -> np.ndarray:
-    """The accuracy of a majority vote of k samples, averaged over subsets of the N stored ones.
-
-    Over all C(N, k) subsets where there are at most `subsets`, else over that many drawn with
-    `seed`. Ties go to the answer that was given first; a sample without an answer does not vote,
-    and where nobody votes the score is 0. answers (P, N) int, equal where the answers are equal,
-    negative where there is none; correct (P, N) bool; returns (P,) in [0, 1]. Raises ValueError
-    unless 1 <= k <= N. Source: Wang et al. 2022, "Self-Consistency Improves Chain of Thought
-    Reasoning in Language Models".
-    """
-    n = _samples(correct, k)
-    if k == 1:
-        return ((answers >= 0) & correct).mean(1)
-    chosen = _subsets(n, k, subsets, seed)  # (S, k), each row ascending
-    if len(answers) and answers.max() < np.iinfo(np.int16).max:
-        answers = answers.astype(np.int16)  # a quarter of the traffic
-    scores = np.empty(len(answers))
-    step = max(1, CHUNK // chosen.size)
-    for start in range(0, len(answers), step):
-        block = slice(start, start + step)
-        winner = vote(answers[block][:, chosen])
-        right = np.take_along_axis(correct[block][:, chosen], winner[..., None], axis=-1)[..., 0]
-        scores[block] = (right & (winner >= 0)).mean(1)
-    return scores
-
-
-def vote(answers: np.ndarray) -> np.ndarray:
-    """The position along the last axis of the first sample with the most common answer.
-
-    answers (..., k) int, negative where there is none; returns (...), -1 where nobody votes.
-    """
-    counts = np.zeros(answers.shape, dtype=np.int16)
-    for j in range(answers.shape[-1]):
-        counts += answers == answers[..., j : j + 1]
-    counts[answers < 0] = 0
-    winner = counts.argmax(-1)  # the first of equal counts: ties go to the earliest sample
-    return np.where(counts.max(-1) > 0, winner, -1)
-
-
-def _samples(correct: np.ndarray, k: int) -> int:
-    n = correct.shape[1]
-    if not 1 <= k <= n:
-        raise ValueError(f"k is {k}; with {n} samples of each problem it must be from 1 to {n}")
-    return n
-
-
-def _subsets(n: int, k: int, limit: int, seed: int) -> np.ndarray:
-    if comb(n, k) <= limit:
-        return np.array(list(combinations(range(n), k)))
-    draws = np.random.default_rng(seed).random((limit, n))
-    return np.sort(draws.argpartition(k - 1, axis=1)[:, :k], axis=1)
 
 
 class Interval(NamedTuple):
@@ -152,3 +82,92 @@ def guess_accuracy(answers: Sequence[str]) -> float:
     if not answers:
         raise ValueError("no answers to guess from: there must be at least one problem")
     return Counter(answers).most_common(1)[0][1] / len(answers)
+
+
+class CoverageFit(NamedTuple):
+    """Coverage at k samples is exp(a k^-b); the intervals are those of a and b over problems."""
+
+    a: Interval
+    b: Interval
+
+    def __call__(self, k: np.ndarray | float) -> np.ndarray:
+        return np.exp(self.a.mean * np.asarray(k, dtype=np.float64) ** -self.b.mean)
+
+
+def fit_coverage(
+    k: Sequence[int] | np.ndarray,
+    coverage: np.ndarray,
+    *,
+    level: float = 0.95,
+    resamples: int = 200,
+    seed: int = 0,
+) -> CoverageFit | None:
+    """The law exp(a k^-b), a < 0, of how pass@k grows: least squares, bootstrapped over problems.
+
+    k (K,) numbers of samples; coverage (P, K) pass@k of every problem. None where the mean is not
+    strictly between 0 and 1 at two k or more, as such a curve tells nothing of a and b. Source:
+    Brown et al. 2024, "Large Language Monkeys: Scaling Inference Compute with Repeated Sampling",
+    section 3.
+    """
+    k, coverage = np.asarray(k, dtype=np.float64), np.asarray(coverage, dtype=np.float64)
+    if coverage.ndim != 2 or coverage.shape[1] != len(k):
+        raise ValueError(f"coverage has shape {coverage.shape}; for {len(k)} k it must be (P, K)")
+    whole = _coverage_law(k, coverage.mean(0), None)
+    if whole is None:
+        return None
+    rng = np.random.default_rng(seed)
+    draws = rng.multinomial(len(coverage), np.full(len(coverage), 1 / len(coverage)), resamples)
+    fits = [_coverage_law(k, mean, whole) for mean in draws @ coverage / len(coverage)]
+    laws = np.array([fit for fit in fits if fit is not None] or [whole])
+    low, high = np.quantile(laws, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    a, b = (Interval(*map(float, three)) for three in zip(whole, low, high, strict=True))
+    return CoverageFit(a, b)
+
+
+def _coverage_law(
+    k: np.ndarray, mean: np.ndarray, start: tuple[float, float] | None
+) -> tuple[float, float] | None:
+    inside = (mean > 0) & (mean < 1)
+    if inside.sum() < 2:
+        return None
+    # A straight line in log k: log(-log C) = log(-a) - b log k. It starts the least squares in C.
+    slope, height = np.polyfit(np.log(k[inside]), np.log(-np.log(mean[inside])), 1)
+    first = (height, -slope) if start is None else (np.log(-start[0]), start[1])
+
+    def residual(law: np.ndarray) -> np.ndarray:
+        return np.exp(-np.exp(np.clip(law[0] - law[1] * np.log(k), -50, 50))) - mean
+
+    log_a, b = least_squares(residual, first, method="lm").x
+    return -float(np.exp(log_a)), float(b)
+
+
+class BudgetControl(NamedTuple):
+    """How well thinking is governed by its budget: s1's three measures.
+
+    control: the share of samples that kept to their budget. scaling: the mean slope of accuracy
+    over all pairs of budgets, per thinking token. performance: the best accuracy.
+    """
+
+    control: float
+    scaling: float
+    performance: float
+
+
+def budget_control(
+    kept: Sequence[float] | np.ndarray,
+    think_tokens: Sequence[float] | np.ndarray,
+    accuracy: Sequence[float] | np.ndarray,
+) -> BudgetControl:
+    """Control, Scaling and Performance over B budgets.
+
+    kept (B,): the share of samples within each budget; think_tokens (B,): the mean thinking that
+    was really done, accuracy (B,) what it gave. Pairs with equally much thinking have no slope.
+    scaling is NaN where there is no pair. Source: Muennighoff et al. 2025, "s1: Simple test-time
+    scaling", section 3.2.
+    """
+    tokens, right = np.asarray(think_tokens, float), np.asarray(accuracy, float)
+    i, j = np.triu_indices(len(tokens), 1)
+    run = tokens[j] - tokens[i]
+    slopes = (right[j] - right[i])[run != 0] / run[run != 0]
+    scaling = float(slopes.mean()) if len(slopes) else float("nan")
+    return BudgetControl(float(np.mean(kept)), scaling, float(right.max()))

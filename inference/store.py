@@ -109,8 +109,8 @@ class Pool:
     """All samples of one setting as arrays: P problems, N samples of each.
 
     problems, difficulty, prompt_tokens (P,); answers (P, N) are positions in `answer_texts`, -1
-    where a sample gave none; correct (P, N) bool; sampled_tokens, forced_tokens, think_tokens,
-    logprob, seconds (P, N).
+    where a sample gave none; texts (P, N) int, equal where two completions are; correct (P, N)
+    bool; sampled_tokens, forced_tokens, think_tokens, logprob, seconds (P, N).
     """
 
     budget: int | None
@@ -121,6 +121,7 @@ class Pool:
     prompt_tokens: np.ndarray
     answers: np.ndarray
     answer_texts: tuple[str, ...]
+    texts: np.ndarray
     correct: np.ndarray
     sampled_tokens: np.ndarray
     forced_tokens: np.ndarray
@@ -346,13 +347,15 @@ class Store:
         if samples is None:
             query = f"SELECT max(sample) + 1 FROM sample WHERE {where}"
             samples = int(self._db.execute(query, setting).fetchone()[0] or 1)
+        self._db.create_function("text_hash", 1, hash)  # a text is not read to be kept
         rows = self._db.execute(
             "SELECT problem, prompt_tokens, answer, correct, sampled_tokens, forced_tokens,"
-            f" think_tokens, logprob, seconds FROM sample WHERE {where} AND sample < ?"
+            " think_tokens, logprob, seconds, text_hash(text)"
+            f" FROM sample WHERE {where} AND sample < ?"
             " ORDER BY problem, sample",
             (*setting, samples),
         ).fetchall()
-        columns = list(zip(*rows, strict=True)) if rows else [()] * 9
+        columns = list(zip(*rows, strict=True)) if rows else [()] * 10
         ids, first, counts = np.unique(
             np.array(columns[0], dtype=np.int64), return_index=True, return_counts=True
         )
@@ -375,6 +378,7 @@ class Store:
             prompt_tokens=array(1, np.int64)[:, 0],
             answers=codes[index],
             answer_texts=texts,
+            texts=array(9, np.int64),
             correct=array(3, np.bool_),
             sampled_tokens=array(4, np.int64),
             forced_tokens=array(5, np.int64),

@@ -1,63 +1,92 @@
-"""Ways to spend compute at inference, computed from stored samples.
+"""Ways to spend compute at inference, computed from one stored pool of samples.
 
-A strategy turns a pool of samples into one score and one cost per problem. To add one, write a
-class with `name`, `oracle`, `sizes` and `run`, and put it into STRATEGIES. `evaluate` runs all of
-them over a store; its results are the rows of results.csv.
+A strategy says how often it is right on each problem and how often it draws each stored sample;
+what that costs is the same sum for all of them. To add one, write a class with `name`, `oracle`,
+`sizes` and `run`, and put it into STRATEGIES.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from ..models import GPTConfig
-from . import cost, stats
-from .store import Pool, Setting, Store
+from . import cost, estimators
+from .store import Pool, parse_params
+
+
+class Choice(NamedTuple):
+    """scores (P,) in [0, 1]: the chance of being right; drawn (P, N): how often each stored sample
+    is drawn, on average."""
+
+    scores: np.ndarray
+    drawn: np.ndarray
+
+
+class Strategy(Protocol):
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def oracle(self) -> bool:
+        """Whether it is a bound on what others can reach, so that it never competes with them."""
+        ...
+
+    def sizes(self, pool: Pool, samples: Sequence[int]) -> list[int]:
+        """The numbers of samples, among those asked for, that it can be run with on this pool."""
+        ...
+
+    def run(self, pool: Pool, k: int) -> Choice:
+        """Its scores and draws with (at most) k samples of each problem."""
+        ...
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Scores in [0, 1] and costs of P problems, each array (P,); flops is NaN where the model's
-    shape is not known."""
+    """Scores in [0, 1] and costs of P problems, each array (P,); samples is how many were drawn,
+    flops is NaN where the model's shape is not known."""
 
     scores: np.ndarray
+    samples: np.ndarray
     prompt_tokens: np.ndarray
     sampled_tokens: np.ndarray
     forced_tokens: np.ndarray
     flops: np.ndarray
     seconds: np.ndarray
 
-
-class Strategy(Protocol):
-    name: str
-    oracle: bool  # needs to know which sample is right, so it bounds others and never competes
-
-    def sizes(self, pool: Pool, samples: Sequence[int]) -> list[int]:
-        """The numbers of samples, among those asked for, that it can be run with on this pool."""
-        ...
-
-    def run(self, pool: Pool, k: int, shape: GPTConfig | None) -> Outcome:
-        """Its scores and costs with k samples of each problem; shape None: FLOPs are unknown."""
-        ...
+    @property
+    def tokens(self) -> np.ndarray:
+        return self.prompt_tokens + self.sampled_tokens + self.forced_tokens
 
 
-def spend(pool: Pool, scores: np.ndarray, k: int, shape: GPTConfig | None) -> Outcome:
-    """The outcome of any strategy that draws k independent samples: the prompt is read once, and
-    the rest costs k times the mean of the stored samples."""
-    flops = np.full(len(scores), np.nan)
+def spend(pool: Pool, choice: Choice, shape: GPTConfig | None) -> Outcome:
+    """What the samples of a choice cost: the prompt is read once, and each sample costs its own
+    tokens as often as it is drawn. shape None: FLOPs are unknown."""
+    flops = np.full(len(pool.problems), np.nan)
     if shape is not None:
         new_tokens = pool.sampled_tokens + pool.forced_tokens
         decode = cost.sample_flops(shape, pool.prompt_tokens[:, None], new_tokens)
-        flops = cost.prefill_flops(shape, pool.prompt_tokens) + k * decode.mean(1)
+        flops = cost.prefill_flops(shape, pool.prompt_tokens) + (choice.drawn * decode).sum(1)
     return Outcome(
-        scores=scores,
+        scores=choice.scores,
+        samples=choice.drawn.sum(1),
         prompt_tokens=pool.prompt_tokens,
-        sampled_tokens=k * pool.sampled_tokens.mean(1),
-        forced_tokens=k * pool.forced_tokens.mean(1),
+        sampled_tokens=(choice.drawn * pool.sampled_tokens).sum(1),
+        forced_tokens=(choice.drawn * pool.forced_tokens).sum(1),
         flops=flops,
-        seconds=k * pool.seconds.mean(1),
+        seconds=(choice.drawn * pool.seconds).sum(1),
     )
+
+
+def evenly(pool: Pool, scores: np.ndarray, k: int) -> Choice:
+    """k samples, any of the stored ones being as likely as any other."""
+    return Choice(scores, np.full(pool.correct.shape, k / pool.samples))
+
+
+def several(pool: Pool, samples: Sequence[int]) -> list[int]:
+    """The sizes above one that the pool can fill; a single sample is `Sampling`."""
+    return [k for k in samples if 1 < k <= pool.samples] if pool.temperature > 0 else []
 
 
 class Greedy:
@@ -69,8 +98,8 @@ class Greedy:
     def sizes(self, pool: Pool, samples: Sequence[int]) -> list[int]:
         return [1] if pool.temperature == 0 else []
 
-    def run(self, pool: Pool, k: int, shape: GPTConfig | None) -> Outcome:
-        return spend(pool, pool.correct[:, 0].astype(float), 1, shape)
+    def run(self, pool: Pool, k: int) -> Choice:
+        return evenly(pool, pool.correct.mean(1), 1)
 
 
 class Sampling:
@@ -82,8 +111,8 @@ class Sampling:
     def sizes(self, pool: Pool, samples: Sequence[int]) -> list[int]:
         return [1] if pool.temperature > 0 else []
 
-    def run(self, pool: Pool, k: int, shape: GPTConfig | None) -> Outcome:
-        return spend(pool, pool.correct.mean(1), 1, shape)
+    def run(self, pool: Pool, k: int) -> Choice:
+        return evenly(pool, pool.correct.mean(1), 1)
 
 
 class SelfConsistency:
@@ -95,8 +124,116 @@ class SelfConsistency:
     def sizes(self, pool: Pool, samples: Sequence[int]) -> list[int]:
         return several(pool, samples)
 
-    def run(self, pool: Pool, k: int, shape: GPTConfig | None) -> Outcome:
-        return spend(pool, stats.maj_at_k(pool.answers, pool.correct, k), k, shape)
+    def run(self, pool: Pool, k: int) -> Choice:
+        return evenly(pool, estimators.maj_at_k(pool.answers, pool.correct, k), k)
+
+
+Confidence = Callable[[Pool], np.ndarray]  # a number for each sample, (P, N)
+
+
+def log_probability(pool: Pool) -> np.ndarray:
+    """Of all the sampled tokens together."""
+    return pool.logprob
+
+
+def mean_log_probability(pool: Pool) -> np.ndarray:
+    """Of a sampled token, so that long texts are not at a disadvantage."""
+    return pool.logprob / np.maximum(pool.sampled_tokens, 1)
+
+
+def self_confidence(pool: Pool) -> np.ndarray:
+    """The probability of a sampled token at the mean, over a softmax temperature of 0.1: a sample
+    at 0.9 has as much to say as 2.7 at 0.8. Source: Taubenfeld et al. 2025, "Confidence Improves
+    Self-Consistency in LLMs" (their temperature was tuned on each model; this one is fixed)."""
+    return np.exp(mean_log_probability(pool)) / 0.1
+
+
+@dataclass(frozen=True)
+class WeightedVote:
+    """The answer with the largest sum of exp(confidence) over k samples."""
+
+    name: str
+    confidence: Confidence
+    oracle: bool = False
+
+    def sizes(self, pool: Pool, samples: Sequence[int]) -> list[int]:
+        return several(pool, samples) if _finite(self.confidence(pool)) else []
+
+    def run(self, pool: Pool, k: int) -> Choice:
+        weights = self.confidence(pool)
+        scores = estimators.weighted_vote_at_k(pool.answers, pool.correct, weights, k)
+        return evenly(pool, scores, k)
+
+
+@dataclass(frozen=True)
+class BestOfN:
+    """The one of k samples with the highest confidence."""
+
+    name: str
+    confidence: Confidence
+    oracle: bool = False
+
+    def sizes(self, pool: Pool, samples: Sequence[int]) -> list[int]:
+        return several(pool, samples) if _finite(self.confidence(pool)) else []
+
+    def run(self, pool: Pool, k: int) -> Choice:
+        scores = estimators.best_of_at_k(self.confidence(pool), pool.correct, k)
+        return evenly(pool, scores, k)
+
+
+def _finite(values: np.ndarray) -> bool:
+    """Whether every sample has a value: a server need not tell log-probabilities."""
+    return bool(np.isfinite(values).all())
+
+
+@dataclass(frozen=True)
+class AdaptiveConsistency:
+    """Sample one by one until the leading answer is likely to stay ahead (Aggarwal et al. 2023)."""
+
+    threshold: float = 0.95
+    name: str = "adaptive-consistency"
+    oracle: bool = False
+
+    def sizes(self, pool: Pool, samples: Sequence[int]) -> list[int]:
+        # Unanimous samples reach the threshold at 1 - 2^-(n + 1); before that it is a plain vote.
+        return [k for k in several(pool, samples) if 1 - 0.5**k >= self.threshold]
+
+    def run(self, pool: Pool, k: int) -> Choice:
+        rule = estimators.beta_rule(self.threshold)
+        return Choice(*estimators.stop_early(pool.answers, pool.correct, k, rule))
+
+
+@dataclass(frozen=True)
+class EarlyStopping:
+    """Sample in windows until one is unanimous (Li et al. 2024, ESC)."""
+
+    window: int = 4
+    name: str = "early-stopping"
+    oracle: bool = False
+
+    def sizes(self, pool: Pool, samples: Sequence[int]) -> list[int]:
+        return [k for k in several(pool, samples) if k > self.window]
+
+    def run(self, pool: Pool, k: int) -> Choice:
+        rule = estimators.unanimous_rule(self.window)
+        return Choice(*estimators.stop_early(pool.answers, pool.correct, k, rule))
+
+
+class CertainMode:
+    """Sample until the model's probabilities prove which answer is its most probable one."""
+
+    name = "certain-mode"
+    oracle = False
+
+    def sizes(self, pool: Pool, samples: Sequence[int]) -> list[int]:
+        # Log-probabilities are the plain model's: those of another temperature, or behind a
+        # filter, add up to something else than one.
+        plain = parse_params(pool.params) == {"temperature": 1.0}
+        return several(pool, samples) if plain and _finite(pool.logprob) else []
+
+    def run(self, pool: Pool, k: int) -> Choice:
+        rule = estimators.certain_rule(pool.texts, pool.logprob)
+        return Choice(*estimators.stop_early(pool.answers, pool.correct, k, rule))
 
 
 class PassAtK:
@@ -108,150 +245,37 @@ class PassAtK:
     def sizes(self, pool: Pool, samples: Sequence[int]) -> list[int]:
         return several(pool, samples)
 
-    def run(self, pool: Pool, k: int, shape: GPTConfig | None) -> Outcome:
-        return spend(pool, stats.pass_at_k(pool.correct, k), k, shape)
+    def run(self, pool: Pool, k: int) -> Choice:
+        return evenly(pool, estimators.pass_at_k(pool.correct, k), k)
 
 
-def several(pool: Pool, samples: Sequence[int]) -> list[int]:
-    """The sizes above one that the pool can fill; a single sample is `Sampling`."""
-    return [k for k in samples if 1 < k <= pool.samples] if pool.temperature > 0 else []
+class VoteCeiling:
+    """Whether the most common of all stored answers is right: what voting tends to."""
+
+    name = "vote-ceiling"
+    oracle = True
+
+    def sizes(self, pool: Pool, samples: Sequence[int]) -> list[int]:
+        return [pool.samples] if pool.temperature > 0 and pool.samples > 1 else []
+
+    def run(self, pool: Pool, k: int) -> Choice:
+        return evenly(pool, estimators.vote_ceiling(pool.answers, pool.correct), k)
 
 
 STRATEGIES: dict[str, Strategy] = {
-    strategy.name: strategy for strategy in (Greedy(), Sampling(), SelfConsistency(), PassAtK())
+    strategy.name: strategy
+    for strategy in (
+        Greedy(),
+        Sampling(),
+        SelfConsistency(),
+        WeightedVote("probability-vote", log_probability),
+        WeightedVote("mean-probability-vote", mean_log_probability),
+        WeightedVote("confidence-vote", self_confidence),
+        BestOfN("best-of-n", mean_log_probability),
+        AdaptiveConsistency(),
+        EarlyStopping(),
+        CertainMode(),
+        PassAtK(),
+        VoteCeiling(),
+    )
 }
-
-
-@dataclass(frozen=True)
-class Result:
-    """One row of results.csv; think_budget None is no limit, token counts are means per problem.
-
-    Besides the columns it holds where the row came from (`params`, `seed`) and the outcome's
-    scores by problem index (`scores`, `ids`), for pairing and for accuracy by difficulty.
-    """
-
-    task: str
-    model: str
-    strategy: str
-    samples: int
-    think_budget: int | None
-    temperature: float
-    problems: int
-    accuracy: float
-    ci_low: float
-    ci_high: float
-    prompt_tokens: float
-    sampled_tokens: float
-    forced_tokens: float
-    flops_per_problem: float
-    seconds_per_problem: float
-    guess_accuracy: float
-    pareto: bool = False
-    params: str = ""
-    seed: int = 0
-    oracle: bool = False
-    scores: np.ndarray = field(default_factory=lambda: np.empty(0), repr=False, compare=False)
-    ids: np.ndarray = field(default_factory=lambda: np.empty(0, int), repr=False, compare=False)
-
-    @property
-    def tokens_per_problem(self) -> float:
-        return self.prompt_tokens + self.sampled_tokens + self.forced_tokens
-
-    @property
-    def cost(self) -> float:
-        """FLOPs per problem, or tokens where FLOPs are unknown."""
-        known = np.isfinite(self.flops_per_problem)
-        return self.flops_per_problem if known else self.tokens_per_problem
-
-
-def evaluate(
-    store: Store,
-    *,
-    shape: GPTConfig | None = None,
-    samples: Sequence[int] | None = None,
-    strategies: Sequence[str] | None = None,
-    seed: int | None = None,
-    model: str | None = None,
-    task: str | None = None,
-) -> list[Result]:
-    """Every strategy on every setting of the store, with 95 % bootstrap intervals.
-
-    shape: the model's configuration, for FLOPs. samples: the k of votes and of pass@k, by default
-    the powers of two that are stored; a k that a setting cannot fill is left out. strategies:
-    names, by default all. seed: needed where the store holds several. model and task: the names
-    to print, by default those of the store's identity. Raises ValueError for an empty store, an
-    unknown strategy, samples below 1, or several seeds.
-    """
-    settings = _settings(store, seed)
-    unknown = [name for name in strategies or () if name not in STRATEGIES]
-    if unknown:
-        raise ValueError(f"unknown strategy {unknown[0]!r}; known are {', '.join(STRATEGIES)}")
-    if samples is None:
-        most = max(setting.samples for setting in settings)
-        samples = [1 << i for i in range(most.bit_length())]
-    if not samples or min(samples) < 1:
-        raise ValueError(f"samples are {list(samples)}; each must be at least 1")
-    problems = store.problems()
-    results = []
-    for setting in settings:
-        pool = store.pool(budget=setting.budget, params=setting.params, seed=setting.seed)
-        if not len(pool.problems):  # a sweep that was stopped in its first batches
-            continue
-        guess = stats.guess_accuracy([problems[i].answer for i in pool.problems])
-        for name in strategies or STRATEGIES:
-            strategy = STRATEGIES[name]
-            for k in strategy.sizes(pool, sorted(set(samples))):
-                outcome = strategy.run(pool, k, shape)
-                accuracy, low, high = stats.bootstrap(outcome.scores)
-                results.append(
-                    Result(
-                        task=str(store.identity.get("task", "")) if task is None else task,
-                        model=str(store.identity.get("model", "")) if model is None else model,
-                        strategy=strategy.name,
-                        samples=k,
-                        think_budget=setting.budget,
-                        temperature=pool.temperature,
-                        problems=len(pool.problems),
-                        accuracy=accuracy,
-                        ci_low=low,
-                        ci_high=high,
-                        prompt_tokens=float(outcome.prompt_tokens.mean()),
-                        sampled_tokens=float(outcome.sampled_tokens.mean()),
-                        forced_tokens=float(outcome.forced_tokens.mean()),
-                        flops_per_problem=float(outcome.flops.mean()),
-                        seconds_per_problem=float(outcome.seconds.mean()),
-                        guess_accuracy=guess,
-                        params=setting.params,
-                        seed=setting.seed,
-                        oracle=strategy.oracle,
-                        scores=outcome.scores,
-                        ids=pool.problems,
-                    )
-                )
-    return mark_pareto(results)
-
-
-def mark_pareto(results: Sequence[Result]) -> list[Result]:
-    """The results with `pareto` set on those that no other one beats, costs within 2 % counting as
-    equal (a few tokens more or less are chance); oracles do not compete."""
-    cost_of = [np.nan if r.oracle else r.cost for r in results]
-    frontier = stats.pareto(cost_of, [r.accuracy for r in results], slack=0.02)
-    return [replace(r, pareto=bool(best)) for r, best in zip(results, frontier, strict=True)]
-
-
-def paired_difference(a: Result, b: Result) -> stats.Interval:
-    """How much more accurate a is than b on the problems that both hold, with its interval."""
-    _, in_a, in_b = np.intersect1d(a.ids, b.ids, return_indices=True)
-    return stats.paired_difference(a.scores[in_a], b.scores[in_b])
-
-
-def _settings(store: Store, seed: int | None) -> list[Setting]:
-    settings = store.settings()
-    seeds = sorted({setting.seed for setting in settings})
-    if seed is None and len(seeds) > 1:
-        raise ValueError(f"{store.path} holds samples of the seeds {seeds}: choose one")
-    chosen = [s for s in settings if seed is None or s.seed == seed]
-    if not chosen:
-        of_seed = "" if seed is None else f" of seed {seed}"
-        raise ValueError(f"{store.path} holds no samples{of_seed}: run the sweep first")
-    return chosen

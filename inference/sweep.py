@@ -16,9 +16,9 @@ from ..provenance import open_run, read_run
 from .config import SweepConfig
 from .decoder import bf16_pays
 from .engine import LocalEngine, Request, Sample, SamplingParams
+from .evaluation import evaluate
 from .report import write_report
 from .store import Key, Record, Store, params_text
-from .strategies import evaluate
 
 SPLIT = "test"
 GREEDY = SamplingParams(temperature=0.0)

@@ -23,8 +23,8 @@ PATIENCE = 20_000
 class Problem:
     """One problem: its prompt (up to, not including, `<think>`) and its canonical answer.
 
-    difficulty is the number of steps of the whole trace; data is what the task itself computes
-    from.
+    difficulty is the number of steps of the whole trace (or the level that a data set tells); data
+    is what the task itself computes from.
     """
 
     task: str
@@ -67,6 +67,21 @@ def final_text(text: str) -> str | None:
     """
     tail = text.rpartition("</think>")[2]
     return None if "<think>" in tail else tail.strip()
+
+
+def judge(task: Task, problem: Problem, text: str) -> tuple[str | None, bool]:
+    """The answer that a completion gives, and whether it is right.
+
+    Raises ValueError, naming the task and the problem, where the task's own code raises: a verifier
+    that breaks is a fault to mend, not a wrong answer.
+    """
+    try:
+        return task.answer(text), bool(task.verify(problem, text))
+    except Exception as error:
+        raise ValueError(
+            f"{task.name}: its verifier failed on {text[:80]!r} for the problem "
+            f"{problem.prompt[:80]!r} ({type(error).__name__}: {error})"
+        ) from error
 
 
 def check_range(task: str, field: str, bounds: tuple[int, int], least: int) -> None:
@@ -198,20 +213,34 @@ def _tasks() -> dict[str, type[WorkedTask]]:
 
 
 def names() -> list[str]:
-    """The names that `get` knows."""
-    return list(_tasks())
+    """The names that `get` knows, besides gym:NAME."""
+    from .word_problems import SOURCES
+
+    return [*_tasks(), *SOURCES]
 
 
 def get(name: str, **settings: Any) -> Task:
-    """The task of that name; settings are the fields of its class, such as operands=(3, 8).
+    """The task of that name.
 
-    Raises ValueError for a name, a setting or a value that is not known.
+    Settings are the fields of a built-in task's class, such as operands=(3, 8). `gsm8k:PATH` is a
+    data set from outside read from a local file, `gym:NAME` a task of reasoning-gym. Raises
+    ValueError for a name, a setting or a value that is not known.
     """
+    from .gym import Gym
+    from .word_problems import SOURCES, WordProblems
+
     tasks = _tasks()
-    if name not in tasks:
-        raise ValueError(f"unknown task {name!r}; known: {', '.join(tasks)}")
-    fields = list(getattr(tasks[name], "__dataclass_fields__", ()))
+    kind, _, rest = name.partition(":")
+    if name in tasks:
+        fields = list(getattr(tasks[name], "__dataclass_fields__", ()))
+    elif kind in SOURCES or (kind == "gym" and rest):
+        fields = []
+    else:
+        raise ValueError(f"unknown task {name!r}; known: {', '.join(names())}, gym:NAME")
     for setting in settings:
         if setting not in fields:
-            raise ValueError(f"{name}: unknown setting {setting!r}; known: {', '.join(fields)}")
-    return tasks[name](**settings)
+            known = f"known: {', '.join(fields)}" if fields else "it has none"
+            raise ValueError(f"{name}: unknown setting {setting!r}; {known}")
+    if name in tasks:
+        return tasks[name](**settings)
+    return Gym(rest) if kind == "gym" else WordProblems(kind, rest or None)

@@ -8,9 +8,12 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from ponder.inference.report import COLUMNS, csv_text, human, png, visible, write_report
+from ponder.inference.evaluation import evaluate
+from ponder.inference.figures import png
+from ponder.inference.page import duration, human, points, visible
+from ponder.inference.report import COLUMNS, csv_text, write_report
 from ponder.inference.store import Key, Record, Store
-from ponder.inference.strategies import evaluate
+from ponder.inference.strategies import STRATEGIES
 
 from .test_cost import SMALL
 
@@ -32,8 +35,18 @@ class Problem:
     difficulty: int
 
 
-def make_store(path, *, problems=12, budgets=(0, 4, None), samples=4, texts=("thought",), task="t"):
-    """Half of all samples are right; problem 0's first is wrong and its vote right."""
+def make_store(
+    path,
+    *,
+    problems=12,
+    budgets=(0, 4, None),
+    samples=4,
+    texts=("thought",),
+    task="t",
+    seconds=0.0,
+):
+    """Half of all samples are right; problem 0's first is wrong and its vote right. With no
+    seconds, and no model's shape, tokens are the only unit, which saves figures."""
     rng = random.Random(0)
     store = Store(path, identity={"model": "m", "task": task})
     store.add_problems(
@@ -54,7 +67,7 @@ def make_store(path, *, problems=12, budgets=(0, 4, None), samples=4, texts=("th
             think_tokens=1,
             logprob=-1.0,
             finish="stop",
-            seconds=0.25,
+            seconds=seconds,
         )
 
     for budget in budgets:
@@ -76,7 +89,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         self.attributes += attrs
-        if tag not in ("meta", "br", "img", "link"):
+        if tag not in ("meta", "br", "img", "link", "input"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attrs):
@@ -91,8 +104,8 @@ class Page(HTMLParser):
             self.text += data
 
 
-def page_of(store, folder, **options):
-    results = evaluate(store, shape=SMALL)
+def page_of(store, folder, shape=None, **options):
+    results = evaluate(store, shape=shape)
     path = write_report(folder, results, store, **options)
     return Page(path.read_text(encoding="utf-8")), path.read_text(encoding="utf-8")
 
@@ -112,7 +125,9 @@ def test_results_csv(tmp_path):
             "guess_accuracy,pareto".split(",")
         )
     )
-    assert len(rows) == len(results) == 3 * (1 + 1 + 2 + 2)
+    # Greedy, sampling and the ceiling once a budget; the rest with 2 and 4 samples, which is too
+    # few for stopping by votes.
+    assert len(rows) == len(results) == 3 * (3 + 2 * (len(STRATEGIES) - 5))
     for row, result in zip(rows, results, strict=True):
         assert row["task"] == 'a "quoted", task'
         assert float(row["accuracy"]) == pytest.approx(result.accuracy, rel=1e-5)
@@ -139,8 +154,12 @@ def test_the_page_holds_what_it_shows(tmp_path):
     }
     file = tmp_path / "run.json"
     file.write_text(json.dumps(run))
-    page, source = page_of(make_store(tmp_path / "s"), tmp_path / "report", run=file)
-    assert page.tags.count("svg") == 4  # wide and narrow compute, budgets, samples
+    page, source = page_of(
+        make_store(tmp_path / "s", seconds=0.25), tmp_path / "report", SMALL, run=file
+    )
+    # Compute wide and narrow in three units, budgets, samples, outcomes, policy.
+    assert page.tags.count("svg") == 6 + 4
+    assert page.tags.count("input") == 3  # the choice of the unit
     for tag in ("script", "link", "iframe", "img", "object", "form"):
         assert tag not in page.tags
     addresses = [v for k, v in page.attributes if k in ("src", "href", "xlink:href")]
@@ -163,13 +182,14 @@ def test_the_page_tells_the_numbers_and_the_corrected_problem(tmp_path):
     assert "Where the vote corrects a single sample" in page.text
     assert "Sample 1: wrong" in page.text and "Sample 2: right" in page.text
     assert "first thought</think>first thought" in page.text
+    assert "Right in no sample" not in page.text and "1 problems, 100.0 %; 1 shown" in page.text
     assert "75.0 %" in page.text and "100.0 %" in page.text and "+25.0 points" in page.text
 
 
 def test_hostile_texts_are_escaped(tmp_path):
     task = " ".join(HOSTILE)
     store = make_store(tmp_path / "s", texts=HOSTILE, task=task, problems=14, samples=8)
-    results = evaluate(store, shape=SMALL, model=HOSTILE[1])
+    results = evaluate(store, model=HOSTILE[1])
     run = {"command": HOSTILE[0], HOSTILE[1]: {HOSTILE[2]: HOSTILE}}
     path = write_report(tmp_path / "report", results, store, run=run, examples=10)
     source = path.read_text(encoding="utf-8")
@@ -187,10 +207,10 @@ def test_hostile_texts_are_escaped(tmp_path):
 @pytest.mark.parametrize(
     "options, figures",
     [
-        (dict(budgets=(None,), samples=4), 3),
-        (dict(budgets=(0, 8), samples=1), 3),
+        (dict(budgets=(None,), samples=4), 2 + 3),
+        (dict(budgets=(0, 8), samples=1), 2 + 2),
         (dict(budgets=(8,), samples=1, problems=1), 2),
-        (dict(budgets=tuple(range(0, 60, 2)), samples=2), 4),
+        (dict(budgets=tuple(range(0, 60, 2)), samples=2), 2 + 4),
     ],
     ids=["no budgets", "one sample", "one of everything", "many budgets"],
 )
@@ -199,7 +219,7 @@ def test_small_and_large_sweeps(tmp_path, options, figures):
     assert page.tags.count("svg") == figures
 
 
-@pytest.mark.parametrize("only", ["greedy", "self-consistency", "pass@k"])
+@pytest.mark.parametrize("only", ["greedy", "self-consistency", "pass@k", "best-of-n"])
 def test_reports_of_one_strategy(tmp_path, only):
     store = make_store(tmp_path / "s")
     results = evaluate(store, strategies=[only])
@@ -216,7 +236,7 @@ def test_the_picture(tmp_path):
 
 def test_the_same_results_give_the_same_files(tmp_path):
     store = make_store(tmp_path / "s", budgets=(None,))
-    results = evaluate(store, shape=SMALL)
+    results = evaluate(store)
 
     def files():
         write_report(tmp_path / "report", results, store)  # the second time over old ones
@@ -239,3 +259,16 @@ def test_nothing_to_report(tmp_path):
 )
 def test_human(number, text):
     assert human(number) == text
+
+
+@pytest.mark.parametrize("seconds, text", [(2.5, "2.5 s"), (0.00032, "320 µs"), (0, "0 s")])
+def test_duration(seconds, text):
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    "share, text",
+    [(0.0213, "+2.1"), (-0.1, "−10.0"), (0.0004, "0.0"), (-0.0004, "0.0"), (0.1, "+10.0")],
+)
+def test_points(share, text):
+    assert points(share) == text

@@ -1,91 +1,17 @@
-from itertools import combinations
-from math import comb
-
 import numpy as np
 import pytest
 import scipy.stats
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ponder.inference.stats import (
     bootstrap,
+    budget_control,
+    fit_coverage,
     guess_accuracy,
-    maj_at_k,
     paired_difference,
     pareto,
-    pass_at_k,
-    vote,
 )
-
-
-def winner_by_hand(answers):
-    """The most common answer, the earliest of equals; None where nobody votes."""
-    voters = [a for a in answers if a >= 0]
-    return max(voters, key=lambda a: (voters.count(a), -voters.index(a)), default=None)
-
-
-@given(st.integers(1, 8).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n))), st.data())
-def test_pass_at_k_is_the_mean_over_all_subsets(shape, data):
-    n, right = shape
-    k = data.draw(st.integers(1, n))
-    correct = np.arange(n) < right
-    truth = np.mean([any(correct[list(c)]) for c in combinations(range(n), k)])
-    np.testing.assert_allclose(pass_at_k(correct[None], k), [truth], atol=1e-12)
-
-
-def test_pass_at_k_stays_exact_where_factorials_overflow():
-    correct = np.zeros((1, 2000), dtype=bool)
-    correct[0, :3] = True
-    truth = 1 - comb(1997, 700) / comb(2000, 700)
-    np.testing.assert_allclose(pass_at_k(correct, 700), [truth], rtol=1e-12)
-
-
-@given(st.lists(st.integers(-1, 3), min_size=1, max_size=7), st.data())
-@settings(deadline=None)
-def test_maj_at_k_is_the_mean_over_all_subsets(answers, data):
-    k = data.draw(st.integers(1, len(answers)))
-    right = data.draw(st.integers(0, 3))
-    subsets = [[answers[i] for i in c] for c in combinations(range(len(answers)), k)]
-    truth = np.mean([winner_by_hand(s) == right for s in subsets])
-    codes = np.array([answers])
-    np.testing.assert_allclose(maj_at_k(codes, codes == right, k), [truth], atol=1e-12)
-
-
-def test_ties_go_to_the_earliest_and_the_silent_do_not_vote():
-    answers = np.array([[2, 1, 1, 2], [1, 2, 2, 1], [-1, -1, -1, 5], [-1] * 4, [3, -1, -1, -1]])
-    assert vote(answers).tolist() == [0, 0, 3, -1, 0]
-    scores = maj_at_k(answers, np.array([[True, False, False, True]] * 5), 4)
-    assert scores.tolist() == [1, 1, 1, 0, 1]
-
-
-def test_sampled_subsets_are_seeded_and_near_the_truth():
-    rng = np.random.default_rng(0)
-    answers = rng.integers(-1, 3, size=(40, 16))
-    correct = answers == 1
-    exact = maj_at_k(answers, correct, 5, subsets=comb(16, 5))
-    drawn = maj_at_k(answers, correct, 5, subsets=1500)
-    assert (drawn == maj_at_k(answers, correct, 5, subsets=1500)).all()
-    assert (drawn != exact).any()
-    assert not (drawn == maj_at_k(answers, correct, 5, subsets=1500, seed=1)).all()
-    # Five standard deviations of a mean of 1500 draws from a coin.
-    assert np.abs(drawn - exact).max() < 5 * 0.5 / np.sqrt(1500)
-
-
-def test_every_sample_is_as_likely_in_a_drawn_subset():
-    answers = np.arange(12)[None]  # all different: the vote is the subset's first sample
-    draws = 200 * 20
-    for i in (0, 5, 10, 11):
-        runs = [maj_at_k(answers, answers == i, 2, subsets=20, seed=s)[0] for s in range(200)]
-        exact = (11 - i) / comb(12, 2)
-        assert np.mean(runs) == pytest.approx(exact, abs=5 * np.sqrt(exact / draws))
-
-
-@pytest.mark.parametrize("k", [0, 4])
-def test_k_out_of_range_is_named(k):
-    correct = np.ones((2, 3), dtype=bool)
-    for estimate in (lambda: pass_at_k(correct, k), lambda: maj_at_k(correct + 0, correct, k)):
-        with pytest.raises(ValueError, match=f"k is {k}; .* from 1 to 3"):
-            estimate()
 
 
 @pytest.mark.parametrize("kind", ["binary", "fractions"])
@@ -149,3 +75,47 @@ def test_guess_accuracy():
     assert guess_accuracy(["7", "3", "7", "1"]) == 0.5
     with pytest.raises(ValueError, match="at least one problem"):
         guess_accuracy([])
+
+
+def test_coverage_follows_the_law_that_made_it():
+    k = np.array([1, 2, 4, 8, 16, 32])
+    law = np.exp(-1.5 * k**-0.6)
+    rng = np.random.default_rng(5)
+    spread = rng.normal(0, 0.02, size=(400, 1))
+    fit = fit_coverage(k, law + spread - spread.mean())
+    assert fit is not None
+    assert fit.a.mean == pytest.approx(-1.5, rel=1e-6) and fit.b.mean == pytest.approx(
+        0.6, rel=1e-6
+    )
+    assert fit.a.low < -1.5 < fit.a.high and fit.b.low < 0.6 < fit.b.high
+    assert fit.b.high - fit.b.low < 0.05
+    np.testing.assert_allclose(fit(k), law, rtol=1e-6)
+    assert fit == fit_coverage(k, law + spread - spread.mean())
+
+
+def test_the_fits_interval_covers_the_truth_about_as_often_as_it_says():
+    k, rng, hits = np.array([1, 2, 4, 8]), np.random.default_rng(6), 0
+    for trial in range(24):
+        # Two kinds of problems: the mean follows the law exactly, each problem does not.
+        hard = rng.random((120, 1)) < 0.5
+        law = np.exp(-1.2 * k**-0.5)
+        coverage = np.where(hard, law - 0.25, law + 0.25)
+        fit = fit_coverage(k, coverage, resamples=40, seed=trial)
+        hits += fit.a.low <= -1.2 <= fit.a.high
+    assert hits / 24 >= 0.75  # 0.95, less four standard deviations
+
+
+def test_coverage_without_a_law():
+    k = [1, 2, 4]
+    assert fit_coverage(k, np.ones((5, 3))) is None and fit_coverage(k, np.zeros((5, 3))) is None
+    assert fit_coverage([1], np.full((5, 1), 0.5)) is None
+    with pytest.raises(ValueError, match=r"shape \(5, 2\); for 3 k"):
+        fit_coverage(k, np.ones((5, 2)))
+
+
+def test_budget_control_by_hand():
+    got = budget_control([1, 1, 0.5], [10, 20, 40], [0.2, 0.5, 0.4])
+    slopes = [0.3 / 10, 0.2 / 30, -0.1 / 20]
+    assert got.control == pytest.approx(2.5 / 3) and got.performance == 0.5
+    assert got.scaling == pytest.approx(np.mean(slopes))
+    assert np.isnan(budget_control([1, 1], [5, 5], [0.1, 0.9]).scaling)

@@ -5,14 +5,9 @@ import numpy as np
 import pytest
 
 from ponder.inference import cost
+from ponder.inference.evaluation import evaluate, paired_difference
 from ponder.inference.store import Key, Record, Store
-from ponder.inference.strategies import (
-    STRATEGIES,
-    Outcome,
-    evaluate,
-    paired_difference,
-    spend,
-)
+from ponder.inference.strategies import STRATEGIES, Choice, evenly
 
 from .test_cost import SMALL
 
@@ -26,10 +21,13 @@ class Problem:
     difficulty: int
 
 
-def make_store(path, answers, *, greedy, budget=8, seed=0):
-    """answers: per problem, the stored samples' answers ("-" for none); the right one is "a"."""
+def make_store(
+    path, answers, *, greedy, budget=8, seed=0, logprobs=None, hot=HOT, tokens=4, prompt=""
+):
+    """answers: per problem, the stored samples' answers ("-" for none); the right one is "a".
+    logprobs: of the samples at a temperature, -1 by default. tokens: of the first sample."""
     store = Store(path, identity={"model": "m", "task": "t"})
-    store.add_problems([Problem(str(i), "a", i) for i in range(len(answers))])
+    store.add_problems([Problem(f"{prompt}{i}", "a", i) for i in range(len(answers))])
 
     def record(problem, params, sample, answer):
         return Record(
@@ -38,16 +36,16 @@ def make_store(path, answers, *, greedy, budget=8, seed=0):
             answer=None if answer == "-" else answer,
             correct=answer == "a",
             prompt_tokens=10 + problem,
-            sampled_tokens=4 + sample,
+            sampled_tokens=tokens + sample,
             forced_tokens=1,
             think_tokens=3,
-            logprob=-1.0,
+            logprob=logprobs[sample] if logprobs else -1.0,
             finish="stop",
             seconds=0.5,
         )
 
     store.add(record(p, COLD, 0, g) for p, g in enumerate(greedy))
-    store.add(record(p, HOT, s, a) for p, row in enumerate(answers) for s, a in enumerate(row))
+    store.add(record(p, hot, s, a) for p, row in enumerate(answers) for s, a in enumerate(row))
     return store
 
 
@@ -55,22 +53,27 @@ def by_name(results):
     return {(r.strategy, r.samples): r for r in results}
 
 
-def test_scores_and_costs_of_every_strategy(tmp_path):
+def test_scores_and_costs_of_the_plain_strategies(tmp_path):
     store = make_store(tmp_path / "s", ["aabb", "bbbb", "-ba-"], greedy="aba")
     shape = SMALL
-    rows = by_name(evaluate(store, shape=shape, samples=[1, 2, 4, 16], model="tiny"))
+    plain = ["greedy", "sampling", "self-consistency", "pass@k", "vote-ceiling"]
+    rows = by_name(
+        evaluate(store, shape=shape, samples=[1, 2, 4, 16], model="tiny", strategies=plain)
+    )
     assert set(rows) == {
         ("greedy", 1),
         ("sampling", 1),
         *(("self-consistency", k) for k in (2, 4)),
         *(("pass@k", k) for k in (2, 4)),
+        ("vote-ceiling", 4),
     }
     assert rows["greedy", 1].scores.tolist() == [1, 0, 1]
     assert rows["sampling", 1].scores.tolist() == [0.5, 0, 0.25]
-    # "aabb": ties go to the first, "a". "-ba-": a tie of b and a, b was first.
-    assert rows["self-consistency", 4].scores.tolist() == [1, 0, 0]
-    # Pairs of "aabb": all but (b, b) have "a" first. Pairs of "-ba-": (-, a), (a, -).
-    np.testing.assert_allclose(rows["self-consistency", 2].scores, [5 / 6, 0, 2 / 6])
+    assert rows["self-consistency", 4].scores.tolist() == [0.5, 0, 0.5]  # ties are shared
+    assert rows["vote-ceiling", 4].scores.tolist() == [0.5, 0, 0.5]
+    # Pairs of "aabb": one (a, a), four (a, b). Pairs of "-ba-": one (a, b), two (-, a).
+    pairs = rows["self-consistency", 2]
+    np.testing.assert_allclose(pairs.scores, [(1 + 4 / 2) / 6, 0, (2 + 1 / 2) / 6])
     np.testing.assert_allclose(rows["pass@k", 2].scores, [5 / 6, 0, 1 - comb(3, 2) / comb(4, 2)])
     assert rows["pass@k", 4].accuracy == pytest.approx(2 / 3)
 
@@ -78,7 +81,7 @@ def test_scores_and_costs_of_every_strategy(tmp_path):
     mean_new = [4, 5, 6, 7]
     assert vote.prompt_tokens == 11  # once, not once per sample
     assert vote.sampled_tokens == 2 * np.mean(mean_new) and vote.forced_tokens == 2
-    assert vote.seconds_per_problem == 1.0
+    assert vote.seconds_per_problem == 1.0 and vote.drawn == 2
     expected = np.mean(
         [
             cost.prefill_flops(shape, p)
@@ -90,6 +93,45 @@ def test_scores_and_costs_of_every_strategy(tmp_path):
     assert (vote.task, vote.model, vote.think_budget, vote.temperature) == ("t", "tiny", 8, 1.0)
     assert vote.ci_low <= vote.accuracy <= vote.ci_high and vote.problems == 3
     assert vote.guess_accuracy == 1.0
+
+
+def test_confidence_decides_weighted_votes_and_the_best_of_n(tmp_path):
+    """Two samples say b, one says a, and a is far more probable; samples have 4, 5 and 6 tokens."""
+    store = make_store(tmp_path / "s", ["abb"], greedy="a", logprobs=[-0.4, -4.0, -4.2])
+    rows = by_name(evaluate(store, samples=[3]))
+    assert rows["self-consistency", 3].accuracy == 0
+    # e^-0.4 beats e^-4 + e^-4.2; e^-0.1 loses to e^-0.8 + e^-0.7; a softmax sharpens it again.
+    assert rows["probability-vote", 3].accuracy == 1
+    assert rows["mean-probability-vote", 3].accuracy == 0
+    assert rows["confidence-vote", 3].accuracy == 1
+    assert rows["best-of-n", 3].accuracy == 1
+    assert all(rows[name, 3].sampled_tokens == 15 for name in ("probability-vote", "best-of-n"))
+
+
+def test_stopping_pays_for_what_it_drew(tmp_path):
+    store = make_store(tmp_path / "s", ["aaaaaa"], greedy="a", logprobs=[-0.5] * 6)
+    rows = by_name(evaluate(store, samples=[6], shape=SMALL))
+    # Four agreeing samples: 1 - 2^-5 >= 0.95, and a window of four.
+    for name in ("adaptive-consistency", "early-stopping"):
+        assert rows[name, 6].drawn == pytest.approx(4) and rows[name, 6].samples == 6
+        assert rows[name, 6].seconds_per_problem == pytest.approx(4 * 0.5)
+        assert rows[name, 6].sampled_tokens == pytest.approx(4 * np.mean([4, 5, 6, 7, 8, 9]))
+    # One text of probability 0.61 leaves too little for any other answer.
+    assert rows["certain-mode", 6].drawn == pytest.approx(1)
+    flops = [rows[n, 6].flops_per_problem for n in ("self-consistency", "early-stopping")]
+    prompt = cost.prefill_flops(SMALL, 10)
+    assert (flops[1] - prompt) / (flops[0] - prompt) == pytest.approx(4 / 6)
+
+
+def test_strategies_leave_out_what_the_pool_does_not_hold(tmp_path):
+    silent = make_store(tmp_path / "a", ["aabbaa"], greedy="a", logprobs=[None] * 6)
+    rows = by_name(evaluate(silent, samples=[6]))
+    assert {"self-consistency", "adaptive-consistency"} <= {name for name, _ in rows}
+    assert not {name for name, _ in rows} & {"probability-vote", "best-of-n", "certain-mode"}
+    # Sampled colder than the log-probabilities are: they do not add up to one.
+    cold = make_store(tmp_path / "b", ["aabbaa"], greedy="a", hot="temperature=0.7")
+    rows = by_name(evaluate(cold, samples=[6]))
+    assert ("best-of-n", 6) in rows and ("certain-mode", 6) not in rows
 
 
 def test_pareto_marks_what_competes(tmp_path):
@@ -112,9 +154,9 @@ def test_a_new_strategy_is_a_class_and_an_entry(tmp_path, monkeypatch):
         def sizes(self, pool, samples):
             return [k for k in samples if k <= pool.samples and pool.temperature > 0]
 
-        def run(self, pool, k, shape) -> Outcome:
+        def run(self, pool, k) -> Choice:
             choice = pool.sampled_tokens[:, :k].argmax(1)[:, None]
-            return spend(pool, np.take_along_axis(pool.correct, choice, 1)[:, 0] * 1.0, k, shape)
+            return evenly(pool, np.take_along_axis(pool.correct, choice, 1)[:, 0] * 1.0, k)
 
     monkeypatch.setitem(STRATEGIES, "longest", Longest())
     store = make_store(tmp_path / "s", ["ba", "ab"], greedy="aa")
@@ -131,12 +173,12 @@ def test_incomplete_stores(tmp_path):
 
 
 def test_paired_difference_uses_the_problems_that_both_hold(tmp_path):
-    store = make_store(tmp_path / "s", ["aaba", "bbbb", "abab"], greedy="ab")
+    store = make_store(tmp_path / "s", ["aaba", "bbbb", "abaa"], greedy="ab")
     rows = by_name(evaluate(store, samples=[4]))
     difference = paired_difference(rows["self-consistency", 4], rows["greedy", 1])
     assert difference.mean == 0
     difference = paired_difference(rows["self-consistency", 4], rows["sampling", 1])
-    assert difference.mean == pytest.approx((0.25 + 0 + 0.5) / 3)
+    assert difference.mean == pytest.approx((0.25 + 0 + 0.25) / 3)
 
 
 def test_bad_requests_are_named(tmp_path):

@@ -233,7 +233,7 @@ def test_any_other_answer_is_wrong(data):
 
 
 def test_unknown_names_settings_and_values_are_named():
-    assert tasks.names() == NAMES
+    assert tasks.names() == [*NAMES, "gsm8k", "math500", "aime24", "aime25"]
     with pytest.raises(ValueError, match="unknown task 'sudoku'; known: last_digit, permute, mul"):
         tasks.get("sudoku")
     with pytest.raises(ValueError, match="last_digit: unknown setting 'digits'; known: operands"):
@@ -258,3 +258,19 @@ def test_unknown_splits_and_negative_counts_are_named(task):
         task.problems("dev", 1, 0)
     with pytest.raises(ValueError, match="count is -1; it must be 0 or more"):
         task.problems("train", -1, 0)
+
+
+def test_a_verifier_that_raises_is_named(task, monkeypatch):
+    problem = task.problems("test", 1, 0)[0]
+    right = f"<think></think>{problem.answer}"
+    assert tasks.judge(task, problem, right) == (task.answer(right), True)
+    assert tasks.judge(task, problem, "?")[1] is False
+
+    def broken(self, problem, text):
+        raise KeyError("gone")
+
+    monkeypatch.setattr(type(task), "verify", broken)
+    with pytest.raises(
+        ValueError, match=rf"{task.name}: its verifier failed on .*KeyError: 'gone'"
+    ):
+        tasks.judge(task, problem, right)

@@ -1,0 +1,85 @@
+"""Several models on the same problems: which model, strategy and budget is worth its compute.
+
+The page shows each model's own Pareto frontier, the frontier of all together, and the
+compute-optimal policy that may choose among them.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from .evaluation import Result, mark_pareto
+from .figures import UNITS, draw_models, draw_policy, frontier, svg
+from .findings import policies
+from .page import environment, write_files
+from .report import csv_text
+from .store import Store
+
+
+def write_comparison(
+    folder: str | Path, results: Sequence[Sequence[Result]], stores: Sequence[Store]
+) -> Path:
+    """Writes results.csv (all rows, `pareto` over all models) and index.html; returns its path.
+
+    results: what `evaluate(store)` gives for each store, each with a name of its model that no
+    other has. Raises ValueError for fewer than two models, for two of one name, for different
+    tasks, and for stores that do not hold the same problems.
+    """
+    _check(results, stores)
+    rows = mark_pareto([r for of_one in results for r in of_one])
+    known = all(r.flops_per_problem > 0 for r in rows)
+    unit = "FLOPs" if known else "Tokens"
+    cost = UNITS[unit][1]
+    models = {of_one[0].model: frontier(of_one, cost) for of_one in results}
+    best = sorted(frontier(rows, cost), key=cost)
+    policy = policies(rows, stores[0])
+    page = environment().get_template("comparison.html")
+    text = page.render(
+        first=rows[0],
+        unit=unit,
+        best=best,
+        cost=cost,
+        figures={
+            unit: (
+                svg(draw_models, f"wide-{unit}", models, best, unit, width=8.6, height=4.3),
+                svg(draw_models, f"narrow-{unit}", models, best, unit, width=4.8, height=4.4),
+            )
+            for unit in (["FLOPs", "Tokens"] if known else ["Tokens"])
+        },
+        policy=policy,
+        by_policy=policy
+        and svg(
+            draw_policy,
+            "policy",
+            rows[0].guess_accuracy,
+            policy.overall,
+            policy.split,
+            policy.unit,
+            width=4.8,
+            height=3.7,
+        ),
+    )
+    files = {
+        "results.csv": csv_text(rows).encode("utf-8", "replace"),
+        "index.html": text.encode(),
+    }
+    return write_files(folder, files) / "index.html"
+
+
+def _check(results: Sequence[Sequence[Result]], stores: Sequence[Store]) -> None:
+    if len(results) < 2 or not all(results):
+        raise ValueError(f"a comparison needs results of two models or more, not of {len(results)}")
+    names = [of_one[0].model for of_one in results]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"two of the models are called {twice[0]!r}: give them names apart")
+    tasks = sorted({of_one[0].task for of_one in results})
+    if len(tasks) > 1:
+        raise ValueError(f"the sweeps are of different tasks, {' and '.join(tasks)}")
+    first = stores[0].problems()
+    for store in stores[1:]:
+        for i, problem in store.problems().items():
+            if i in first and first[i].prompt != problem.prompt:
+                raise ValueError(
+                    f"{stores[0].path} and {store.path} hold different problems (problem {i} is "
+                    f"{first[i].prompt!r} and {problem.prompt!r}): sweep both with one seed"
+                )

@@ -1,0 +1,158 @@
+"""Every strategy on every setting of a store: the rows of results.csv."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from ..models import GPTConfig
+from . import stats
+from .store import Setting, Store
+from .strategies import STRATEGIES, Outcome, spend
+
+SLACK = 0.02  # costs that differ by less count as equal: a few tokens more or less are chance
+
+
+@dataclass(frozen=True)
+class Result:
+    """One row of results.csv; think_budget None is no limit, token counts are means per problem.
+
+    samples is the most that may be drawn; `drawn` says how many were, on average. Besides the
+    columns it holds where the row came from (`params`, `seed`) and, by problem index (`ids`), the
+    outcome, for pairing, for accuracy by difficulty and for policies.
+    """
+
+    task: str
+    model: str
+    strategy: str
+    samples: int
+    think_budget: int | None
+    temperature: float
+    problems: int
+    accuracy: float
+    ci_low: float
+    ci_high: float
+    prompt_tokens: float
+    sampled_tokens: float
+    forced_tokens: float
+    flops_per_problem: float
+    seconds_per_problem: float
+    guess_accuracy: float
+    pareto: bool
+    params: str
+    seed: int
+    oracle: bool
+    ids: np.ndarray = field(repr=False, compare=False)
+    outcome: Outcome = field(repr=False, compare=False)
+
+    @property
+    def scores(self) -> np.ndarray:
+        return self.outcome.scores
+
+    @property
+    def drawn(self) -> float:
+        return float(self.outcome.samples.mean())
+
+    @property
+    def tokens_per_problem(self) -> float:
+        return self.prompt_tokens + self.sampled_tokens + self.forced_tokens
+
+    @property
+    def cost(self) -> float:
+        """FLOPs per problem, or tokens where FLOPs are unknown."""
+        known = np.isfinite(self.flops_per_problem)
+        return self.flops_per_problem if known else self.tokens_per_problem
+
+
+def evaluate(
+    store: Store,
+    *,
+    shape: GPTConfig | None = None,
+    samples: Sequence[int] | None = None,
+    strategies: Sequence[str] | None = None,
+    seed: int | None = None,
+    model: str | None = None,
+    task: str | None = None,
+) -> list[Result]:
+    """Every strategy on every setting of the store, with 95 % bootstrap intervals.
+
+    shape: the model's configuration, for FLOPs. samples: the k of votes and of pass@k, by default
+    the powers of two that are stored; a k that a setting cannot fill is left out. strategies:
+    names, by default all. seed: needed where the store holds several. model and task: the names
+    to print, by default those of the store's identity. Raises ValueError for an empty store, an
+    unknown strategy, samples below 1, or several seeds.
+    """
+    settings = _settings(store, seed)
+    unknown = [name for name in strategies or () if name not in STRATEGIES]
+    if unknown:
+        raise ValueError(f"unknown strategy {unknown[0]!r}; known are {', '.join(STRATEGIES)}")
+    if samples is None:
+        most = max(setting.samples for setting in settings)
+        samples = [1 << i for i in range(most.bit_length())]
+    if not samples or min(samples) < 1:
+        raise ValueError(f"samples are {list(samples)}; each must be at least 1")
+    problems = store.problems()
+    results = []
+    for setting in settings:
+        pool = store.pool(budget=setting.budget, params=setting.params, seed=setting.seed)
+        if not len(pool.problems):  # a sweep that was stopped in its first batches
+            continue
+        guess = stats.guess_accuracy([problems[i].answer for i in pool.problems])
+        for name in strategies or STRATEGIES:
+            strategy = STRATEGIES[name]
+            for k in strategy.sizes(pool, sorted(set(samples))):
+                outcome = spend(pool, strategy.run(pool, k), shape)
+                accuracy, low, high = stats.bootstrap(outcome.scores)
+                results.append(
+                    Result(
+                        task=str(store.identity.get("task", "")) if task is None else task,
+                        model=str(store.identity.get("model", "")) if model is None else model,
+                        strategy=strategy.name,
+                        samples=k,
+                        think_budget=setting.budget,
+                        temperature=pool.temperature,
+                        problems=len(pool.problems),
+                        accuracy=accuracy,
+                        ci_low=low,
+                        ci_high=high,
+                        prompt_tokens=float(outcome.prompt_tokens.mean()),
+                        sampled_tokens=float(outcome.sampled_tokens.mean()),
+                        forced_tokens=float(outcome.forced_tokens.mean()),
+                        flops_per_problem=float(outcome.flops.mean()),
+                        seconds_per_problem=float(outcome.seconds.mean()),
+                        guess_accuracy=guess,
+                        pareto=False,
+                        params=setting.params,
+                        seed=setting.seed,
+                        oracle=strategy.oracle,
+                        ids=pool.problems,
+                        outcome=outcome,
+                    )
+                )
+    return mark_pareto(results)
+
+
+def mark_pareto(results: Sequence[Result]) -> list[Result]:
+    """The results with `pareto` set on those that no other one beats, costs within
+    SLACK counting as equal; oracles do not compete."""
+    cost_of = [np.nan if r.oracle else r.cost for r in results]
+    frontier = stats.pareto(cost_of, [r.accuracy for r in results], slack=SLACK)
+    return [replace(r, pareto=bool(best)) for r, best in zip(results, frontier, strict=True)]
+
+
+def paired_difference(a: Result, b: Result) -> stats.Interval:
+    """How much more accurate a is than b on the problems that both hold, with its interval."""
+    _, in_a, in_b = np.intersect1d(a.ids, b.ids, return_indices=True)
+    return stats.paired_difference(a.scores[in_a], b.scores[in_b])
+
+
+def _settings(store: Store, seed: int | None) -> list[Setting]:
+    settings = store.settings()
+    seeds = sorted({setting.seed for setting in settings})
+    if seed is None and len(seeds) > 1:
+        raise ValueError(f"{store.path} holds samples of the seeds {seeds}: choose one")
+    chosen = [s for s in settings if seed is None or s.seed == seed]
+    if not chosen:
+        of_seed = "" if seed is None else f" of seed {seed}"
+        raise ValueError(f"{store.path} holds no samples{of_seed}: run the sweep first")
+    return chosen

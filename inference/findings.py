@@ -1,0 +1,165 @@
+"""What a report tells beyond its rows: coverage, the limits of votes, control, policy."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from . import estimators, stats
+from .evaluation import Result
+from .figures import Curves, spread
+from .page import budget_order, vote_text
+from .policy import Policy, bins_of, compute_optimal
+from .store import Store
+
+
+def outcome_shares(curves: Curves, store: Store) -> dict[int | None, tuple[float, ...]]:
+    """For each budget, of all problems: the right answer is the most common one of the stored
+    samples, it is among them, it is in none. A vote can reach the first share, a perfect verifier
+    the first two together."""
+    shares = {}
+    for budget in curves.budgets:
+        pool = curves.pool(store, budget)
+        if pool is None:
+            continue
+        mode = estimators.vote_ceiling(pool.answers, pool.correct).mean()
+        found = pool.correct.any(1).mean()
+        shares[budget] = (float(mode), float(found - mode), float(1 - found))
+    return shares
+
+
+def coverage_rows(curves: Curves, store: Store) -> list[dict[str, Any]]:
+    """For at most four budgets: pass@k at the ends, and the fit of exp(a k^-b) between them."""
+    rows = []
+    for budget in spread(curves.budgets, 4):
+        pool = curves.pool(store, budget)
+        if pool is None:
+            continue
+        sizes = sorted({1 << i for i in range(pool.samples.bit_length())} | {pool.samples})
+        coverage = np.stack([estimators.pass_at_k(pool.correct, k) for k in sizes], axis=1)
+        rows.append(
+            dict(
+                budget=budget,
+                samples=pool.samples,
+                one=float(coverage[:, 0].mean()),
+                all=float(coverage[:, -1].mean()),
+                fit=stats.fit_coverage(sizes, coverage),
+            )
+        )
+    return rows
+
+
+def control_rows(curves: Curves, store: Store) -> list[dict[str, Any]]:
+    """How greedy decoding and single samples keep to their budgets, and what that buys."""
+    rows = []
+    for name, results in (("greedy", curves.greedy), ("one sample", curves.votes.get(1, []))):
+        if len(results) < 2:
+            continue
+        kept, tokens = [], []
+        for r in results:
+            think = store.pool(budget=r.think_budget, params=r.params, seed=r.seed).think_tokens
+            kept.append(float((think <= budget_order(r.think_budget)).mean()))
+            tokens.append(float(think.mean()))
+        measures = stats.budget_control(kept, tokens, [r.accuracy for r in results])
+        rows.append(
+            dict(
+                name=name,
+                measures=measures,
+                tokens=[(r.think_budget, t) for r, t in zip(results, tokens, strict=True)],
+            )
+        )
+    return rows
+
+
+@dataclass(frozen=True)
+class Policies:
+    """The compute-optimal policy along growing budgets, in `unit` (of figures.UNITS).
+
+    overall: one choice for all problems; split: one for each of `bins` (their difficulties, as
+    text), empty where problems do not differ. ways: what a choice's numbers stand for.
+    """
+
+    unit: str
+    ways: Sequence[Result]
+    overall: list[Policy]
+    split: list[Policy]
+    bins: list[str]
+
+    @property
+    def table(self) -> list[Policy]:
+        """At most six budgets of the finer policy: those at which a choice changes, spread out."""
+        policies = self.split or self.overall
+        changes = [
+            p
+            for p, before in zip(policies, [None, *policies], strict=False)
+            if before is None or p.choice != before.choice
+        ]
+        return spread(changes, 6)
+
+
+def policies(results: Sequence[Result], store: Store, points: int = 10) -> Policies | None:
+    """The policy over all strategies, samples and budgets that compete; None where fewer than two
+    do, or fewer than eight problems are there."""
+    ways = [r for r in results if not r.oracle]
+    ids = sorted(set.intersection(*(set(r.ids.tolist()) for r in ways))) if ways else []
+    if len(ways) < 2 or len(ids) < 8:
+        return None
+    inside = [np.isin(r.ids, ids) for r in ways]
+    known = all(math.isfinite(r.flops_per_problem) for r in ways)
+    costs = np.stack(
+        [
+            (r.outcome.flops if known else r.outcome.tokens)[m]
+            for r, m in zip(ways, inside, strict=True)
+        ]
+    )
+    scores = np.stack([r.scores[m] for r, m in zip(ways, inside, strict=True)])
+    problems = store.problems()
+    level = np.array([problems[i].difficulty for i in ids])
+    bins = bins_of(level)
+    names = [_span(level[bins == group]) for group in range(int(bins.max()) + 1)]
+    several = len(names) > 1
+    # Up to what the dearest bin needs for its best accuracy, beyond which more compute buys
+    # nothing; the last budget leaves room for a half that is a little dearer.
+    enough = []
+    for group in range(len(names)):
+        cost = costs[:, bins == group].mean(1)
+        accuracy = scores[:, bins == group].mean(1).round(12)
+        enough.append(cost[accuracy == accuracy.max()].min())
+    budgets = np.geomspace(costs.mean(1).min(), 1.1 * max(enough), points).tolist()
+    return Policies(
+        unit="FLOPs" if known else "Tokens",
+        ways=ways,
+        overall=compute_optimal(scores, costs, budgets),
+        split=compute_optimal(scores, costs, budgets, bins=bins) if several else [],
+        bins=names if several else ["all"],
+    )
+
+
+def _span(levels: np.ndarray) -> str:
+    low, high = levels.min(), levels.max()
+    return f"{low}" if low == high else f"{low}–{high}"
+
+
+def difficulty_tables(curves: Curves, store: Store, groups: int = 8) -> list[dict[str, Any]]:
+    """Accuracy by difficulty and budget, for greedy decoding and for the largest vote."""
+    difficulty = {i: p.difficulty for i, p in store.problems().items()}
+    most = max(curves.votes, default=1)
+    tables = []
+    for name, rows in (("Greedy", curves.greedy), (vote_text(most), curves.votes.get(most, []))):
+        if not rows:
+            continue
+        rows = spread(rows, 9)
+        levels = [np.array([difficulty[i] for i in r.ids]) for r in rows]
+        known = np.unique(levels[0])
+        lines = []
+        for group in np.array_split(known, min(groups, len(known))):
+            inside = [np.isin(level, group) for level in levels]
+            cells = [
+                r.scores[m].mean() if m.any() else None for r, m in zip(rows, inside, strict=True)
+            ]
+            lines.append(dict(level=_span(group), problems=int(inside[0].sum()), cells=cells))
+        budgets = [r.think_budget for r in rows]
+        tables.append(dict(name=name.capitalize(), budgets=budgets, lines=lines))
+    return tables

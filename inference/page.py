@@ -1,0 +1,123 @@
+"""How a page is written: its template's environment, and the wording of numbers and budgets."""
+
+import math
+import os
+import unicodedata
+from collections.abc import Mapping
+from pathlib import Path
+
+import jinja2
+from markupsafe import Markup
+
+# What a strategy is called on the page; one that is not here goes by its own name.
+WORDS = {
+    "greedy": "greedy",
+    "sampling": "one sample",
+    "self-consistency": "majority vote",
+    "probability-vote": "vote weighted by probability",
+    "mean-probability-vote": "vote weighted by mean token probability",
+    "confidence-vote": "vote weighted by self-confidence",
+    "best-of-n": "the most probable per token",
+    "adaptive-consistency": "vote, stopped when likely decided (Beta)",
+    "early-stopping": "vote, stopped by a unanimous window",
+    "certain-mode": "vote, stopped when the mode is proven",
+    "pass@k": "any right (perfect verifier)",
+    "vote-ceiling": "ceiling of voting",
+}
+
+
+def environment() -> jinja2.Environment:
+    """Templates in which everything that is not their own markup is escaped, and characters that
+    would not show are spelled out."""
+    made = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: (
+            visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+        ),
+    )
+    made.filters |= {
+        "percent": percent,
+        "human": human,
+        "duration": duration,
+        "budget": budget_text,
+        "short_budget": short_budget,
+        "budget_phrase": budget_phrase,
+        "vote": vote_text,
+        "points": points,
+        "minus": lambda text: text.replace("-", "−"),
+        "words": lambda name: WORDS.get(name, name),
+    }
+    return made
+
+
+def write_files(folder: str | Path, files: Mapping[str, bytes]) -> Path:
+    """Each file written aside and renamed, so that an old one is whole until the new one is."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        aside = folder / f".{name}.new"
+        aside.write_bytes(content)
+        os.replace(aside, folder / name)
+    return folder
+
+
+def budget_order(budget: int | None) -> float:
+    return math.inf if budget is None else budget
+
+
+def budget_phrase(budget: int | None) -> str:
+    return "unlimited thinking" if budget is None else f"thinking budget {budget:,}"
+
+
+def budget_text(budget: int | None) -> str:
+    return "no limit" if budget is None else f"{budget:,}"
+
+
+def short_budget(budget: int | None) -> str:
+    return "∞" if budget is None else f"{budget:,}"
+
+
+def vote_text(samples: int) -> str:
+    return "1 sample" if samples == 1 else f"vote of {samples}"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def human(x: float) -> str:
+    """A number of at most four characters and a unit: 1234567 → "1.23 M"."""
+    if math.isnan(x):
+        return "unknown"
+    for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(x) >= size:
+            return f"{x / size:.3g} {unit}"
+    return f"{x:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds with a unit of fitting size: 0.00032 → "320 µs"."""
+    for unit, size in (("s", 1), ("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.2g} s"
+
+
+def visible(text: str) -> str:
+    """The text with what would not show, or would reorder its neighbours, spelled out."""
+    return "".join(
+        f"⟨U+{ord(c):04X}⟩"
+        if c not in "\n\t" and unicodedata.category(c) in ("Cc", "Cf", "Cs", "Cn", "Zl", "Zp")
+        else c
+        for c in text
+    )
+
+
+def points(share: float) -> str:
+    """A difference of shares in points: -0.0213 → "−2.1"; what rounds to nothing has no sign."""
+    text = f"{100 * share:+.1f}".replace("-", "−")
+    return text.lstrip("+−") if text.endswith("0.0") and len(text) == 4 else text

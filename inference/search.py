@@ -1,0 +1,350 @@
+"""Search: strategies that decide while sampling, step by step, which lines of thought to follow.
+
+A step is a fixed number of tokens. A search is a generator: it yields the requests that it wants
+sampled and is sent their samples, so that `run` can advance the searches of many problems
+together, one batch of the engine a round. A judge says how promising a completion so far is. To
+add a search, write a class with `name` and `search`, and put it into SEARCHES.
+"""
+
+import math
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import numpy as np
+
+from .engine import Engine, Request, Sample, SamplingParams
+
+Tokens = tuple[int, ...]
+# The value of each completion so far, higher is better: (prompt, completions) -> numbers in [0, 1].
+Judge = Callable[[Tokens, Sequence[Tokens]], Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Node:
+    """A completion so far: its tokens, how many of them were forced, whether it has ended, the sum
+    of the sampled ones' log-probabilities, and the judge's value."""
+
+    tokens: Tokens = ()
+    forced: int = 0
+    ended: bool = False
+    logprob: float = 0.0
+    value: float = 0.0
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search comes to: the best completion, and what all of them cost.
+
+    sampled_tokens and forced_tokens count every token of every branch once; pruned_tokens, of
+    both, are those that no finished completion holds. judged counts the judge's verdicts.
+    """
+
+    best: Node
+    finished: tuple[Node, ...]
+    sampled_tokens: int
+    forced_tokens: int
+    pruned_tokens: int
+    judged: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How every search samples: params of a completion (max_tokens, and the thinking budget, over
+    the whole of it), the tokens of a step, the seed, and the ids that end a thought and a text."""
+
+    params: SamplingParams
+    step: int
+    seed: int
+    eos: int
+    think_end: int | None = None
+
+    def __post_init__(self):
+        if self.step < 1:
+            raise ValueError(f"a step of {self.step} tokens; it must have at least 1")
+
+    def request(self, prompt: Tokens, node: Node, index: int) -> Request:
+        """One more step of a node. The prompt of a request names its random stream, so siblings
+        differ by index, and steps by what they follow."""
+        params, used = self.params, len(node.tokens)
+        budget = params.budget
+        if budget is not None:
+            closed = self.think_end in node.tokens
+            budget = None if closed else max(0, budget - used)
+        most = min(self.step, params.max_tokens - used)
+        params = replace(params, max_tokens=most, budget=budget)
+        return Request(prompt + node.tokens, params, self.seed, index)
+
+    def extend(self, node: Node, sample: Sample) -> Node:
+        tokens = node.tokens + sample.tokens
+        return Node(
+            tokens=tokens,
+            forced=node.forced + sample.forced_tokens,
+            ended=sample.finish == "stop" or len(tokens) >= self.params.max_tokens,
+            logprob=node.logprob + sample.logprob,
+        )
+
+
+Search = Generator[list[Request], list[Sample], Found]
+
+
+class Searcher(Protocol):
+    @property
+    def name(self) -> str: ...
+
+    def search(self, prompt: Tokens, steps: Steps, judge: Judge) -> Search: ...
+
+
+def run(engine: Engine, searches: Iterable[Search]) -> list[Found]:
+    """The outcomes of all searches, in their order: each round's requests of all of them are one
+    batch of the engine."""
+    searches = list(searches)
+    found: list[Found | None] = [None] * len(searches)
+    waiting: dict[int, list[Sample] | None] = dict.fromkeys(range(len(searches)))
+    while True:
+        asked: dict[int, list[Request]] = {}
+        for i, samples in waiting.items():
+            try:
+                asked[i] = next(searches[i]) if samples is None else searches[i].send(samples)
+            except StopIteration as stop:
+                found[i] = stop.value
+        if not asked:
+            break
+        requests = [
+            replace(request, key=(i, j))
+            for i, of_one in asked.items()
+            for j, request in enumerate(of_one)
+        ]
+        by_key = {sample.request.key: sample for sample in engine.generate(requests)}
+        waiting = {i: [by_key[i, j] for j in range(len(of))] for i, of in asked.items()}
+    return [f for f in found if f is not None]
+
+
+@dataclass
+class _Ledger:
+    """One search's dealings: what it asks for, what comes back, what that has cost."""
+
+    prompt: Tokens
+    steps: Steps
+    judge: Judge
+    drawn: list[tuple[Node, Node]] = field(default_factory=list)  # (parent, child)
+    seconds: float = 0.0
+    judged: int = 0
+    asked: dict[Tokens, int] = field(default_factory=dict)
+
+    def grow(self, parents: Sequence[Node]) -> Generator[list[Request], list[Sample], list[Node]]:
+        """A child of each parent, judged; a parent may be named several times."""
+        requests = []
+        for parent in parents:
+            index = self.asked.get(parent.tokens, 0)
+            self.asked[parent.tokens] = index + 1
+            requests.append(self.steps.request(self.prompt, parent, index))
+        samples = yield requests
+        children = [self.steps.extend(p, s) for p, s in zip(parents, samples, strict=True)]
+        values = self.judge(self.prompt, [child.tokens for child in children])
+        children = [replace(c, value=float(v)) for c, v in zip(children, values, strict=True)]
+        self.drawn += zip(parents, children, strict=True)
+        self.judged += len(children)
+        self.seconds += sum(sample.seconds for sample in samples)
+        return children
+
+    def found(self, finished: Sequence[Node]) -> Found:
+        """The most valued of the finished (the first of equals)."""
+        new = [len(child.tokens) - len(parent.tokens) for parent, child in self.drawn]
+        forced = sum(child.forced - parent.forced for parent, child in self.drawn)
+        kept = sum(
+            n
+            for n, (_, child) in zip(new, self.drawn, strict=True)
+            if any(f.tokens[: len(child.tokens)] == child.tokens for f in finished)
+        )
+        return Found(
+            best=max(finished, key=lambda node: node.value),
+            finished=tuple(finished),
+            sampled_tokens=sum(new) - forced,
+            forced_tokens=forced,
+            pruned_tokens=sum(new) - kept,
+            judged=self.judged,
+            seconds=self.seconds,
+        )
+
+
+@dataclass(frozen=True)
+class BeamSearch:
+    """Keep the best of the beams after every step and grow each kept one several times.
+
+    beams lines in all, `width` children of each that is kept, so beams / width are kept. A line
+    that has ended keeps its place and is not grown. Source: Snell et al. 2024, "Scaling LLM
+    Test-Time Compute Optimally", section 5.1 (beam search against a process verifier).
+    """
+
+    beams: int = 8
+    width: int = 4
+    name: str = "beam"
+
+    def __post_init__(self):
+        _check(self.name, self.beams, self.width)
+
+    def search(self, prompt: Tokens, steps: Steps, judge: Judge) -> Search:
+        ledger = _Ledger(prompt, steps, judge)
+        lines = yield from ledger.grow([Node()] * self.beams)
+        while not all(line.ended for line in lines):
+            kept = sorted(lines, key=lambda n: -n.value)[: self.beams // self.width]
+            ended = [line for line in kept if line.ended]
+            grown = yield from ledger.grow(
+                [line for line in kept if not line.ended for _ in range(self.width)]
+            )
+            lines = ended + grown
+        return ledger.found(lines)
+
+
+@dataclass(frozen=True)
+class DiverseTreeSearch:
+    """Beam search in independent subtrees, each keeping its one best line, so that one early
+    favourite cannot take all beams.
+
+    beams / width subtrees. Source: Beeching, Tunstall and Rush 2024, "Scaling Test-Time Compute
+    with Open Models" (DVTS).
+    """
+
+    beams: int = 8
+    width: int = 4
+    name: str = "dvts"
+
+    def __post_init__(self):
+        _check(self.name, self.beams, self.width)
+
+    def search(self, prompt: Tokens, steps: Steps, judge: Judge) -> Search:
+        ledger = _Ledger(prompt, steps, judge)
+        roots = [Node()] * (self.beams // self.width)
+        while not all(root.ended for root in roots):
+            alive = [i for i, root in enumerate(roots) if not root.ended]
+            grown = yield from ledger.grow([roots[i] for i in alive for _ in range(self.width)])
+            for place, i in enumerate(alive):
+                children = grown[place * self.width : (place + 1) * self.width]
+                roots[i] = max(children, key=lambda node: node.value)
+        return ledger.found(roots)
+
+
+@dataclass(frozen=True)
+class Rebase:
+    """Divide each step's samples among the lines by a softmax of their values: promising ones get
+    more, and none is cut off while it is nearly as good.
+
+    beams samples a step; those that end take their share with them. Source: Wu et al. 2024,
+    "Inference Scaling Laws: An Empirical Analysis of Compute-Optimal Inference", section 3.2.
+    """
+
+    beams: int = 8
+    temperature: float = 0.2
+    name: str = "rebase"
+
+    def __post_init__(self):
+        _check(self.name, self.beams, 1)
+
+    def search(self, prompt: Tokens, steps: Steps, judge: Judge) -> Search:
+        ledger = _Ledger(prompt, steps, judge)
+        ended: list[Node] = []
+        lines = yield from ledger.grow([Node()] * self.beams)
+        while True:
+            ended += [line for line in lines if line.ended]
+            alive = [line for line in lines if not line.ended]
+            if not alive or len(ended) >= self.beams:
+                return ledger.found(ended)
+            shares = self.shares([line.value for line in alive], self.beams - len(ended))
+            lines = yield from ledger.grow(
+                [line for line, share in zip(alive, shares, strict=True) for _ in range(share)]
+            )
+
+    def shares(self, values: Sequence[float], count: int) -> list[int]:
+        """count divided in proportion to exp(value / temperature), by largest remainders."""
+        weights = np.exp((np.array(values) - max(values)) / self.temperature)
+        exact = count * weights / weights.sum()
+        whole = np.floor(exact).astype(int)
+        rest = np.argsort(whole - exact, kind="stable")[: count - whole.sum()]
+        whole[rest] += 1
+        return whole.tolist()
+
+
+@dataclass
+class _Branch:
+    node: Node
+    parent: "_Branch | None" = None
+    children: list["_Branch"] = field(default_factory=list)
+    visits: int = 0
+    total: float = 0.0
+
+    def ucb(self, exploration: float) -> float:
+        assert self.parent is not None
+        spread = math.sqrt(math.log(self.parent.visits) / self.visits)
+        return self.total / self.visits + exploration * spread
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing is left to grow below."""
+        return self.node.ended or (bool(self.children) and all(c.closed for c in self.children))
+
+
+@dataclass(frozen=True)
+class TreeSearch:
+    """Monte Carlo tree search: go down by upper confidence bounds, grow the leaf, hand the value of
+    what grew up the path; the judge's value stands in for a rollout.
+
+    expansions leaves are grown, `width` children each; then the best line is followed to its end.
+    Source: Kocsis and Szepesvári 2006, "Bandit Based Monte-Carlo Planning" (UCT).
+    """
+
+    expansions: int = 8
+    width: int = 4
+    exploration: float = 0.5
+    name: str = "mcts"
+
+    def __post_init__(self):
+        _check(self.name, self.expansions * self.width, self.width)
+
+    def search(self, prompt: Tokens, steps: Steps, judge: Judge) -> Search:
+        ledger = _Ledger(prompt, steps, judge)
+        root = _Branch(Node())
+        finished: list[Node] = []
+        for _ in range(self.expansions):
+            if root.closed:
+                break
+            leaf = root
+            while leaf.children:
+                open_ones = [c for c in leaf.children if not c.closed]
+                leaf = max(open_ones, key=lambda c: c.ucb(self.exploration))
+            children = yield from ledger.grow([leaf.node] * self.width)
+            for child in children:
+                branch = _Branch(child, leaf)
+                leaf.children.append(branch)
+                finished += [child] if child.ended else []
+                climb: _Branch | None = branch
+                while climb is not None:
+                    climb.visits += 1
+                    climb.total += child.value
+                    climb = climb.parent
+        line = root.node
+        at = root
+        while at.children:
+            at = max(at.children, key=lambda c: c.node.value)
+            line = at.node
+        while not line.ended:
+            children = yield from ledger.grow([line] * self.width)
+            line = max(children, key=lambda node: node.value)
+        if line not in finished:
+            finished.append(line)
+        return ledger.found(finished)
+
+
+def _check(name: str, beams: int, width: int) -> None:
+    if width < 1 or beams < width or beams % width:
+        raise ValueError(
+            f"{name}: {beams} beams of width {width}; the beams must be a multiple of the width, "
+            "both at least 1"
+        )
+
+
+SEARCHES: dict[str, Searcher] = {
+    searcher.name: searcher
+    for searcher in (BeamSearch(), DiverseTreeSearch(), Rebase(), TreeSearch())
+}

@@ -1,0 +1,137 @@
+"""Answers in free text: where they stand, how they are written, and when two are the same."""
+
+import importlib.util
+import re
+import threading
+from fractions import Fraction
+
+from . import final_text
+
+_NUMBER = re.compile(
+    r"(?:(?<!\d)[-−+])?\$?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+|/\d+)?|(?<!\d)\.\d+)",
+    re.ASCII,
+)
+_SAID = re.compile(r"\banswer *(?:is|:|=)[ \t]*:?\s*([^\n]+)", re.IGNORECASE)
+_SPACE = re.compile(r"\\[,;:! ]|~|\\q?quad\b|\s+")
+_WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
+LONGEST = 1000  # characters of an answer; what is longer is no answer
+
+
+def extract(text: str) -> str | None:
+    """The answer that a completion gives, as it stands there; None where it gives none.
+
+    Of what follows `</think>`, in this order: the line after the last `####`, the last `\\boxed{}`,
+    what is said after the last "answer is" or "answer:", else the last line.
+    """
+    final = final_text(text)
+    if not final:
+        return None
+    if "####" in final:
+        answer = final.rpartition("####")[2].strip().partition("\n")[0]
+    elif (boxed := last_boxed(final)) is not None:
+        answer = boxed
+    elif said := _SAID.findall(final):
+        answer = said[-1]
+    else:
+        answer = final.splitlines()[-1]
+    answer = answer.strip()
+    return answer if 0 < len(answer) <= LONGEST else None
+
+
+def last_boxed(text: str) -> str | None:
+    """What the last `\\boxed{}` or `\\fbox{}` holds, braces within it balanced; None where there is
+    none, or its braces never close."""
+    boxes = {m.end() - 1 for m in re.finditer(r"\\(?:boxed|fbox)\s*\{", text)}
+    opened: list[int] = []
+    last = -1, -1
+    for m in re.finditer(r"\\.|[{}]", text, re.DOTALL):  # a brace behind a backslash is a character
+        if m[0] == "{":
+            opened.append(m.start())
+        elif m[0] == "}" and opened:
+            start = opened.pop()
+            if start in boxes:
+                last = max(last, (start, m.start()))
+    return text[last[0] + 1 : last[1]].strip() if last[0] >= 0 else None
+
+
+def number(text: str) -> str | None:
+    """A number in one way of writing it: "$1,234.50" → "2469/2"; None for what is none.
+
+    Currency signs, thousands' commas, per cent and degree signs and a full stop at the end are
+    left out; decimals become exact fractions.
+    """
+    bare = text.strip().strip("$").replace("\\$", "").replace("\\%", "").replace("\\!", "")
+    bare = re.sub(r"\^?\{?\\circ\}?$|[%°]$", "", bare.strip().rstrip(".").strip())
+    bare = bare.replace("−", "-").replace("$", "").strip()
+    if re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?", bare):
+        bare = bare.replace(",", "")
+    latex = re.fullmatch(r"(-?)\\[dt]?frac\{(-?\d+)\}\{(\d+)\}", bare)
+    if latex:
+        bare = f"{latex[1]}{latex[2]}/{latex[3]}".replace("--", "")
+    if len(bare) > 100 or not re.fullmatch(r"[-+]?(\d+/\d+|\d+\.?\d*|\.\d+)", bare, re.ASCII):
+        return None
+    try:
+        return str(Fraction(bare))
+    except ZeroDivisionError:
+        return None
+
+
+def last_number(text: str) -> str | None:
+    """The last number in a text, in one way of writing it; None where there is none."""
+    found = _NUMBER.findall(text)
+    return number(found[-1]) if found else None
+
+
+def normal(text: str) -> str:
+    """LaTeX in one way of writing it, as far as that can be seen from the outside: spaces,
+    \\left and \\right, \\dfrac, \\text{} and dollar signs do not tell answers apart."""
+    text = text.strip().strip("$").rstrip(".")
+    text = re.sub(r"\\left\b|\\right\b", "", text)
+    text = re.sub(r"\\[dt]frac", r"\\frac", text)
+    text = re.sub(r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}", text)  # \frac12
+    text = _WRAPPED.sub(r"\1", text)
+    return number(text) or _SPACE.sub("", text)
+
+
+def canonical(text: str) -> str:
+    """One text for all the ways of writing an answer that are known to be the same: a number, or
+    what math-verify makes of it (x + 1 and 1 + x, x/2 and 0.5x), or normal LaTeX."""
+    plain = normal(text)
+    if number(plain) is not None or not have_math_verify():
+        return plain
+    from math_verify import parse  # pyright: ignore[reportMissingImports]
+    from sympy import nsimplify
+
+    try:
+        parsed = parse(f"\\boxed{{{text}}}", parsing_timeout=_seconds())
+        if not parsed or isinstance(parsed[0], str):
+            return plain
+        return str(nsimplify(parsed[0], rational=True))
+    except Exception:  # noqa: BLE001  sympy raises what it likes on what a model wrote
+        return plain
+
+
+def same(gold: str, given: str) -> bool:
+    """Whether two answers are equal: written alike, or equal to math-verify where it is there."""
+    if canonical(gold) == canonical(given):
+        return True
+    if not have_math_verify():
+        return False
+    from math_verify import parse, verify  # pyright: ignore[reportMissingImports]
+
+    try:
+        left, right = (
+            parse(f"\\boxed{{{text}}}", parsing_timeout=_seconds()) for text in (gold, given)
+        )
+        return bool(verify(left, right, timeout_seconds=_seconds()))  # in this order
+    except Exception:  # noqa: BLE001
+        return False
+
+
+def have_math_verify() -> bool:
+    return importlib.util.find_spec("math_verify") is not None
+
+
+def _seconds() -> int | None:
+    """A limit on one comparison: math-verify's rests on SIGALRM, which only the main thread has."""
+    return 5 if threading.current_thread() is threading.main_thread() else None

@@ -1,0 +1,85 @@
+"""What the report tells beyond its rows, on stores whose every number is known."""
+
+import numpy as np
+import pytest
+
+from ponder.inference import cost
+from ponder.inference.browser import problem_groups
+from ponder.inference.evaluation import evaluate
+from ponder.inference.figures import Curves
+from ponder.inference.findings import control_rows, coverage_rows, outcome_shares, policies
+
+from .test_cost import SMALL
+from .test_strategies import make_store
+
+# The vote corrects the first sample of 0; 1 is outvoted; 2 is never right; 3 always.
+POOL = ["baaa", "bbab", "bbb-", "aaaa"]
+
+
+@pytest.fixture
+def store(tmp_path):
+    make_store(tmp_path / "s", POOL, greedy="abba", budget=2).close()
+    with make_store(tmp_path / "s", ["aaaa"] * 4, greedy="aaab", budget=8) as store:
+        yield store
+
+
+def test_where_the_right_answer_stands(store):
+    shares = outcome_shares(Curves.of(evaluate(store)), store)
+    assert shares == {2: (0.5, 0.25, 0.25), 8: (1, 0, 0)}
+
+
+def test_coverage_rows(store):
+    two, eight = coverage_rows(Curves.of(evaluate(store)), store)
+    assert (two["budget"], two["samples"], two["all"]) == (2, 4, 0.75)
+    assert two["one"] == pytest.approx((3 + 1 + 0 + 4) / 16)
+    # By hand, two samples of each: 1, 1/2, 0, 1.
+    assert two["fit"](2) == pytest.approx(2.5 / 4, abs=0.05)
+    assert eight["one"] == 1 and eight["fit"] is None
+
+
+def test_control(store):
+    greedy, single = control_rows(Curves.of(evaluate(store)), store)
+    assert greedy["name"] == "greedy" and greedy["tokens"] == [(2, 3.0), (8, 3.0)]
+    # Three thinking tokens everywhere: within 8, not within 2; and no slope.
+    assert greedy["measures"].control == 0.5 and greedy["measures"].performance == 0.75
+    assert np.isnan(greedy["measures"].scaling)
+    assert single["measures"].performance == 1
+
+
+def test_problems_by_how_they_came_out(store):
+    results = [r for r in evaluate(store) if r.think_budget == 2]
+    groups = problem_groups(Curves.of(results), store, 5)
+    assert [g["shown"][0]["index"] for g in groups] == [0, 1, 2, 3]
+    corrected, outvoted, never, always = (g["shown"][0] for g in groups)
+    assert [s["record"].key.sample for s in corrected["samples"]] == [0, 1, 2, 3]
+    assert [(v["answer"], v["votes"], v["right"]) for v in outvoted["votes"]] == [
+        ("b", 3, False),
+        ("a", 1, True),
+    ]
+    assert [v["answer"] for v in never["votes"]] == ["b", None]
+    assert [s["record"].correct for s in always["greedy"]] == [True]
+
+
+def test_policies_are_over_what_competes(tmp_path):
+    """Greedy is right where a cheap budget is enough: on the easier half of twenty problems."""
+    path = tmp_path / "s"
+    easy = "".join("a" if i < 10 else "b" for i in range(20))
+    make_store(path, ["aabb"] * 20, greedy=easy, budget=2).close()
+    with make_store(path, ["aabb"] * 20, greedy="a" * 20, budget=8, tokens=30) as store:
+        results = evaluate(store, shape=SMALL, strategies=["greedy", "sampling", "pass@k"])
+        found = policies(results, store)
+    assert found is not None and found.unit == "FLOPs"
+    assert {r.strategy for r in found.ways} == {"greedy", "sampling"}
+    assert found.bins == ["0–4", "5–9", "10–14", "15–19"]
+    last = found.split[-1]
+    assert last.accuracy.mean == 1
+    chosen = [(found.ways[w].strategy, found.ways[w].think_budget) for w in last.choice]
+    assert chosen == [("greedy", 2)] * 2 + [("greedy", 8)] * 2
+    dear = np.mean([cost.prefill_flops(SMALL, 10 + i) for i in range(20)])
+    assert dear < last.cost < found.overall[-1].cost
+    assert found.overall[-1].accuracy.mean == 1
+    assert found.table[0].choice != found.table[-1].choice == last.choice
+
+
+def test_no_policy_for_too_little(store):
+    assert policies(evaluate(store), store) is None  # four problems

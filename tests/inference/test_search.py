@@ -1,0 +1,188 @@
+"""Searches on a tree whose every value is known: the engine's i-th child of a line is token i."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+
+from ponder.inference.engine import Sample, SamplingParams
+from ponder.inference.search import (
+    SEARCHES,
+    BeamSearch,
+    DiverseTreeSearch,
+    Node,
+    Rebase,
+    Steps,
+    TreeSearch,
+    run,
+)
+
+EOS, THINK_END, DEPTH = 99, 98, 3
+PROMPT = (7, 7)
+
+
+class Tree:
+    """An engine: the i-th request for a line gets token i, and <eos> behind it at DEPTH tokens.
+    Counts its batches."""
+
+    def __init__(self, depth=DEPTH):
+        self.depth, self.batches, self.requests = depth, 0, []
+
+    def generate(self, requests):
+        requests = list(requests)
+        self.batches += 1
+        self.requests += requests
+        for request in reversed(requests):  # in another order than asked for
+            tokens = (request.index,)
+            done = len(request.prompt) - len(PROMPT) + 1 >= self.depth
+            tokens += (EOS,) if done else ()
+            yield Sample(
+                request=request,
+                tokens=tokens,
+                sampled_tokens=len(tokens),
+                forced_tokens=0,
+                logprob=-1.0,
+                finish="stop" if done else "length",
+                seconds=0.5,
+            )
+
+
+def value(line):
+    """Some number in [0, 1] for a line of tokens, <eos> aside."""
+    line = tuple(t for t in line if t != EOS)
+    return np.random.default_rng([len(line), *line]).random()
+
+
+def judge(prompt, lines):
+    assert prompt == PROMPT
+    return [value(line) for line in lines]
+
+
+STEPS = Steps(SamplingParams(max_tokens=10), step=1, seed=0, eos=EOS)
+
+
+def found_by(searcher, engine=None):
+    (found,) = run(engine or Tree(), [searcher.search(PROMPT, STEPS, judge)])
+    return found
+
+
+def test_beam_search_keeps_the_best():
+    lines = [(i,) for i in range(6)]
+    drawn = 6
+    for _ in range(DEPTH - 1):
+        kept = sorted(lines, key=lambda line: -value(line))[:2]
+        lines = [(*line, i) for line in kept for i in range(3)]
+        drawn += 6
+    found = found_by(BeamSearch(beams=6, width=3))
+    assert found.best.tokens == (*max(lines, key=value), EOS)
+    assert {f.tokens[:-1] for f in found.finished} == set(lines)
+    assert found.sampled_tokens == drawn + 6 and found.judged == drawn  # six ends of a text
+    # Four of six are dropped after each of the first two steps; the last six are all finished.
+    assert found.pruned_tokens == 8
+    assert found.seconds == drawn * 0.5 and found.best.logprob == -3
+
+
+def test_subtrees_keep_their_own_best():
+    lines = [(), ()]
+    taken = {}
+    for _ in range(DEPTH):
+        grown = []
+        for line in lines:
+            first = taken.get(line, 0)
+            taken[line] = first + 3  # siblings of both subtrees at the root are numbered on
+            grown.append(max(((*line, first + i) for i in range(3)), key=value))
+        lines = grown
+    found = found_by(DiverseTreeSearch(beams=6, width=3))
+    assert [f.tokens[:-1] for f in found.finished] == lines
+    assert found.best.tokens[:-1] == max(lines, key=value)
+    assert found.pruned_tokens == 2 * 2 * 2 + 2 * 2 * 2  # of the last step two tokens a line
+
+
+def test_rebase_divides_by_value():
+    rebase = Rebase(beams=10, temperature=0.1)
+    assert rebase.shares([0.5, 0.5], 10) == [5, 5]
+    assert rebase.shares([0.9, 0.1, 0.1], 10) == [10, 0, 0]
+    assert rebase.shares([0.3, 0.3, 0.3], 10) == [4, 3, 3]
+    weights = np.exp(np.array([0.2, 0.4, 0.3]) / 0.1)
+    assert rebase.shares([0.2, 0.4, 0.3], 1000) == pytest.approx(
+        (1000 * weights / weights.sum()).tolist(), abs=1
+    )
+    assert sum(rebase.shares([0.2, 0.4, 0.3], 7)) == 7
+    lines = [(i,) for i in range(10)]
+    for _ in range(DEPTH - 1):
+        shares = rebase.shares([value(line) for line in lines], 10)
+        lines = [(*line, i) for line, n in zip(lines, shares, strict=True) for i in range(n)]
+    found = found_by(rebase)
+    assert {f.tokens[:-1] for f in found.finished} == set(lines)
+    assert found.judged == 30
+
+
+def test_tree_search_with_enough_expansions_finds_the_best_of_all():
+    every = product(range(2), repeat=DEPTH)
+    found = found_by(TreeSearch(expansions=7, width=2))  # 1 + 2 + 4 inner nodes
+    assert len(found.finished) == 8 and found.pruned_tokens == 0
+    assert found.best.tokens[:-1] == max(every, key=value)
+
+
+def test_tree_search_spends_where_values_are_high():
+    """A line whose first token is 0 is worth 0.9, any other 0.1."""
+
+    def steep(_, lines):
+        return [0.9 if line[0] == 0 else 0.1 for line in lines]
+
+    tree = Tree(depth=9)
+    searcher = TreeSearch(expansions=20, width=2, exploration=0.1)
+    (found,) = run(tree, [searcher.search(PROMPT, STEPS, steep)])
+    grown = [r.prompt[len(PROMPT)] for r in tree.requests if len(r.prompt) > len(PROMPT)]
+    assert grown.count(0) > 0.8 * len(grown)
+    assert found.best.tokens[0] == 0 and found.best.ended
+
+
+def test_a_little_tree_search_still_ends_its_line():
+    found = found_by(TreeSearch(expansions=1, width=2))
+    assert found.best.tokens[-1] == EOS and len(found.best.tokens) == DEPTH + 1
+
+
+def test_searches_of_many_problems_share_their_rounds():
+    tree = Tree()
+    beam = BeamSearch(beams=4, width=2)
+    together = run(tree, [beam.search(PROMPT, STEPS, judge) for _ in range(5)])
+    assert tree.batches == DEPTH
+    assert together == [found_by(beam)] * 5
+
+
+def test_a_stream_of_its_own_for_every_step():
+    tree = Tree()
+    for searcher in SEARCHES.values():
+        tree.requests.clear()
+        run(tree, [searcher.search(PROMPT, STEPS, judge)])
+        streams = [(r.prompt, r.seed, r.index) for r in tree.requests]
+        assert len(set(streams)) == len(streams) and streams
+
+
+def test_budget_and_length_are_of_the_whole_completion():
+    steps = Steps(SamplingParams(max_tokens=10, budget=6), 4, 0, EOS, THINK_END)
+    first = steps.request(PROMPT, Node(), 0).params
+    assert (first.max_tokens, first.budget) == (4, 6)
+    thinking = steps.request(PROMPT, Node(tokens=(1, 2, 3, 4)), 0)
+    assert thinking.prompt == (*PROMPT, 1, 2, 3, 4) and thinking.params.budget == 2
+    closed = steps.request(PROMPT, Node(tokens=(1, 2, THINK_END, 4, 5, 6, 7, 8)), 0)
+    assert closed.params.budget is None and closed.params.max_tokens == 2
+    late = steps.request(PROMPT, Node(tokens=(1, 2, 3, 4, 5, 6, 7, 8)), 0)
+    assert late.params.budget == 0
+
+
+def test_a_line_that_never_ends_is_cut():
+    steps = Steps(SamplingParams(max_tokens=4), step=1, seed=0, eos=EOS)
+    for searcher in SEARCHES.values():
+        (found,) = run(Tree(depth=100), [searcher.search(PROMPT, steps, judge)])
+        assert all(len(node.tokens) == 4 for node in found.finished)
+
+
+@pytest.mark.parametrize("beams, width", [(6, 4), (2, 4), (4, 0)])
+def test_shapes_that_cannot_be_are_named(beams, width):
+    for kind in (BeamSearch, DiverseTreeSearch):
+        with pytest.raises(ValueError, match=f"{beams} beams of width {width}; the beams must be"):
+            kind(beams=beams, width=width)
+    with pytest.raises(ValueError, match="a step of 0 tokens"):
+        Steps(SamplingParams(), 0, 0, EOS)

@@ -1,0 +1,95 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ponder.tasks import answers
+from ponder.tasks.answers import canonical, extract, last_boxed, last_number, number, same
+
+
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        ("<think>so 3</think>#### 72", "72"),
+        ("steps\n#### 1\nmore\n#### 72 \nThanks", "72"),
+        (r"so $\boxed{\frac{1}{2}}$ is \boxed{x^{2} + \{1\}}.", r"x^{2} + \{1\}"),
+        (r"\boxed{5} but then \boxed{6", "5"),  # the last one that closes
+        ("The answer is: 12 apples.\nI hope so", "12 apples."),
+        ("Final answer: (3, 4)", "(3, 4)"),
+        ("first\nsecond\n42\n", "42"),
+        ("<think>#### 3</think>", None),
+        ("<think>#### 3", None),  # a thought that never ended
+        ("", None),
+        ("####", None),
+        ("x" * 2000, None),
+    ],
+)
+def test_where_an_answer_stands(text, answer):
+    assert extract(text) == answer
+
+
+def test_boxes_nest():
+    assert last_boxed(r"\boxed{\frac{a}{\sqrt{b}}} end") == r"\frac{a}{\sqrt{b}}"
+    assert last_boxed(r"\fbox {7}") == "7"
+    assert last_boxed(r"{ \boxed{\boxed{1} \boxed{2}") == "2"
+    assert last_boxed("\\boxed{" * 50_000) is None  # in no time
+    assert last_boxed("boxed{7}") is None and last_boxed(r"\boxed{") is None
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("72", "72"),
+        ("072", "72"),
+        ("$1,234.50", "2469/2"),
+        ("-3.0", "-3"),
+        ("−3", "-3"),
+        (".5", "1/2"),
+        ("50\\%", "50"),
+        ("10/4", "5/2"),
+        (r"\frac{10}{4}", "5/2"),
+        (r"-\dfrac{1}{2}", "-1/2"),
+        (r"90^\circ", "90"),
+        ("18.", "18"),
+        ("1,23", None),
+        ("1/0", None),
+        ("x", None),
+        ("", None),
+        ("٣", None),
+        ("9" * 101, None),
+    ],
+)
+def test_numbers_have_one_way_of_writing(text, value):
+    assert number(text) == value
+
+
+def test_the_last_number_of_a_sentence():
+    assert last_number("from 3 to $1,200.") == "1200"
+    assert last_number("10-15 apples, so 2-3") == "3"
+    assert last_number("it is -4 degrees") == "-4"
+    assert last_number("none") is None
+
+
+@given(st.text(max_size=80))
+def test_no_text_breaks_them(text):
+    for function in (extract, last_boxed, number, last_number, answers.normal):
+        result = function(text)
+        assert result is None or isinstance(result, str)
+
+
+@given(st.fractions(max_denominator=1000))
+def test_a_number_is_its_own_canonical_form(value):
+    assert number(str(value)) == str(value) == number(f"  {value}$")
+
+
+def test_formulas_without_math_verify(monkeypatch):
+    monkeypatch.setattr(answers, "have_math_verify", lambda: False)
+    assert same(r"\frac{1}{2}", "0.5") and same(r"\left( 3, \dfrac{1}{2} \right)", r"(3,\frac12)")
+    assert same(r"\text{Evelyn}", "Evelyn") and not same("x+1", "1+x")
+
+
+def test_formulas_with_math_verify():
+    pytest.importorskip("math_verify", reason="math-verify is not installed")
+    assert canonical("x + 1") == canonical("1+x") and canonical("0.5x") == canonical("x/2")
+    assert same("(x+1)^2", "x^2+2x+1") and not same("x^2", "x^3")
+    assert same(r"\frac{\sqrt{2}}{2}", r"\frac{1}{\sqrt{2}}")
+    assert not same("5", r"\frac{")
