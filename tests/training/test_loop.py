@@ -1,5 +1,7 @@
 import json
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +13,7 @@ import torch
 
 from ponder.models import GPT, hub
 from ponder.training import preset
-from ponder.training.checkpoint import load_checkpoint
+from ponder.training.checkpoint import MANIFEST, STATE, Checkpoints
 from ponder.training.loop import Diverged, train
 from ponder.training.optimizer import build_optimizer
 
@@ -27,6 +29,12 @@ def config(tmp_path_factory):
 def metrics(out):
     lines = (out / "train" / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
+
+
+def newest(out):
+    """The state in the newest checkpoint."""
+    checkpoints = Checkpoints(out / "train" / "checkpoints")
+    return checkpoints.load(checkpoints.newest())
 
 
 def losses(out):
@@ -52,7 +60,7 @@ def test_a_run_leaves_model_metrics_and_provenance(whole):
     assert run["versions"]["torch"] == torch.__version__
     model = hub.load(whole)
     assert isinstance(model, GPT)
-    saved = load_checkpoint(whole / "train" / "checkpoint.pt")["model"]
+    saved = newest(whole)["model"]
     for name, value in model.state_dict().items():
         assert torch.equal(value, saved[name]), name
 
@@ -91,8 +99,8 @@ def test_resume_gives_the_same_losses_and_weights(config, whole, monkeypatch):
         train(replace(config, out=out, seed=1, resume=True))
     train(replace(config, out=out, resume=True))
     assert losses(out) == losses(whole)
-    ours = load_checkpoint(out / "train" / "checkpoint.pt")["model"]
-    theirs = load_checkpoint(whole / "train" / "checkpoint.pt")["model"]
+    ours = newest(out)["model"]
+    theirs = newest(whole)["model"]
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
@@ -124,20 +132,109 @@ def test_a_loss_that_is_not_finite_names_its_step_and_keeps_the_checkpoint(confi
     monkeypatch.setattr(loop._Run, "_update", poisoned)
     with pytest.raises(Diverged, match="step 5 is not finite; the last good checkpoint is kept"):
         train(replace(config, out=out))
-    state = load_checkpoint(out / "train" / "checkpoint.pt")
+    state = newest(out)
     assert state["step"] == 4
     assert all(torch.isfinite(value).all() for value in state["model"].values())
 
 
-def test_a_truncated_checkpoint_is_named(config, whole, tmp_path):
-    config, _ = config
-    import shutil
-
+@pytest.fixture
+def copied(whole, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
-    path = tmp_path / "run" / "train" / "checkpoint.pt"
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"checkpoint\.pt cannot be read"):
-        train(replace(config, out=tmp_path / "run", resume=True))
+    return tmp_path / "run"
+
+
+def test_the_newest_checkpoints_are_kept(whole):
+    assert Checkpoints(whole / "train" / "checkpoints").steps() == [4, 6]
+
+
+def damage(state, kind):
+    if kind == "truncated":
+        state.write_bytes(state.read_bytes()[:1000])
+    elif kind == "flipped":
+        content = bytearray(state.read_bytes())
+        content[len(content) // 2] ^= 1
+        state.write_bytes(content)
+    else:
+        state.unlink()
+
+
+@pytest.mark.parametrize("kind", ["truncated", "flipped", "missing"])
+def test_a_damaged_checkpoint_is_said_and_the_one_before_taken(config, whole, copied, capsys, kind):
+    config, _ = config
+    checkpoints = Checkpoints(copied / "train" / "checkpoints")
+    damage(checkpoints.path(6) / STATE, kind)
+    train(replace(config, out=copied, resume=True))
+    said = capsys.readouterr().out
+    assert "step-000006 is damaged (state.pt" in said and "the one before is taken" in said
+    assert losses(copied) == losses(whole)
+    assert checkpoints.newest() == 6
+    model, theirs = newest(copied)["model"], newest(whole)["model"]
+    assert all(torch.equal(model[name], theirs[name]) for name in theirs)
+
+
+def test_when_every_checkpoint_is_damaged_nothing_is_trained(config, copied):
+    config, _ = config
+    checkpoints = Checkpoints(copied / "train" / "checkpoints")
+    (checkpoints.path(4) / MANIFEST).write_text("{")
+    (checkpoints.path(6) / MANIFEST).unlink()
+    with pytest.raises(ValueError, match="no checkpoint in .* can be read"):
+        train(replace(config, out=copied, resume=True))
+
+
+class Payload:
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+def test_pickled_code_in_a_checkpoint_is_refused(config, copied, tmp_path):
+    config, _ = config
+    checkpoints = Checkpoints(copied / "train" / "checkpoints")
+    payload = Payload()
+    payload.folder = str(tmp_path / "executed")
+    checkpoints.save(7, {"model": payload})  # with a checksum that is right
+    with pytest.raises(ValueError, match=r"state\.pt cannot be read: Weights only load failed"):
+        train(replace(config, out=copied, resume=True))
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.fixture
+def small_disk():
+    """No file can grow above the size given, as on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("too_big", ["state.pt", "model.safetensors"])
+def test_a_full_disk_keeps_what_was_saved(config, whole, small_disk, too_big):
+    config, folder = config
+    out = folder.mktemp("full")
+    size = (whole / too_big).stat().st_size if too_big in os.listdir(whole) else None
+    checkpoints = Checkpoints(out / "train" / "checkpoints")
+    if size is None:
+        size = (Checkpoints(whole / "train" / "checkpoints").path(6) / STATE).stat().st_size
+
+    saved = hub.save
+
+    def fills_the_disk(model, *words, **options):
+        if checkpoints.steps() == [2]:
+            small_disk(size - 1)
+        return saved(model, *words, **options)
+
+    hub.save = fills_the_disk
+    try:
+        with pytest.raises(ValueError) as error:
+            train(replace(config, out=out))
+    finally:
+        hub.save = saved
+    assert str(error.value).startswith(f"{out} cannot be written to after step 4: ")
+    assert "too large" in str(error.value)  # what a limit says; a full disk: No space left
+    assert "the checkpoint of step 2 is kept, make room and say --resume" in str(error.value)
+    assert checkpoints.newest() == 2
+    assert not [p for p in out.rglob("*") if p.name.startswith(".") or "tmp" in p.name]
+    small_disk(resource.RLIM_INFINITY)
+    train(replace(config, out=out, resume=True))
+    assert losses(out) == losses(whole)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -160,12 +257,12 @@ def test_a_signal_saves_and_ends_cleanly(tmp_path, number):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     assert "stopped after step" in out
-    state = load_checkpoint(tmp_path / "train" / "checkpoint.pt")
+    state = newest(tmp_path)
     assert 2 < state["step"] < 100000
     assert hub.load(tmp_path).config.n_layer == 2
 
 
-@pytest.mark.parametrize("name", ["muon", "adamw", "sgd"])
+@pytest.mark.parametrize("name", ["muon", "adamw", "adam", "momentum", "sgd"])
 def test_optimizers_hold_and_move_every_parameter(name):
     config = preset("tiny", optimizer=name, weight_decay=0.1)
     from ponder.training.loop import model_config
@@ -219,8 +316,7 @@ def test_a_resumed_run_keeps_the_precision_that_was_measured(config, monkeypatch
     monkeypatch.setattr("ponder.training.loop.choose_precision", lambda *_: next(measured))
     config = replace(config, out=out, precision="auto")
     train(config)
-    checkpoint = out / "train" / "checkpoint.pt"
-    assert load_checkpoint(checkpoint)["precision"] == "bf16"
+    assert newest(out)["precision"] == "bf16"
     train(replace(config, resume=True))
-    assert load_checkpoint(checkpoint)["precision"] == "bf16"
+    assert newest(out)["precision"] == "bf16"
     assert next(measured) == "fp32"  # nobody asked again
