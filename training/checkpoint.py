@@ -67,9 +67,7 @@ class Checkpoints:
             fault = self._fault(step)
             if not fault:
                 return step
-            say(
-                f"the checkpoint {self.path(step)} is damaged ({fault}); the one before it is taken"
-            )
+            say(f"the checkpoint {self.path(step)} is damaged ({fault}); the one before is taken")
         if steps:
             raise ValueError(
                 f"no checkpoint in {self.folder} can be read; take another --out, or delete them "
