@@ -204,7 +204,8 @@ class _Run:
             ahead = stack.enter_context(ThreadPoolExecutor(1))
             self.view.say(
                 f"{self.raw.parameter_count / 1e6:.2f}M parameters, {self.precision}, "
-                f"{self.accelerator.device}, {self.ranks} process(es) → {self.out}"
+                f"{self.accelerator.device}, {self.ranks} process(es)"
+                f"{', sharded' if self.sharded else ''} → {self.out}"
             )
             self.clock = time.perf_counter(), self.tokens
             batch = ahead.submit(self.data.batch, self.step)

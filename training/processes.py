@@ -11,7 +11,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
-    DistributedDataParallelKwargs,
     DistributedType,
     FullyShardedDataParallelPlugin,
     ProjectConfiguration,
@@ -66,8 +65,6 @@ def build_accelerator(config: TrainConfig, precision: str, *, cpu: bool) -> Acce
         cpu=cpu,
         mixed_precision="no" if precision == "fp32" else precision,
         fsdp_plugin=plugin,
-        # The only buffers are the rotary tables, the same everywhere.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         log_with=list(config.trackers) or None,
         project_config=ProjectConfiguration(folder, logging_dir=folder),
     )

@@ -2,10 +2,6 @@ import json
 import os
 import resource
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 
 import pytest
@@ -235,31 +231,6 @@ def test_a_full_disk_keeps_what_was_saved(config, whole, small_disk, too_big):
     small_disk(resource.RLIM_INFINITY)
     train(replace(config, out=out, resume=True))
     assert losses(out) == losses(whole)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_ends_cleanly(tmp_path, number):
-    words = f"train tiny --steps 100000 --log-every 1 --out {tmp_path} --precision fp32"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ponder", *words.split()],
-        cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    log = tmp_path / "train" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (log.exists() and log.read_text().count("\n") > 2):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
-        time.sleep(0.1)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
-    assert "stopped after step" in out
-    state = newest(tmp_path)
-    assert 2 < state["step"] < 100000
-    assert hub.load(tmp_path).config.n_layer == 2
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw", "adam", "momentum", "sgd"])
