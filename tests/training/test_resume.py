@@ -18,16 +18,16 @@ TIMES = ("seconds", "tokens_per_second", "mfu")
 
 # (a run, why): every row of metrics is compared, with what it says of losses, norms and rates.
 RUNS = {
-    "task": "--log-every 1 --save-every 2 --eval-every 0 --steps 12",
-    # Nine times through the text; accumulated, averaged, and saved at other steps than logged.
-    "text": "--data text:poem.txt --log-every 2 --save-every 3 --eval-every 6 --steps 12 "
+    "task": "--log-every 1 --save-every 2 --eval-every 0 --steps 8",
+    # Six times through the text; accumulated, averaged, and saved at other steps than logged.
+    "text": "--data text:poem.txt --log-every 2 --save-every 3 --eval-every 4 --steps 8 "
     "--accumulation 2 --optimizer adamw --ema 0.9 --weight-decay 0.1",
 }
 
 
 def words(name, out):
     # A wide MLP: writing its checkpoint takes long enough to be killed in.
-    return f"train tiny {RUNS[name]} --precision fp32 --n-inner 4096 --resume --out {out}".split()
+    return f"train tiny {RUNS[name]} --precision fp32 --n-inner 3072 --resume --out {out}".split()
 
 
 def rows(out):
@@ -50,11 +50,12 @@ def whole(request, tmp_path_factory):
     return request.param, folder
 
 
-def die_when(process, condition, log):
-    """SIGKILL as soon as the condition holds; whether the process was still running then."""
+def die_when(process, condition, log, late=0.0):
+    """SIGKILL as soon as the condition holds, or `late` seconds after; whether it still ran."""
     deadline = time.monotonic() + 60
     while process.is_alive() and not condition():
         assert time.monotonic() < deadline, log.read_text()
+    time.sleep(late)
     alive = process.is_alive()
     process.kill()
     process.join()
@@ -70,24 +71,18 @@ def test_a_run_killed_at_any_moment_ends_as_one_that_was_not(whole):
         return any(saves.glob(".saving-*"))
 
     killed = torn = 0
-    for start in range(8):
-        seen = len(rows(out)) if start else 0
+    for moment in ("row", "save", "save", "save", "row", "end"):
+        if moment == "save" and torn:
+            continue
+        seen = len(lines(out))
         process = children.start(words(name, "killed"), log=log)
-        if start in (0, 3):  # at a random moment: after a row or more, or in a later step
+        if moment == "row":  # after a row or more, or some time later
             more, late = draw.randint(1, 2), draw.random() * 0.1
-
-            def condition(rows_wanted=seen + more, late=late):
-                if len(lines(out)) < rows_wanted:
-                    return False
-                time.sleep(late)
-                return True
-
-        elif torn < 1:  # while a checkpoint is being written
-            condition = unfinished_save
-        else:
+            killed += die_when(process, lambda n=seen + more: len(lines(out)) >= n, log, late)
+        elif moment == "end":
             process.join(60)
-            break
-        killed += die_when(process, condition, log)
+        else:
+            killed += die_when(process, unfinished_save, log)
         torn += unfinished_save()
     assert process.exitcode == 0, log.read_text()
     assert killed >= 2 and torn >= 1, (killed, torn, log.read_text())
