@@ -1,6 +1,8 @@
 """What the machine at hand can do: peak rates, and whether bf16 pays on it."""
 
 import functools
+import os
+import shutil
 import time
 
 import torch
@@ -61,3 +63,9 @@ def choose_precision(asked: str, device: torch.device, width: int, inner: int, t
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
     return "bf16" if bf16_pays_on_cpu(width, inner, tokens) else "fp32"
+
+
+def cpp_compiler() -> str | None:
+    """Where the compiler is that torch.compile would take on a CPU."""
+    names = os.environ.get("CXX", ""), "g++", "clang++"
+    return next((path for name in names if name and (path := shutil.which(name))), None)

@@ -1,8 +1,5 @@
 """The training loop: for each step forward, loss, backward, update; then evaluate, save, log."""
 
-import json
-import os
-import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -20,11 +17,12 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from ..models import GPT, GPTConfig, hub
-from ..provenance import open_run, write_aside
+from ..provenance import open_run
 from .checkpoint import Checkpoints
 from .config import TrainConfig
 from .data import IGNORE, Batch, Data, load_data
-from .hardware import choose_precision, peak_flops
+from .hardware import choose_precision, cpp_compiler, peak_flops
+from .journal import append_rows, forget_after
 from .optimizer import Average, build_optimizer
 from .processes import (
     DTYPE,
@@ -33,6 +31,7 @@ from .processes import (
     gather_weights,
     scatter,
     scatter_weights,
+    wants_shards,
     whole_model,
 )
 from .samples import write_samples
@@ -48,12 +47,6 @@ def model_config(config: TrainConfig, vocab_size: int) -> GPTConfig:
     names = "context n_layer n_head n_kv_head head_dim n_embd n_inner gated activation qk_norm"
     fields = {name: getattr(config, name) for name in (*names.split(), "tie_embeddings")}
     return GPTConfig(vocab_size=vocab_size, **fields)
-
-
-def _cpp_compiler() -> str | None:
-    """Where the compiler is that torch.compile would take on a CPU."""
-    names = os.environ.get("CXX", ""), "g++", "clang++"
-    return next((path for name in names if name and (path := shutil.which(name))), None)
 
 
 class Stop:
@@ -115,12 +108,14 @@ class _Run:
                 f"batch_size {config.batch_size} over {config.accumulation} micro-batches gives "
                 f"{rows} rows, which {self.ranks} processes cannot share evenly"
             )
-        if config.compile and device.type == "cpu" and not _cpp_compiler():
+        if config.compile and device.type == "cpu" and not cpp_compiler():
             raise ValueError(
                 "compile needs a C++ compiler and there is none (g++, clang++, or what CXX names); "
                 "say --no-compile"
             )
+        sharded = wants_shards(config)
         self.out, self.folder, self.model_folder = config.out, config.out / "train", model_folder
+        self.metrics, self.samples = self.folder / "metrics.jsonl", self.folder / "samples.jsonl"
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.keep)
         state = self._claim()
         # Measured once a run: not anew where it goes on, and not by each process for itself.
@@ -132,7 +127,7 @@ class _Run:
             )
             [precision] = broadcast_object_list([precision])
         self.precision = precision
-        self.accelerator = build_accelerator(config, precision, cpu=cpu)
+        self.accelerator = build_accelerator(config, precision, cpu=cpu, sharded=sharded)
         self.sharded = self.accelerator.is_fsdp2
         set_seed(config.seed)
         self.raw = GPT(shape)
@@ -153,11 +148,12 @@ class _Run:
         if state:
             self._restore(state)
         self.first_step = self.step
-        if config.resume and self.main:
-            self._forget_what_came_later()
+        if self.main:
+            forget_after(self.metrics, self.step)
+            forget_after(self.samples, self.step)
         self.peak = peak_flops(self.accelerator.device, DTYPE[precision]) * self.ranks
         self.flops = 3 * shape.flops_per_token(config.context)  # backward costs two forwards
-        self.first_bad = torch.tensor(config.steps, device=self.accelerator.device)
+        self.first_bad = torch.tensor(config.steps + 1, device=self.accelerator.device)
         start_trackers(self.accelerator, config, self.step)
 
     def _claim(self) -> dict[str, Any] | None:
@@ -188,15 +184,6 @@ class _Run:
         self.loss_sum.copy_(state["loss_sum"])
         self.logged = state["logged"]
 
-    def _forget_what_came_later(self) -> None:
-        """Drop the rows of steps after the checkpoint, which are earned again."""
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            file = self.folder / name
-            if file.exists():
-                lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-                kept = [s for s in lines if s.endswith("\n") and json.loads(s)["step"] <= self.step]
-                write_aside(file, "".join(kept))
-
     def go(self) -> Path:
         config = self.config
         with ExitStack() as stack:
@@ -213,9 +200,7 @@ class _Run:
                 rows = batch.result()
                 batch = ahead.submit(self.data.batch, self.step + 1)
                 loss, norm = self._update(rows)
-                self.first_bad = torch.where(
-                    torch.isfinite(loss), self.first_bad, self.first_bad.clamp_max(self.step + 1)
-                )
+                self._note_if_bad(loss, norm)
                 self.loss_sum += loss
                 self.step += 1
                 self.tokens += rows.tokens.numel()
@@ -271,14 +256,19 @@ class _Run:
         if self.step == self.first_step:
             without = [name for name, p in self.raw.named_parameters() if p.grad is None]
             assert not without, f"no gradient reaches {', '.join(without)}"
-        limit = config.clip or float("inf")
-        norm = accelerator.clip_grad_norm_(self.model.parameters(), limit)
-        assert norm is not None  # None is for pipelines alone
+        norm = self._clip()
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.average is not None:
             self.average.update(self.step)
-        return self._total(loss_sum), norm.full_tensor() if isinstance(norm, DTensor) else norm
+        return self._total(loss_sum), norm
+
+    def _clip(self) -> torch.Tensor:
+        """Shorten the gradient to `config.clip`; the norm that it had."""
+        limit = self.config.clip or float("inf")
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
+        assert norm is not None  # None is for pipelines alone
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def _share(self, batch: Batch, start: int = 0, stop: int | None = None) -> Batch:
         """This process's part of these rows, on its device.
@@ -295,12 +285,21 @@ class _Run:
         mine = Batch(*(None if x is None else part(x) for x in batch))
         return mine._replace(targets=torch.full_like(mine.targets, IGNORE)) if idle else mine
 
+    def _note_if_bad(self, loss: torch.Tensor, norm: torch.Tensor) -> None:
+        """Keep the first step that went wrong, without waiting for the device."""
+        fine = torch.isfinite(loss)
+        if self.accelerator.scaler is None:  # which leaves out a step whose gradient overflowed
+            fine &= torch.isfinite(norm)
+        bad = self.first_bad.clamp_max(self.step + 1)
+        self.first_bad = torch.where(fine, self.first_bad, bad)
+
     def _check_finite(self) -> None:
         bad = int(self.first_bad)
-        if bad < self.config.steps:
-            kept = "the last good checkpoint is kept" if self.checkpoints.steps() else ""
+        if bad <= self.config.steps:
+            kept = "the last good checkpoint is kept"
             raise Diverged(
-                f"the loss of step {bad} is not finite; {kept or 'nothing was saved yet'}; "
+                f"the loss or its gradient at step {bad} is not finite; "
+                f"{kept if self.checkpoints.steps() else 'nothing was saved yet'}; "
                 "try a lower lr or matrix_lr, or another precision"
             )
 
@@ -332,7 +331,8 @@ class _Run:
             model = self._whole()
             if model is not None:
                 samples = write_samples(model, self.data, self.config.samples)
-        self._append("samples.jsonl", [{"step": self.step} | sample for sample in samples])
+        rows = [{"step": self.step} | sample for sample in samples]
+        self._write(lambda: append_rows(self.samples, rows))
         self.view.samples(samples)
 
     def _log(self, norm: torch.Tensor, evaluate: bool) -> None:
@@ -354,7 +354,7 @@ class _Run:
         }
         self.loss_sum.zero_()
         self.logged = self.step
-        self._append("metrics.jsonl", [row])
+        self._write(lambda: append_rows(self.metrics, [row]))
         self.view.row(row)
         if evaluate and self.config.samples:
             self._sample()
@@ -380,15 +380,6 @@ class _Run:
             "logged": self.logged,
         }
         self._write(lambda: self.checkpoints.save(self.step, state))
-
-    def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-        def append() -> None:
-            with open(self.folder / name, "a", encoding="utf-8") as file:
-                file.write(text)
-
-        self._write(append)
 
     def _write(self, action: Callable[[], Any]) -> None:
         """Let the main process write; where it cannot, all processes end with one sentence."""

@@ -32,20 +32,26 @@ DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-def build_accelerator(config: TrainConfig, precision: str, *, cpu: bool) -> Accelerator:
-    """accelerate, set up for this run: its devices, processes, precision and trackers.
+def wants_shards(config: TrainConfig) -> bool:
+    """Whether weights are to be sharded: `config.shard`, or accelerate's own configuration.
 
-    Sharded where `config.shard` says so or accelerate's own configuration (`accelerate config`)
-    does; ValueError where that one asks for the first FSDP.
+    ValueError where that one (`accelerate config`, `accelerate launch`) asks for the first FSDP.
     """
-    folder = str(config.out / "train")
-    asked = os.environ.get("ACCELERATE_USE_FSDP")
-    sharded = config.shard or (asked or "").lower() == "true"
-    if sharded and os.environ.get("FSDP_VERSION", "2") != "2":
+    launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    version = os.environ.get("FSDP_VERSION", "1") if launched else "2"
+    if version != "2":
         raise ValueError(
-            f"accelerate's configuration has fsdp_version {os.environ['FSDP_VERSION']}; "
-            "ponder shards with FSDP2, so set fsdp_version to 2"
+            f"accelerate's configuration has fsdp_version {version}; ponder shards with FSDP2, "
+            "so set fsdp_version to 2"
         )
+    return config.shard or launched
+
+
+def build_accelerator(
+    config: TrainConfig, precision: str, *, cpu: bool, sharded: bool
+) -> Accelerator:
+    """accelerate, set up for this run: its devices, processes, precision and trackers."""
+    folder = str(config.out / "train")
     plugin = None
     if sharded:
         dtype = DTYPE[precision]
@@ -61,6 +67,7 @@ def build_accelerator(config: TrainConfig, precision: str, *, cpu: bool) -> Acce
         )
     # An earlier run in this process may have had another precision, or may have been sharded.
     AcceleratorState._reset_state(reset_partial_state=True)
+    launched = os.environ.get("ACCELERATE_USE_FSDP")
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision="no" if precision == "fp32" else precision,
@@ -68,7 +75,7 @@ def build_accelerator(config: TrainConfig, precision: str, *, cpu: bool) -> Acce
         log_with=list(config.trackers) or None,
         project_config=ProjectConfiguration(folder, logging_dir=folder),
     )
-    if asked is None:  # set by the plugin, for whatever this process starts later
+    if launched is None:  # the plugin sets it, which the next run in this process would read
         os.environ.pop("ACCELERATE_USE_FSDP", None)
     if plugin and accelerator.distributed_type == DistributedType.MULTI_CPU:
         # accelerate 1.15 shards on accelerators alone, though FSDP2 runs on CPUs as well.

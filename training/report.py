@@ -5,7 +5,6 @@ Drawn from train/metrics.jsonl and train/samples.jsonl alone, while the run goes
 
 import base64
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from ..provenance import read_run, write_aside
+from .journal import read_rows
 
 TRAIN, VALIDATION, INK, MUTED, GRID = "#9bb7d6", "#c2562d", "#1c2530", "#66717f", "#e4e7eb"
 STYLE = {
@@ -69,14 +69,6 @@ td.text { font-family: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monosp
 {% endfor %}</table></div>
 </body></html>
 """
-
-
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    """The objects of a file of lines; a last line that is still being written is left out."""
-    if not file.exists():
-        return []
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def write_training_report(folder: Path) -> Path:

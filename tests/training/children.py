@@ -22,6 +22,9 @@ sys.stdout.reconfigure(line_buffering=True)
 torch.set_num_threads(1)
 from ponder import cli
 for words in commands:
+    while "=" in words[0]:  # as in a shell: NAME=value before the command
+        name, _, value = words.pop(0).partition("=")
+        os.environ[name] = value
     code = cli.run(words)
     if code:
         sys.exit(code)
@@ -33,6 +36,7 @@ def start(
 ) -> BaseProcess:
     """A process that runs `ponder` with each of these words, one after another, until one fails.
 
+    Words NAME=value in front set the environment from then on.
     What it prints goes to the file `log`.
     """
     names = dict(commands=commands, log=str(log), environment=environment or {})

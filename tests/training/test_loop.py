@@ -165,25 +165,35 @@ def test_accumulation_gives_the_same_update(config):
         assert a == pytest.approx(b, rel=1e-5)
 
 
-def test_a_loss_that_is_not_finite_names_its_step_and_keeps_the_checkpoint(config, monkeypatch):
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_what_is_not_finite_is_named_and_the_checkpoint_kept(config, monkeypatch, what):
     config, folder = config
     out = folder.mktemp("diverged")
     from ponder.training import loop
 
-    update = loop._Run._update
+    update, clip = loop._Run._update, loop._Run._clip
 
     def poisoned(self, batch):
-        if self.step == 4:
+        if self.step == 3 and what == "loss":
             with torch.no_grad():
                 self.raw.norm.weight.fill_(float("nan"))
         return update(self, batch)
 
+    def poisoned_gradient(self):
+        # The loss of this step is fine, and it is one that is saved.
+        if self.step == 3 and what == "gradient":
+            self.raw.norm.weight.grad.fill_(float("nan"))
+        return clip(self)
+
     monkeypatch.setattr(loop._Run, "_update", poisoned)
-    with pytest.raises(Diverged, match="step 5 is not finite; the last good checkpoint is kept"):
+    monkeypatch.setattr(loop._Run, "_clip", poisoned_gradient)
+    with pytest.raises(Diverged, match="at step 4 is not finite; the last good checkpoint is kept"):
         train(replace(config, out=out))
     state = newest(out)
-    assert state["step"] == 4
+    assert state["step"] == 2
     assert all(torch.isfinite(value).all() for value in state["model"].values())
+    model = hub.load(out)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
 @pytest.fixture

@@ -77,6 +77,7 @@ def two(one):
     unsharded = [words(name, one, one / f"two_{name}") for name in ("plain", "padded")]
     sharded = [words(name, one, one / f"two_{name}_sharded", shard=True) for name in RUNS]
     sharded[0].append("--recompute")
+    sharded.append(words("padded", one, one / "two_bf16", shard=True, precision="bf16"))
     printed = children.run(
         *unsharded,
         *sharded,
@@ -84,8 +85,8 @@ def two(one):
         ranks=2,
         folder=one,
     )
-    assert printed[0].count("2 process(es), sharded") == len(RUNS) + 1
-    assert printed[0].count("2 process(es)") == len(RUNS) + 3
+    assert printed[0].count("2 process(es), sharded") == len(RUNS) + 2
+    assert printed[0].count("2 process(es)") == len(RUNS) + 4
     assert "process(es)" not in printed[1]
     return one
 
@@ -124,6 +125,10 @@ def test_muon_on_shards_is_muon(two):
     compare(two / "two_muon_sharded", two / "one_muon", rel=2e-3, weights=False)
 
 
+def test_shards_in_bf16_are_near(two):
+    compare(two / "two_bf16", two / "one_padded", rel=1e-2, weights=False)
+
+
 def test_a_run_goes_on_with_more_processes_and_with_fewer(two):
     compare(two / "one_to_two", two / "one_averaged")
     back = at_step_three(two / "two_averaged_sharded", two / "two_to_one")
@@ -136,13 +141,24 @@ def test_four_processes_go_on_from_shards_of_two(two):
     source = two / "two_averaged_sharded"
     sharded = at_step_three(source, two / "two_to_four_sharded")
     unsharded = at_step_three(source, two / "two_to_four")
-    children.run(
-        words("averaged", two, sharded, shard=True, resume=True),
+    # What `accelerate launch` sets for a configuration file with FSDP in it.
+    file = ["ACCELERATE_USE_FSDP=true", "FSDP_VERSION=2", "FSDP_ACTIVATION_CHECKPOINTING=true"]
+    printed = children.run(
+        words("padded", two, two / "four_padded"),
         words("averaged", two, unsharded, resume=True),
-        words("plain", two, two / "four_plain"),
+        file + words("averaged", two, sharded, resume=True),
         ranks=4,
         folder=two,
     )
-    compare(sharded, two / "one_averaged")
+    assert printed[0].count(", sharded") == 1
+    compare(two / "four_padded", two / "one_padded")
     compare(unsharded, two / "one_averaged")
-    compare(two / "four_plain", two / "one_plain")
+    compare(sharded, two / "one_averaged")
+
+
+def test_the_first_fsdp_is_refused(one, monkeypatch, tmp_path):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    with pytest.raises(ValueError, match="has fsdp_version 1; .* so set fsdp_version to 2"):
+        train(preset("tiny", out=tmp_path / "run", **settings("plain", one)))
+    assert not (tmp_path / "run").exists()
