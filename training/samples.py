@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..models import GPT
 from ..models.gpt import KVCache
+from ..tasks import Task
 from .data import Data
 
 NEW_TOKENS = 64  # of a continued text
@@ -38,13 +39,19 @@ def greedy(model: GPT, prompts: list[list[int]], limit: int, eos: int | None) ->
     return [row[: row.index(eos)] if eos in row else row for row in rows]
 
 
+def _task(data: Data) -> Task | None:
+    """The task that the data are of, or the first one where several are mixed."""
+    sources = getattr(data, "sources", (data,))
+    return next((source.task for source in sources if hasattr(source, "task")), None)
+
+
 def write_samples(model: GPT, data: Data, count: int) -> list[dict[str, Any]]:
     """`count` samples: {"prompt", "text", "right"}, the same prompts at every call.
 
     Of a task: validation problems, and whether the answer is right. Of a text: the beginnings of
     validation rows, continued; right is None.
     """
-    task = getattr(data, "task", None)
+    task = _task(data)
     tokenizer = data.tokenizer
     if task is not None:
         problems = task.problems("val", count, 0)

@@ -14,10 +14,11 @@ def test_unknown_preset_names_the_known_ones():
 
 
 def test_every_fault_is_named_at_once():
-    config = TrainConfig(data="poem", steps=0, lr=-1, accumulation=3, decay=2)
+    config = TrainConfig(data="poem", steps=0, lr=-1, accumulation=3, decay=2, keep=0, ema=1)
     with pytest.raises(ValueError) as error:
         config.check()
-    for word in ("data is 'poem'", "steps is 0", "lr is -1", "accumulation is 3", "decay is 2"):
+    words = ["data is 'poem'", "steps is 0", "lr is -1", "accumulation is 3", "decay is 2"]
+    for word in (*words, "keep is 0", "ema is 1"):
         assert word in str(error.value)
 
 

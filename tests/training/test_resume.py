@@ -27,7 +27,8 @@ RUNS = {
 
 def words(name, out):
     # A wide MLP: writing its checkpoint takes long enough to be killed in.
-    return f"train tiny {RUNS[name]} --precision fp32 --n-inner 3072 --resume --out {out}".split()
+    run = RUNS[name].replace("poem.txt", f"{out.parent}/poem.txt")
+    return f"train tiny {run} --precision fp32 --n-inner 3072 --resume --out {out}".split()
 
 
 def rows(out):
@@ -43,8 +44,7 @@ def whole(request, tmp_path_factory):
     draw = random.Random(0)
     text = "".join(draw.choice("abcdefgh \n") for _ in range(700))
     (folder / "poem.txt").write_text(text)
-    os.chdir(folder)
-    process = children.start(words(request.param, "whole"), log=folder / "whole.log")
+    process = children.start(words(request.param, folder / "whole"), log=folder / "whole.log")
     process.join(120)
     assert process.exitcode == 0, (folder / "whole.log").read_text()
     return request.param, folder
@@ -75,7 +75,7 @@ def test_a_run_killed_at_any_moment_ends_as_one_that_was_not(whole):
         if moment == "save" and torn:
             continue
         seen = len(lines(out))
-        process = children.start(words(name, "killed"), log=log)
+        process = children.start(words(name, out), log=log)
         if moment == "row":  # after a row or more, or some time later
             more, late = draw.randint(1, 2), draw.random() * 0.1
             killed += die_when(process, lambda n=seen + more: len(lines(out)) >= n, log, late)
