@@ -50,7 +50,7 @@ def run(*commands: list[str], ranks: int, folder: Path, timeout: float = 200.0) 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes, logs = [], [folder / f"rank{rank}.log" for rank in range(ranks)]
+    processes, logs = [], [folder / f"{ranks}_{rank}.log" for rank in range(ranks)]
     for rank, log in enumerate(logs):
         environment = dict(
             RANK=str(rank),

@@ -105,10 +105,7 @@ def test_more_processes_than_rows_is_told(config, monkeypatch, tmp_path):
 
     config, _ = config
 
-    class Many(loop.PartialState):
-        num_processes = 16
-
-    monkeypatch.setattr(loop, "PartialState", Many)
+    monkeypatch.setattr(loop.PartialState(cpu=True), "num_processes", 16)
     with pytest.raises(ValueError, match="gives 8 rows, which 16 processes cannot share evenly"):
         train(replace(config, out=tmp_path / "run"))
     assert not (tmp_path / "run").exists()

@@ -1,6 +1,7 @@
 """The report of a training run, its terminal view, and its trackers."""
 
 import base64
+import html
 import json
 import re
 
@@ -54,7 +55,7 @@ def test_a_training_run_is_reported(run, capsys):
     page = folder / "report" / "training.html"
     assert capsys.readouterr().out == f"training: {page}\n"
     text = page.read_text()
-    assert summary(rows, 40) in text
+    assert summary(rows, 40) in html.unescape(text)
     picture = (folder / "report" / "training.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and base64.b64encode(picture).decode() in text
     # The last evaluation's samples, none of an older one, and nothing of them as HTML.
@@ -125,7 +126,7 @@ def test_trackers_get_the_configuration_and_every_row(tmp_path, monkeypatch):
     told = []
 
     class Recorder(tracking.GeneralTracker):
-        name, requires_logging_directory, main_process_only = "trackio", False, False
+        name, requires_logging_directory, tracker = "trackio", False, None
 
         def __init__(self, project, **settings):
             super().__init__()

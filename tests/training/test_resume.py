@@ -104,6 +104,7 @@ def lines(out):
 
 def compare(a, b, path="state"):
     """Equal to the bit, but for the seconds."""
+    a, b = (list(x) if isinstance(x, tuple) else x for x in (a, b))  # loading makes lists
     assert type(a) is type(b), path
     if isinstance(a, dict):
         assert a.keys() == b.keys(), path
