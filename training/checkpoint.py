@@ -131,7 +131,7 @@ def _write(path: Path, state: dict[str, Any]) -> tuple[int, str]:
     with open(path, "wb") as file:
         hashing = _Hashing(file)
         try:
-            torch.save(state, hashing)
+            torch.save(state, hashing)  # type: ignore[arg-type]
         except RuntimeError as error:
             # A full disk: torch raises an error about positions over the one that says why.
             if isinstance(error.__context__, OSError):

@@ -282,7 +282,8 @@ class _Run:
         def part(x: torch.Tensor) -> torch.Tensor:
             return x[slice(1) if idle else rows].to(self.accelerator.device, non_blocking=True)
 
-        mine = Batch(*(None if x is None else part(x) for x in batch))
+        segment_ids = None if batch.segment_ids is None else part(batch.segment_ids)
+        mine = Batch(part(batch.tokens), part(batch.targets), segment_ids)
         return mine._replace(targets=torch.full_like(mine.targets, IGNORE)) if idle else mine
 
     def _note_if_bad(self, loss: torch.Tensor, norm: torch.Tensor) -> None:
@@ -364,7 +365,7 @@ class _Run:
         """The model's folder, then the checkpoint: killed between them, the run does both again."""
         average = None
         with self._shown():
-            model = self._whole()
+            model = cast(GPT, self._whole())  # used by the main process, which has it
             self._write(lambda: hub.save(model, self.model_folder, tokenizer=self.data.tokenizer))
             if self.average is not None:
                 average = {name: w.clone() for name, w in gather_weights(self.raw).items()}

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn, optim
 from torch.distributed.tensor import DTensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .config import TrainConfig
 
@@ -91,7 +92,7 @@ class Average:
     @torch.no_grad()
     def update(self, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.average, self.weights, 1 - decay)
+        get_ema_multi_avg_fn(decay)(self.average, self.weights, None)
 
     @contextmanager
     def shown(self) -> Iterator[None]:

@@ -19,7 +19,7 @@ from ..provenance import read_run, write_aside
 from .journal import read_rows
 
 TRAIN, VALIDATION, INK, MUTED, GRID = "#9bb7d6", "#c2562d", "#1c2530", "#66717f", "#e4e7eb"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "text.color": INK,
     "axes.edgecolor": MUTED,
@@ -165,12 +165,12 @@ def _panel(axes: Axes, rows: Sequence[dict[str, Any]], name: str, title: str) ->
 def _mfu(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
     """A second scale on the right: tokens/s as a fraction of the peak."""
     per_token = _median(rows, "mfu") / max(_median(rows, "tokens_per_second"), 1e-9)
-    if per_token > 0:
-        right = axes.secondary_yaxis(
-            "right", functions=(lambda y: y * per_token, lambda y: y / per_token)
-        )
-        right.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.0%}"))
-        right.set_ylabel("MFU")
+    right = axes.twinx()
+    right.set_ylim(0, axes.get_ylim()[1] * per_token or 1)
+    right.grid(visible=False)
+    right.spines["right"].set_visible(True)
+    right.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.0%}"))
+    right.set_ylabel("MFU")
 
 
 def _column(rows: Sequence[dict[str, Any]], name: str) -> list[float]:

@@ -41,8 +41,8 @@ def greedy(model: GPT, prompts: list[list[int]], limit: int, eos: int | None) ->
 
 def _task(data: Data) -> Task | None:
     """The task that the data are of, or the first one where several are mixed."""
-    sources = getattr(data, "sources", (data,))
-    return next((source.task for source in sources if hasattr(source, "task")), None)
+    tasks = (getattr(source, "task", None) for source in getattr(data, "sources", (data,)))
+    return next((task for task in tasks if task is not None), None)
 
 
 def write_samples(model: GPT, data: Data, count: int) -> list[dict[str, Any]]:

@@ -16,19 +16,25 @@ from . import children
 
 TIMES = ("seconds", "tokens_per_second", "mfu")
 
-# (a run, why): every row of metrics is compared, with what it says of losses, norms and rates.
+# Six times through a text: plain, and accumulated, averaged and saved at other steps than logged.
 RUNS = {
-    "task": "--log-every 1 --save-every 2 --eval-every 0 --steps 8",
-    # Six times through the text; accumulated, averaged, and saved at other steps than logged.
-    "text": "--data text:poem.txt --log-every 2 --save-every 3 --eval-every 4 --steps 8 "
-    "--accumulation 2 --optimizer adamw --ema 0.9 --weight-decay 0.1",
+    "plain": "--log-every 1 --save-every 2 --eval-every 0",
+    "accumulated": "--log-every 2 --save-every 3 --eval-every 4 --accumulation 2 "
+    "--optimizer adamw --ema 0.9 --weight-decay 0.1",
 }
 
 
 def words(name, out):
     # A wide MLP: writing its checkpoint takes long enough to be killed in.
-    run = RUNS[name].replace("poem.txt", f"{out.parent}/poem.txt")
-    return f"train tiny {run} --precision fp32 --n-inner 3072 --resume --out {out}".split()
+    command = f"train tiny {RUNS[name]} --steps 8 --n-inner 3072 --precision fp32 --resume"
+    return f"{command} --data text:{poem(out.parent)} --out {out}".split()
+
+
+def poem(folder):
+    file = folder / "poem.txt"
+    draw = random.Random(0)
+    file.write_text("".join(draw.choice("abcdefgh \n") for _ in range(700)))
+    return file
 
 
 def rows(out):
@@ -41,9 +47,6 @@ def rows(out):
 def whole(request, tmp_path_factory):
     """A run that nobody stopped: its name and folder."""
     folder = tmp_path_factory.mktemp(request.param)
-    draw = random.Random(0)
-    text = "".join(draw.choice("abcdefgh \n") for _ in range(700))
-    (folder / "poem.txt").write_text(text)
     process = children.start(words(request.param, folder / "whole"), log=folder / "whole.log")
     process.join(120)
     assert process.exitcode == 0, (folder / "whole.log").read_text()
@@ -123,7 +126,7 @@ def compare(a, b, path="state"):
 def test_a_signal_saves_and_ends_cleanly(tmp_path, number):
     log, out = tmp_path / "log", tmp_path / "run"
     command = f"train tiny --steps 40 --log-every 4 --eval-every 0 --save-every 0 --out {out} "
-    command += "--precision fp32 --resume"
+    command += f"--precision fp32 --resume --data text:{poem(tmp_path)}"
     process = children.start(command.split(), log=log)
     deadline = time.monotonic() + 60
     while not lines(out):
