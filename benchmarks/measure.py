@@ -14,6 +14,7 @@ import torch
 from ponder import provenance
 
 RESULTS = Path(__file__).parent / "results"
+WRONG: list[str] = []  # what was left out because ponder's own result was wrong
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -121,17 +122,18 @@ def rows(
     """Measure, print and return a row for each implementation.
 
     flops, nbytes: what one call must compute and move at least. ceiling: FLOP/s where flops is
-    given, else bytes/s. errors: relative errors; RuntimeError where ponder's is above `allowed`, as
-    the time of a wrong result means nothing, and a peer's row is left out then.
+    given, else bytes/s. errors: relative errors; where one is above `allowed` there is no row, as
+    the time of a wrong result means nothing, and ponder's fault is noted in `WRONG`.
     """
     errors = errors or {}
     good = {}
     for name, work in implementations.items():
         error = errors.get(name, 0.0)
         if allowed is not None and not error <= allowed:
+            fault = f"{benchmark} {case}: {name} is wrong by {error:.2e} and left out"
+            print(fault)
             if name == "ponder":
-                raise RuntimeError(f"{benchmark} {case}: error {error:.2e}, allowed {allowed:.2e}")
-            print(f"{benchmark} {case}: {name} is wrong by {error:.2e} and left out")
+                WRONG.append(fault)
             continue
         good[name] = work
     times = milliseconds(good, repeats=repeats, warmup=warmup)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parents[1]
+FIGURES = ROOT / "docs" / "figures"
 LIMIT = 480  # seconds a stage
 
 PYTHON = [sys.executable, "-m"]
@@ -24,11 +25,12 @@ STAGES: dict[str, list[str]] = {
     "tests": [*PYTHON, "pytest", "-q", "--maxfail=20", str(ROOT / "tests" / "kernels")],
     "memcheck": [*SANITIZER, "memcheck", *PYTHON, "ponder.benchmarks.every_kernel"],
     "racecheck": [*SANITIZER, "racecheck", *PYTHON, "ponder.benchmarks.every_kernel"],
-    "attention": [*PYTHON, "ponder.benchmarks.kernels", "attention"],
-    "mlp": [*PYTHON, "ponder.benchmarks.kernels", "mlp"],
-    "rest": [*PYTHON, "ponder.benchmarks.kernels", "loss", "norm", "decode"],
-    "train_step": [*PYTHON, "ponder.benchmarks.train_step"],
-    "sampling": [*PYTHON, "ponder.benchmarks.sampling"],
+    "attention-64": [*PYTHON, "ponder.benchmarks", "attention", "--only", "D64"],
+    "attention-128": [*PYTHON, "ponder.benchmarks", "attention", "--only", "D128"],
+    "mlp": [*PYTHON, "ponder.benchmarks", "mlp"],
+    "rest": [*PYTHON, "ponder.benchmarks", "losses", "pointwise", "decode", "overhead"],
+    "train_step": [*PYTHON, "ponder.benchmarks", "train_step"],
+    "sampling": [*PYTHON, "ponder.benchmarks", "sampling"],
     "demo": [*PYTHON, "ponder", "demo", "--out", "OUT/demo"],
 }
 
@@ -44,7 +46,7 @@ def run_stage(name: str, out: Path) -> dict:
             verdict = f"over {LIMIT} s"
         except FileNotFoundError:
             verdict = f"no {words[0]}"
-    for path in RESULTS.glob("*.csv"):
+    for path in (*RESULTS.glob("*.csv"), *FIGURES.glob("*.png")):
         shutil.copy(path, out / path.name)
     return {"verdict": verdict, "seconds": round(time.monotonic() - start)}
 
@@ -62,9 +64,13 @@ def main() -> None:
             state[name] = run_stage(name, args.out)
             state_file.write_text(json.dumps(state, indent=1))
             if state[name]["verdict"] != "ok":
-                print("\n".join((args.out / f"{name}.log").read_text().splitlines()[-15:]))
+                print(
+                    "\n".join(
+                        (args.out / f"{name}.log").read_text().splitlines()[-15:]
+                    )
+                )
     for name, found in state.items():
-        print(f"{name:12} {found['verdict']:12} {found['seconds']:5} s")
+        print(f"{name:14} {found['verdict']:12} {found['seconds']:5} s")
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ TILES = {
         32: Tiles(64, 128, 8, 3),
         64: Tiles(64, 128, 8, 3),
         128: Tiles(64, 128, 8, 2),
-        256: Tiles(32, 64, 8, 2),
+        256: Tiles(32, 64, 8, 3),
     },
     ("backward_kv", "small"): {
         32: Tiles(64, 128, 8, 2),
@@ -83,6 +83,7 @@ OPTIONS = frozenset({"alibi", "segments", "window", "softcap"})
 WITH_OPTIONS = {
     ("forward", "small", 32): (OPTIONS, Tiles(128, 64, 8, 3)),
     ("forward", "small", 64): (OPTIONS, Tiles(128, 64, 8, 3)),
+    ("forward", "large", 256): (OPTIONS, Tiles(128, 32, 8, 3)),
     ("backward_q", "large", 64): (OPTIONS, Tiles(128, 64, 8, 3)),
     ("backward_q", "fp32", 128): (OPTIONS, Tiles(32, 16, 8, 2)),
     ("backward_kv", "fp32", 128): (OPTIONS, Tiles(16, 32, 8, 2)),

@@ -48,6 +48,40 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return max(int(r) for r, _ in found), max(int(s) for _, s in found)
 
 
+def narrow_addresses(ttir: str) -> list[str]:
+    """The 32-bit products of two variables that an address is computed from.
+
+    A row times a stride passes 2³¹ long before memory ends; so one of the two must be widened
+    before. (A block's index times its constant size is a row, which 32 bits hold.)
+    """
+    definition = re.compile(
+        r"^\s*(%\w+)(?::\d+)? = (\S+) (.*?) : (.*?)(?: loc\(.*)?$", re.MULTILINE
+    )
+    values = {
+        name: (op, re.findall(r"%\w+", operands), kind)
+        for name, op, operands, kind in definition.findall(ttir)
+    }
+    found, seen = [], set()
+
+    def follow(name: str) -> None:
+        if name in seen or name not in values:
+            return
+        seen.add(name)
+        op, operands, kind = values[name]
+        constants = [x for x in operands if values.get(x, ("",))[0] == "arith.constant"]
+        if op == "arith.muli" and kind.rstrip(">").endswith("i32") and not constants:
+            found.append(name)
+        # What was loaded, compared or divided is no product any more.
+        if op not in ("tt.load", "arith.cmpi", "arith.divsi", "arith.remsi"):
+            for x in operands:
+                follow(x)
+
+    for op, operands, _ in list(values.values()):
+        if op == "tt.addptr":
+            follow(operands[1])
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("module")
@@ -71,6 +105,8 @@ def main() -> None:
             print(f"FAULT {label}: spills {stack} bytes")
         if shared > SHARED_MEMORY_LIMIT[args.capability]:
             print(f"FAULT {label}: {shared} bytes of shared memory")
+        for value in narrow_addresses(kernel.asm["ttir"]):
+            print(f"FAULT {label}: {value} is a 32-bit product in an address")
         if spec.matrix and args.capability == 90 and "wgmma" not in kernel.asm["ptx"]:
             print(f"FAULT {label}: no wgmma")
     print(f"compiled {compiled}")

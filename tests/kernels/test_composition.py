@@ -1,7 +1,10 @@
-"""The kernels together, as a model uses them: compiled as one graph, recomputed, and in fp16."""
+"""The kernels together, as a model uses them: compiled as one graph, recomputed, sharded."""
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from ponder.models import GPT, GPTConfig
@@ -54,5 +57,29 @@ def test_recomputed_layers_give_the_same_gradients(model, device):
         block.forward = lambda *x, run=counted: checkpoint(run, *x, use_reentrant=False)
     found = loss_and_gradients(model, model, *data)
     assert calls == 2  # once forward, once more in the backward pass
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.fixture
+def mesh(device, tmp_path):
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(
+        backend, rank=0, world_size=1, store=dist.FileStore(str(tmp_path / "s"))
+    )
+    yield init_device_mesh(device, (1,))
+    dist.destroy_process_group()
+
+
+def test_sharded_parameters_give_the_same_gradients(model, device, mesh):
+    """FSDP2: parameters are DTensors outside of the forward pass, and gradients are scattered."""
+    data = batch(device)
+    expected = loss_and_gradients(model, model, *data)
+    for block in model.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    loss = model(*data)
+    loss.backward()
+    found = [loss.detach(), *(p.grad.full_tensor() for p in model.parameters())]
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b)

@@ -1,0 +1,140 @@
+"""One case of a kernel's benchmark: the same inputs for ours and for what a user could choose."""
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ponder.benchmarks.measure import DEVICE, Row, milliseconds, rows
+
+BF16 = torch.bfloat16
+MODES = ("forward", "forward+backward")
+Inputs = list[Tensor]
+
+
+@dataclass
+class Case:
+    """What is compared. Those of the inputs that require a gradient get one."""
+
+    benchmark: str
+    name: str
+    implementations: Mapping[str, Callable[..., Any]]  # of the inputs, in order
+    inputs: Inputs
+    reference: Callable[..., Any]  # the definition, to be computed in fp32
+    modes: Sequence[str] = MODES
+    flops: float = 0.0  # of the forward pass
+    backward: float = 2.0  # FLOPs of the backward pass, in forward passes
+    nbytes: Mapping[str, float] = field(default_factory=dict)  # by mode, where memory is the limit
+    ceiling: float | None = None  # FLOP/s or bytes/s; default: measured now
+    part: Callable[[Inputs], Inputs] = list  # as much of the inputs as the truth can be told for
+    allowed: float = 2e-2  # relative error of an output or a gradient, in norm
+
+
+def measure(case: Case, *, repeats: int = 20) -> Iterator[Row]:
+    """The rows of a case; what is wrong gets none."""
+    errors = {name: _error(case, f) for name, f in case.implementations.items()}
+    for mode in case.modes:
+        # Inputs of their own: some implementations write over theirs.
+        works = {
+            name: _work(f, [_leaf(x, x.dtype) for x in case.inputs], mode)
+            for name, f in case.implementations.items()
+        }
+        flops = case.flops * (1.0 if mode == "forward" else 1.0 + case.backward)
+        nbytes = case.nbytes.get(mode)
+        ceiling = case.ceiling or (copy_ceiling() if nbytes else matmul_ceiling())
+        yield from rows(
+            case.benchmark,
+            f"{case.name} {mode}",
+            str(case.inputs[0].dtype).replace("torch.bfloat16", "bf16").replace("torch.", ""),
+            works,
+            repeats=repeats,
+            flops=None if nbytes else flops,
+            nbytes=nbytes,
+            ceiling=ceiling,
+            errors=errors,
+            allowed=case.allowed,
+        )
+
+
+def _leaf(x: Tensor, dtype: torch.dtype) -> Tensor:
+    copy = x.detach().to(dtype, copy=True) if x.is_floating_point() else x
+    return copy.requires_grad_(x.requires_grad)
+
+
+def _outputs(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else [x for x in result if x is not None]
+
+
+def _work(f: Callable, inputs: Inputs, mode: str) -> Callable[[], None]:
+    leaves = [x for x in inputs if x.requires_grad]
+    with torch.no_grad():
+        upstream = [torch.randn_like(y) for y in _outputs(f(*inputs))]
+
+    def forward() -> None:
+        with torch.no_grad():
+            f(*inputs)
+
+    def forward_backward() -> None:
+        torch.autograd.grad(_outputs(f(*inputs)), leaves, upstream)
+
+    return forward if mode == "forward" else forward_backward
+
+
+def _error(case: Case, f: Callable) -> float:
+    """The largest relative error among outputs and gradients, on `part` of the inputs."""
+    part = [
+        _leaf(x.detach().requires_grad_(y.requires_grad), x.dtype)
+        for x, y in zip(case.part(case.inputs), case.inputs, strict=True)
+    ]
+    results = []
+    for fn, wide in ((case.reference, True), (f, False)):
+        inputs = [
+            _leaf(x, torch.float32 if wide and x.is_floating_point() else x.dtype) for x in part
+        ]
+        outputs = _outputs(fn(*inputs))
+        found = [y.detach().clone() for y in outputs]  # before a backward pass writes over it
+        if "forward+backward" in case.modes:
+            torch.manual_seed(1)
+            upstream = [tensor(*y.shape, grad=False).to(y.dtype) for y in outputs]
+            leaves = [x for x in inputs if x.requires_grad]
+            found += torch.autograd.grad(outputs, leaves, upstream)
+        results.append([x.double() for x in found])
+    return max(
+        ((x - t).norm() / t.norm().clamp_min(1e-12)).item() for t, x in zip(*results, strict=True)
+    )
+
+
+@cache
+def matmul_ceiling() -> float:
+    """bf16 FLOP/s of torch's own large matrix product, measured now."""
+    n = 8192 if DEVICE == "cuda" else 512
+    a, b = (torch.randn(n, n, device=DEVICE, dtype=BF16) for _ in range(2))
+    times = milliseconds({"matmul": lambda: a @ b}, repeats=20)["matmul"]
+    return 2 * n**3 / (sorted(times)[10] / 1e3)
+
+
+@cache
+def copy_ceiling() -> float:
+    """Bytes/s of a large device-to-device copy, reads and writes both counted, measured now."""
+    a = torch.randn(1 << (28 if DEVICE == "cuda" else 20), device=DEVICE)
+    b = torch.empty_like(a)
+    times = milliseconds({"copy": lambda: b.copy_(a)}, repeats=20)["copy"]
+    return 2 * a.nbytes / (sorted(times)[10] / 1e3)
+
+
+def peer(module: str, name: str) -> Any | None:
+    """A function of a package that a user may have; None where it is not installed here."""
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        return None
+
+
+def tensor(*shape: int, scale: float = 1.0, grad: bool = True) -> Tensor:
+    """Normal bf16 numbers on the device."""
+    x = torch.randn(shape, device=DEVICE) * scale
+    return x.to(BF16).requires_grad_(grad)

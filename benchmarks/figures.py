@@ -1,0 +1,118 @@
+"""docs/figures/*.png, drawn from benchmarks/results/*.csv and from nothing else.
+
+A figure shows one benchmark on one machine: for each case how many times as fast as each peer
+ponder is. Right of 1 it is faster.
+"""
+
+import csv
+import re
+from collections import defaultdict
+from pathlib import Path
+
+from ponder.benchmarks.measure import RESULTS
+
+FIGURES = Path(__file__).parents[1] / "docs" / "figures"
+INK, MUTED, GRID = "#1c2530", "#66717f", "#e4e7eb"
+COLOURS = ("#3b74ad", "#c2562d", "#2f7d60", "#8b5fa8", "#b08a2e", "#6f9cc9")
+TICKS = (
+    *(x / 10 for x in (1, 2, 3, 5, 8)),
+    1,
+    1.25,
+    1.5,
+    2,
+    2.5,
+    3,
+    4,
+    5,
+    6,
+    8,
+    12,
+    16,
+    24,
+    32,
+    64,
+)
+COMPILED = ", torch.compile"
+
+
+def ratios(rows: list[dict[str, str]]) -> dict[str, dict[str, float]]:
+    """{case and dtype: {peer: its median time over ponder's}}; compiled against compiled."""
+    times: dict[str, dict[str, float]] = defaultdict(dict)
+    for row in rows:
+        times[f"{row['case']}, {row['dtype']}"][row["implementation"]] = float(row["ms_p50"])
+    found = {}
+    for case, measured in times.items():
+        ours = {name: ms for name, ms in measured.items() if name.startswith("ponder")}
+        peers = {}
+        for name, ms in measured.items():
+            if name not in ours:
+                like = f"ponder{COMPILED}" if name.endswith(COMPILED) else "ponder"
+                own = ours.get(like) or next(iter(ours.values()), None)
+                if own:
+                    peers[name] = ms / own
+        if peers:
+            found[case] = peers
+    return found
+
+
+def figure(benchmark: str, machine: str, rows: list[dict[str, str]], path: Path) -> bool:
+    """Draw one; False where no case has both ponder's time and a peer's."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
+    found = ratios(rows)
+    if not found:
+        return False
+    peers = list(dict.fromkeys(name for values in found.values() for name in values))
+    height = 1.3 + 0.3 * len(found)
+    drawing, axes = plt.subplots(figsize=(8.2, height), layout="constrained")
+    axes.axvline(1.0, color=INK, linewidth=1)
+    for i, peer in enumerate(peers):
+        points = [(values[peer], -y) for y, values in enumerate(found.values()) if peer in values]
+        axes.scatter(*zip(*points, strict=True), s=42, color=COLOURS[i % len(COLOURS)], label=peer)
+    axes.set_ylim(0.5 - len(found), 0.5)
+    axes.set_yticks([-y for y in range(len(found))], list(found))
+    values = [x for case in found.values() for x in case.values()]
+    low, high = min(0.8, 0.9 * min(values)), max(1.6, 1.15 * max(values))
+    axes.set_xscale("log")
+    axes.set_xlim(low, high)
+    axes.set_xticks([t for t in TICKS if low <= t <= high])
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.3g}×"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.grid(axis="x", color=GRID)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=MUTED, labelsize=8, length=0)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(MUTED)
+    axes.set_xlabel("times as fast as the peer (median)", fontsize=9, color=INK)
+    axes.set_title(f"{benchmark} on {machine}", fontsize=10, color=INK, loc="left")
+    drawing.legend(fontsize=8, frameon=False, loc="outside upper right", ncols=min(3, len(peers)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawing.savefig(path, dpi=160, metadata={"Software": None})
+    plt.close(drawing)
+    return True
+
+
+def draw(results: Path = RESULTS, folder: Path = FIGURES) -> list[Path]:
+    """Every figure that the result files allow; their paths."""
+    drawn = []
+    for source in sorted(results.glob("*.csv")):
+        machines: dict[str, list[dict[str, str]]] = defaultdict(list)
+        with open(source, newline="") as file:
+            for row in csv.DictReader(file):
+                machines[row["gpu"]].append(row)
+        for machine, rows in machines.items():
+            name = re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
+            path = folder / f"{source.stem}-{name}.png"
+            if figure(source.stem, machine, rows, path):
+                drawn.append(path)
+                print(path)
+    return drawn
+
+
+if __name__ == "__main__":
+    draw()

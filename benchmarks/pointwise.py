@@ -1,0 +1,151 @@
+"""What memory limits: norms, rotary, softmax, cross-entropy. The ceiling is a copy's bytes/s.
+
+Bytes are the least that must move: each input read and each output written once in the forward
+pass, and in the backward pass what it cannot do without read again.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ponder import kernels
+from ponder.benchmarks.comparison import Case, peer, tensor
+from ponder.benchmarks.measure import DEVICE
+
+LIGER = "liger_kernel.transformers.functional"
+
+
+def _case(
+    name: str,
+    ours: Callable,
+    eager: Callable,
+    liger: Callable | None,
+    inputs: list[Tensor],
+    passes: tuple[int, int],
+    smoke: bool,
+) -> Case:
+    """passes: how often the first input's bytes move in the forward, and in the backward pass."""
+    implementations = {"ponder": ours, "eager": eager}
+    if not smoke:
+        implementations["torch.compile"] = torch.compile(eager)
+    if liger:
+        implementations["liger"] = liger
+    forward, backward = (count * inputs[0].nbytes for count in passes)
+    return Case(
+        "pointwise",
+        name,
+        implementations,
+        inputs,
+        eager,
+        nbytes={"forward": forward, "forward+backward": forward + backward},
+    )
+
+
+def cases(smoke: bool) -> Iterator[Case]:
+    yield from _norms(smoke)
+    yield _rotary(smoke)
+    yield from _rows(smoke)
+
+
+def _norms(smoke: bool) -> Iterator[Case]:
+    tokens = 64 if smoke else 65536
+    rms, layer = peer(LIGER, "liger_rms_norm"), peer(LIGER, "liger_layer_norm")
+    added = peer(LIGER, "liger_fused_add_rms_norm")
+    for width in (96,) if smoke else (768, 2048, 4096):
+        x, residual, weight, bias = (
+            tensor(tokens, width),
+            tensor(tokens, width),
+            tensor(width),
+            tensor(width),
+        )
+        shape = f"M{tokens} C{width}"
+        yield _case(
+            f"rms_norm {shape}",
+            kernels.rms_norm,
+            lambda x, w: F.rms_norm(x, w.shape, w, 1e-6),
+            rms and (lambda x, w: rms(x, w, 1e-6)),
+            [x, weight],
+            (2, 3),  # y = f(x); dx = f(x, dy)
+            smoke,
+        )
+
+        def eager(x, r, w):
+            h = x + r
+            return F.rms_norm(h, w.shape, w, 1e-6), h
+
+        yield _case(
+            f"rms_norm with residual {shape}",
+            lambda x, r, w: kernels.rms_norm(x, w, residual=r),
+            eager,
+            added and (lambda x, r, w: added(x, r, w, 1e-6)),
+            [x, residual, weight],
+            (4, 4),  # y, h = f(x, r); dx = dr = f(h, dy, dh)
+            smoke,
+        )
+        yield _case(
+            f"layer_norm {shape}",
+            kernels.layer_norm,
+            lambda x, w, b: F.layer_norm(x, w.shape, w, b),
+            layer and (lambda x, w, b: layer(x, w, b, 1e-5)),
+            [x, weight, bias],
+            (2, 3),
+            smoke,
+        )
+
+
+def _rotary(smoke: bool) -> Case:
+    batch, heads, length, dim = (1, 2, 64, 32) if smoke else (8, 16, 4096, 128)
+    liger = peer(LIGER, "liger_rope")
+    # As a model has them: (B, T, H, D) in memory.
+    q, k = (tensor(batch, length, heads, dim).detach().transpose(1, 2) for _ in range(2))
+    angle = torch.outer(
+        torch.arange(length, device=DEVICE), 1e4 ** -torch.linspace(0, 1, dim // 2, device=DEVICE)
+    )
+    cos, sin = angle.cos(), angle.sin()
+    wide_cos, wide_sin = (torch.cat((x, x), -1)[None] for x in (cos, sin))
+
+    def eager(q, k):
+        def turn(x):
+            a, b = x.chunk(2, -1)
+            half = torch.cat((-b, a), -1)
+            return (x * wide_cos[:, None] + half * wide_sin[:, None]).to(x.dtype)
+
+        return turn(q), turn(k)
+
+    return _case(
+        f"rotary B{batch} H{heads} T{length} D{dim}",
+        lambda q, k: kernels.rotary(q, k, cos, sin),
+        eager,
+        liger and (lambda q, k: liger(q, k, wide_cos, wide_sin)),
+        [q.requires_grad_(), k.requires_grad_()],
+        (4, 4),  # q and k, read and written
+        smoke,
+    )
+
+
+def _rows(smoke: bool) -> Iterator[Case]:
+    softmax = peer(LIGER, "liger_softmax")
+    loss = peer(LIGER, "liger_cross_entropy")
+    for rows, width in ((16, 100),) if smoke else ((65536, 1024), (8192, 32768)):
+        yield _case(
+            f"softmax M{rows} C{width}",
+            kernels.softmax,
+            lambda x: torch.softmax(x, -1),
+            softmax,
+            [tensor(rows, width)],
+            (2, 3),  # y = f(x); dx = f(y, dy)
+            smoke,
+        )
+    for rows, width in ((16, 100),) if smoke else ((8192, 50304), (4096, 131072)):
+        targets = torch.randint(width, (rows,), device=DEVICE)
+        yield _case(
+            f"cross_entropy M{rows} V{width}",
+            lambda x, t=targets: kernels.cross_entropy(x, t),
+            lambda x, t=targets: F.cross_entropy(x.float(), t),
+            loss and (lambda x, t=targets: loss(x, t)),
+            [tensor(rows, width)],
+            (1, 2),  # loss = f(x); dx = f(x)
+            smoke,
+        )
