@@ -32,7 +32,7 @@ class View:
             initial=done,
             disable=not self.live,
             dynamic_ncols=True,
-            bar_format="step {n_fmt}/{total_fmt} {bar:16} {postfix} · {remaining} left",
+            bar_format="step {n_fmt}/{total_fmt} {bar:16} {desc} · {remaining} left",
         )
         self.losses: deque[float] = deque(maxlen=WIDTH)
         self.said = self.started = time.monotonic()
@@ -51,7 +51,7 @@ class View:
         if row["val_loss"] is not None:
             self.say(f"step {row['step']}: val loss {row['val_loss']:.4f}, {row['seconds']:.0f} s")
         if self.live:
-            self.bar.set_postfix_str(figures)
+            self.bar.set_description_str(figures)
         elif time.monotonic() - self.said > QUIET_SECONDS:
             self.say(f"step {row['step']}/{self.total} {figures} · {self._left(row['step'])} left")
 

@@ -104,7 +104,6 @@ def test_more_processes_than_rows_is_told(config, monkeypatch, tmp_path):
     from ponder.training import loop
 
     config, _ = config
-
     monkeypatch.setattr(loop.PartialState(cpu=True), "num_processes", 16)
     with pytest.raises(ValueError, match="gives 8 rows, which 16 processes cannot share evenly"):
         train(replace(config, out=tmp_path / "run"))
@@ -254,41 +253,39 @@ def test_pickled_code_in_a_checkpoint_is_refused(config, copied, tmp_path):
 
 
 @pytest.fixture
-def small_disk():
-    """No file can grow above the size given, as on a disk that is full."""
+def room():
+    """Sets how large a file can grow, as on a disk that is full; by default as before."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    def limit(size=soft):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+
+    yield limit
+    limit()
 
 
-@pytest.mark.parametrize("too_big", ["state.pt", "model.safetensors"])
-def test_a_full_disk_keeps_what_was_saved(config, whole, small_disk, too_big):
+@pytest.mark.parametrize("file", ["model.safetensors", "train/checkpoints/step-000006/state.pt"])
+def test_a_full_disk_keeps_what_was_saved(config, whole, room, monkeypatch, file):
     config, folder = config
     out = folder.mktemp("full")
-    size = (whole / too_big).stat().st_size if too_big in os.listdir(whole) else None
     checkpoints = Checkpoints(out / "train" / "checkpoints")
-    if size is None:
-        size = (Checkpoints(whole / "train" / "checkpoints").path(6) / STATE).stat().st_size
+    save = hub.save
 
-    saved = hub.save
-
-    def fills_the_disk(model, *words, **options):
+    def fills_the_disk(*words, **options):
         if checkpoints.steps() == [2]:
-            small_disk(size - 1)
-        return saved(model, *words, **options)
+            room((whole / file).stat().st_size - 1)
+        return save(*words, **options)
 
-    hub.save = fills_the_disk
-    try:
-        with pytest.raises(ValueError) as error:
-            train(replace(config, out=out))
-    finally:
-        hub.save = saved
+    monkeypatch.setattr(hub, "save", fills_the_disk)
+    with pytest.raises(ValueError) as error:
+        train(replace(config, out=out))
+    monkeypatch.undo()
     assert str(error.value).startswith(f"{out} cannot be written to after step 4: ")
     assert "too large" in str(error.value)  # what a limit says; a full disk: No space left
     assert "the checkpoint of step 2 is kept, make room and say --resume" in str(error.value)
     assert checkpoints.newest() == 2
     assert not [p for p in out.rglob("*") if p.name.startswith(".") or "tmp" in p.name]
-    small_disk(resource.RLIM_INFINITY)
+    room()
     train(replace(config, out=out, resume=True))
     assert losses(out) == losses(whole)
 
