@@ -17,7 +17,7 @@ commands:
   demo      train a small reasoning model, sweep samples and budgets, write the report
   train     train a model: ponder train [PRESET] [--data task:NAME | text:PATH | hub:NAME] ...
   sweep     measure accuracy against inference compute: samples × thinking budgets
-  report    draw a sweep's report again from its stored samples
+  report    draw a training run's curves, and a sweep's report from its stored samples
   generate  let a model answer one prompt
   info      versions, hardware, and which path each kernel takes
 
@@ -78,10 +78,10 @@ def _sweep(arguments: list[str]) -> None:
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """Draw a sweep's report again from its stored samples."""
+    """Draw a run's report: a training run's curves, a sweep's from its stored samples."""
 
     folder: Path
-    """the folder that `ponder sweep` or `ponder demo` left"""
+    """the folder that `ponder train`, `ponder sweep` or `ponder demo` left"""
 
 
 def _report(arguments: list[str]) -> None:
@@ -89,9 +89,17 @@ def _report(arguments: list[str]) -> None:
     from tyro.conf import PositionalRequiredArgs
 
     options = tyro.cli(PositionalRequiredArgs[ReportOptions], prog="ponder report", args=arguments)
-    from .inference.sweep import redraw
+    from .provenance import read_run
 
-    print(f"report: {redraw(options.folder)}")
+    runs = read_run(options.folder)
+    if "train" in runs:
+        from .training.report import write_training_report
+
+        print(f"training: {write_training_report(options.folder)}")
+    if "sweep" in runs or "train" not in runs:
+        from .inference.sweep import redraw
+
+        print(f"report: {redraw(options.folder)}")
 
 
 def _generate(arguments: list[str]) -> None:

@@ -21,7 +21,7 @@ import torch
 
 from ponder.benchmarks.measure import Row, row, write
 from ponder.training import preset
-from ponder.training.checkpoint import load_checkpoint
+from ponder.training.checkpoint import Checkpoints
 from ponder.training.loop import train
 
 RUNS: dict[str, dict] = {
@@ -79,7 +79,8 @@ def our_losses(name: str, text: Path, out: Path, changes: dict) -> tuple[str, li
     train(preset(name, data=f"text:{text}", out=out, **changes))
     lines = (out / "train" / "metrics.jsonl").read_text().splitlines()
     found = [(row["seconds"], row["val_loss"]) for row in map(json.loads, lines)]
-    precision = load_checkpoint(out / "train" / "checkpoint.pt")["precision"]
+    checkpoints = Checkpoints(out / "train" / "checkpoints")
+    precision = checkpoints.load(checkpoints.steps()[-1])["precision"]
     return precision, [(seconds, loss) for seconds, loss in found if loss is not None]
 
 

@@ -1,28 +1,151 @@
-"""The state of a training run on disk: one file, written aside and then renamed."""
+"""The states of a training run on disk: the newest few, each with the checksum of what it holds."""
 
+import hashlib
+import json
 import os
+import pickle
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+STATE, MANIFEST = "state.pt", "manifest.json"
 
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Replace the checkpoint as a whole: at every moment the old one or the new one is there."""
-    aside = path.with_name(path.name + ".tmp")
-    with open(aside, "wb") as file:
-        torch.save(state, file)
+
+class Checkpoints:
+    """Folders `step-000250/`, each with state.pt and manifest.json (step, bytes, sha256).
+
+    A folder is written aside, flushed to the disk and then renamed: at every moment the old ones
+    or the old ones and the new one are there. One more than `keep` exist while a new one is
+    written.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2):
+        self.folder, self.keep = folder, keep
+
+    def steps(self) -> list[int]:
+        """The steps that there is a checkpoint of, in order."""
+        names = [path.name.removeprefix("step-") for path in self.folder.glob("step-*")]
+        return sorted(int(name) for name in names if name.isdigit())
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step:06}"
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Add the state after a step and remove what is too old; OSError leaves what there was."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._sweep()
+        aside = self.folder / f".saving-{step:06}"
+        aside.mkdir()
+        try:
+            size, digest = _write(aside / STATE, state)
+            manifest = {"step": step, "bytes": size, "sha256": digest}
+            with open(aside / MANIFEST, "w") as file:
+                file.write(json.dumps(manifest) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            self._remove(step)  # a damaged one of the same step
+            os.rename(aside, self.path(step))
+            _flush(self.folder)
+        finally:
+            self._sweep()
+        earned = [s for s in self.steps() if s <= step]
+        for other in self.steps():
+            # A later one is damaged: the run went on from before it.
+            if other not in earned[-self.keep :]:
+                self._remove(other)
+
+    def newest(self, say: Callable[[str], None] = print) -> int | None:
+        """The step of the newest checkpoint that is whole, or None where there never was one.
+
+        Damaged ones are named through `say`; ValueError where all are.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            fault = self._fault(step)
+            if not fault:
+                return step
+            say(f"the checkpoint {self.path(step)} is damaged ({fault}); the one before is taken")
+        if steps:
+            raise ValueError(
+                f"no checkpoint in {self.folder} can be read; take another --out, or delete them "
+                "to start from the beginning"
+            )
+        return None
+
+    def load(self, step: int) -> dict[str, Any]:
+        """Tensors and plain values, on the CPU; ValueError for pickled code, which is not run."""
+        path = self.path(step) / STATE
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            reason = str(error).partition(". ")[0]
+            raise ValueError(f"the checkpoint {path} cannot be read: {reason}") from None
+
+    def _fault(self, step: int) -> str:
+        """What is wrong with a checkpoint, in a few words."""
+        try:
+            manifest = json.loads((self.path(step) / MANIFEST).read_text())
+            with open(self.path(step) / STATE, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if digest != manifest["sha256"]:
+                return f"{STATE} is not what its checksum says"
+        except OSError as error:
+            return f"{Path(error.filename or STATE).name}: {error.strerror}"
+        except (ValueError, KeyError, TypeError):
+            return f"{MANIFEST} cannot be read"
+        return ""
+
+    def _remove(self, step: int) -> None:
+        """Renamed first: a removal that is killed half-way leaves no half of a checkpoint."""
+        if self.path(step).exists():
+            aside = self.folder / f".removed-{step:06}"
+            os.rename(self.path(step), aside)
+            shutil.rmtree(aside, ignore_errors=True)
+
+    def _sweep(self) -> None:
+        """Remove what a save or a removal left that was killed."""
+        for pattern in (".saving-*", ".removed-*"):
+            for path in self.folder.glob(pattern):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+class _Hashing:
+    """A file that knows the checksum of what was written to it."""
+
+    def __init__(self, file):
+        self.file, self.digest = file, hashlib.sha256()
+
+    def write(self, data) -> int:
+        self.digest.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _write(path: Path, state: dict[str, Any]) -> tuple[int, str]:
+    """Write the state down to the disk; its size in bytes and its checksum."""
+    with open(path, "wb") as file:
+        hashing = _Hashing(file)
+        try:
+            torch.save(state, hashing)  # type: ignore[arg-type]
+        except RuntimeError as error:
+            # A full disk: torch raises an error about positions over the one that says why.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
         file.flush()
         os.fsync(file.fileno())
-    os.replace(aside, path)
+        return file.tell(), hashing.digest.hexdigest()
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Tensors and plain values alone (no pickled code); ValueError where it cannot be read."""
+def _flush(folder: Path) -> None:
+    """Make a rename in a folder last through a power failure."""
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"there is no checkpoint {path} to resume from") from None
-    except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"the checkpoint {path} cannot be read: {reason}") from None
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,9 +1,10 @@
 """What a training run is: one frozen dataclass, and the presets as functions that return one."""
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -38,20 +39,26 @@ class TrainConfig:
     """sequences in one step, over all processes and accumulated micro-batches"""
     accumulation: int = 1
     """micro-batches a step"""
-    optimizer: Literal["muon", "adamw", "sgd"] = "muon"
-    """muon: Muon for the layers' matrices, AdamW for the rest"""
+    optimizer: Literal["muon", "adamw", "adam", "momentum", "sgd"] = "muon"
+    """muon: Muon for the layers' matrices, AdamW for the rest; momentum: SGD with 0.9 of it"""
     lr: float = 3e-3
-    """peak learning rate of AdamW or SGD"""
+    """peak learning rate of whatever is not Muon"""
     matrix_lr: float = 0.02
     """peak learning rate of Muon"""
     weight_decay: float = 0.0
-    """decoupled, on matrices alone"""
+    """on matrices alone; decoupled, but for adam, momentum and sgd, where it joins the gradient"""
+    schedule: Literal["wsd", "cosine", "linear"] = "wsd"
+    """the rate after the warm-up: stable and then linear (wsd), or falling from there on"""
     warmup: int = 20
     """steps of linear warm-up"""
     decay: float = 0.5
-    """the last fraction of the steps, over which the rate falls linearly to 0"""
+    """wsd: the last fraction of the steps, over which the rate falls"""
+    floor: float = 0.0
+    """what the rate falls to, as a fraction of its peak"""
     clip: float = 1.0
     """largest norm of the whole gradient; 0: no clipping"""
+    ema: float = 0.0
+    """0.999, say: evaluate and save a moving average of the weights, with this decay; 0: none"""
     full_traces: float = 0.5
     """tasks: the fraction of examples with a whole chain of thought, the rest cut at random"""
 
@@ -59,30 +66,45 @@ class TrainConfig:
     """auto: bf16 where it is faster, measured at the start on a CPU"""
     compile: bool = False
     """torch.compile the model"""
+    recompute: bool = False
+    """compute each layer again in the backward pass: less memory, a third more work"""
+    shard: bool = False
+    """split weights, gradients and optimizer states over the processes (FSDP2)"""
     seed: int = 0
     log_every: int = 10
     eval_every: int = 250
     """0: at the end alone"""
     save_every: int = 250
     """0: at the end alone"""
+    keep: int = 2
+    """checkpoints to keep, the newest"""
+    samples: int = 4
+    """texts that the model writes at each evaluation"""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """where metrics go besides train/metrics.jsonl"""
     resume: bool = False
     """go on from the last checkpoint in `out`"""
 
     def check(self) -> None:
         """Raise one ValueError that names every field that cannot be."""
         faults = []
-        for name in ("context", "n_layer", "n_head", "n_embd", "steps", "batch_size"):
+        for name in ("context", "n_layer", "n_head", "n_embd", "steps", "batch_size", "keep"):
             if getattr(self, name) < 1:
                 faults.append(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("warmup", "clip", "weight_decay", "log_every", "eval_every", "save_every"):
+        for name in (
+            *("warmup", "clip", "weight_decay", "log_every", "eval_every", "save_every"),
+            "samples",
+        ):
             if getattr(self, name) < 0:
                 faults.append(f"{name} is {getattr(self, name)}; it must be at least 0")
         for name in ("lr", "matrix_lr"):
             if not getattr(self, name) > 0:
                 faults.append(f"{name} is {getattr(self, name)}; it must be above 0")
-        for name in ("decay", "full_traces"):
+        for name in ("decay", "floor", "full_traces"):
             if not 0 <= getattr(self, name) <= 1:
                 faults.append(f"{name} is {getattr(self, name)}; it must be from 0 to 1")
+        if not 0 <= self.ema < 1:
+            faults.append(f"ema is {self.ema}; it must be at least 0 and below 1")
         if self.accumulation < 1 or self.batch_size % self.accumulation:
             faults.append(
                 f"accumulation is {self.accumulation}; it must divide batch_size {self.batch_size}"
@@ -93,13 +115,23 @@ class TrainConfig:
             raise ValueError("; ".join(faults))
 
     def rate(self, step: int) -> float:
-        """The fraction of the peak learning rate at a step (0 is the first): warm-up, flat, decay.
+        """The fraction of the peak learning rate at a step (0 is the first): warm-up, then a fall.
 
-        Hu et al. 2024, "MiniCPM", section 4.
+        wsd: Hu et al. 2024, "MiniCPM", section 4; cosine: Loshchilov and Hutter 2017, "SGDR".
         """
         warm = (step + 1) / (self.warmup + 1)
-        left = (self.steps - step) / max(1, round(self.decay * self.steps))
-        return min(1.0, warm, left)
+        flat = (
+            self.steps - round(self.decay * self.steps) if self.schedule == "wsd" else self.warmup
+        )
+        left = min(1.0, (self.steps - step) / max(1, self.steps - flat))
+        if self.schedule == "cosine":
+            left = (1 - math.cos(math.pi * left)) / 2
+        return min(warm, self.floor + (1 - self.floor) * left)
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that make it this run and no other: two runs of one folder agree in them."""
+        free = "out keep trackers samples recompute shard resume"
+        return {k: v for k, v in asdict(self).items() if k not in free.split()}
 
 
 def tiny() -> TrainConfig:

@@ -1,31 +1,42 @@
 """The training loop: for each step forward, loss, backward, update; then evaluate, save, log."""
 
-import json
-import os
-import shutil
 import signal
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
-from dataclasses import asdict
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.state import AcceleratorState
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, set_seed
-from tqdm import tqdm
+from safetensors import SafetensorError
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint as recomputed
 
 from ..models import GPT, GPTConfig, hub
 from ..provenance import open_run
-from .checkpoint import load_checkpoint, save_checkpoint
+from .checkpoint import Checkpoints
 from .config import TrainConfig
 from .data import IGNORE, Batch, Data, load_data
-from .hardware import choose_precision, peak_flops
-from .optimizer import build_optimizer
-
-DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from .hardware import choose_precision, cpp_compiler, peak_flops
+from .journal import append_rows, forget_after
+from .optimizer import Average, build_optimizer
+from .processes import (
+    DTYPE,
+    build_accelerator,
+    gather,
+    gather_weights,
+    scatter,
+    scatter_weights,
+    wants_shards,
+    whole_model,
+)
+from .samples import write_samples
+from .trackers import check_trackers, start_trackers
+from .view import View
 
 
 class Diverged(ValueError):
@@ -36,12 +47,6 @@ def model_config(config: TrainConfig, vocab_size: int) -> GPTConfig:
     names = "context n_layer n_head n_kv_head head_dim n_embd n_inner gated activation qk_norm"
     fields = {name: getattr(config, name) for name in (*names.split(), "tie_embeddings")}
     return GPTConfig(vocab_size=vocab_size, **fields)
-
-
-def _cpp_compiler() -> str | None:
-    """Where the compiler is that torch.compile would take on a CPU."""
-    names = os.environ.get("CXX", ""), "g++", "clang++"
-    return next((path for name in names if name and (path := shutil.which(name))), None)
 
 
 class Stop:
@@ -67,30 +72,35 @@ class Stop:
 def train(config: TrainConfig, *, model_folder: Path | None = None) -> Path:
     """Train as the configuration says; returns the model's folder, by default `config.out`.
 
-    `config.out` then holds the model (a Hugging Face folder), train/metrics.jsonl,
-    train/checkpoint.pt and run.json. ValueError for a configuration that cannot be; `Diverged`, a
-    ValueError too, where the loss stops being finite.
+    `config.out` then holds the model (a Hugging Face folder), run.json and train/: metrics.jsonl,
+    samples.jsonl and checkpoints/. ValueError for a configuration that cannot be, and where the
+    disk is full; `Diverged`, a ValueError too, where the loss stops being finite.
     """
     config.check()
+    check_trackers(config.trackers)
     data = load_data(config)
-    vocab_size = data.tokenizer.get_vocab_size()
-    shape = model_config(config, vocab_size)
-    identity = {k: v for k, v in asdict(config).items() if k not in ("out", "resume")}
+    shape = model_config(config, data.tokenizer.get_vocab_size())
     with Stop() as stop:
-        run = _Run(config, data, shape, identity, stop)
-        run.model_folder = model_folder or config.out
-        return run.go()
+        return _Run(config, data, shape, stop, model_folder or config.out).go()
 
 
 class _Run:
+    """A run and its state.
+
+    That is the step, the weights and their average, the optimizer's and the scaler's state, and
+    the loss since the last row of metrics. Data are functions of the step and nothing in a step
+    draws a random number, so there is no loader and no random state to keep.
+    """
+
     def __init__(
-        self, config: TrainConfig, data: Data, shape: GPTConfig, identity: dict, stop: Stop
+        self, config: TrainConfig, data: Data, shape: GPTConfig, stop: Stop, model_folder: Path
     ):
-        self.config, self.data, self.stop = config, data, stop
+        self.config, self.data, self.shape, self.stop = config, data, shape, stop
         # Said in so many words: accelerate runs several processes on CPUs only where it is told.
         cpu = not torch.accelerator.is_available()
         processes = PartialState(cpu=cpu)
         self.ranks, self.rank = processes.num_processes, processes.process_index
+        self.main = processes.is_main_process
         device = torch.device(processes.device or "cpu")
         rows = config.batch_size // config.accumulation
         if rows % self.ranks:
@@ -98,22 +108,16 @@ class _Run:
                 f"batch_size {config.batch_size} over {config.accumulation} micro-batches gives "
                 f"{rows} rows, which {self.ranks} processes cannot share evenly"
             )
-        if config.compile and device.type == "cpu" and not _cpp_compiler():
+        if config.compile and device.type == "cpu" and not cpp_compiler():
             raise ValueError(
                 "compile needs a C++ compiler and there is none (g++, clang++, or what CXX names); "
                 "say --no-compile"
             )
-        self.out, self.folder = config.out, config.out / "train"
-        self.model_folder = self.out
-        if processes.is_main_process:
-            open_run(self.out, "train", identity, resume=config.resume)
-            self.folder.mkdir(exist_ok=True)
-        processes.wait_for_everyone()
-        self.checkpoint = self.folder / "checkpoint.pt"
-        # None where nothing was written yet: the run then goes on from the beginning.
-        state = None
-        if config.resume and self.checkpoint.exists():
-            state = load_checkpoint(self.checkpoint)
+        sharded = wants_shards(config)
+        self.out, self.folder, self.model_folder = config.out, config.out / "train", model_folder
+        self.metrics, self.samples = self.folder / "metrics.jsonl", self.folder / "samples.jsonl"
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", config.keep)
+        state = self._claim()
         # Measured once a run: not anew where it goes on, and not by each process for itself.
         if state:
             precision = state["precision"]
@@ -123,96 +127,104 @@ class _Run:
             )
             [precision] = broadcast_object_list([precision])
         self.precision = precision
-        mixed = "no" if precision == "fp32" else precision
-        AcceleratorState._reset_state()  # an earlier run in this process may have had another
-        self.accelerator = Accelerator(cpu=cpu, mixed_precision=mixed)
+        self.accelerator = build_accelerator(config, precision, cpu=cpu, sharded=sharded)
+        self.sharded = self.accelerator.is_fsdp2
         set_seed(config.seed)
         self.raw = GPT(shape)
-        self.step, self.tokens, self.seconds = 0, 0, 0.0
         optimizer = build_optimizer(self.raw, config)
-        model = torch.compile(self.raw) if config.compile else self.raw
+        if config.recompute:
+            for block in self.raw.layers:
+                block.forward = partial(recomputed, block.forward, use_reentrant=False)
+        model = self.raw
+        if config.compile and not self.sharded:
+            model = torch.compile(model)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        if config.resume:
+        if config.compile and self.sharded:  # FSDP2 shards modules, not what they compile to
+            self.model = torch.compile(self.model)
+        self.average = Average(self.raw, config.ema) if config.ema else None
+        self.step, self.tokens, self.seconds = 0, 0, 0.0
+        # The loss since the last row of metrics, and that row's step.
+        self.loss_sum, self.logged = torch.zeros((), device=self.accelerator.device), 0
+        if state:
             self._restore(state)
+        self.first_step = self.step
+        if self.main:
+            forget_after(self.metrics, self.step)
+            forget_after(self.samples, self.step)
         self.peak = peak_flops(self.accelerator.device, DTYPE[precision]) * self.ranks
         self.flops = 3 * shape.flops_per_token(config.context)  # backward costs two forwards
-        self.first_bad = torch.tensor(config.steps, device=self.accelerator.device)
+        self.first_bad = torch.tensor(config.steps + 1, device=self.accelerator.device)
+        start_trackers(self.accelerator, config, self.step)
 
-    def _restore(self, state: dict[str, Any] | None) -> None:
-        """Go on from a checkpoint, and forget the metrics of what comes after it."""
-        if state:
-            self.raw.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            if self.accelerator.scaler is not None and state["scaler"] is not None:
-                self.accelerator.scaler.load_state_dict(state["scaler"])
-            self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
-        metrics = self.folder / "metrics.jsonl"
-        if self.accelerator.is_main_process and metrics.exists():
-            lines = metrics.read_text().splitlines(keepends=True)
-            kept = [s for s in lines if s.endswith("\n") and json.loads(s)["step"] <= self.step]
-            metrics.write_text("".join(kept))
+    def _claim(self) -> dict[str, Any] | None:
+        """Claim the folder; the state to go on from, or None where the run begins."""
+        step, fault = None, ""
+        if self.main:
+            try:
+                open_run(self.out, "train", self.config.identity(), resume=self.config.resume)
+                self.folder.mkdir(exist_ok=True)
+                if self.config.resume:
+                    step = self.checkpoints.newest()
+            except ValueError as error:
+                fault = str(error)
+        # The main process alone looks at checksums; all take the same checkpoint, or none.
+        [step, fault] = broadcast_object_list([step, fault])
+        if fault:
+            raise ValueError(fault)
+        return None if step is None else self.checkpoints.load(step)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        scatter(self.raw, self.optimizer.optimizer, state)
+        if self.average is not None:
+            with self.average.shown():
+                scatter_weights(self.raw, state["average"])
+        if self.accelerator.scaler is not None and state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
+        self.loss_sum.copy_(state["loss_sum"])
+        self.logged = state["logged"]
 
     def go(self) -> Path:
         config = self.config
-        say = self.accelerator.print
-        say(
-            f"{self.raw.parameter_count / 1e6:.2f}M parameters, {self.precision}, "
-            f"{self.accelerator.device}, {self.ranks} process(es) → {self.out}"
-        )
-        bar = tqdm(
-            total=config.steps,
-            initial=self.step,
-            disable=not self.accelerator.is_main_process,
-            unit="step",
-            dynamic_ncols=True,
-        )
-        logged = time.perf_counter(), self.tokens, self.step
-        loss_sum = torch.zeros((), device=self.accelerator.device)
-        with ThreadPoolExecutor(1) as ahead, bar:
+        with ExitStack() as stack:
+            self.view = stack.enter_context(View(config.steps, self.step, enabled=self.main))
+            ahead = stack.enter_context(ThreadPoolExecutor(1))
+            self.view.say(
+                f"{self.raw.parameter_count / 1e6:.2f}M parameters, {self.precision}, "
+                f"{self.accelerator.device}, {self.ranks} process(es)"
+                f"{', sharded' if self.sharded else ''} → {self.out}"
+            )
+            self.clock = time.perf_counter(), self.tokens
             batch = ahead.submit(self.data.batch, self.step)
             while self.step < config.steps and not self._stop_agreed():
                 rows = batch.result()
                 batch = ahead.submit(self.data.batch, self.step + 1)
                 loss, norm = self._update(rows)
-                self.first_bad = torch.where(
-                    torch.isfinite(loss), self.first_bad, self.first_bad.clamp_max(self.step + 1)
-                )
-                loss_sum += loss
+                self._note_if_bad(loss, norm)
+                self.loss_sum += loss
                 self.step += 1
                 self.tokens += rows.tokens.numel()
-                bar.update()
-                last = self.step == config.steps
-                evaluate = last or (config.eval_every and self.step % config.eval_every == 0)
-                save = last or (config.save_every and self.step % config.save_every == 0)
+                self.view.step()
+                evaluate, save = self._due(config.eval_every), self._due(config.save_every)
                 if (config.log_every and self.step % config.log_every == 0) or evaluate or save:
-                    self._check_finite()
-                    now = time.perf_counter()
-                    elapsed = now - logged[0]
-                    self.seconds += elapsed
-                    rate = (self.tokens - logged[1]) / elapsed
-                    row = {
-                        "step": self.step,
-                        "tokens": self.tokens,
-                        "seconds": round(self.seconds, 3),
-                        "train_loss": loss_sum.item() / (self.step - logged[2]),
-                        "val_loss": self._evaluate() if evaluate else None,
-                        "lr": self.optimizer.param_groups[0]["lr"],
-                        "grad_norm": norm.item(),
-                        "tokens_per_second": round(rate, 1),
-                        "mfu": round(rate * self.flops / self.peak, 4),
-                    }
-                    self._log(row, bar)
+                    self._log(norm, evaluate)
                     if save:
                         self._save()
                     # Evaluating and saving is not training: the clock starts again after it.
-                    logged = time.perf_counter(), self.tokens, self.step
-                    loss_sum.zero_()
-        if self.step < config.steps:
-            self._check_finite()
-            self.seconds += time.perf_counter() - logged[0]
-            self._save()
-            say(f"stopped after step {self.step} of {config.steps}; --resume goes on from there")
+                    self.clock = time.perf_counter(), self.tokens
+            if self.step < config.steps:
+                self._check_finite()
+                self.seconds += time.perf_counter() - self.clock[0]
+                self._save()
+                self.view.say(
+                    f"stopped after step {self.step} of {config.steps}; --resume goes on from there"
+                )
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
         return self.model_folder
+
+    def _due(self, every: int) -> bool:
+        return self.step == self.config.steps or bool(every) and self.step % every == 0
 
     def _stop_agreed(self) -> bool:
         """Whether any process was asked to stop: all leave the loop at the same step."""
@@ -241,74 +253,148 @@ class _Run:
                 # Several processes average their gradients; the sum is what is meant.
                 accelerator.backward(loss * self.ranks)
                 loss_sum += loss.detach()
-        limit = config.clip or float("inf")
-        norm = accelerator.clip_grad_norm_(self.model.parameters(), limit)
-        assert norm is not None  # None is for pipelines alone
+        if self.step == self.first_step:
+            without = [name for name, p in self.raw.named_parameters() if p.grad is None]
+            assert not without, f"no gradient reaches {', '.join(without)}"
+        norm = self._clip()
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update(self.step)
         return self._total(loss_sum), norm
 
+    def _clip(self) -> torch.Tensor:
+        """Shorten the gradient to `config.clip`; the norm that it had."""
+        limit = self.config.clip or float("inf")
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
+        assert norm is not None  # None is for pipelines alone
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
     def _share(self, batch: Batch, start: int = 0, stop: int | None = None) -> Batch:
-        """This process's part of these rows, on its device."""
-        share = slice(start + self.rank, stop, self.ranks)
+        """This process's part of these rows, on its device.
+
+        Where there are fewer rows than processes, the last ones get a row without a target: every
+        process takes part in every forward pass.
+        """
+        rows = slice(start + self.rank, stop, self.ranks)
+        idle = not len(batch.tokens[rows])
 
         def part(x: torch.Tensor) -> torch.Tensor:
-            return x[share].to(self.accelerator.device, non_blocking=True)
+            return x[slice(1) if idle else rows].to(self.accelerator.device, non_blocking=True)
 
         segment_ids = None if batch.segment_ids is None else part(batch.segment_ids)
-        return Batch(part(batch.tokens), part(batch.targets), segment_ids)
+        mine = Batch(part(batch.tokens), part(batch.targets), segment_ids)
+        return mine._replace(targets=torch.full_like(mine.targets, IGNORE)) if idle else mine
+
+    def _note_if_bad(self, loss: torch.Tensor, norm: torch.Tensor) -> None:
+        """Keep the first step that went wrong, without waiting for the device."""
+        fine = torch.isfinite(loss)
+        if self.accelerator.scaler is None:  # which leaves out a step whose gradient overflowed
+            fine &= torch.isfinite(norm)
+        bad = self.first_bad.clamp_max(self.step + 1)
+        self.first_bad = torch.where(fine, self.first_bad, bad)
 
     def _check_finite(self) -> None:
         bad = int(self.first_bad)
-        if bad < self.config.steps:
-            kept = "the last good checkpoint is kept" if self.checkpoint.exists() else ""
+        if bad <= self.config.steps:
+            kept = "the last good checkpoint is kept"
             raise Diverged(
-                f"the loss of step {bad} is not finite; {kept or 'nothing was saved yet'}; "
+                f"the loss or its gradient at step {bad} is not finite; "
+                f"{kept if self.checkpoints.steps() else 'nothing was saved yet'}; "
                 "try a lower lr or matrix_lr, or another precision"
             )
+
+    def _shown(self) -> AbstractContextManager[None]:
+        """The weights that are evaluated and saved as the model: the averaged ones, if any."""
+        return nullcontext() if self.average is None else self.average.shown()
+
+    def _whole(self) -> GPT | None:
+        return whole_model(self.raw, self.shape, sharded=self.sharded, main=self.main)
 
     @torch.no_grad()
     def _evaluate(self) -> float:
         """Mean loss over the validation tokens, in nats."""
         self.model.eval()
         sums = torch.zeros(2, device=self.accelerator.device, dtype=torch.float64)
-        for batch in self.data.validation():
-            part = self._share(batch)
-            if len(part.tokens):
+        with self._shown():
+            for batch in self.data.validation():
+                part = self._share(batch)
                 sums[0] += self.model(*part, reduction="sum").double()
                 sums[1] += (part.targets != IGNORE).sum()
         self.model.train()
         total, count = self._total(sums).tolist()
         return total / count
 
-    def _log(self, row: dict[str, Any], bar: tqdm) -> None:
-        if not self.accelerator.is_main_process:
-            return
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
-        shown = {
-            "loss": f"{row['train_loss']:.4f}",
-            "tokens/s": f"{row['tokens_per_second']:,.0f}",
-            "MFU": f"{row['mfu']:.1%}",
+    def _sample(self) -> None:
+        """Let the model write; train/samples.jsonl keeps it."""
+        samples = []
+        with self._shown():
+            model = self._whole()
+            if model is not None:
+                samples = write_samples(model, self.data, self.config.samples)
+        rows = [{"step": self.step} | sample for sample in samples]
+        self._write(lambda: append_rows(self.samples, rows))
+        self.view.samples(samples)
+
+    def _log(self, norm: torch.Tensor, evaluate: bool) -> None:
+        """A row of metrics on what was done since the last one."""
+        self._check_finite()
+        elapsed = time.perf_counter() - self.clock[0]
+        self.seconds += elapsed
+        rate = (self.tokens - self.clock[1]) / elapsed
+        row = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "seconds": round(self.seconds, 3),
+            "train_loss": self.loss_sum.item() / (self.step - self.logged),
+            "val_loss": self._evaluate() if evaluate else None,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "grad_norm": norm.item(),
+            "tokens_per_second": round(rate, 1),
+            "mfu": round(rate * self.flops / self.peak, 4),
         }
-        if row["val_loss"] is not None:
-            self.accelerator.print(
-                f"\nstep {row['step']}: val loss {row['val_loss']:.4f}, {row['seconds']:.0f} s"
-            )
-        bar.set_postfix(shown)
+        self.loss_sum.zero_()
+        self.logged = self.step
+        self._write(lambda: append_rows(self.metrics, [row]))
+        self.view.row(row)
+        if evaluate and self.config.samples:
+            self._sample()
+        self.accelerator.log({k: v for k, v in row.items() if v is not None}, step=self.step)
 
     def _save(self) -> None:
-        if self.accelerator.is_main_process:
-            scaler = self.accelerator.scaler
-            state = {
-                "step": self.step,
-                "tokens": self.tokens,
-                "seconds": self.seconds,
-                "precision": self.precision,
-                "model": self.raw.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": None if scaler is None else scaler.state_dict(),
-            }
-            save_checkpoint(self.checkpoint, state)
-            hub.save(self.raw, self.model_folder, tokenizer=self.data.tokenizer)
-        self.accelerator.wait_for_everyone()
+        """The model's folder, then the checkpoint: killed between them, the run does both again."""
+        average = None
+        with self._shown():
+            model = cast(GPT, self._whole())  # used by the main process, which has it
+            self._write(lambda: hub.save(model, self.model_folder, tokenizer=self.data.tokenizer))
+            if self.average is not None:
+                average = {name: w.clone() for name, w in gather_weights(self.raw).items()}
+        scaler = self.accelerator.scaler
+        state = gather(self.raw, self.optimizer.optimizer) | {
+            "step": self.step,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "precision": self.precision,
+            "average": average,
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "loss_sum": self.loss_sum,
+            "logged": self.logged,
+        }
+        self._write(lambda: self.checkpoints.save(self.step, state))
+
+    def _write(self, action: Callable[[], Any]) -> None:
+        """Let the main process write; where it cannot, all processes end with one sentence."""
+        fault = ""
+        if self.main:
+            try:
+                action()
+            except (OSError, SafetensorError) as error:
+                fault = getattr(error, "strerror", None) or str(error)
+        [fault] = broadcast_object_list([fault])
+        if fault:
+            steps = self.checkpoints.steps()
+            kept = f"the checkpoint of step {steps[-1]} is kept, make room and say --resume"
+            raise ValueError(
+                f"{self.out} cannot be written to after step {self.step}: {fault}; "
+                f"{kept if steps else 'nothing was saved yet'}"
+            )

@@ -1,8 +1,13 @@
-"""Optimizers: Muon for the layers' matrices and AdamW for the rest, or AdamW or SGD alone."""
+"""Optimizers: Muon for the layers' matrices and AdamW for the rest, or one; averaged weights."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from torch import nn, optim
+import torch
+from torch import Tensor, nn, optim
+from torch.distributed.tensor import DTensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .config import TrainConfig
 
@@ -25,6 +30,10 @@ class Together(optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for i, part in enumerate(self.parts):
             part.load_state_dict(state_dict[str(i)])
+        self.share_groups()
+
+    def share_groups(self) -> None:
+        """Take the parts' group dictionaries again: loading a state makes new ones."""
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
     def set_rate(self, rate: float) -> None:
@@ -38,6 +47,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> Together:
 
     Muon (Jordan et al. 2024) orthogonalizes the update of each matrix inside the layers; the
     embedding, the head and the norms take AdamW (Loshchilov and Hutter 2019), as its authors say.
+    Adam: Kingma and Ba 2015. Sharded matrices are gathered by Muon's own products.
     """
     parameters = list(model.named_parameters())
     matrices = [p for name, p in parameters if p.ndim == 2 and "layers." in name]
@@ -52,10 +62,12 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> Together:
         {"params": matrices + tables, "weight_decay": decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    if config.optimizer == "sgd":
-        parts.append(optim.SGD(groups, lr=config.lr, momentum=0.9))
+    if config.optimizer in ("momentum", "sgd"):
+        momentum = 0.9 if config.optimizer == "momentum" else 0.0
+        parts.append(optim.SGD(groups, lr=config.lr, momentum=momentum))
     else:
-        parts.append(optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True))
+        adam = optim.Adam if config.optimizer == "adam" else optim.AdamW
+        parts.append(adam(groups, lr=config.lr, betas=(0.9, 0.95), fused=True))
     for part in parts:
         for group in part.param_groups:
             group["initial_lr"] = group["lr"]
@@ -63,3 +75,42 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> Together:
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(held) == sorted(id(p) for _, p in parameters), "a parameter is not held once"
     return optimizer
+
+
+class Average:
+    """An exponential moving average of a model's weights (Polyak and Juditsky 1992).
+
+    average ← decay · average + (1 − decay) · weights after each step; in the first steps the decay
+    is (1 + step) / (10 + step) where that is smaller, so that it forgets the random beginning.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay = decay
+        self.weights = [_local(p) for p in model.parameters()]
+        self.average = [w.clone() for w in self.weights]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        get_ema_multi_avg_fn(decay)(self.average, self.weights, None)
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """The model's weights are the averaged ones in here, and exactly the old ones after it."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for weight, average in zip(self.weights, self.average, strict=True):
+            kept = weight.clone()
+            weight.copy_(average)
+            average.copy_(kept)
+
+
+def _local(p: nn.Parameter) -> Tensor:
+    """This process's part of a parameter, sharing its memory."""
+    return (p.to_local() if isinstance(p, DTensor) else p).detach()

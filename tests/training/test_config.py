@@ -14,10 +14,11 @@ def test_unknown_preset_names_the_known_ones():
 
 
 def test_every_fault_is_named_at_once():
-    config = TrainConfig(data="poem", steps=0, lr=-1, accumulation=3, decay=2)
+    config = TrainConfig(data="poem", steps=0, lr=-1, accumulation=3, decay=2, keep=0, ema=1)
     with pytest.raises(ValueError) as error:
         config.check()
-    for word in ("data is 'poem'", "steps is 0", "lr is -1", "accumulation is 3", "decay is 2"):
+    words = ["data is 'poem'", "steps is 0", "lr is -1", "accumulation is 3", "decay is 2"]
+    for word in (*words, "keep is 0", "ema is 1"):
         assert word in str(error.value)
 
 
@@ -28,3 +29,21 @@ def test_rate_warms_up_stays_and_decays_to_zero():
     assert set(rates[9:51]) == {1.0}
     assert rates[75] == pytest.approx(0.5) and rates[100] == 0
     assert all(a >= b for a, b in zip(rates[50:], rates[51:], strict=False))
+
+
+@pytest.mark.parametrize(("schedule", "half"), [("linear", 0.55), ("cosine", 0.55)])
+def test_other_schedules_fall_from_the_warm_up_on(schedule, half):
+    config = TrainConfig(schedule=schedule, steps=109, warmup=9, floor=0.1)
+    rates = [config.rate(step) for step in range(110)]
+    assert rates[0] == 0.1 and rates[8] == 0.9 and rates[9] == 1.0
+    assert rates[59] == pytest.approx(half) and rates[109] == pytest.approx(0.1)
+    assert all(a > b for a, b in zip(rates[9:109], rates[10:], strict=True))
+    quarter = 0.1 + 0.9 * (0.75 if schedule == "linear" else (1 + 0.5**0.5) / 2)
+    assert rates[34] == pytest.approx(quarter)
+
+
+def test_a_run_is_itself_whatever_it_runs_on():
+    config = TrainConfig()
+    same = TrainConfig(shard=True, recompute=True, keep=5, trackers=("wandb",), resume=True)
+    assert config.identity() == same.identity()
+    assert config.identity() != TrainConfig(lr=1.0).identity()

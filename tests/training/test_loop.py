@@ -1,19 +1,18 @@
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
+import random
+import resource
+import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from ponder.models import GPT, hub
 from ponder.training import preset
-from ponder.training.checkpoint import load_checkpoint
+from ponder.training.checkpoint import MANIFEST, STATE, Checkpoints
 from ponder.training.loop import Diverged, train
-from ponder.training.optimizer import build_optimizer
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +26,12 @@ def config(tmp_path_factory):
 def metrics(out):
     lines = (out / "train" / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
+
+
+def newest(out):
+    """The state in the newest checkpoint."""
+    checkpoints = Checkpoints(out / "train" / "checkpoints")
+    return checkpoints.load(checkpoints.newest())
 
 
 def losses(out):
@@ -52,9 +57,57 @@ def test_a_run_leaves_model_metrics_and_provenance(whole):
     assert run["versions"]["torch"] == torch.__version__
     model = hub.load(whole)
     assert isinstance(model, GPT)
-    saved = load_checkpoint(whole / "train" / "checkpoint.pt")["model"]
+    saved = newest(whole)["model"]
     for name, value in model.state_dict().items():
         assert torch.equal(value, saved[name]), name
+
+
+def test_a_step_draws_no_random_number(config, monkeypatch):
+    # So that a checkpoint needs no random states.
+    from ponder.training import loop
+
+    config, folder = config
+    states = []
+    update = loop._Run._update
+
+    def watched(self, batch):
+        states.append((torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()))
+        states[-1] += (random.getstate(),)
+        return update(self, batch)
+
+    monkeypatch.setattr(loop._Run, "_update", watched)
+    train(replace(config, out=folder.mktemp("still")))
+    assert len(states) == 6 and all(state == states[0] for state in states)
+
+
+def test_a_parameter_without_a_gradient_is_named(config, monkeypatch):
+    config, folder = config
+    forward = GPT.forward
+
+    def detached(self, *words, **options):
+        self.layers[1].self_attn.q_norm.requires_grad_(False)
+        return forward(self, *words, **options)
+
+    monkeypatch.setattr(GPT, "forward", detached)
+    with pytest.raises(AssertionError, match=r"no gradient reaches layers\.1\.self_attn\.q_norm"):
+        train(replace(config, out=folder.mktemp("detached")))
+
+
+def test_recomputing_changes_nothing(config, whole):
+    config, folder = config
+    out = folder.mktemp("recomputed")
+    train(replace(config, out=out, recompute=True))
+    assert losses(out) == losses(whole)
+
+
+def test_more_processes_than_rows_is_told(config, monkeypatch, tmp_path):
+    from ponder.training import loop
+
+    config, _ = config
+    monkeypatch.setattr(loop.PartialState(cpu=True), "num_processes", 16)
+    with pytest.raises(ValueError, match="gives 8 rows, which 16 processes cannot share evenly"):
+        train(replace(config, out=tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_training_learns(config):
@@ -91,8 +144,8 @@ def test_resume_gives_the_same_losses_and_weights(config, whole, monkeypatch):
         train(replace(config, out=out, seed=1, resume=True))
     train(replace(config, out=out, resume=True))
     assert losses(out) == losses(whole)
-    ours = load_checkpoint(out / "train" / "checkpoint.pt")["model"]
-    theirs = load_checkpoint(whole / "train" / "checkpoint.pt")["model"]
+    ours = newest(out)["model"]
+    theirs = newest(whole)["model"]
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
@@ -108,100 +161,133 @@ def test_accumulation_gives_the_same_update(config):
         assert a == pytest.approx(b, rel=1e-5)
 
 
-def test_a_loss_that_is_not_finite_names_its_step_and_keeps_the_checkpoint(config, monkeypatch):
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_what_is_not_finite_is_named_and_the_checkpoint_kept(config, monkeypatch, what):
     config, folder = config
     out = folder.mktemp("diverged")
     from ponder.training import loop
 
-    update = loop._Run._update
+    update, clip = loop._Run._update, loop._Run._clip
 
     def poisoned(self, batch):
-        if self.step == 4:
+        if self.step == 3 and what == "loss":
             with torch.no_grad():
                 self.raw.norm.weight.fill_(float("nan"))
         return update(self, batch)
 
+    def poisoned_gradient(self):
+        # The loss of this step is fine, and it is one that is saved.
+        if self.step == 3 and what == "gradient":
+            self.raw.norm.weight.grad.fill_(float("nan"))
+        return clip(self)
+
     monkeypatch.setattr(loop._Run, "_update", poisoned)
-    with pytest.raises(Diverged, match="step 5 is not finite; the last good checkpoint is kept"):
+    monkeypatch.setattr(loop._Run, "_clip", poisoned_gradient)
+    with pytest.raises(Diverged, match="at step 4 is not finite; the last good checkpoint is kept"):
         train(replace(config, out=out))
-    state = load_checkpoint(out / "train" / "checkpoint.pt")
-    assert state["step"] == 4
+    state = newest(out)
+    assert state["step"] == 2
     assert all(torch.isfinite(value).all() for value in state["model"].values())
+    model = hub.load(out)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
-def test_a_truncated_checkpoint_is_named(config, whole, tmp_path):
-    config, _ = config
-    import shutil
-
+@pytest.fixture
+def copied(whole, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
-    path = tmp_path / "run" / "train" / "checkpoint.pt"
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"checkpoint\.pt cannot be read"):
-        train(replace(config, out=tmp_path / "run", resume=True))
+    return tmp_path / "run"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_ends_cleanly(tmp_path, number):
-    words = f"train tiny --steps 100000 --log-every 1 --out {tmp_path} --precision fp32"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ponder", *words.split()],
-        cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    log = tmp_path / "train" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (log.exists() and log.read_text().count("\n") > 2):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
-        time.sleep(0.1)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
-    assert "stopped after step" in out
-    state = load_checkpoint(tmp_path / "train" / "checkpoint.pt")
-    assert 2 < state["step"] < 100000
-    assert hub.load(tmp_path).config.n_layer == 2
+def test_the_newest_checkpoints_are_kept(whole):
+    assert Checkpoints(whole / "train" / "checkpoints").steps() == [4, 6]
 
 
-@pytest.mark.parametrize("name", ["muon", "adamw", "sgd"])
-def test_optimizers_hold_and_move_every_parameter(name):
-    config = preset("tiny", optimizer=name, weight_decay=0.1)
-    from ponder.training.loop import model_config
-
-    torch.manual_seed(0)
-    model = GPT(model_config(config, 16))
-    optimizer = build_optimizer(model, config)
-    for _ in range(2):  # output projections start at zero: the first step reaches only them
-        tokens = torch.randint(16, (2, 9))
-        model(tokens[:, :-1], tokens[:, 1:]).backward()
-        before = {n: p.detach().clone() for n, p in model.named_parameters()}
-        optimizer.step()
-        optimizer.zero_grad()
-    still = [n for n, p in model.named_parameters() if torch.equal(p, before[n])]
-    assert not still
+def damage(state, kind):
+    if kind == "truncated":
+        state.write_bytes(state.read_bytes()[:1000])
+    elif kind == "flipped":
+        content = bytearray(state.read_bytes())
+        content[len(content) // 2] ^= 1
+        state.write_bytes(content)
+    else:
+        state.unlink()
 
 
-def test_two_optimizers_under_one_scaler_unscale_once():
-    # A gradient scaler that stepped Muon and AdamW one by one would unscale the second twice.
-    config = preset("tiny")
-    from ponder.training.loop import model_config
+@pytest.mark.parametrize("kind", ["truncated", "flipped", "missing"])
+def test_a_damaged_checkpoint_is_said_and_the_one_before_taken(config, whole, copied, capsys, kind):
+    config, _ = config
+    checkpoints = Checkpoints(copied / "train" / "checkpoints")
+    damage(checkpoints.path(6) / STATE, kind)
+    train(replace(config, out=copied, resume=True))
+    said = capsys.readouterr().out
+    assert "step-000006 is damaged (state.pt" in said and "the one before is taken" in said
+    assert losses(copied) == losses(whole)
+    assert checkpoints.newest() == 6
+    model, theirs = newest(copied)["model"], newest(whole)["model"]
+    assert all(torch.equal(model[name], theirs[name]) for name in theirs)
 
-    def step(scale):
-        torch.manual_seed(0)
-        model = GPT(model_config(config, 16))
-        optimizer = build_optimizer(model, config)
-        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-        tokens = torch.randint(16, (2, 9))
-        scaler.scale(model(tokens[:, :-1], tokens[:, 1:])).backward()
-        scaler.unscale_(optimizer)
-        scaler.step(optimizer)
-        scaler.update()
-        return model
 
-    for (name, a), b in zip(step(1.0).named_parameters(), step(1024.0).parameters(), strict=True):
-        torch.testing.assert_close(a, b, msg=name)
+def test_when_every_checkpoint_is_damaged_nothing_is_trained(config, copied):
+    config, _ = config
+    checkpoints = Checkpoints(copied / "train" / "checkpoints")
+    (checkpoints.path(4) / MANIFEST).write_text("{")
+    (checkpoints.path(6) / MANIFEST).unlink()
+    with pytest.raises(ValueError, match="no checkpoint in .* can be read"):
+        train(replace(config, out=copied, resume=True))
+
+
+class Payload:
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+def test_pickled_code_in_a_checkpoint_is_refused(config, copied, tmp_path):
+    config, _ = config
+    checkpoints = Checkpoints(copied / "train" / "checkpoints")
+    payload = Payload()
+    payload.folder = str(tmp_path / "executed")
+    checkpoints.save(7, {"model": payload})  # with a checksum that is right
+    with pytest.raises(ValueError, match=r"state\.pt cannot be read: Weights only load failed"):
+        train(replace(config, out=copied, resume=True))
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.fixture
+def room():
+    """Sets how large a file can grow, as on a disk that is full; by default as before."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(size=soft):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+
+    yield limit
+    limit()
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "train/checkpoints/step-000006/state.pt"])
+def test_a_full_disk_keeps_what_was_saved(config, whole, room, monkeypatch, file):
+    config, folder = config
+    out = folder.mktemp("full")
+    checkpoints = Checkpoints(out / "train" / "checkpoints")
+    save = hub.save
+
+    def fills_the_disk(*words, **options):
+        if checkpoints.steps() == [2]:
+            room((whole / file).stat().st_size - 1)
+        return save(*words, **options)
+
+    monkeypatch.setattr(hub, "save", fills_the_disk)
+    with pytest.raises(ValueError) as error:
+        train(replace(config, out=out))
+    monkeypatch.undo()
+    assert str(error.value).startswith(f"{out} cannot be written to after step 4: ")
+    assert "too large" in str(error.value)  # what a limit says; a full disk: No space left
+    assert "the checkpoint of step 2 is kept, make room and say --resume" in str(error.value)
+    assert checkpoints.newest() == 2
+    assert not [p for p in out.rglob("*") if p.name.startswith(".") or "tmp" in p.name]
+    room()
+    train(replace(config, out=out, resume=True))
+    assert losses(out) == losses(whole)
 
 
 def test_compiling_without_a_compiler_is_told_at_once(config, monkeypatch):
@@ -219,8 +305,7 @@ def test_a_resumed_run_keeps_the_precision_that_was_measured(config, monkeypatch
     monkeypatch.setattr("ponder.training.loop.choose_precision", lambda *_: next(measured))
     config = replace(config, out=out, precision="auto")
     train(config)
-    checkpoint = out / "train" / "checkpoint.pt"
-    assert load_checkpoint(checkpoint)["precision"] == "bf16"
+    assert newest(out)["precision"] == "bf16"
     train(replace(config, resume=True))
-    assert load_checkpoint(checkpoint)["precision"] == "bf16"
+    assert newest(out)["precision"] == "bf16"
     assert next(measured) == "fp32"  # nobody asked again

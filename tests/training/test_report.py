@@ -1,0 +1,160 @@
+"""The report of a training run, its terminal view, and its trackers."""
+
+import base64
+import html
+import json
+import re
+
+import pytest
+
+from ponder import cli
+from ponder.training import preset
+from ponder.training.report import human, summary, write_training_report
+from ponder.training.view import View, sparkline
+
+
+def row(step, **changes):
+    return (
+        dict(
+            step=step,
+            tokens=1000 * step,
+            seconds=step / 2,
+            train_loss=4.0 / step,
+            val_loss=None,
+            lr=0.02,
+            grad_norm=1.0,
+            tokens_per_second=2000.0,
+            mfu=0.3,
+        )
+        | changes
+    )
+
+
+@pytest.fixture
+def run(tmp_path):
+    (tmp_path / "train").mkdir()
+    rows = [row(s, val_loss=1.0 if s == 10 else 1.5 if s == 20 else None) for s in range(1, 21)]
+    text = "".join(json.dumps(r) + "\n" for r in rows)
+    (tmp_path / "train" / "metrics.jsonl").write_text(text + '{"step": 21, "tok')  # as written now
+    samples = [
+        {"step": 10, "prompt": "old", "text": "old", "right": False},
+        {"step": 20, "prompt": "1+2=", "text": "<think>3</think>3", "right": True},
+        {"step": 20, "prompt": "2+2=", "text": "<b>5", "right": False},
+    ]
+    (tmp_path / "train" / "samples.jsonl").write_text(
+        "".join(json.dumps(s) + "\n" for s in samples)
+    )
+    run = {"command": "ponder train", "versions": {}, "machine": {}, "configuration": {"steps": 40}}
+    (tmp_path / "run.json").write_text(json.dumps({"train": run}))
+    return tmp_path, rows
+
+
+def test_a_training_run_is_reported(run, capsys):
+    folder, rows = run
+    assert cli.run(["report", str(folder)]) == 0
+    page = folder / "report" / "training.html"
+    assert capsys.readouterr().out == f"training: {page}\n"
+    text = page.read_text()
+    assert summary(rows, 40) in html.unescape(text)
+    picture = (folder / "report" / "training.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and base64.b64encode(picture).decode() in text
+    # The last evaluation's samples, none of an older one, and nothing of them as HTML.
+    assert "&lt;think&gt;3&lt;/think&gt;3" in text and "&lt;b&gt;5" in text and ">old<" not in text
+    assert re.findall(r'class="(right|wrong)"', text) == ["right", "wrong"]
+
+
+def test_a_summary_names_the_lowest_validation_loss(run):
+    _, rows = run
+    assert summary(rows, 40) == (
+        "20 of 40 steps, 20k tokens in 10 s; median 2k tokens/s at 30.0% of the machine's peak. "
+        "Training loss 0.2000, validation loss 1.5000 (lowest 1.0000, at step 10)."
+    )
+    assert "validation" not in summary(rows[:5], 40)
+
+
+def test_a_run_with_no_row_yet_is_told(run):
+    folder, _ = run
+    (folder / "train" / "metrics.jsonl").write_text("")
+    with pytest.raises(ValueError, match="holds no row yet"):
+        write_training_report(folder)
+
+
+@pytest.mark.parametrize(("x", "text"), [(0.5, "0.5"), (999, "999"), (1234, "1.23k"), (5e6, "5M")])
+def test_figures_are_short(x, text):
+    assert human(x) == text
+
+
+def test_a_sparkline_spans_its_values():
+    assert sparkline([7, 0, 3.5, 1]) == "█▁▅▂"
+    assert sparkline([2, 2]) == "▁▁" and sparkline([]) == ""
+
+
+def test_without_a_terminal_lines_are_plain(capsys, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("ponder.training.view.time.monotonic", lambda: now[0])
+    with View(20, 0) as view:
+        for step in range(1, 21):
+            now[0] += 4  # a line every ten seconds at most
+            view.row(row(step, val_loss=1.0 if step == 20 else None))
+        view.samples([{"prompt": "1+2=", "text": "<think>\n" + "9" * 80, "right": True}] * 3)
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert err == "" and "\r" not in out
+    assert lines[0] == ("step 3/20 loss 1.3333 █▃▁ · 2,000 tokens/s · MFU 30.0% · 01:08 left")
+    assert [
+        line.split()[1] for line in lines if "/20" in line
+    ] == "3/20 6/20 9/20 12/20 15/20 18/20".split()
+    assert "step 20: val loss 1.0000, 10 s" in lines
+    assert lines[-2:] == ["  1+2= → <think> " + "9" * 51 + "… ✓"] * 2
+
+
+def test_a_tracker_that_is_not_installed_is_told_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr("ponder.training.trackers.importlib.util.find_spec", lambda name: None)
+    from ponder.training.loop import train
+
+    with pytest.raises(ValueError, match="trackers has wandb, which is not installed; say pip"):
+        train(preset("tiny", out=tmp_path / "run", trackers=("wandb",)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_trackers_get_the_configuration_and_every_row(tmp_path, monkeypatch):
+    from accelerate import tracking
+    from accelerate.utils import LoggerType
+
+    from ponder.training.loop import train
+
+    told = []
+
+    class Recorder(tracking.GeneralTracker):
+        name, requires_logging_directory, tracker = "trackio", False, None
+
+        def __init__(self, project, **settings):
+            super().__init__()
+            told.append(("start", project, settings))
+
+        def start(self):
+            pass
+
+        def store_init_configuration(self, values):
+            told.append(("configuration", values))
+
+        def log(self, values, step=None, **_):
+            told.append(("row", step, values))
+
+        def finish(self):
+            told.append(("finish",))
+
+    (tmp_path / "trackio.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "trackio", Recorder)
+    monkeypatch.setattr(tracking, "_available_trackers", [LoggerType.TRACKIO])
+    config = preset("tiny", out=tmp_path / "run", steps=4, log_every=2, samples=0, precision="fp32")
+    train(config.__class__(**{**vars(config), "trackers": ("trackio",)}))
+    lines = (tmp_path / "run" / "train" / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert told[0] == ("start", "ponder", {"name": "run", "resume": "allow"})
+    assert told[1][1]["steps"] == 4 and told[1][1]["optimizer"] == "muon"
+    assert [event[1] for event in told if event[0] == "row"] == [2, 4]
+    assert told[3][2] == rows[1]
+    assert told[2][2] == {k: v for k, v in rows[0].items() if v is not None}
+    assert told[-1] == ("finish",)

@@ -1,0 +1,94 @@
+"""What the model writes during training is what its logits say, one token after another."""
+
+import torch
+
+from ponder.models import GPT, GPTConfig
+from ponder.training import preset
+from ponder.training.data import load_data
+from ponder.training.samples import greedy, write_samples
+
+
+def model(vocab=12, context=24):
+    torch.manual_seed(0)
+    shape = GPTConfig(vocab, context, n_layer=2, n_head=2, n_kv_head=1, head_dim=16, n_embd=32)
+    model = GPT(shape)
+    for p in model.parameters():  # output projections start at zero
+        torch.nn.init.normal_(p, std=0.4)
+    return model
+
+
+def slowly(model, prompt, limit, eos):
+    """No cache and no batch."""
+    row = []
+    while len(row) < limit:
+        token = int(model(torch.tensor([prompt + row]))[0, -1].argmax())
+        if token == eos:
+            break
+        row.append(token)
+    return row
+
+
+def test_greedy_writes_what_the_logits_say():
+    ours, prompts = model(), [[1, 2, 3], [4], [5, 6, 7, 8, 9, 1]]
+    whole = [slowly(ours, prompt, 10, None) for prompt in prompts]
+    assert greedy(ours, prompts, 10, None) == whole
+    eos = whole[0][4]
+    cut = [slowly(ours, prompt, 10, eos) for prompt in prompts]
+    assert greedy(ours, prompts, 10, eos) == cut and len(cut[0]) < 10
+
+
+def test_greedy_stops_where_the_context_ends():
+    ours = model(context=16)
+    rows = greedy(ours, [[1] * 10, [2] * 3], 100, None)
+    assert [len(row) for row in rows] == [6, 6]
+    assert greedy(ours, [[1] * 16], 100, None) == [[]]
+
+
+class Answers(GPT):
+    """Knows the completion of every problem: a task's own trace and answer."""
+
+    def __init__(self, shape, completions):
+        super().__init__(shape)
+        self.completions = completions
+
+    def hidden(self, tokens, cache=None, segment_ids=None):
+        B, T = tokens.shape
+        count = 0 if cache.empty else self.written
+        self.written = count + 1
+        cache.empty = False
+        out = torch.zeros(B, T, self.config.vocab_size)
+        for b, row in enumerate(self.completions):
+            out[b, :, row[min(count, len(row) - 1)]] = 1.0
+        return out
+
+    def logits(self, hidden):
+        return hidden
+
+
+def test_a_task_s_samples_are_judged():
+    config = preset("tiny")
+    data = load_data(config)
+    problems = data.task.problems("val", 3, 0)
+    texts = [f"{data.task.trace(p)}</think>{p.answer}<eos>" for p in problems]
+    texts[1] = f"</think>{(int(problems[1].answer) + 1) % 10}<eos>"
+    completions = [data.tokenizer.encode(text).ids for text in texts]
+    vocab = data.tokenizer.get_vocab_size()
+    samples = write_samples(Answers(GPTConfig(vocab, 64), completions), data, 3)
+    assert [s["right"] for s in samples] == [True, False, True]
+    assert [s["prompt"] for s in samples] == [p.prompt for p in problems]
+    assert samples[0]["text"] == "<think>" + texts[0].removesuffix("<eos>")
+
+
+def test_a_text_is_continued(tmp_path):
+    (tmp_path / "text.txt").write_text("to be or not to be, " * 60)
+    config = preset("tiny", data=f"text:{tmp_path}/text.txt", context=16)
+    data = load_data(config)
+    ours = model(vocab=data.tokenizer.get_vocab_size(), context=16)
+    samples = write_samples(ours, data, 2)
+    assert len(samples) == 2
+    for sample in samples:
+        assert sample["right"] is None and len(sample["prompt"]) == 4
+        assert sample["prompt"] in "to be or not to be, to be"
+        prompt = data.tokenizer.encode(sample["prompt"]).ids
+        row = data.tokenizer.encode(sample["text"], add_special_tokens=False).ids
+        assert row == slowly(ours, prompt, 12, None)

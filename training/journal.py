@@ -1,0 +1,29 @@
+"""Files of a run with one JSON object a line: train/metrics.jsonl and train/samples.jsonl."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..provenance import write_aside
+
+
+def append_rows(file: Path, rows: Sequence[dict[str, Any]]) -> None:
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    with open(file, "a", encoding="utf-8") as handle:
+        handle.write(text)
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """The rows; none where there is no file, and a last line that lacks its end is left out."""
+    if not file.exists():
+        return []
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def forget_after(file: Path, step: int) -> None:
+    """Drop the rows of later steps, which a resumed run earns again."""
+    if file.exists():
+        kept = [row for row in read_rows(file) if row["step"] <= step]
+        write_aside(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))

@@ -1,0 +1,127 @@
+"""One process or many, through accelerate: DDP, or FSDP2 where weights are to be sharded.
+
+A run's state is gathered whole on the main process, under the parameters' own names, so that any
+number of processes, sharded or not, goes on from it.
+"""
+
+import os
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import (
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    ProjectConfiguration,
+)
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from ..models import GPT, GPTConfig
+from .config import TrainConfig
+from .optimizer import Together
+
+DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def wants_shards(config: TrainConfig) -> bool:
+    """Whether weights are to be sharded: `config.shard`, or accelerate's own configuration.
+
+    ValueError where that one (`accelerate config`, `accelerate launch`) asks for the first FSDP.
+    """
+    launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    version = os.environ.get("FSDP_VERSION", "1") if launched else "2"
+    if version != "2":
+        raise ValueError(
+            f"accelerate's configuration has fsdp_version {version}; ponder shards with FSDP2, "
+            "so set fsdp_version to 2"
+        )
+    return config.shard or launched
+
+
+def build_accelerator(
+    config: TrainConfig, precision: str, *, cpu: bool, sharded: bool
+) -> Accelerator:
+    """accelerate, set up for this run: its devices, processes, precision and trackers."""
+    folder = str(config.out / "train")
+    plugin = None
+    if sharded:
+        dtype = DTYPE[precision]
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["Block"],
+            cpu_ram_efficient_loading=False,  # every process draws the same weights from the seed
+            # accelerate's own policy rounds sums of gradients, and the loss, to 16 bits.
+            mixed_precision_policy=MixedPrecisionPolicy(
+                param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32
+            ),
+        )
+    # An earlier run in this process may have had another precision, or may have been sharded.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    launched = os.environ.get("ACCELERATE_USE_FSDP")
+    accelerator = Accelerator(
+        cpu=cpu,
+        mixed_precision="no" if precision == "fp32" else precision,
+        fsdp_plugin=plugin,
+        log_with=list(config.trackers) or None,
+        project_config=ProjectConfiguration(folder, logging_dir=folder),
+    )
+    if launched is None:  # the plugin sets it, which the next run in this process would read
+        os.environ.pop("ACCELERATE_USE_FSDP", None)
+    if plugin and accelerator.distributed_type == DistributedType.MULTI_CPU:
+        # accelerate 1.15 shards on accelerators alone, though FSDP2 runs on CPUs as well.
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = plugin
+    return accelerator
+
+
+def gather_weights(model: GPT) -> dict[str, Any]:
+    """The weights by name, whole and on the CPU, on the main process alone; all must call it."""
+    return get_model_state_dict(model, options=WHOLE)
+
+
+def scatter_weights(model: GPT, weights: dict[str, Any]) -> None:
+    """Put back what `gather_weights` gave; every process must hold it."""
+    set_model_state_dict(model, weights, options=WHOLE)
+
+
+def gather(model: GPT, optimizer: Together) -> dict[str, Any]:
+    """{"model", "optimizer"}, whole and on the CPU, on the main process alone; all must call it."""
+    state = get_optimizer_state_dict(model, optimizer.parts, options=WHOLE)
+    return {"model": gather_weights(model), "optimizer": state}
+
+
+def scatter(model: GPT, optimizer: Together, state: dict[str, Any]) -> None:
+    """Put back what `gather` gave, on every process, however many there are now."""
+    # In this order: an optimizer makes room for its state with a step of zero length.
+    set_optimizer_state_dict(model, optimizer.parts, state["optimizer"], options=WHOLE)
+    optimizer.share_groups()
+    scatter_weights(model, state["model"])
+
+
+def whole_model(model: GPT, shape: GPTConfig, *, sharded: bool, main: bool) -> GPT | None:
+    """The model with every weight whole, on the main process; None elsewhere.
+
+    Every process must call it. Sharded weights are gathered on the CPU, others stay where they are.
+    """
+    if not sharded:
+        return model if main else None
+    state = gather_weights(model)
+    if not main:
+        return None
+    with torch.device("meta"):
+        copy = GPT(shape)
+    copy.load_state_dict(state, assign=True)
+    if shape.tie_embeddings:
+        copy.lm_head.weight = copy.embed_tokens.weight
+    copy.rotary.reset("cpu")
+    return copy
