@@ -39,7 +39,7 @@ def _heads(
         ptr,
         [n_heads, n_rows, head_dim],
         [tl.maximum(stride_head, 16), tl.maximum(stride_row, 16), 1],  # pyright: ignore
-        [1, ROWS, BLOCK_D],
+        [1, ROWS, BLOCK_D],  # pyright: ignore
     )
 
 
