@@ -1,0 +1,269 @@
+"""Data sets of documents: tokenized once, packed into rows, every row once an epoch."""
+
+import hashlib
+import re
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property, lru_cache
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from .batch import Batch
+from .cache import cached
+from .config import TrainConfig
+from .packing import PackedRows, Pieces, Shorten, cut, pack
+from .render import Document, Row, renderer, schema_of
+from .sources import Rows, open_rows
+from .tokenizer import SPECIAL, Vocabulary
+
+LEARN_CHARACTERS = 100_000_000  # a tokenizer learns from the beginning of a data set
+VALIDATION_SHARE, VALIDATION_TOKENS = 0.05, 1_000_000  # held out: whichever is less
+BLOCK = 512  # documents that are tokenized in one call
+
+
+class Documents:
+    """Rows of files or of the Hub, each a document or a few (a `Corpus`)."""
+
+    alphabet = None
+
+    def __init__(self, config: TrainConfig, name: str, kind: str, place: str):
+        self.name, self.limit = name, config.data_tokens
+        self.data, self.column = open_rows(kind, place, stream=self.limit > 0)
+        self.identity = [self.data.identity, self.column, self.limit]
+
+    @cached_property
+    def schema(self) -> str:
+        """What the first row is, and every other one must be."""
+
+        def look(folder: Path) -> dict[str, Any]:
+            first = next(iter(self.data.train()), None)
+            if first is None:
+                raise ValueError(f"{self.name} holds no row; there is nothing to train on")
+            return {"schema": schema_of(first, self.column)}
+
+        return cached("schema", self.identity, look)[1]["schema"]
+
+    def thinks(self) -> bool:
+        return self.schema == "worked"
+
+    def texts(self) -> Iterator[str]:
+        special = re.compile("|".join(map(re.escape, SPECIAL)))
+        left = min(LEARN_CHARACTERS, 16 * self.limit or LEARN_CHARACTERS)
+        render = renderer(self.schema, self.column, "", None)
+        bar = tqdm(self.data.train(), f"learning from {self.name}", unit=" rows", leave=False)
+        for document in chain.from_iterable(map(render, bar)):
+            for text, _ in document.parts:
+                yield from special.split(text)
+                left -= len(text)
+            if left <= 0:
+                return
+
+    def source(self, config: TrainConfig, vocabulary: Vocabulary) -> "PackedDocuments":
+        render = renderer(self.schema, self.column, vocabulary.eos, vocabulary.template)
+        masked = self.schema != "text"
+
+        def write(folder: Path) -> dict[str, Any]:
+            return tokenize(folder, self.name, self.data, render, vocabulary, self.limit, masked)
+
+        tokens, facts = cached("tokens", [self.identity, vocabulary.digest], write)
+        arrays = _open(tokens, vocabulary, masked)
+
+        def fill(folder: Path) -> dict[str, Any]:
+            return _pack(folder, tokens, arrays[1], config.context)
+
+        rows, packed = cached("rows", [tokens.name, config.context], fill)
+        return PackedDocuments(self, config, vocabulary, arrays, facts, rows, packed)
+
+
+def _dtype(vocabulary: Vocabulary) -> type[np.unsignedinteger]:
+    return np.uint16 if vocabulary.size <= 1 << 16 else np.uint32
+
+
+def _open(
+    folder: Path, vocabulary: Vocabulary, masked: bool
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The tokens and which of them are targets, both left on disk."""
+    tokens = np.memmap(folder / "tokens.bin", dtype=_dtype(vocabulary), mode="r")
+    return tokens, np.memmap(folder / "loss.bin", dtype=bool, mode="r") if masked else None
+
+
+def tokenize(
+    folder: Path,
+    name: str,
+    data: Rows,
+    render: Callable[[Row], Iterable[Document]],
+    vocabulary: Vocabulary,
+    limit: int,
+    masked: bool,
+) -> dict[str, Any]:
+    """Write tokens.bin, loss.bin where `masked`, offsets.npy and held_out.npy, as rows come.
+
+    limit: no further document once there are so many tokens; 0: all of them.
+    """
+    dtype, unknown_id = _dtype(vocabulary), vocabulary.tokenizer.token_to_id("<unk>")
+    lengths, keys, content = array("q"), array("Q"), hashlib.sha256()
+    unknown = trained = 0
+    with open(folder / "tokens.bin", "wb") as tokens, open(folder / "loss.bin", "wb") as targets:
+        for own, rows in enumerate((data.train(), data.validation())):
+            total = None if own else data.total()
+            most = VALIDATION_TOKENS if own else limit
+            title = f"tokenizing {name}" + own * ", validation"
+            # A split that is not there shows no bar: leave=None keeps the first alone.
+            bar = tqdm(rows, title, total, leave=None if own else True, unit=" rows")
+            count = 0
+            with bar:
+                documents = chain.from_iterable(map(render, bar))
+                while block := list(islice(documents, BLOCK)):
+                    for document, ids, loss in _encode(block, vocabulary):
+                        tokens.write(raw := ids.astype(dtype).tobytes())
+                        content.update(raw)
+                        if masked:
+                            targets.write(raw := loss.tobytes())
+                            content.update(raw)
+                        lengths.append(len(ids))
+                        key = hashlib.blake2b(document.key.encode(), digest_size=8).digest()
+                        keys.append(int.from_bytes(key, "little"))
+                        count += len(ids)
+                        unknown += int((ids == unknown_id).sum())
+                        if most and count >= most:
+                            break
+                    bar.set_postfix(tokens=f"{count:,}", refresh=False)
+                    if most and count >= most:
+                        break
+            if not own:
+                trained = len(lengths)
+    if not masked:
+        (folder / "loss.bin").unlink()
+    counts = np.array(lengths, dtype=np.int64)
+    held_out = np.arange(len(counts)) >= trained
+    if not held_out.any():
+        held_out = hold_out(np.array(keys, dtype=np.uint64), counts)
+    if held_out.all() or not held_out.any():
+        raise ValueError(
+            f"{name} holds {len(counts)} documents; at least one to train on and one to validate "
+            "are needed"
+        )
+    np.save(folder / "offsets.npy", np.concatenate([[0], np.cumsum(counts)]))
+    np.save(folder / "held_out.npy", held_out)
+    return {
+        "documents": len(counts),
+        "held_out": int(held_out.sum()),
+        "tokens": int(counts.sum()),
+        "unknown": unknown,
+        "content": content.hexdigest()[:20],
+    }
+
+
+def _encode(
+    block: list[Document], vocabulary: Vocabulary
+) -> Iterator[tuple[Document, np.ndarray, np.ndarray]]:
+    """Each document's token ids, and which of them are targets.
+
+    Parts are encoded one by one: what a model is given at inference is encoded without what it
+    will answer, too.
+    """
+    texts = [text for document in block for text, _ in document.parts]
+    encodings = vocabulary.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    parts = iter(encodings)
+    for document in block:
+        ids, loss = [vocabulary.prefix], [np.zeros(len(vocabulary.prefix), dtype=bool)]
+        for (_, learned), part in zip(document.parts, parts, strict=False):
+            ids.append(part.ids)
+            loss.append(np.full(len(part.ids), learned))
+        yield document, np.concatenate(ids).astype(np.int64), np.concatenate(loss)
+
+
+def hold_out(keys: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Which documents validate: those of the smallest hashes, (N,) bool.
+
+    Documents of one key stay together, so that none is learned and then asked for, unless most of
+    the data have that key.
+    """
+    order = np.argsort(keys, kind="stable")
+    most = min(VALIDATION_SHARE * lengths.sum(), VALIDATION_TOKENS)
+    count = max(1, int(np.searchsorted(np.cumsum(lengths[order]), most, side="right")))
+    held_out = keys <= keys[order[:count]].max(initial=0)
+    if held_out.sum() > 2 * count:
+        held_out = np.isin(np.arange(len(keys)), order[:count])
+    return held_out
+
+
+def _pack(folder: Path, tokens: Path, loss: np.ndarray | None, context: int) -> dict[str, Any]:
+    offsets = np.load(tokens / "offsets.npy", mmap_mode="r")
+    held_out = np.load(tokens / "held_out.npy", mmap_mode="r")
+    pieces, document = cut(offsets, context)
+    slots = np.diff(offsets) - 1
+    kept = np.ones(len(document), dtype=bool)
+    if loss is not None:  # a piece of a long prompt may have nothing to learn
+        edges = np.stack([pieces.start + 1, pieces.start + pieces.length + 1], 1).reshape(-1)
+        kept = np.logical_or.reduceat(loss, edges[:-1])[::2]
+    facts: dict[str, Any] = {"long": int((slots > context).sum()), "longest": int(slots.max())}
+    for name, chosen in (("train", ~held_out[document]), ("held_out", held_out[document])):
+        chosen &= kept
+        facts[name] = pack(folder, name, Pieces(*(part[chosen] for part in pieces)), context)
+    return facts
+
+
+class PackedDocuments:
+    """Packed rows in an order of their own for every epoch (a `Source`)."""
+
+    def __init__(
+        self,
+        corpus: Documents,
+        config: TrainConfig,
+        vocabulary: Vocabulary,
+        arrays: tuple[np.ndarray, np.ndarray | None],
+        facts: dict[str, Any],
+        rows: Path,
+        packed: dict[str, Any],
+    ):
+        self.name, self.config, self.facts, self.packed = corpus.name, config, facts, packed
+        self.fingerprint = [facts["content"], facts["held_out"]]
+        pad = vocabulary.id(vocabulary.eos)
+        self.train, self.held_out = (
+            PackedRows(rows, name, config.context, *arrays, pad) for name in ("train", "held_out")
+        )
+        self.shorten = None
+        if corpus.thinks() and config.full_traces < 1:
+            ends = vocabulary.id("<think>"), vocabulary.id("</think>")
+            self.shorten = Shorten(*ends, config.full_traces, config.seed)
+        self.order = lru_cache(2)(self._order)  # a batch may span two epochs
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.config.seed, epoch]).permutation(len(self.train))
+
+    def rows(self, step: int, start: int, count: int) -> Batch:
+        if count > len(self.train):
+            raise ValueError(
+                f"{self.name} fills {len(self.train)} rows of {self.config.context} tokens, and a "
+                f"batch takes {count} of them; lower batch_size or context, or give more data"
+            )
+        epochs, places = np.divmod(np.arange(start, start + count), len(self.train))
+        rows = [self.order(int(e))[place] for e, place in zip(epochs, places, strict=True)]
+        return self.train.batch(np.array(rows, dtype=np.int64), self.shorten, epochs)
+
+    def validation(self) -> Iterator[Batch]:
+        size = max(1, 8192 // self.config.context)
+        every = np.arange(len(self.held_out))
+        for first in range(0, len(every), size):
+            yield self.held_out.batch(every[first : first + size])
+
+    def __str__(self) -> str:
+        train, long = self.packed["train"], self.packed["long"]
+        full = train["tokens"] / (train["rows"] * self.config.context)
+        text = (
+            f"{self.name}: {self.facts['documents'] - self.facts['held_out']:,} documents to train "
+            f"on, {self.facts['held_out']:,} held out; {train['rows']:,} rows, {full:.1%} full"
+        )
+        if long:
+            text += (
+                f"; {long:,} documents are longer than the context of {self.config.context} and "
+                f"cut (the longest has {self.packed['longest']:,} tokens)"
+            )
+        if self.facts["unknown"]:
+            text += f"; {self.facts['unknown']:,} tokens are <unk>"
+        return text
