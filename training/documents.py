@@ -230,7 +230,8 @@ class PackedDocuments:
         self.shorten = None
         if corpus.thinks() and config.full_traces < 1:
             ends = vocabulary.id("<think>"), vocabulary.id("</think>")
-            self.shorten = Shorten(*ends, config.full_traces, config.seed)
+            count = len(self.train.start)
+            self.shorten = Shorten(*ends, config.full_traces, count, config.seed)
         self.order = lru_cache(2)(self._order)  # a batch may span two epochs
 
     def _order(self, epoch: int) -> np.ndarray:

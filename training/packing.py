@@ -1,5 +1,6 @@
 """Documents packed into rows of a fixed context: whole where they fit, cut where they must be."""
 
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,62 +99,80 @@ class PackedRows:
         return len(self.ends) - 1
 
     def batch(self, rows: Ints, shorten: "Shorten | None" = None, epochs: Ints | None = None):
-        """These rows; in each the documents' ids count from 0, and the padding has the last."""
-        shape = len(rows), self.context
-        tokens = np.full(shape, self.pad, dtype=np.int64)
-        targets = np.full(shape, IGNORE, dtype=np.int64)
-        segment_ids = np.zeros(shape, dtype=np.int32)
-        for i, row in enumerate(rows.tolist()):
-            first, last = int(self.ends[row]), int(self.ends[row + 1])
-            draw = None
-            if shorten is not None and epochs is not None:
-                draw = shorten.draw(int(epochs[i]), row)
-            at = 0
-            for segment, piece in enumerate(range(first, last)):
-                start = int(self.start[piece])
-                span = slice(start, start + int(self.length[piece]) + 1)
-                ids = self.tokens[span].astype(np.int64)
-                goal = ids[1:]
-                if self.loss is not None:
-                    goal = np.where(self.loss[span][1:], goal, IGNORE)
-                ids = ids[:-1]
-                if shorten is not None and draw is not None:
-                    ids, goal = shorten(ids, goal, draw)
-                end = at + len(ids)
-                tokens[i, at:end], targets[i, at:end] = ids, goal
-                segment_ids[i, at:end] = segment
-                at = end
-            segment_ids[i, at:] = last - first
-        return Batch(*map(torch.from_numpy, (tokens, targets, segment_ids)))
+        """These rows; in each the documents' ids count from 0, and the padding has the last.
+
+        epochs (B,): those that the rows are drawn in, which `shorten` depends on.
+        """
+        # All pieces of all rows end to end, then what is left of them back into rows.
+        first, last = self.ends[rows], self.ends[rows + 1]
+        row = np.repeat(np.arange(len(rows)), last - first)
+        number = _ramp(last - first)
+        pieces = first[row] + number
+        length = self.length[pieces].astype(np.int64)
+        source = np.repeat(self.start[pieces], length) + _ramp(length)
+        ids, goal = self.tokens[source].astype(np.int64), self.tokens[source + 1].astype(np.int64)
+        if self.loss is not None:
+            goal[~self.loss[source + 1]] = IGNORE
+        of = np.repeat(np.arange(len(pieces)), length)
+        if shorten is not None and epochs is not None:
+            kept = shorten(ids, goal, of, pieces, epochs[row])
+            ids, goal, of = ids[kept], goal[kept], of[kept]
+        filled = np.bincount(row[of], minlength=len(rows))
+        place = row[of] * self.context + _ramp(filled)
+        tokens = np.full(len(rows) * self.context, self.pad, dtype=np.int64)
+        targets = np.full(len(rows) * self.context, IGNORE, dtype=np.int64)
+        segment_ids = np.repeat((last - first).astype(np.int32), self.context)
+        tokens[place], targets[place], segment_ids[place] = ids, goal, number[of]
+        arrays = (a.reshape(len(rows), self.context) for a in (tokens, targets, segment_ids))
+        return Batch(*map(torch.from_numpy, arrays))
 
 
-class Shorten(NamedTuple):
+def _ramp(lengths: Ints) -> Ints:
+    """0 to n - 1 for every n of the lengths, end to end."""
+    return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+
+
+class Shorten:
     """Cuts chains of thought at random tokens, as a budget at inference does.
 
     The `</think>` of a chain that was cut is no target: it is forced, and a model that learned to
     write it would stop thinking at random.
     """
 
-    think: int
-    end_think: int
-    whole: float  # the fraction of chains that stay as they are
-    seed: int
-
-    def draw(self, epoch: int, row: int) -> np.random.Generator:
-        return np.random.default_rng([self.seed, epoch, row])
+    def __init__(self, think: int, end_think: int, whole: float, pieces: int, seed: int):
+        """whole: the fraction of chains that stay as they are. pieces: how many there are."""
+        self.marks, self.whole = (think, end_think), whole
+        self.draws = lru_cache(2)(  # of an epoch; a batch may span two
+            lambda epoch: np.random.default_rng([seed, epoch, 1]).random((pieces, 2))
+        )
 
     def __call__(
-        self, ids: np.ndarray, goal: np.ndarray, draw: np.random.Generator
-    ) -> tuple[np.ndarray, np.ndarray]:
-        whole, place = draw.random(2)
-        begin, end = np.flatnonzero(ids == self.think), np.flatnonzero(ids == self.end_think)
-        # One of the two lies in another piece where a document was cut.
-        if whole < self.whole or not len(begin) or not len(end):
-            return ids, goal
-        begin, end = int(begin[0]) + 1, int(end[0])
-        stop = begin + int(place * (end - begin + 1))  # thoughts are ids[begin:stop]
-        if stop >= end:
-            return ids, goal
-        ids = np.concatenate([ids[:stop], ids[end:]])
-        goal = np.concatenate([goal[: stop - 1], [IGNORE], goal[end:]])
-        return ids, goal
+        self, ids: Ints, goal: Ints, of: Ints, pieces: Ints, epochs: Ints
+    ) -> NDArray[np.bool_]:
+        """Which tokens stay, (N,); `goal` is changed where the thinking now ends.
+
+        ids, goal (N,): tokens and targets of pieces end to end, `of` (N,) says of which; pieces,
+        epochs (P,): their numbers and epochs.
+        """
+        draws = np.empty((len(pieces), 2))
+        for epoch in np.unique(epochs):
+            draws[epochs == epoch] = self.draws(int(epoch))[pieces[epochs == epoch]]
+        begin, end = (self._first(ids == mark, of, len(pieces)) for mark in self.marks)
+        # Where a document was cut, one of the two may be in another piece.
+        thoughts = np.where((begin >= 0) & (end > begin), end - begin - 1, 0)
+        left = np.where(draws[:, 0] < self.whole, 1.0, draws[:, 1])
+        left = np.minimum(thoughts, (left * (thoughts + 1)).astype(np.int64))
+        cut = np.flatnonzero(left < thoughts)
+        goal[begin[cut] + left[cut]] = IGNORE
+        kept = np.zeros(len(ids) + 1, dtype=np.int64)
+        kept[begin[cut] + left[cut] + 1] -= 1
+        kept[end[cut]] += 1
+        return np.cumsum(kept[:-1]) == 0
+
+    @staticmethod
+    def _first(found: NDArray[np.bool_], of: Ints, count: int) -> Ints:
+        """Where each piece has the first of what was found, -1 where it has none."""
+        where = np.full(count, -1)
+        places = np.flatnonzero(found)[::-1]
+        where[of[places]] = places
+        return where
