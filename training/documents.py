@@ -52,15 +52,16 @@ class Documents:
 
     def texts(self) -> Iterator[str]:
         special = re.compile("|".join(map(re.escape, SPECIAL)))
-        left = min(LEARN_CHARACTERS, 16 * self.limit or LEARN_CHARACTERS)
         render = renderer(self.schema, self.column, "", None)
-        bar = tqdm(self.data.train(), f"learning from {self.name}", unit=" rows", leave=False)
-        for document in chain.from_iterable(map(render, bar)):
-            for text, _ in document.parts:
-                yield from special.split(text)
-                left -= len(text)
-            if left <= 0:
-                return
+        for rows in (self.data.train(), self.data.validation()):
+            left = min(LEARN_CHARACTERS, 16 * self.limit or LEARN_CHARACTERS)
+            bar = tqdm(rows, f"learning from {self.name}", unit=" rows", leave=False)
+            for document in chain.from_iterable(map(render, bar)):
+                for text, _ in document.parts:
+                    yield from special.split(text)
+                    left -= len(text)
+                if left <= 0:
+                    break
 
     def source(self, config: TrainConfig, vocabulary: Vocabulary) -> "PackedDocuments":
         render = renderer(self.schema, self.column, vocabulary.eos, vocabulary.template)
