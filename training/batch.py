@@ -69,11 +69,10 @@ def join(parts: list[Batch], pad: int) -> Batch:
     segment_ids = None
     if any(part.segment_ids is not None for part in parts):
         # A row of one document needs no ids: nothing looks ahead at the padding behind it.
+        one = [torch.zeros_like(part.tokens, dtype=torch.int32) for part in parts]
         ids = [
-            torch.zeros(p.tokens.shape, dtype=torch.int32) if p.segment_ids is None
-            else p.segment_ids
-            for p in parts
-        ]  # fmt: skip
+            x if p.segment_ids is None else p.segment_ids for p, x in zip(parts, one, strict=True)
+        ]
         segment_ids = joined(ids, -1)
     tokens = joined([part.tokens for part in parts], pad)
     return Batch(tokens, joined([part.targets for part in parts], IGNORE), segment_ids)

@@ -97,5 +97,5 @@ def load_data(config: TrainConfig) -> Data:
     data = Data(config, vocabulary, sources, config.weights)
     data.batch(0)
     if os.environ.get("RANK", "0") == "0":
-        print(*sources, sep="\n")
+        print(*filter(None, [vocabulary.note]), *sources, sep="\n")
     return data

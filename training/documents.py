@@ -201,7 +201,8 @@ def _pack(folder: Path, tokens: Path, loss: np.ndarray | None, context: int) -> 
     kept = np.ones(len(document), dtype=bool)
     if loss is not None:  # a piece of a long prompt may have nothing to learn
         edges = np.stack([pieces.start + 1, pieces.start + pieces.length + 1], 1).reshape(-1)
-        kept = np.logical_or.reduceat(loss, edges[:-1])[::2]
+        edges = edges[edges < len(loss)]  # the very end is no index
+        kept = np.logical_or.reduceat(loss, edges)[::2]
     facts: dict[str, Any] = {"long": int((slots > context).sum()), "longest": int(slots.max())}
     for name, chosen in (("train", ~held_out[document]), ("held_out", held_out[document])):
         chosen &= kept

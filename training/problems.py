@@ -21,7 +21,7 @@ class Problems:
     def __init__(self, config: TrainConfig, name: str):
         self.name, self.task = f"task:{name}", tasks.get(name)
         self.alphabet: str = self.task.alphabet
-        self.identity = self.name
+        self.identity = [self.name, self.alphabet]
 
     def thinks(self) -> bool:
         return True

@@ -31,6 +31,8 @@ class Vocabulary:
     """the token that ends a document"""
     template: str | None = None
     """its chat template (Jinja), if it has one"""
+    note: str = ""
+    """what a user should know of it"""
 
     @cached_property
     def digest(self) -> str:
@@ -100,7 +102,7 @@ def load_vocabulary(kind: str, corpora: Sequence["Corpus"]) -> Vocabulary:
     """`char`, `byte`, `bpe:SIZE`, a tokenizer.json or its folder, or the id of one on the Hub.
 
     What is learned from the corpora is learned once: the cache keeps it. A tokenizer from elsewhere
-    is given the tokens that the corpora need and it lacks, which is printed.
+    is given the tokens that the corpora need and it lacks; its note says so.
     """
     if kind == "byte":
         return Vocabulary(byte_tokenizer())
@@ -139,27 +141,33 @@ def _read(kind: str, thinks: bool) -> Vocabulary:
     # Both may be set in a tokenizer.json, and would cut or fill what is encoded.
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    settings = file.with_name("tokenizer_config.json")
-    settings = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+    settings = _settings(file.with_name("tokenizer_config.json"))
     vocabulary = tokenizer.get_vocab()
     named = settings.get("eos_token")
     named = named.get("content") if isinstance(named, dict) else named
     eos = next((token for token in (named, *ENDS) if token in vocabulary), "<eos>")
     needed = (eos, *(SPECIAL[1:3] if thinks else ()))
     missing = [token for token in needed if token not in vocabulary]
+    note = f"the tokenizer {kind} ends documents with {eos}"
     if missing:
         tokenizer.add_special_tokens(missing)
-        print(
-            f"the tokenizer {kind} has no {' and no '.join(missing)}: added as "
-            f"{', '.join(str(tokenizer.token_to_id(token)) for token in missing)}"
-        )
-    template = file.with_name("chat_template.jinja")
-    if template.is_file():
-        return Vocabulary(tokenizer, eos, template.read_text(encoding="utf-8"))
-    written = settings.get("chat_template")
-    if isinstance(written, list):  # several, by name
-        written = {entry["name"]: entry["template"] for entry in written}.get("default")
-    return Vocabulary(tokenizer, eos, written)
+        ids = ", ".join(str(tokenizer.token_to_id(token)) for token in missing)
+        note += f"; {' and '.join(missing)} it had not: added as {ids}"
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    if (apart := file.with_name("chat_template.jinja")).is_file():
+        template = apart.read_text(encoding="utf-8")
+    return Vocabulary(tokenizer, eos, template, note)
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file} is not a JSON object: {error}") from None
 
 
 def _file(kind: str) -> Path:
