@@ -1,11 +1,9 @@
 """Data sets of documents: tokenized once, packed into rows, every row once an epoch."""
 
-import hashlib
 import re
-from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from functools import cached_property, lru_cache
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +14,12 @@ from .batch import Batch
 from .cache import cached
 from .config import TrainConfig
 from .packing import PackedRows, Pieces, Shorten, cut, pack
-from .render import Document, Row, renderer, schema_of
-from .sources import Rows, open_rows
+from .render import renderer, schema_of
+from .sources import open_rows
 from .tokenizer import SPECIAL, Vocabulary
+from .tokens import open_tokens, tokenize
 
 LEARN_CHARACTERS = 100_000_000  # a tokenizer learns from the beginning of a data set
-VALIDATION_SHARE, VALIDATION_TOKENS = 0.05, 1_000_000  # held out: whichever is less
-BLOCK = 512  # documents that are tokenized in one call
 
 
 class Documents:
@@ -71,126 +68,13 @@ class Documents:
             return tokenize(folder, self.name, self.data, render, vocabulary, self.limit, masked)
 
         tokens, facts = cached("tokens", [self.identity, vocabulary.digest], write)
-        arrays = _open(tokens, vocabulary, masked)
+        arrays = open_tokens(tokens, vocabulary, masked)
 
         def fill(folder: Path) -> dict[str, Any]:
             return _pack(folder, tokens, arrays[1], config.context)
 
         rows, packed = cached("rows", [tokens.name, config.context], fill)
         return PackedDocuments(self, config, vocabulary, arrays, facts, rows, packed)
-
-
-def _dtype(vocabulary: Vocabulary) -> type[np.unsignedinteger]:
-    return np.uint16 if vocabulary.size <= 1 << 16 else np.uint32
-
-
-def _open(
-    folder: Path, vocabulary: Vocabulary, masked: bool
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """The tokens and which of them are targets, both left on disk."""
-    tokens = np.memmap(folder / "tokens.bin", dtype=_dtype(vocabulary), mode="r")
-    return tokens, np.memmap(folder / "loss.bin", dtype=bool, mode="r") if masked else None
-
-
-def tokenize(
-    folder: Path,
-    name: str,
-    data: Rows,
-    render: Callable[[Row], Iterable[Document]],
-    vocabulary: Vocabulary,
-    limit: int,
-    masked: bool,
-) -> dict[str, Any]:
-    """Write tokens.bin, loss.bin where `masked`, offsets.npy and held_out.npy, as rows come.
-
-    limit: no further document once there are so many tokens; 0: all of them.
-    """
-    dtype, unknown_id = _dtype(vocabulary), vocabulary.tokenizer.token_to_id("<unk>")
-    lengths, keys, content = array("q"), array("Q"), hashlib.sha256()
-    unknown = trained = 0
-    with open(folder / "tokens.bin", "wb") as tokens, open(folder / "loss.bin", "wb") as targets:
-        for own, rows in enumerate((data.train(), data.validation())):
-            total = None if own else data.total()
-            most = VALIDATION_TOKENS if own else limit
-            title = f"tokenizing {name}" + own * ", validation"
-            # A split that is not there shows no bar: leave=None keeps the first alone.
-            bar = tqdm(rows, title, total, leave=None if own else True, unit=" rows")
-            count = 0
-            with bar:
-                documents = chain.from_iterable(map(render, bar))
-                while block := list(islice(documents, BLOCK)):
-                    for document, ids, loss in _encode(block, vocabulary):
-                        tokens.write(raw := ids.astype(dtype).tobytes())
-                        content.update(raw)
-                        if masked:
-                            targets.write(raw := loss.tobytes())
-                            content.update(raw)
-                        lengths.append(len(ids))
-                        key = hashlib.blake2b(document.key.encode(), digest_size=8).digest()
-                        keys.append(int.from_bytes(key, "little"))
-                        count += len(ids)
-                        unknown += int((ids == unknown_id).sum())
-                        if most and count >= most:
-                            break
-                    bar.set_postfix(tokens=f"{count:,}", refresh=False)
-                    if most and count >= most:
-                        break
-            if not own:
-                trained = len(lengths)
-    if not masked:
-        (folder / "loss.bin").unlink()
-    counts = np.array(lengths, dtype=np.int64)
-    held_out = np.arange(len(counts)) >= trained
-    if not held_out.any():
-        held_out = hold_out(np.array(keys, dtype=np.uint64), counts)
-    if held_out.all() or not held_out.any():
-        raise ValueError(
-            f"{name} holds {len(counts)} documents; at least one to train on and one to validate "
-            "are needed"
-        )
-    np.save(folder / "offsets.npy", np.concatenate([[0], np.cumsum(counts)]))
-    np.save(folder / "held_out.npy", held_out)
-    return {
-        "documents": len(counts),
-        "held_out": int(held_out.sum()),
-        "tokens": int(counts.sum()),
-        "unknown": unknown,
-        "content": content.hexdigest()[:20],
-    }
-
-
-def _encode(
-    block: list[Document], vocabulary: Vocabulary
-) -> Iterator[tuple[Document, np.ndarray, np.ndarray]]:
-    """Each document's token ids, and which of them are targets.
-
-    Parts are encoded one by one: what a model is given at inference is encoded without what it
-    will answer, too.
-    """
-    texts = [text for document in block for text, _ in document.parts]
-    encodings = vocabulary.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    parts = iter(encodings)
-    for document in block:
-        ids, loss = [vocabulary.prefix], [np.zeros(len(vocabulary.prefix), dtype=bool)]
-        for (_, learned), part in zip(document.parts, parts, strict=False):
-            ids.append(part.ids)
-            loss.append(np.full(len(part.ids), learned))
-        yield document, np.concatenate(ids).astype(np.int64), np.concatenate(loss)
-
-
-def hold_out(keys: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Which documents validate: those of the smallest hashes, (N,) bool.
-
-    Documents of one key stay together, so that none is learned and then asked for, unless most of
-    the data have that key.
-    """
-    order = np.argsort(keys, kind="stable")
-    most = min(VALIDATION_SHARE * lengths.sum(), VALIDATION_TOKENS)
-    count = max(1, int(np.searchsorted(np.cumsum(lengths[order]), most, side="right")))
-    held_out = keys <= keys[order[:count]].max(initial=0)
-    if held_out.sum() > 2 * count:
-        held_out = np.isin(np.arange(len(keys)), order[:count])
-    return held_out
 
 
 def _pack(folder: Path, tokens: Path, loss: np.ndarray | None, context: int) -> dict[str, Any]:

@@ -145,7 +145,9 @@ def _read(kind: str, thinks: bool) -> Vocabulary:
     vocabulary = tokenizer.get_vocab()
     named = settings.get("eos_token")
     named = named.get("content") if isinstance(named, dict) else named
-    eos = next((token for token in (named, *ENDS) if token in vocabulary), "<eos>")
+    eos = next(
+        (end for end in (named, *ENDS) if isinstance(end, str) and end in vocabulary), ENDS[0]
+    )
     needed = (eos, *(SPECIAL[1:3] if thinks else ()))
     missing = [token for token in needed if token not in vocabulary]
     note = f"the tokenizer {kind} ends documents with {eos}"

@@ -12,8 +12,8 @@ import ponder
 from ponder.models import GPT
 from ponder.training import preset
 from ponder.training.data import IGNORE, load_data
-from ponder.training.documents import hold_out
 from ponder.training.loop import model_config, train
+from ponder.training.tokens import hold_out
 
 GSM8K = Path(ponder.__file__).parent.parent / "shared/data/gsm8k_train.jsonl"
 
