@@ -216,7 +216,7 @@ def gpt2() -> TrainConfig:
     """GPT-2's size, 124M parameters, for a GPU."""
     return TrainConfig(
         data="hub:HuggingFaceFW/fineweb-edu/sample-10BT",
-        data_tokens=2_700_000_000,  # what 5000 steps see; more than the disk should hold is there
+        data_tokens=2_700_000_000,  # 5000 steps see 2.6 billion
         out=Path("runs/gpt2"),
         tokenizer="bpe:50257",
         context=1024,
