@@ -42,8 +42,11 @@ class Corpus(Protocol):
     name: str
     identity: Any
     """what its content depends on; JSON"""
-    alphabet: str | None
-    """every character that it can hold, where that is known without reading it"""
+
+    @property
+    def alphabet(self) -> str | None:
+        """Every character that it can hold, where that is known without reading it."""
+        ...
 
     def thinks(self) -> bool:
         """Whether its rows are written with <think> and </think>."""
