@@ -6,17 +6,26 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+DATA_KINDS = ("task", "text", "jsonl", "json", "parquet", "hub")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
     """A training run. Times are in optimizer steps, lengths in tokens."""
 
-    data: str = "task:last_digit"
-    """task:NAME, text:PATH, or hub:NAME[:COLUMN] (a datasets id or folder)"""
+    data: str | tuple[str, ...] = "task:last_digit"
+    """task:NAME, text:FILE, jsonl:FILES, parquet:FILES or hub:NAME; several are mixed. FILES is one
+    or a pattern, NAME an id of the Hub (OWNER/NAME[/CONFIG]) or a folder; a :COLUMN behind it holds
+    the text where the columns are not text, prompt and completion, question and answer, messages"""
+    weights: tuple[float, ...] = ()
+    """how much of every batch each of `data` gives; none: all the same"""
+    data_tokens: int = 0
+    """the most tokens to take of each data set, which hub: then streams; 0: all"""
     out: Path = Path("runs/train")
     """the folder that holds the model (a Hugging Face folder), train/ and run.json"""
     tokenizer: str = "char"
-    """char, bpe:SIZE, or the path of a tokenizer.json; tasks are always char"""
+    """char, byte, bpe:SIZE (learned from the data), a tokenizer.json or its folder, or the
+    OWNER/NAME of one on the Hub"""
 
     context: int = 128
     """the longest sequence, in tokens"""
@@ -60,7 +69,8 @@ class TrainConfig:
     ema: float = 0.0
     """0.999, say: evaluate and save a moving average of the weights, with this decay; 0: none"""
     full_traces: float = 0.5
-    """tasks: the fraction of examples with a whole chain of thought, the rest cut at random"""
+    """tasks, and questions with worked answers: the fraction with a whole chain of thought; the
+    others are cut at random, so that budgets at inference are nothing new"""
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 where it is faster, measured at the start on a CPU"""
@@ -85,6 +95,11 @@ class TrainConfig:
     resume: bool = False
     """go on from the last checkpoint in `out`"""
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """`data`, as a tuple also where it is one name."""
+        return (self.data,) if isinstance(self.data, str) else tuple(self.data)
+
     def check(self) -> None:
         """Raise one ValueError that names every field that cannot be."""
         faults = []
@@ -105,12 +120,29 @@ class TrainConfig:
                 faults.append(f"{name} is {getattr(self, name)}; it must be from 0 to 1")
         if not 0 <= self.ema < 1:
             faults.append(f"ema is {self.ema}; it must be at least 0 and below 1")
+
+        if self.data_tokens < 0:
+            faults.append(f"data_tokens is {self.data_tokens}; it must be at least 0")
         if self.accumulation < 1 or self.batch_size % self.accumulation:
             faults.append(
                 f"accumulation is {self.accumulation}; it must divide batch_size {self.batch_size}"
             )
-        if self.data.partition(":")[0] not in ("task", "text", "hub") or ":" not in self.data:
-            faults.append(f"data is {self.data!r}; it must be task:NAME, text:PATH or hub:NAME")
+        for name in self.sources:
+            kind, _, place = name.partition(":")
+            if kind not in DATA_KINDS or not place:
+                faults.append(
+                    f"data is {name!r}; it must be task:NAME, text:FILE, jsonl:FILES, "
+                    "parquet:FILES or hub:NAME"
+                )
+        if not self.sources:
+            faults.append("data is empty; it must name one source at least")
+        if self.weights and len(self.weights) != len(self.sources):
+            faults.append(
+                f"weights is {list(self.weights)}; it must have a number for each of the "
+                f"{len(self.sources)} in data"
+            )
+        if not all(0 < weight < float("inf") for weight in self.weights):
+            faults.append(f"weights is {list(self.weights)}; each must be above 0")
         if faults:
             raise ValueError("; ".join(faults))
 
@@ -216,7 +248,8 @@ def shakespeare_long() -> TrainConfig:
 def gpt2() -> TrainConfig:
     """GPT-2's size, 124M parameters, for a GPU."""
     return TrainConfig(
-        data="hub:HuggingFaceFW/fineweb-edu",
+        data="hub:HuggingFaceFW/fineweb-edu/sample-10BT",
+        data_tokens=2_700_000_000,  # 5000 steps see 2.6 billion
         out=Path("runs/gpt2"),
         tokenizer="bpe:50257",
         context=1024,

@@ -1,11 +1,69 @@
-"""Tokenizers, built here or read from disk, always as `tokenizers.Tokenizer`."""
+"""Tokenizers, learned from the data or read from disk, always as `tokenizers.Tokenizer`."""
 
-from collections.abc import Iterable
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from ..models import hub
+from .cache import cached, digest
+
+if TYPE_CHECKING:
+    from .batch import Corpus
+
 SPECIAL = ("<eos>", "<think>", "</think>", "<unk>")
+# What ends a text in the tokenizers of others, where no tokenizer_config.json says it.
+ENDS = ("<eos>", "<|endoftext|>", "</s>", "<|end_of_text|>", "<|im_end|>")
+FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A tokenizer, and what one must know about it to write documents."""
+
+    tokenizer: Tokenizer
+    eos: str = "<eos>"
+    """the token that ends a document"""
+    template: str | None = None
+    """its chat template (Jinja), if it has one"""
+    note: str = ""
+    """what a user should know of it"""
+
+    @cached_property
+    def digest(self) -> str:
+        return digest([self.tokenizer.to_str(), self.eos, self.template])
+
+    @cached_property
+    def prefix(self) -> list[int]:
+        """What the tokenizer puts before every text: often nothing, or a token of beginning."""
+        ids = self.tokenizer.encode("").ids
+        return ids[:-1] if ids[-1:] == [self.id(self.eos)] else ids
+
+    @property
+    def size(self) -> int:
+        """One more than the largest id (the ids of some tokenizers have holes)."""
+        return max(self.tokenizer.get_vocab().values()) + 1
+
+    def id(self, token: str) -> int:
+        number = self.tokenizer.token_to_id(token)
+        if number is None:
+            raise ValueError(f"the tokenizer has no {token} token")
+        return number
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, model: str) -> None:
+    """ValueError where the tokenizer has ids that a model of `vocab_size` tokens does not."""
+    size = Vocabulary(tokenizer).size
+    if size > vocab_size:
+        raise ValueError(
+            f"the tokenizer has ids up to {size - 1} and {model} only {vocab_size} tokens; "
+            "take the tokenizer that it was trained with"
+        )
 
 
 def character_tokenizer(alphabet: Iterable[str]) -> Tokenizer:
@@ -35,18 +93,105 @@ def bpe_tokenizer(texts: Iterable[str], size: int) -> Tokenizer:
     return tokenizer
 
 
-def build_tokenizer(kind: str, texts: list[str]) -> Tokenizer:
-    """`char`, `bpe:SIZE`, or the path of a tokenizer.json; the texts are what it learns from."""
-    if kind == "char":
-        return character_tokenizer(set().union(*texts))
-    if kind.startswith("bpe:"):
-        size = kind.removeprefix("bpe:")
-        if not size.isdigit():
-            raise ValueError(f"tokenizer is {kind!r}; bpe needs a number of tokens, as in bpe:4096")
-        return bpe_tokenizer(texts, int(size))
+def byte_tokenizer() -> Tokenizer:
+    """One token a byte of UTF-8: 256 of them behind the special tokens, for any text there is."""
+    return bpe_tokenizer([], 256 + len(SPECIAL))
+
+
+def load_vocabulary(kind: str, corpora: Sequence["Corpus"]) -> Vocabulary:
+    """`char`, `byte`, `bpe:SIZE`, a tokenizer.json or its folder, or the id of one on the Hub.
+
+    What is learned from the corpora is learned once: the cache keeps it. A tokenizer from elsewhere
+    is given the tokens that the corpora need and it lacks; its note says so.
+    """
+    if kind == "byte":
+        return Vocabulary(byte_tokenizer())
+    if kind == "char" or kind.startswith("bpe:"):
+        return Vocabulary(_learned(kind, corpora))
+    return _read(kind, any(corpus.thinks() for corpus in corpora))
+
+
+def _learned(kind: str, corpora: Sequence["Corpus"]) -> Tokenizer:
+    size = kind.removeprefix("bpe:")
+    if kind != "char" and not size.isdigit():
+        raise ValueError(f"tokenizer is {kind!r}; bpe needs a number of tokens, as in bpe:4096")
+    alphabets = [corpus.alphabet for corpus in corpora]
+    if kind == "char" and None not in alphabets:
+        return character_tokenizer("".join(map(str, alphabets)))
+
+    def learn(folder: Path) -> dict[str, Any]:
+        texts = (text for corpus in corpora for text in corpus.texts())
+        if kind == "char":
+            tokenizer = character_tokenizer(set().union(*texts))
+        else:
+            tokenizer = bpe_tokenizer(texts, int(size))
+        tokenizer.save(str(folder / "tokenizer.json"))
+        return {}
+
+    folder, _ = cached("tokenizer", [kind, *(c.identity for c in corpora)], learn)
+    return Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+def _read(kind: str, thinks: bool) -> Vocabulary:
+    file = _file(kind)
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise ValueError(f"{file} is not a tokenizer: {error}") from None
+    # Both may be set in a tokenizer.json, and would cut or fill what is encoded.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    settings = _settings(file.with_name("tokenizer_config.json"))
+    vocabulary = tokenizer.get_vocab()
+    named = settings.get("eos_token")
+    named = named.get("content") if isinstance(named, dict) else named
+    eos = next(
+        (end for end in (named, *ENDS) if isinstance(end, str) and end in vocabulary), ENDS[0]
+    )
+    needed = (eos, *(SPECIAL[1:3] if thinks else ()))
+    missing = [token for token in needed if token not in vocabulary]
+    note = f"the tokenizer {kind} ends documents with {eos}"
+    if missing:
+        tokenizer.add_special_tokens(missing)
+        ids = ", ".join(str(tokenizer.token_to_id(token)) for token in missing)
+        note += f"; {' and '.join(missing)} it had not: added as {ids}"
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    if (apart := file.with_name("chat_template.jinja")).is_file():
+        template = apart.read_text(encoding="utf-8")
+    return Vocabulary(tokenizer, eos, template, note)
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file} is not a JSON object: {error}") from None
+
+
+def _file(kind: str) -> Path:
+    """The tokenizer.json that `kind` names, fetched from the Hub where it is an id."""
     path = Path(kind)
+    if path.is_file():
+        return path
     if path.is_dir():
-        path = path / "tokenizer.json"
-    if not path.is_file():
-        raise ValueError(f"tokenizer is {kind!r}; it must be char, bpe:SIZE or a tokenizer.json")
-    return Tokenizer.from_file(str(path))
+        if not (path / FILES[0]).is_file():
+            raise ValueError(f"the folder {kind} holds no {FILES[0]}")
+        return path / FILES[0]
+    if not re.fullmatch(hub.HUB_ID, kind):
+        raise ValueError(
+            f"tokenizer is {kind!r}; it must be char, byte, bpe:SIZE, a tokenizer.json or its "
+            "folder, or the OWNER/NAME of one on the Hub"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(kind, allow_patterns=list(FILES))) / FILES[0]
+    except Exception as error:  # no network, no such model, no permission: all are told alike
+        raise ValueError(
+            f"there is no tokenizer file {kind}, and none of that name could be fetched from the "
+            f"Hugging Face hub: {str(error).strip().splitlines()[0]}"
+        ) from None

@@ -47,3 +47,33 @@ def test_a_run_is_itself_whatever_it_runs_on():
     same = TrainConfig(shard=True, recompute=True, keep=5, trackers=("wandb",), resume=True)
     assert config.identity() == same.identity()
     assert config.identity() != TrainConfig(lr=1.0).identity()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(data="jsonl:"), "data is 'jsonl:'; it must be task:NAME, text:FILE, jsonl:FILES"),
+        (dict(data=()), "data is empty"),
+        (dict(data=("task:permute", "poem")), "data is 'poem'"),
+        (dict(weights=(1, 2)), "weights is [1, 2]; it must have a number for each of the 1 in"),
+        (dict(weights=(0.0,)), "weights is [0.0]; each must be above 0"),
+        (dict(weights=(float("nan"),)), "weights is [nan]; each must be above 0"),
+        (dict(data_tokens=-1), "data_tokens is -1; it must be at least 0"),
+    ],
+)
+def test_data_that_cannot_be_are_named(fields, message):
+    with pytest.raises(ValueError) as error:
+        TrainConfig(**fields).check()
+    assert message in str(error.value)
+
+
+def test_data_are_one_name_or_several_on_the_command_line():
+    import tyro
+
+    def parsed(words: str) -> TrainConfig:
+        return tyro.cli(TrainConfig, args=words.split())
+
+    assert parsed("--data jsonl:a.jsonl --steps 3").sources == ("jsonl:a.jsonl",)
+    config = parsed("--data jsonl:a.jsonl task:permute --weights 0.7 0.3 --steps 3")
+    assert config.sources == ("jsonl:a.jsonl", "task:permute") and config.weights == (0.7, 0.3)
+    config.check()

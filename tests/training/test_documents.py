@@ -1,0 +1,304 @@
+"""Data sets of documents, from their files to batches: GSM8K, Parquet, folders, streams."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import ponder
+from ponder.models import GPT
+from ponder.training import preset
+from ponder.training.data import IGNORE, load_data
+from ponder.training.loop import model_config, train
+from ponder.training.tokens import hold_out
+
+GSM8K = Path(ponder.__file__).parent.parent / "shared/data/gsm8k_train.jsonl"
+
+
+def write(path: Path, rows) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def sums(count: int) -> list[dict]:
+    return [{"prompt": f"{n}+{n + 1}=", "completion": str(2 * n + 1)} for n in range(count)]
+
+
+def load(path, kind="jsonl", **changes):
+    return load_data(preset("tiny", **dict(data=f"{kind}:{path}", full_traces=1.0) | changes))
+
+
+def documents(data, batches) -> list[tuple[str, str]]:
+    """The documents of batches: what they say, and what of it is learned."""
+    found = []
+    for batch in batches:
+        for tokens, targets, ids in zip(*batch, strict=True):
+            for segment in range(int(ids.max()) + 1):
+                here = ids == segment
+                learned = targets[here & (targets != IGNORE)].tolist()
+                if learned:
+                    both = tokens[here].tolist() + learned[-1:], learned
+                    found.append(
+                        tuple(data.tokenizer.decode(x, skip_special_tokens=False) for x in both)
+                    )
+    return found
+
+
+def epoch(data, number: int) -> list:
+    """The rows of one epoch, each as a batch."""
+    source = data.sources[0]
+    rows = len(source.train)
+    return [source.rows(0, number * rows + i, 1) for i in range(rows)]
+
+
+@pytest.fixture(scope="module")
+def gsm8k(tmp_path_factory):
+    if not GSM8K.exists():
+        pytest.skip("GSM8K's training split is not there")
+    lines = GSM8K.read_text().splitlines()[:300]
+    return write(tmp_path_factory.mktemp("gsm8k") / "train.jsonl", map(json.loads, lines))
+
+
+def test_gsm8k_reads_right(gsm8k):
+    data = load(gsm8k, context=1024, tokenizer="bpe:400", batch_size=4)
+    rows = [json.loads(line) for line in gsm8k.read_text().splitlines()]
+    whole = {}
+    for row in rows:
+        solution, answer = re.sub("<<.*?>>", "", row["answer"]).split("\n#### ")
+        # Some lines of GSM8K end in blanks.
+        whole[row["question"]] = f"{solution.strip()}</think>{answer}<eos>"
+    seen = documents(data, epoch(data, 0)) + documents(data, data.validation())
+    texts = {text: learned for text, learned in seen}
+    assert len(seen) == len(texts) == len(rows)
+    for question, completion in whole.items():
+        assert texts[f"{question}<think>{completion}"] == completion
+    held_out = {text for text, _ in documents(data, data.validation())}
+    assert 5 < len(held_out) < 30
+    assert not held_out & {text for text, _ in documents(data, epoch(data, 1))}
+
+
+def test_gsm8k_chains_are_cut_in_training_alone(gsm8k):
+    whole = load(gsm8k, context=1024, tokenizer="bpe:400", batch_size=4)
+    data = load(gsm8k, context=1024, tokenizer="bpe:400", batch_size=4, full_traces=0.5)
+    say = [learned for _, learned in documents(whole, epoch(whole, 0))]
+    cut = [learned for _, learned in documents(data, epoch(data, 0))]
+    assert len(say) == len(cut)
+    unchanged = sum(a == b for a, b in zip(say, cut, strict=True))
+    assert 0.35 < unchanged / len(say) < 0.65
+    for a, b in zip(say, cut, strict=True):
+        if a != b:
+            answer = a.partition("</think>")[2]
+            assert "</think>" not in b and b.endswith(answer)
+            assert a.startswith(b.removesuffix(answer).rstrip("\ufffd"))
+    for one, two in zip(whole.validation(), data.validation(), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_gsm8k_trains(gsm8k, tmp_path):
+    changes = dict(context=256, tokenizer="bpe:400", steps=40, log_every=5, eval_every=0)
+    config = preset("tiny", data=f"jsonl:{gsm8k}", out=tmp_path, precision="fp32", **changes)
+    train(config)
+    rows = [json.loads(s) for s in (tmp_path / "train/metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["train_loss"] > 5 and rows[-1]["train_loss"] < rows[0]["train_loss"] - 1
+    assert rows[-1]["val_loss"] < rows[0]["train_loss"] - 1
+
+
+def test_every_row_once_an_epoch_each_in_an_order_of_its_own(tmp_path):
+    data = load(write(tmp_path / "a.jsonl", sums(200)), context=16, batch_size=7)
+    rows = len(data.sources[0].train)
+    flat = torch.cat([data.batch(step).tokens for step in range(3 * rows // 7 + 1)])
+    epochs = [flat[i * rows : (i + 1) * rows].tolist() for i in range(3)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
+    assert epochs[0] != epochs[1] != epochs[2]
+    other = load(tmp_path / "a.jsonl", context=16, batch_size=7, seed=1)
+    assert not torch.equal(other.batch(0).tokens, data.batch(0).tokens)
+
+
+def test_batches_are_the_same_with_the_cache_and_without(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.jsonl", sums(100))
+    fresh = load(path, context=16)
+    from ponder.training import documents
+
+    def never(*_):
+        raise AssertionError("tokenized again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(documents, "tokenize", never)
+        patch.setattr(documents, "pack", never)
+        again = load(path, context=16)
+    monkeypatch.setenv("PONDER_CACHE", str(tmp_path / "another"))
+    anew = load(path, context=16)
+    assert fresh.fingerprint == again.fingerprint == anew.fingerprint
+    for step in (0, 9, 3):
+        batches = [data.batch(step) for data in (fresh, again, anew)]
+        for other in batches[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(batches[0], other, strict=True))
+    packed = again.sources[0].train
+    for array in (packed.tokens, packed.loss, packed.start, packed.length, packed.ends):
+        assert isinstance(array, np.memmap)  # on disk until it is asked for
+
+
+def test_a_changed_file_is_tokenized_anew(tmp_path):
+    path = write(tmp_path / "a.jsonl", sums(50))
+    before = load(path, context=16).fingerprint
+    write(path, sums(51))
+    data = load(path, context=16)
+    assert data.fingerprint != before and "50+51=" in str(
+        documents(data, epoch(data, 0)) + documents(data, data.validation())
+    )
+
+
+def test_packed_documents_are_as_if_alone(tmp_path):
+    data = load(write(tmp_path / "a.jsonl", sums(60)), context=32, batch_size=2)
+    torch.manual_seed(0)
+    model = GPT(model_config(data.sources[0].config, data.vocabulary.size)).eval()
+    for p in model.parameters():  # outputs start at zero, and would attend to nothing
+        torch.nn.init.normal_(p, std=0.2)
+    batch = data.batch(0)
+    assert int(batch.segment_ids[0].max()) > 2
+    packed = model(*batch, reduction="sum")
+    alone = torch.zeros(())
+    for tokens, targets, ids in zip(*batch, strict=True):
+        for segment in ids.unique():  # padding too, which has no targets
+            here = ids == segment
+            alone += model(tokens[here][None], targets[here][None], reduction="sum")
+    torch.testing.assert_close(packed, alone)
+    assert not torch.allclose(packed, model(*batch[:2], reduction="sum"), rtol=1e-3)
+
+
+def test_a_part_of_a_prompt_with_nothing_to_learn_takes_no_row(tmp_path):
+    rows = [{"prompt": "?" * 100, "completion": "!"}] * 4 + sums(40)
+    data = load(write(tmp_path / "a.jsonl", rows), context=16)
+    for batch in epoch(data, 0):
+        assert (batch.targets != IGNORE).any()
+    assert sum("!" in learned for _, learned in documents(data, epoch(data, 0))) in (0, 4)
+
+
+def test_held_out_documents_are_few_and_no_ones_twins():
+    keys = np.random.default_rng(0).integers(2**63, size=2000).astype(np.uint64)
+    keys[1000:] = keys[:1000]
+    held_out = hold_out(keys, np.full(2000, 10))
+    assert 80 <= held_out.sum() <= 102
+    assert not set(keys[held_out].tolist()) & set(keys[~held_out].tolist())
+    # One key alone cannot keep its documents together.
+    assert hold_out(np.zeros(100, dtype=np.uint64), np.full(100, 10)).sum() == 5
+    assert hold_out(keys[:3], np.array([5, 5, 5])).sum() == 1
+    assert hold_out(keys[:1000], np.full(1000, 10**6)).sum() == 1  # a million tokens are enough
+
+
+def test_parquet_gives_what_json_lines_give(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    import pyarrow
+
+    rows = sums(80)
+    parquet.write_table(pyarrow.Table.from_pylist(rows[:50]), tmp_path / "a.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(rows[50:]), tmp_path / "b.parquet")
+    one = load(tmp_path / "*.parquet", "parquet", context=16)
+    two = load(write(tmp_path / "rows.jsonl", rows), context=16)
+    assert one.fingerprint == two.fingerprint
+    assert torch.equal(one.batch(3).tokens, two.batch(3).tokens)
+    (tmp_path / "b.parquet").write_bytes((tmp_path / "b.parquet").read_bytes()[:-40])
+    with pytest.raises(ValueError, match=r"b\.parquet cannot be read as Parquet after row 0"):
+        load(tmp_path / "*.parquet", "parquet", context=16)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    pytest.importorskip("datasets", reason="datasets is not installed")
+    folder = tmp_path_factory.mktemp("hub")
+    texts = [{"text": f"Now is the winter of our discontent number {i}"} for i in range(40)]
+    write(folder / "train.jsonl", texts)
+    write(folder / "validation.jsonl", [{"text": "Made glorious summer"}] * 2)
+    return folder
+
+
+@pytest.mark.parametrize("bound", [0, 10**6])
+def test_hub_data_from_a_local_folder(folder, bound):
+    data = load(folder, "hub", data_tokens=bound)
+    say = documents(data, epoch(data, 0))
+    assert sorted(text for text, _ in say) == sorted(
+        f"Now is the winter of our discontent number {i}<eos>" for i in range(40)
+    )
+    assert [text for text, _ in documents(data, data.validation())] == [
+        "Made glorious summer<eos>"
+    ] * 2
+    with pytest.raises(ValueError, match="train row 1 has no column 'story'; it has text"):
+        load(f"{folder}:story", "hub", data_tokens=bound)
+
+
+def test_a_stream_ends_when_there_are_tokens_enough(folder):
+    data = load(folder, "hub", data_tokens=200, batch_size=1)
+    say = documents(data, epoch(data, 0))
+    # 45 characters each, and <eos>: the fifth one passes the bound, in the order of the data.
+    assert sorted(text[-6:] for text, _ in say) == [f"{i}<eos>" for i in range(5)]
+
+
+def test_a_pattern_of_text_files_is_documents(tmp_path):
+    for i in range(4):
+        (tmp_path / f"{i}.txt").write_text(f"Poem {i}")
+    data = load(tmp_path / "*.txt", "text", batch_size=1)
+    say = documents(data, epoch(data, 0)) + documents(data, data.validation())
+    assert sorted(text for text, _ in say) == [f"Poem {i}<eos>" for i in range(4)]
+
+
+def test_documents_are_mixed_with_a_task(tmp_path):
+    path = write(tmp_path / "a.jsonl", sums(200))
+    config = preset("tiny", data=(f"jsonl:{path}", "task:last_digit"), batch_size=8, context=64)
+    batch = load_data(config).batch(2)
+    assert batch.segment_ids.shape == (8, 64)
+    assert (batch.segment_ids[:4].max(1).values > 0).all()  # packed
+    assert (batch.segment_ids[4:, :8] == 0).all()  # a row of a task is one document
+    assert (batch.targets[batch.segment_ids == -1] == IGNORE).all()
+
+
+def lines(*rows) -> bytes:
+    return b"\n".join(row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows)
+
+
+BAD = [
+    (lines({"text": "a"}, b'{"text": '), "a.jsonl line 2 is not JSON"),
+    (lines({"text": "a"}, b'{"text": "caf\xe9"}'), "a.jsonl line 2 is not UTF-8: byte 13 of it"),
+    (lines({"text": "a"}, ["a"]), "a.jsonl line 2 is a list, not an object of columns"),
+    (lines({"text": "a"}, {"prompt": "a"}), "line 2 has no column 'text', which the first row has"),
+    (lines({"text": "a"}, {"text": float("nan")}), "a.jsonl line 2: text is nan, which is not a"),
+    (lines({"title": "a"}), "a.jsonl line 1 has the columns title; it needs messages, or prompt"),
+    (b"", "holds no row; there is nothing to train on"),
+    (lines({"text": ""}, {"text": ""}), "holds 0 documents; at least one to train on and one to"),
+    (lines({"text": "a"}), "holds 1 documents; at least one to train on and one to validate"),
+    (lines({"text": "a"}, {"text": "b"}), "fills 1 rows of 64 tokens, and a batch takes 8 of them"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), BAD, ids=[message for _, message in BAD])
+def test_data_that_cannot_be_trained_on(tmp_path, content, message):
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        load(tmp_path / "a.jsonl")
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "place", "message"),
+    [
+        ("jsonl", "missing.jsonl", "there is no file .*missing.jsonl"),
+        ("parquet", "no/*.parquet", "there is no file .*no/"),
+        ("jsonl", "", "is a folder; say hub:.*, which knows its splits"),
+    ],
+)
+def test_files_that_are_not_there(tmp_path, kind, place, message):
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / place, kind)
+
+
+def test_a_hub_data_set_that_cannot_be_fetched_is_named(monkeypatch):
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+
+    def fails(*_):
+        raise ConnectionError("no network\nand a long story")
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", fails)
+    with pytest.raises(ValueError, match="datasets cannot load 'nobody/nothing': no network$"):
+        load("nobody/nothing", "hub")

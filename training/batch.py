@@ -1,0 +1,81 @@
+"""What training data are made of: batches, the sources of their rows, and what sources are read
+from."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .config import TrainConfig
+from .tokenizer import Vocabulary
+
+IGNORE = -100  # a target that is no target
+
+
+class Batch(NamedTuple):
+    """Rows of tokens, what each is to predict, and the document that each belongs to."""
+
+    tokens: Tensor  # (B, T) int64
+    targets: Tensor  # (B, T) int64, IGNORE where there is none
+    segment_ids: Tensor | None = None  # (B, T) int32; None: a row is one document
+
+
+class Source(Protocol):
+    """Rows as a function of the step: what a mixture draws from. Its str() says what it holds."""
+
+    fingerprint: Any
+    """equal for sources that give the same rows; JSON"""
+
+    def rows(self, step: int, start: int, count: int) -> Batch:
+        """`count` rows for a step, before which the source has given `start`."""
+        ...
+
+    def validation(self) -> Iterator[Batch]:
+        """Batches that hold every validation token once."""
+        ...
+
+
+class Corpus(Protocol):
+    """Data before they are tokens."""
+
+    name: str
+    identity: Any
+    """what its content depends on; JSON"""
+
+    @property
+    def alphabet(self) -> str | None:
+        """Every character that it can hold, where that is known without reading it."""
+        ...
+
+    def thinks(self) -> bool:
+        """Whether its rows are written with <think> and </think>."""
+        ...
+
+    def texts(self) -> Iterator[str]:
+        """What a tokenizer learns from, free of special tokens."""
+        ...
+
+    def source(self, config: TrainConfig, vocabulary: Vocabulary) -> Source: ...
+
+
+def join(parts: list[Batch], pad: int) -> Batch:
+    """The rows of all parts, the narrower ones padded by the token `pad`."""
+    if len(parts) == 1:
+        return parts[0]
+    width = max(part.tokens.shape[1] for part in parts)
+
+    def joined(tensors: list[Tensor], value: int) -> Tensor:
+        wide = [torch.nn.functional.pad(x, (0, width - x.shape[1]), value=value) for x in tensors]
+        return torch.cat(wide)
+
+    segment_ids = None
+    if any(part.segment_ids is not None for part in parts):
+        # A row of one document needs no ids: nothing looks ahead at the padding behind it.
+        one = [torch.zeros_like(part.tokens, dtype=torch.int32) for part in parts]
+        ids = [
+            x if p.segment_ids is None else p.segment_ids for p, x in zip(parts, one, strict=True)
+        ]
+        segment_ids = joined(ids, -1)
+    tokens = joined([part.tokens for part in parts], pad)
+    return Batch(tokens, joined([part.targets for part in parts], IGNORE), segment_ids)

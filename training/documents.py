@@ -1,0 +1,156 @@
+"""Data sets of documents: tokenized once, packed into rows, every row once an epoch."""
+
+import re
+from collections.abc import Iterator
+from functools import cached_property, lru_cache
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from .batch import Batch
+from .cache import cached
+from .config import TrainConfig
+from .packing import PackedRows, Pieces, Shorten, cut, pack
+from .render import renderer, schema_of
+from .sources import open_rows
+from .tokenizer import SPECIAL, Vocabulary
+from .tokens import open_tokens, tokenize
+
+LEARN_CHARACTERS = 100_000_000  # a tokenizer learns from the beginning of a data set
+
+
+class Documents:
+    """Rows of files or of the Hub, each a document or a few (a `Corpus`)."""
+
+    alphabet = None
+
+    def __init__(self, config: TrainConfig, name: str, kind: str, place: str):
+        self.name, self.limit = name, config.data_tokens
+        self.data, self.column = open_rows(kind, place, stream=self.limit > 0)
+        self.identity = [self.data.identity, self.column, self.limit]
+
+    @cached_property
+    def schema(self) -> str:
+        """What the first row is, and every other one must be."""
+
+        def look(folder: Path) -> dict[str, Any]:
+            first = next(iter(self.data.train()), None)
+            if first is None:
+                raise ValueError(f"{self.name} holds no row; there is nothing to train on")
+            return {"schema": schema_of(first, self.column)}
+
+        return cached("schema", self.identity, look)[1]["schema"]
+
+    def thinks(self) -> bool:
+        return self.schema == "worked"
+
+    def texts(self) -> Iterator[str]:
+        special = re.compile("|".join(map(re.escape, SPECIAL)))
+        render = renderer(self.schema, self.column, "", None)
+        for rows in (self.data.train(), self.data.validation()):
+            left = min(LEARN_CHARACTERS, 16 * self.limit or LEARN_CHARACTERS)
+            bar = tqdm(rows, f"learning from {self.name}", unit=" rows", leave=False)
+            for document in chain.from_iterable(map(render, bar)):
+                for text, _ in document.parts:
+                    yield from special.split(text)
+                    left -= len(text)
+                if left <= 0:
+                    break
+
+    def source(self, config: TrainConfig, vocabulary: Vocabulary) -> "PackedDocuments":
+        render = renderer(self.schema, self.column, vocabulary.eos, vocabulary.template)
+        masked = self.schema != "text"
+
+        def write(folder: Path) -> dict[str, Any]:
+            return tokenize(folder, self.name, self.data, render, vocabulary, self.limit, masked)
+
+        tokens, facts = cached("tokens", [self.identity, vocabulary.digest], write)
+        arrays = open_tokens(tokens, vocabulary, masked)
+
+        def fill(folder: Path) -> dict[str, Any]:
+            return _pack(folder, tokens, arrays[1], config.context)
+
+        rows, packed = cached("rows", [tokens.name, config.context], fill)
+        return PackedDocuments(self, config, vocabulary, arrays, facts, rows, packed)
+
+
+def _pack(folder: Path, tokens: Path, loss: np.ndarray | None, context: int) -> dict[str, Any]:
+    offsets = np.load(tokens / "offsets.npy", mmap_mode="r")
+    held_out = np.load(tokens / "held_out.npy", mmap_mode="r")
+    pieces, document = cut(offsets, context)
+    slots = np.diff(offsets) - 1
+    kept = np.ones(len(document), dtype=bool)
+    if loss is not None:  # a piece of a long prompt may have nothing to learn
+        edges = np.stack([pieces.start + 1, pieces.start + pieces.length + 1], 1).reshape(-1)
+        edges = edges[edges < len(loss)]  # the very end is no index
+        kept = np.logical_or.reduceat(loss, edges)[::2]
+    facts: dict[str, Any] = {"long": int((slots > context).sum()), "longest": int(slots.max())}
+    for name, chosen in (("train", ~held_out[document]), ("held_out", held_out[document])):
+        chosen &= kept
+        facts[name] = pack(folder, name, Pieces(*(part[chosen] for part in pieces)), context)
+    return facts
+
+
+class PackedDocuments:
+    """Packed rows in an order of their own for every epoch (a `Source`)."""
+
+    def __init__(
+        self,
+        corpus: Documents,
+        config: TrainConfig,
+        vocabulary: Vocabulary,
+        arrays: tuple[np.ndarray, np.ndarray | None],
+        facts: dict[str, Any],
+        rows: Path,
+        packed: dict[str, Any],
+    ):
+        self.name, self.config, self.facts, self.packed = corpus.name, config, facts, packed
+        self.fingerprint = [facts["content"], facts["held_out"]]
+        pad = vocabulary.id(vocabulary.eos)
+        self.train, self.held_out = (
+            PackedRows(rows, name, config.context, *arrays, pad) for name in ("train", "held_out")
+        )
+        self.shorten = None
+        if corpus.thinks() and config.full_traces < 1:
+            ends = vocabulary.id("<think>"), vocabulary.id("</think>")
+            count = len(self.train.start)
+            self.shorten = Shorten(*ends, config.full_traces, count, config.seed)
+        self.order = lru_cache(2)(self._order)  # a batch may span two epochs
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.config.seed, epoch]).permutation(len(self.train))
+
+    def rows(self, step: int, start: int, count: int) -> Batch:
+        if count > len(self.train):
+            raise ValueError(
+                f"{self.name} fills {len(self.train)} rows of {self.config.context} tokens, and a "
+                f"batch takes {count} of them; lower batch_size or context, or give more data"
+            )
+        epochs, places = np.divmod(np.arange(start, start + count), len(self.train))
+        rows = [self.order(int(e))[place] for e, place in zip(epochs, places, strict=True)]
+        return self.train.batch(np.array(rows, dtype=np.int64), self.shorten, epochs)
+
+    def validation(self) -> Iterator[Batch]:
+        size = max(1, 8192 // self.config.context)
+        every = np.arange(len(self.held_out))
+        for first in range(0, len(every), size):
+            yield self.held_out.batch(every[first : first + size])
+
+    def __str__(self) -> str:
+        train, long = self.packed["train"], self.packed["long"]
+        full = train["tokens"] / (train["rows"] * self.config.context)
+        text = (
+            f"{self.name}: {self.facts['documents'] - self.facts['held_out']:,} documents to train "
+            f"on, {self.facts['held_out']:,} held out; {train['rows']:,} rows, {full:.1%} full"
+        )
+        if long:
+            text += (
+                f"; {long:,} documents are longer than the context of {self.config.context} and "
+                f"cut (the longest has {self.packed['longest']:,} tokens)"
+            )
+        if self.facts["unknown"]:
+            text += f"; {self.facts['unknown']:,} tokens are <unk>"
+        return text

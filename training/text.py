@@ -1,0 +1,102 @@
+"""One long text: random windows to train on, the last part to validate, each token once."""
+
+import hashlib
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .batch import IGNORE, Batch
+from .cache import cached
+from .config import TrainConfig
+from .sources import Files, read_text
+from .tokenizer import Vocabulary
+
+PARTS = ("train", "validation")
+
+
+class LongText:
+    """A file of text (a `Corpus`): its last tenth validates, as in nanoGPT."""
+
+    alphabet = None
+
+    def __init__(self, config: TrainConfig, name: str, path: str):
+        self.name, self.path = name, Path(path)
+        if not self.path.is_file():
+            raise ValueError(f"there is no text file {path}")
+        self.identity = Files("text", path).identity
+
+    def thinks(self) -> bool:
+        return False
+
+    @cached_property
+    def parts(self) -> tuple[str, str]:
+        text = read_text(self.path)
+        cut = int(0.9 * len(text))
+        return text[:cut], text[cut:]
+
+    def texts(self) -> Iterator[str]:
+        return iter(self.parts)
+
+    def source(self, config: TrainConfig, vocabulary: Vocabulary) -> "Windows":
+        def write(folder: Path) -> dict[str, Any]:
+            content = hashlib.sha256()
+            for name, text in zip(PARTS, self.parts, strict=True):
+                ids = np.array(vocabulary.tokenizer.encode(text).ids, dtype=np.int32)
+                np.save(folder / f"{name}.npy", ids)
+                content.update(ids.tobytes())
+            return {"content": content.hexdigest()[:20]}
+
+        folder, facts = cached("text", [self.identity, vocabulary.digest], write)
+        self.__dict__.pop("parts", None)  # the text is not needed any more
+        train, held_out = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in PARTS)
+        return Windows(config, self.name, train, held_out, facts["content"])
+
+
+class Windows:
+    """Random windows of a text's tokens (a `Source`)."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        name: str,
+        train: np.ndarray,
+        held_out: np.ndarray,
+        fingerprint: str,
+    ):
+        """train, held_out: token ids, 1-D."""
+        self.name, self.config, self.train, self.held_out = name, config, train, held_out
+        self.fingerprint = fingerprint
+        for part, tokens in (("training", train), ("validation", held_out)):
+            if len(tokens) <= config.context:
+                raise ValueError(
+                    f"the {part} part of {name} has {len(tokens)} tokens; "
+                    f"a context of {config.context} needs at least {config.context + 1}"
+                )
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name}: {len(self.train):,} tokens to train on, {len(self.held_out):,} held out"
+        )
+
+    def rows(self, step: int, start: int, count: int) -> Batch:
+        c = self.config
+        draw = np.random.default_rng([c.seed, step])
+        first = draw.integers(len(self.train) - c.context, size=count)
+        index = first[:, None] + np.arange(c.context + 1)
+        rows = torch.from_numpy(self.train[index].astype(np.int64))
+        return Batch(rows[:, :-1], rows[:, 1:])
+
+    def validation(self) -> Iterator[Batch]:
+        context = self.config.context
+        count = -(-(len(self.held_out) - 1) // context)
+        tokens = np.zeros(count * context, dtype=np.int64)
+        targets = np.full(count * context, IGNORE, dtype=np.int64)
+        tokens[: len(self.held_out) - 1] = self.held_out[:-1]
+        targets[: len(self.held_out) - 1] = self.held_out[1:]
+        rows = max(1, 8192 // context)
+        pairs = (torch.from_numpy(a.reshape(count, context)) for a in (tokens, targets))
+        yield from map(Batch, *(a.split(rows) for a in pairs))
