@@ -120,7 +120,6 @@ class TrainConfig:
                 faults.append(f"{name} is {getattr(self, name)}; it must be from 0 to 1")
         if not 0 <= self.ema < 1:
             faults.append(f"ema is {self.ema}; it must be at least 0 and below 1")
-
         if self.data_tokens < 0:
             faults.append(f"data_tokens is {self.data_tokens}; it must be at least 0")
         if self.accumulation < 1 or self.batch_size % self.accumulation:

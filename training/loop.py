@@ -79,7 +79,7 @@ def train(config: TrainConfig, *, model_folder: Path | None = None) -> Path:
     config.check()
     check_trackers(config.trackers)
     data = load_data(config)
-    shape = model_config(config, data.tokenizer.get_vocab_size())
+    shape = model_config(config, data.vocabulary.size)
     with Stop() as stop:
         return _Run(config, data, shape, stop, model_folder or config.out).go()
 
@@ -161,7 +161,9 @@ class _Run:
         step, fault = None, ""
         if self.main:
             try:
-                open_run(self.out, "train", self.config.identity(), resume=self.config.resume)
+                # Data that changed since the run began would make another run of it.
+                identity = self.config.identity() | {"data_fingerprint": self.data.fingerprint}
+                open_run(self.out, "train", identity, resume=self.config.resume)
                 self.folder.mkdir(exist_ok=True)
                 if self.config.resume:
                     step = self.checkpoints.newest()
@@ -366,7 +368,10 @@ class _Run:
         average = None
         with self._shown():
             model = cast(GPT, self._whole())  # used by the main process, which has it
-            self._write(lambda: hub.save(model, self.model_folder, tokenizer=self.data.tokenizer))
+            words = self.data.vocabulary
+            self._write(
+                lambda: hub.save(model, self.model_folder, tokenizer=words.tokenizer, eos=words.eos)
+            )
             if self.average is not None:
                 average = {name: w.clone() for name, w in gather_weights(self.raw).items()}
         scaler = self.accelerator.scaler
