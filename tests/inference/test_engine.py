@@ -45,14 +45,19 @@ class Mock(torch.nn.Module):
         if cache.empty:
             self.prefilled += tokens.tolist()
             self.blocks.add((T, B))
-        position = torch.zeros(B, 1) if cache.empty else cache.lengths[:, None]
-        position = position.long() + torch.arange(T)
+        own = torch.zeros(B, 1, dtype=torch.int64) if cache.empty else cache.lengths[:, None]
+        own = own + torch.arange(T)
         cache.empty = False
-        cache.keys[0, torch.arange(B)[:, None], 0, position, 0] = tokens.float()
-        stored = cache.keys[0, :, 0, :, 0].long()
-        place = torch.arange(stored.shape[1])
-        visible = place <= position[..., None]
-        return (stored[:, None] * (place + 1) * visible).sum(-1, keepdim=True)
+        cache.keys[0, torch.arange(B)[:, None], 0, own, 0] = tokens.float()
+        stored, place = cache.keys[0, :, 0, :, 0].long(), torch.arange(cache.capacity)
+        before = torch.as_tensor(cache.offsets()).view(-1, 1, 1)
+        state = stored[:, None] * (before + place + 1) * (place <= own[..., None])
+        state = state.sum(-1, keepdim=True)
+        if cache.prefix is not None:
+            shared = cache.prefix.keys[0, cache.prefix.place // cache.prefix.width, 0, :, 0].long()
+            place = torch.arange(shared.shape[1])
+            state += (shared[:, None] * (place + 1) * (place < before)).sum(-1, keepdim=True)
+        return state
 
     def logits(self, hidden):
         return self.table[hidden[..., 0] % len(self.table)]
