@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..models import GPT, KVCache
-from .decoder import ROWS, Decoder
+from .decoder import CPU_BLOCK, ROWS, Decoder
 from .prompts import Prompts, round_up
 from .request import Request, Sample, SamplingParams, stream_key
 from .slots import Slots
@@ -27,11 +27,9 @@ from .workers import Workers
 
 __all__ = ["Engine", "LocalEngine", "Request", "Sample", "SamplingParams", "stream_key"]
 
-# Rows that decode together, at most (on a GPU: where it is to be invariant). A CPU's block is one
-# thread's: see `Workers`.
-CPU_BLOCK, GPU_BLOCK = 32, 256
+GPU_BLOCK = 256  # rows that decode together where the number of slots must not matter
 # Rows (samples × query heads of a key-value head) whose product with a shared prompt is one.
-CPU_GROUP, GPU_GROUP = 16, 64
+CPU_GROUP, GPU_GROUP = 8, 64
 
 
 class Engine(Protocol):
