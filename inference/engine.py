@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from ..models import GPT, KVCache
+from . import memory
 from .decoder import CPU_BLOCK, ROWS, Decoder
+from .memory import Plan
 from .prompts import Prompts, round_up
 from .request import Request, Sample, SamplingParams, stream_key
 from .slots import Slots
@@ -52,14 +54,18 @@ class LocalEngine:
     """Samples from a model on this machine, `slots` of them at a time.
 
     model: a GPT, or anything with its `config`, `hidden` and `logits`. slots is rounded up to a
-    multiple of 8. eos and think_end are the ids of <eos> and </think>; without think_end no request
-    may have a budget. device defaults to the model's own. So does dtype; on a CPU it is that of
-    matrix products and of the cache (bf16 is about 1.5 times as fast where the CPU has such
-    products, and slower elsewhere), and the rest is fp32. Weights are read anew by each `generate`.
+    multiple of 8, on a CPU above 32 to one of 32. eos and think_end are the ids of <eos> and
+    </think>; without think_end no request may have a budget. device defaults to the model's own.
+    So does dtype; on a CPU it is that of matrix products and of the cache (bf16 is about 1.5 times
+    as fast where the CPU has such products, and slower elsewhere), and the rest is fp32. Weights
+    are read anew by each `generate`.
 
     Throughput grows with the slots until the machine is busy, memory with slots × the longest
-    running sequence. The numbers that a row gets do not depend on what the other rows hold, but
-    may differ in the last bit between two numbers of slots.
+    running sequence; before anything starts the engine reckons what that takes, and has fewer slots
+    where it does not fit. The numbers that a row gets do not depend on what the other rows hold,
+    but may differ in the last bit between two numbers of slots, on a CPU below 32 of them. With
+    `invariant` they do not: slots decode in blocks of a number of rows that never changes (32, on a
+    GPU 256), and are rounded up to a multiple of it.
     """
 
     def __init__(
@@ -85,26 +91,61 @@ class LocalEngine:
         self.device = own.device if device is None else torch.device(device)
         self.dtype = own.dtype if dtype is None else dtype
         self.model, self.eos, self.think_end = model, eos, think_end
-        gpu = self.device.type == "cuda"
-        self.rows = round_up(slots, ROWS)
+        config, gpu = model.config, self.device.type == "cuda"
+        self.rows = round_up(slots, ROWS)  # of a block, that decodes together
         if gpu and invariant:
             self.rows = GPU_BLOCK
-        elif isinstance(model, GPT) and not gpu:
+        elif self._decoder_fits():
             self.rows = CPU_BLOCK if invariant else min(self.rows, CPU_BLOCK)
-        self.slots = round_up(slots, self.rows)
-        config = model.config
+        elif invariant:
+            raise ValueError("invariant is true; on a CPU it needs a GPT of the Llama kind")
+        self.slots, self.invariant = round_up(slots, self.rows), invariant
         self.group = max(1, (GPU_GROUP if gpu else CPU_GROUP) * config.n_kv_head // config.n_head)
         # On a GPU the host looks at the results of several steps at once, so as not to stall it.
         self.steps_per_look = 16 if gpu else 1
+        # Several prefills at a time on a CPU's threads; products are as fast from 128 rows on.
+        self.block_tokens = 2048 if gpu else 128
+
+    def _decoder_fits(self) -> bool:
+        llama_like = getattr(self.model.config, "llama_like", True)
+        return self.device.type == "cpu" and isinstance(self.model, GPT) and llama_like
 
     def network(self) -> Network:
         """What computes the logits."""
-        if self.device.type == "cpu" and isinstance(self.model, GPT):
+        if self._decoder_fits():
             return Decoder(self.model, self.dtype)
-        own = next(self.model.parameters(), torch.empty(0))
-        if (own.device, own.dtype) == (self.device, self.dtype):
+        if self._is_ready():
             return self.model
         return copy.deepcopy(self.model).to(self.device, self.dtype)
+
+    def _is_ready(self) -> bool:
+        """Whether the model can be used as it is."""
+        own = next(self.model.parameters(), torch.empty(0))
+        return (own.device, own.dtype) == (self.device, self.dtype)
+
+    def plan(self, requests: Iterable[Request]) -> Plan:
+        """What fits into the memory that is free now: `slots`, or fewer with a warning.
+
+        Raises ValueError where the requests fit with no number of slots.
+        """
+        choices = [self.slots]
+        while choices[-1] > self.rows:
+            choices.append(choices[-1] // 2 // self.rows * self.rows)
+        while not self.invariant and choices[-1] > ROWS:
+            choices.append(round_up(choices[-1] // 2, ROWS))
+        itemsize, weights = self.dtype.itemsize, 0
+        if self._decoder_fits() or not self._is_ready():
+            count = sum(p.numel() for p in self.model.parameters())
+            weights = count * itemsize + 4 * self.model.config.vocab_size * self.model.config.n_embd
+        return Plan(
+            requests,
+            choices,
+            memory.available(self.device),
+            config=self.model.config,
+            itemsize=itemsize,
+            block_tokens=self.block_tokens,
+            weights=weights,
+        )
 
     def generate(
         self,
@@ -120,18 +161,39 @@ class LocalEngine:
 
         Raises ValueError, when it reads the request and before it samples it, for a prompt that is
         empty, holds tokens outside the vocabulary, or leaves the context too little room for
-        max_tokens, and for a budget where the engine has no think_end.
+        max_tokens, and for a budget where the engine has no think_end; and for requests whose
+        samples have no room in memory: see `plan`. The same where memory runs out all the same.
         """
-        waiting: deque[Request] = deque()
+        try:
+            yield from self._generate(requests, watch)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"memory ran out with {self.slots} slots; the samples until then are whole, and "
+                "fewer slots or a smaller max_tokens need less"
+            ) from error
+
+    def _generate(
+        self, requests: Iterable[Request], watch: Callable[[Request, list[int]], None] | None
+    ) -> Iterator[Sample]:
         source = map(self._checked, requests)
+        waiting = deque(islice(source, 2 * self.slots))
+        if not waiting:
+            return
+        plan = self.plan(waiting)
+        rows = min(self.rows, plan.slots)
         network = self.network()
-        blocks = [Slots(self, network, self.rows) for _ in range(self.slots // self.rows)]
+        blocks = [Slots(self, network, rows) for _ in range(plan.slots // rows)]
         clock = 0.0  # seconds that a sample which has run from the start owes
         with Workers(len(blocks) if self.device.type == "cpu" else 1) as workers:
-            prompts = Prompts(network, self.model.config, self.device, self.dtype, workers)
+            prompts = Prompts(
+                network, self.model.config, self.device, self.dtype, workers, self.block_tokens
+            )
+            for request in waiting:
+                prompts.expect(request.prompt)
             while True:
                 free = sum(len(block.free) for block in blocks)
-                for request in islice(source, max(0, free + self.slots - len(waiting))):
+                for request in islice(source, max(0, free + plan.slots - len(waiting))):
+                    plan.admit(request)
                     waiting.append(request)
                     prompts.expect(request.prompt)
                 batch = deque(waiting.popleft() for _ in range(min(free, len(waiting))))
@@ -147,10 +209,10 @@ class LocalEngine:
                 alive = sum(len(block.running) for block in running)
                 clock += (time.perf_counter() - start) / alive
                 samples = []
-                for block, rows in zip(running, finished, strict=True):
+                for block, done in zip(running, finished, strict=True):
                     if watch:
                         block.show(watch)
-                    samples += block.collect(rows, clock)
+                    samples += block.collect(done, clock)
                 yield from samples
 
     def _checked(self, request: Request) -> Request:

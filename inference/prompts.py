@@ -5,7 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -37,15 +37,20 @@ class Prompts:
     """
 
     def __init__(
-        self, network, config: GPTConfig, device: torch.device, dtype: torch.dtype, workers: Workers
+        self,
+        network: Any,
+        config: GPTConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        workers: Workers,
+        block_tokens: int,
     ):
         self.network, self.config, self.workers = network, config, workers
+        self.block_tokens = block_tokens
         self.device, self.dtype = device, dtype
         self.waiting: Counter[Prompt] = Counter()
         self.ready: dict[Prompt, Place] = {}
         self.owed: dict[Prompt, float] = {}  # seconds that none paid yet
-        # Several blocks at a time on a CPU's threads; products are as fast from 128 rows on.
-        self.block_tokens = 128 if device.type == "cpu" else 2048
 
     def expect(self, prompt: Prompt) -> None:
         self.waiting[prompt] += 1

@@ -7,6 +7,7 @@ import torch
 
 from ..kernels import sample_tokens
 from ..models import KVCache, Prefix
+from .graphs import Graphed, capture
 from .prompts import LENGTH_STEP, Groups, Prompts, round_up
 from .request import Request, Sample, stream_key
 
@@ -49,10 +50,10 @@ class Slots:
         self.cache = KVCache(config, rows, 0, device=device, dtype=dtype)
         self.cache.lengths = self.length
         self.cache.empty = False
-        self.cache.prefix = Prefix(
-            config, rows, LENGTH_STEP, engine.group, device=device, dtype=dtype
-        )
-        self.groups = Groups(self.cache.prefix)
+        self.prefix = Prefix(config, rows, LENGTH_STEP, engine.group, device=device, dtype=dtype)
+        self.cache.prefix = self.prefix
+        self.groups = Groups(self.prefix)
+        self.decode = Graphed(self._step, capture if device.type == "cuda" else None)
         self.peak = self.next_fit = 0
 
     @torch.inference_mode()
@@ -88,7 +89,10 @@ class Slots:
         """Decode a token of every slot (a few, on a GPU); the rows that finished."""
         n = self.engine.steps_per_look
         self._fit(n)
-        self.advance(n)
+        cache, prefix = self.cache, self.prefix
+        moving = cache.keys, cache.values, self.tokens, prefix.keys, prefix.values
+        moving += prefix.lengths, prefix.order, prefix.taken
+        self.decode(n, key=tuple((x.data_ptr(), x.shape) for x in moving))
         self.steps += n
         finished = [row for row, done in enumerate(self.done.tolist()) if done]
         return [row for row in finished if row in self.running]
@@ -101,10 +105,6 @@ class Slots:
             run.shown = counts[row]
             if new:
                 watch(run.request, new)
-
-    def advance(self, steps: int) -> None:
-        for _ in range(steps):
-            self._step()
 
     def _step(self) -> None:
         think_end, network = self.engine.think_end, self.network

@@ -1,6 +1,7 @@
 """The engine, on a mock model whose right answers are known and on small GPTs."""
 
 import itertools
+import multiprocessing
 import random
 import time
 
@@ -271,6 +272,47 @@ def test_order_and_neighbours_do_not_matter(threads, dtype, device, set_threads)
     long = Request((5,) * 60, SamplingParams(max_tokens=68), 0, 0, key="long")
     beside = results(engine, [long, *requests])
     assert {k: v for k, v in beside.items() if k != "long"} == found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_slots_do_not_matter_where_invariant(dtype, device, set_threads):
+    """Bit for bit with the real model, on one thread or two; on a CPU from 32 slots on, always."""
+    requests, model = mixed_requests(prompts=4), gpt(device)
+    found = []
+    for slots, threads in ((8, 1), (24, 2), (64, 2), (256, 1)):
+        set_threads(threads)
+        engine = LocalEngine(
+            model, slots=slots, eos=EOS, think_end=END, dtype=dtype, invariant=True
+        )
+        found.append(results(engine, requests[::-1] if slots == 64 else requests))
+    assert len(found[0]) == len(requests)
+    assert all(other == found[0] for other in found)
+    if device == "cpu":
+        engine = LocalEngine(model, slots=40, eos=EOS, think_end=END, dtype=dtype)
+        assert engine.slots == 64 and results(engine, requests) == found[0]
+
+
+def some_results(keys: range) -> dict:
+    """Those of the mixed requests, as another process finds them."""
+    torch.set_num_threads(1)
+    engine = LocalEngine(gpt(), slots=40, eos=EOS, think_end=END)
+    return results(engine, [mixed_requests()[i] for i in keys])
+
+
+def test_processes_and_restarts_do_not_matter():
+    """All at once, against two processes that share the requests, and a run that was cut."""
+    requests = mixed_requests()
+    engine = LocalEngine(gpt(), slots=40, eos=EOS, think_end=END)
+    wanted = results(engine, requests)
+    halves = range(0, len(requests), 2), range(1, len(requests), 2)
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        first, second = pool.map(some_results, halves)
+    assert first | second == wanted and len(first) + len(second) == len(wanted)
+    cut = engine.generate(requests)
+    kept = {s.request.key for s in itertools.islice(cut, 17)}
+    cut.close()
+    rest = results(engine, [r for r in requests if r.key not in kept])
+    assert rest == {key: value for key, value in wanted.items() if key not in kept}
 
 
 def test_steps_per_look_do_not_matter(device):
