@@ -1,10 +1,8 @@
 """Decoder: a GPT's weights laid out for sampling on a CPU, and its forward pass over them.
 
 The same function as `GPT.hidden` and `GPT.logits`, in half as many operations: norm weights are
-folded into the matrices behind them, q, k and v are one product, residuals are added by the
-product, and all of it is written as one function. One step on an AVX-512 core with bf16 products,
-in ms of CPU time, the modules, fp32 and bf16: 20, 14, 9.5 for 64 rows of 96 positions and 58, 46,
-28 for 256 rows (4.9M parameters).
+folded into the matrices behind them, q, k and v are one product, matrices are packed once, and all
+of it is written as one function. What that brings is in benchmarks/NOTES.md, "Sampling".
 
 A row's numbers do not depend on where it stands in the batch, bit for bit, whatever the number of
 threads, as long as the number of rows is a multiple of `ROWS` and the model's widths are of 4; what

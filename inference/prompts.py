@@ -185,13 +185,13 @@ class Groups:
 
     def _fit(self) -> None:
         """Keep the prefix's shape near what is needed: on a CPU every step reads all of it. On a
-        GPU it doubles and never shrinks, so that a captured step is of use for long."""
+        GPU it never shrinks, so that a captured step is of use for long."""
         prefix = self.prefix
         groups = max(1, len(self.rows))
         capacity = max(LENGTH_STEP, round_up(max(self.lengths, default=0)))
         if prefix.place.is_cuda:
-            groups = max(prefix.groups, 1 << (groups - 1).bit_length())
-            capacity = max(prefix.capacity, 1 << (capacity - 1).bit_length())
+            groups = min(1 << (groups - 1).bit_length(), len(self.place))
+            groups, capacity = max(groups, prefix.groups), max(capacity, prefix.capacity)
         elif groups <= prefix.groups < 2 * groups and capacity <= prefix.capacity < 2 * capacity:
             return
         if (groups, capacity) != (prefix.groups, prefix.capacity):
