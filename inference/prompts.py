@@ -166,7 +166,8 @@ class Groups:
         prefix, device = self.prefix, self.prefix.place.device
         while self.rows and not any(r is not None for r in self.rows[-1]):
             self.idle.remove(len(self.rows) - 1)
-            self.rows.pop(), self.lengths.pop()
+            self.rows.pop()
+            self.lengths.pop()
         heapq.heapify(self.idle)
         self._fit()
         places = [row for group in self.rows for row in group]

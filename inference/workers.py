@@ -14,7 +14,8 @@ import torch
 
 MOST = 8  # more threads would wait for Python's lock; PyTorch's own take the cores that are left
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Workers:

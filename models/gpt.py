@@ -206,8 +206,8 @@ class KVCache:
             # The row of a place that is none reads one position.
             place_lengths = lengths[p.order] * p.taken
             shared = [
-                LayerPrefix(*pair, p.lengths, p.order, p.place, place_lengths)
-                for pair in zip(p.keys, p.values, strict=True)
+                LayerPrefix(keys, values, p.lengths, p.order, p.place, place_lengths)
+                for keys, values in zip(p.keys, p.values, strict=True)
             ]
         return [
             LayerCache(*pair, lengths, index, prefix)
