@@ -1,13 +1,28 @@
-"""Batched sampling against Transformers' `generate`, same weights, same number of new tokens.
+"""Batched sampling against Transformers: same weights, prompts and number of new tokens.
 
-`python -m ponder.benchmarks.sampling`: the model of train_step.py, 64-token prompts, 64 new tokens,
-temperature 1; 16 samples of each prompt, as a sweep draws them, or of each prompt one. The peer
-runs eagerly with its dynamic KV cache, in the dtype of the row.
+`python -m ponder.benchmarks.sampling [--batch 64 256] [--each 1 16] [--dtype fp32 bf16]
+[--peer NAME ...] [--compiled] [--profile]`: the model of train_step.py, 64-token prompts, 64 new
+tokens, temperature 1; 16 samples of each prompt, as a sweep draws them, or of each prompt one.
+Peers: `generate` with its dynamic cache and with a static one (with --compiled that is compiled,
+which takes a minute for each shape), and `generate_batch`, its continuous batching.
+
+A row's gb_per_s counts what a decoder must read at least: in each step the weights once, each
+prompt's keys and values once, and every sample's own; roofline is its fraction of a copy's
+bandwidth, and peak_mib on a CPU what the process grew by. --profile prints where our time goes.
 """
 
-import torch
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 
-from ponder.benchmarks.measure import DEVICE, Row, rows, synchronize, write
+import torch
+from transformers import GenerationConfig
+
+from ponder.benchmarks import measure
+from ponder.benchmarks.measure import DEVICE, Row, milliseconds, row, synchronize, write
 from ponder.benchmarks.train_step import CONFIG, peer_of
 from ponder.inference.engine import LocalEngine, Request, SamplingParams
 from ponder.models import GPT
@@ -16,6 +31,9 @@ PROMPT, NEW = 64, 64
 EOS = CONFIG.vocab_size - 1
 BATCHES = (64, 256) if DEVICE == "cpu" else (1, 16, 64, 256, 1024, 4096)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PEERS = ("generate", "generate static", "generate_batch")
+# On a CPU `generate_batch` took 7 GB and did not end in two minutes: only where it is asked for.
+USUAL = PEERS[:2] if DEVICE == "cpu" else PEERS
 
 
 @torch.inference_mode()
@@ -39,62 +57,181 @@ def build(dtype: torch.dtype) -> tuple[GPT, torch.nn.Module]:
     return model.eval(), peer
 
 
-def run() -> list[Row]:
-    return [row for name, dtype in DTYPES.items() for row in _run(name, dtype)]
+@cache
+def copy_bandwidth() -> float:
+    """Bytes/s of a large copy, reads and writes both counted, measured now."""
+    a = torch.ones(1 << (28 if DEVICE == "cuda" else 26), device=DEVICE)
+    b = torch.empty_like(a)
+    times = milliseconds({"copy": lambda: b.copy_(a)}, repeats=9)["copy"]
+    return 2 * a.nbytes / (statistics.median(times) / 1e3)
 
 
-def _run(name: str, dtype: torch.dtype) -> list[Row]:
-    measured: list[Row] = []
+def least_bytes(batch: int, prompts: int, itemsize: int) -> float:
+    """What the decode steps must read at least, the prefill left out."""
+    c = CONFIG
+    weights = (c.layer_weights + c.n_embd * c.vocab_size) * itemsize
+    token = 2 * c.n_layer * c.n_kv_head * c.head_dim * itemsize
+    return NEW * (weights + prompts * PROMPT * token) + batch * token * NEW * (NEW + 1) / 2
+
+
+def peak_mib(work: Callable[[], object]) -> float | str:
+    """Memory that a call takes beyond what is there, in MiB; empty where nothing says so."""
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if DEVICE == "cuda" or not reset.exists():
+        return measure.peak_mib(work)
+
+    def kib(name: str) -> int:
+        line = next(x for x in status.read_text().splitlines() if x.startswith(name))
+        return int(line.split()[1])
+
+    reset.write_text("5")  # the highest so far is forgotten
+    before = kib("VmRSS")
+    work()
+    return round((kib("VmHWM") - before) / 1024, 1)
+
+
+def _peers(peer, prompts: torch.Tensor, compiled: bool) -> dict[str, Callable[[], object]]:
+    shared = dict(do_sample=True, temperature=1.0, top_k=0, eos_token_id=EOS, pad_token_id=EOS)
+    shared |= dict(max_new_tokens=NEW, min_new_tokens=NEW)
+
+    def generate(**more) -> None:
+        mask = torch.ones_like(prompts)
+        peer.generate(prompts, attention_mask=mask, use_cache=True, **shared, **more)
+        synchronize()
+
+    def static() -> None:
+        generate(cache_implementation="static", disable_compile=True)
+
+    def compiled_static() -> None:
+        eager = peer.forward
+        peer.forward = _compiled(peer)
+        try:
+            static()
+        finally:
+            peer.forward = eager
+
+    def generate_batch() -> None:
+        config = GenerationConfig(**(shared | dict(min_new_tokens=None, eos_token_id=-1)))
+        found = peer.generate_batch(prompts.tolist(), generation_config=config)
+        synchronize()
+        count = sum(len(output.generated_tokens) for output in found.values())
+        if count != prompts.shape[0] * NEW:
+            raise RuntimeError(f"{count} tokens of {prompts.shape[0] * NEW}")
+
+    name = "generate static compiled" if compiled else "generate static"
+    static_peer = compiled_static if compiled else static
+    return {"generate": generate, name: static_peer, "generate_batch": generate_batch}
+
+
+@cache
+def _compiled(peer):
+    return torch.compile(type(peer).forward.__get__(peer), dynamic=False)
+
+
+def run(
+    batches=BATCHES, eachs=(1, 16), dtypes=tuple(DTYPES), peers=USUAL, compiled: bool = False
+) -> list[Row]:
+    return [
+        found
+        for name in dtypes
+        for batch in batches
+        for each in eachs
+        if each <= batch
+        for found in _run(name, batch, each, peers, compiled)
+    ]
+
+
+def _run(name: str, batch: int, each: int, peers, compiled: bool) -> list[Row]:
+    dtype = DTYPES[name]
     model, peer = build(dtype)
-    error = error_of(model, peer)
-    for batch in BATCHES:
-        for each in (1, 16) if batch >= 16 else (1,):
-            prompts = torch.randint(EOS, (batch // each, PROMPT), device=DEVICE)
-            prompts = prompts.repeat_interleave(each, 0)
-            rows_of_tokens = [tuple(row) for row in prompts.tolist()]
-            engine = LocalEngine(model, slots=batch, eos=EOS, dtype=dtype, device=DEVICE)
-            params = SamplingParams(temperature=1.0, max_tokens=NEW)
-            counted: list[int] = []
+    error, allowed = error_of(model, peer), 1e-5 if dtype == torch.float32 else 5e-2
+    if error > allowed:
+        raise RuntimeError(f"the two models differ by {error:.2e}, allowed {allowed:.2e}")
+    prompts = torch.randint(EOS, (batch // each, PROMPT), device=DEVICE)
+    prompts = prompts.repeat_interleave(each, 0)
+    counted: list[int] = []
 
-            def ours(e=engine, prompts=rows_of_tokens, params=params, counted=counted) -> None:
-                requests = (Request(p, params, 0, i) for i, p in enumerate(prompts))
-                counted.append(sum(len(sample.tokens) for sample in e.generate(requests)))
-                synchronize()
+    def ours() -> None:
+        counted.append(sample(model, prompts, dtype))
+        synchronize()
 
-            def theirs(prompts=prompts) -> None:
-                peer.generate(
-                    prompts,
-                    attention_mask=torch.ones_like(prompts),
-                    max_new_tokens=NEW,
-                    min_new_tokens=NEW,
-                    do_sample=True,
-                    temperature=1.0,
-                    top_k=0,
-                    eos_token_id=EOS,
-                    pad_token_id=EOS,
-                    use_cache=True,
-                )
-                synchronize()
-
-            found = rows(
-                "sampling",
-                f"{PROMPT}-token prompts, {NEW} new, batch {batch}, {each} of each prompt",
-                name,
-                {"ponder": ours, "transformers generate": theirs},
-                repeats=3,
-                warmup=1,
-                errors={"ponder": error},
-                allowed=1e-5 if dtype == torch.float32 else 5e-2,
-            )
-            measured += found
-            # A sample that drew <eos> ended early: ours is judged by the tokens that it did draw.
-            tokens = {"ponder": sum(counted) / len(counted), "transformers generate": batch * NEW}
-            rate = {r.implementation: tokens[r.implementation] / r.ms_p50 * 1e3 for r in found}
-            ratio = rate["ponder"] / rate["transformers generate"]
-            both = ", ".join(f"{who} {value:,.0f}" for who, value in rate.items())
-            print(f"  batch {batch}, {each} of each, {name}: tokens/s {both}; {ratio:.2f}×")
+    case = f"{PROMPT}-token prompts, {NEW} new, batch {batch}, {each} of each prompt, {name}"
+    works: dict[str, Callable[[], object]] = {"ponder": ours}
+    for peer_name, work in _peers(peer, prompts, compiled).items():
+        if peer_name.removesuffix(" compiled") not in peers:
+            continue
+        works[f"transformers {peer_name}"] = work
+    peaks = {}
+    for who, work in list(works.items()):
+        begin = time.perf_counter()
+        try:
+            peaks[who] = peak_mib(work)
+        except Exception as reason:
+            if who == "ponder":
+                raise
+            print(f"{case}: {who} cannot run here: {reason}")
+            del works[who]
+        else:
+            print(f"{case}: {who}: first call {time.perf_counter() - begin:.1f} s", flush=True)
+    times = milliseconds(works, repeats=3, warmup=0)
+    # A sample that drew <eos> ended early: ours is judged by the tokens that it did draw.
+    tokens = dict.fromkeys(works, batch * NEW) | {"ponder": round(statistics.mean(counted))}
+    nbytes, measured = least_bytes(batch, batch // each, dtype.itemsize), []
+    for who in works:
+        seconds = statistics.median(times[who]) / 1e3
+        more = dict(gb_per_s=round(nbytes / seconds / 1e9, 3), peak_mib=peaks[who])
+        more |= dict(roofline=round(nbytes / seconds / copy_bandwidth(), 4))
+        more |= dict(error=f"{error:.3e}" if who == "ponder" else "")
+        measured.append(row("sampling", case, name, who, times[who], **more))
+        rate, own = tokens[who] / seconds, tokens["ponder"] / statistics.median(times["ponder"])
+        ratio = 1e3 * own / rate
+        print(
+            f"{case}: {who:35} {rate:9,.0f} tokens/s, ponder's {ratio:5.2f}×, "
+            f"{more['roofline']:.1%} of the bandwidth, {more['peak_mib']} MiB",
+            flush=True,
+        )
     return measured
 
 
+def sample(model: GPT, prompts: torch.Tensor, dtype: torch.dtype) -> int:
+    """Draw a sample of each of our prompts; how many tokens they have together."""
+    engine = LocalEngine(model, slots=len(prompts), eos=EOS, dtype=dtype, device=DEVICE)
+    params = SamplingParams(temperature=1.0, max_tokens=NEW)
+    rows = [tuple(prompt) for prompt in prompts.tolist()]
+    requests = (Request(prompt, params, 0, i) for i, prompt in enumerate(rows))
+    return sum(len(sample.tokens) for sample in engine.generate(requests))
+
+
+def profile(batch: int, each: int, name: str) -> None:
+    """Where our time goes, by operation; on a CPU in one thread, as others are not looked at."""
+    torch.set_num_threads(1)
+    model, _ = build(DTYPES[name])
+    prompts = torch.randint(EOS, (batch // each, PROMPT), device=DEVICE).repeat_interleave(each, 0)
+    sample(model, prompts, DTYPES[name])
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if DEVICE == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as found:
+        sample(model, prompts, DTYPES[name])
+    key = f"self_{DEVICE}_time_total" if DEVICE == "cpu" else "self_device_time_total"
+    print(found.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=40))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--batch", type=int, nargs="+", default=BATCHES)
+    parser.add_argument("--each", type=int, nargs="+", default=(1, 16))
+    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=tuple(DTYPES))
+    parser.add_argument("--peer", choices=PEERS, nargs="*", default=USUAL)
+    parser.add_argument("--compiled", action="store_true", help="compile the static cache's peer")
+    parser.add_argument("--profile", action="store_true", help="print ours by operation instead")
+    args = parser.parse_args()
+    if args.profile:
+        for name in args.dtype:
+            profile(args.batch[0], args.each[0], name)
+    else:
+        write(run(args.batch, args.each, args.dtype, args.peer, args.compiled))
+
+
 if __name__ == "__main__":
-    write(run())
+    main()

@@ -1,10 +1,8 @@
 """Decoder: a GPT's weights laid out for sampling on a CPU, and its forward pass over them.
 
 The same function as `GPT.hidden` and `GPT.logits`, in half as many operations: norm weights are
-folded into the matrices behind them, q, k and v are one product, residuals are added by the
-product, and all of it is written as one function. One step on an AVX-512 core with bf16 products,
-in ms of CPU time, the modules, fp32 and bf16: 20, 14, 9.5 for 64 rows of 96 positions and 58, 46,
-28 for 256 rows (4.9M parameters).
+folded into the matrices behind them, q, k and v are one product, matrices are packed once, and all
+of it is written as one function. What that brings is in benchmarks/NOTES.md, "Sampling".
 
 A row's numbers do not depend on where it stands in the batch, bit for bit, whatever the number of
 threads, as long as the number of rows is a multiple of `ROWS` and the model's widths are of 4; what
@@ -20,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..kernels._activations import ACTIVATIONS
+from ..kernels.decode_attention import CPU_ROWS, CPU_SPLIT
 from ..models import GPT, KVCache
 from ..models.layers import LayerCache
 
@@ -27,6 +26,7 @@ from ..models.layers import LayerCache
 # 31 rows), and on some numbers of threads for every fourth row where the columns are not a multiple
 # of 4 (seen: 37, 54).
 ROWS, COLUMNS = 8, 16
+CPU_BLOCK = 32  # rows of an engine's blocks on a CPU, of which each is one thread's
 # PyTorch hands a thread at least so many numbers of an elementwise operation, and treats what
 # remains of its share behind multiples of two vectors one by one, with another exponential.
 GRAIN, VECTORS = 32768, 64
@@ -71,7 +71,7 @@ class Decoder:
             joined = torch.cat(weights).detach().float()
             if norm is not None:
                 joined = joined * (norm.detach().float() * root)
-            return joined.t().to(dtype, memory_format=torch.contiguous_format, copy=True)
+            return _packed(joined.to(dtype))
 
         self.layers = []
         for block in cast(Iterable[Any], model.layers):
@@ -101,20 +101,16 @@ class Decoder:
         c, (B, T) = self.config, tokens.shape
         n_head, n_kv_head, head_dim = c.n_head, c.n_kv_head, c.head_dim
         n_qk = n_head + n_kv_head
-        positions = None if cache.empty else cache.lengths[:, None] + torch.arange(T)
+        positions = None if cache.empty else cache.positions(T)
         cos, sin = self.rotary(T if positions is None else positions)
         cos, sin = torch.cat((cos, cos), -1).unsqueeze(-2), torch.cat((-sin, sin), -1).unsqueeze(-2)
-        inner = self._whole_shares(B * T * c.n_inner)
-        hidden = inner[: B * T * c.n_inner].view(B * T, c.n_inner)
         h = self.embedding[tokens.flatten()]
         views = cache.views(positions, T)
-        unseen = None
-        if positions is not None:
-            unseen = torch.arange(cache.capacity) > positions[:, None, :, None]
+        unseen = None if positions is None else self._unseen(cache, T)
         for (qkv, bias, head_norm, out, out_bias, gate, up, down), view in zip(
             self.layers, views, strict=True
         ):
-            y = torch.mm(self._normed(h), qkv).float()
+            y = _product(self._normed(h), qkv).float()
             if bias is not None:
                 y += bias
             y = y.view(B, T, -1, head_dim)
@@ -125,34 +121,66 @@ class Decoder:
             turned = torch.cat((qk[..., head_dim // 2 :], qk[..., : head_dim // 2]), -1).mul_(sin)
             q, k = turned.add_(qk * cos).transpose(1, 2).split((n_head, n_kv_head), 1)
             v = v.transpose(1, 2)
-            if unseen is None or self.dtype == torch.float32:
+            if unseen is None:
                 y = view.attend(q, k, v)
             else:
                 view.write(k, v)
                 y = self._attend(q, view, unseen)
-            self._add_product(h, y.transpose(1, 2).reshape(B * T, -1), out)
+            h += _product(y.transpose(1, 2).reshape(B * T, -1).to(self.dtype), out)
             if out_bias is not None:
                 h += out_bias
             y = self._normed(h)
-            torch.mm(y, up if gate is None else gate, out=hidden)
-            z = self.activation(inner)[: hidden.numel()].view(hidden.shape)
-            self._add_product(h, z if gate is None else z.mul_(torch.mm(y, up)), down)
+            z = self._activated(_product(y, up if gate is None else gate))
+            h += _product(z if gate is None else z.mul_(_product(y, up)), down)
         cache.empty = False
         return h.view(B, T, -1)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (..., C) → (..., V) in fp32, as `GPT.logits`, the final norm included."""
-        logits = torch.matmul(self._normed(hidden), self.head)
+        logits = _product(self._normed(hidden), self.head)
         return logits[..., : self.config.vocab_size].float()
+
+    def _unseen(self, cache: KVCache, T: int) -> Tensor:
+        """(B, 1, T, S + P): −inf where a token must not look, of its row's own positions and of its
+        prefix's; else 0."""
+        own = cache.lengths[:, None] + torch.arange(T)
+        hidden = torch.arange(cache.capacity) > own[..., None]
+        if cache.prefix is not None:
+            beyond = torch.arange(cache.prefix.capacity) >= cast(Tensor, cache.offsets())[:, None]
+            hidden = torch.cat((hidden, beyond[:, None].expand(-1, T, -1)), -1)
+        zeros = torch.zeros(hidden.shape, dtype=self.dtype)
+        return zeros.masked_fill_(hidden, -torch.inf)[:, None]
 
     def _attend(self, q: Tensor, view: LayerCache, unseen: Tensor) -> Tensor:
         """decode_attention in products of the cache's dtype, which that has only on a GPU: in bf16
-        half as long (256 products of 2 × 32 × 96: 0.3 ms against 0.7)."""
-        scaled = (q * q.shape[-1] ** -0.5).to(self.dtype)
+        half as long (256 products of 2 × 32 × 96: 0.3 ms against 0.7); and with products of a
+        prefix whose shape is the same however many rows share it."""
+        B, H, T, D = q.shape
         keys, values = view.keys.flatten(0, 1), view.values.flatten(0, 1)
-        scores = torch.bmm(scaled.reshape(len(keys), -1, q.shape[-1]), keys.mT)
-        scores.view(*q.shape[:3], -1).masked_fill_(unseen, -torch.inf)
-        return torch.bmm(scores.softmax(-1), values).view(q.shape)
+        S = keys.shape[1]
+        queries = (q * D**-0.5).to(self.dtype).reshape(len(keys), -1, D)
+        scores = torch.bmm(queries, keys.mT).view(B, H, T, S)
+        if view.prefix is None:
+            weights = scores.add_(unseen).softmax(-1)
+            return _weighted(weights.view(len(keys), -1, S), values).view(q.shape)
+        p = view.prefix
+        N, G, P = p.keys.shape[:3]
+
+        def to_places(x: Tensor) -> Tensor:
+            """(B, H, T, n) → (N · G, width · H/G · T, n)"""
+            x = x[p.order].view(N, -1, G, H // G * T, x.shape[-1])
+            return x.transpose(1, 2).reshape(N * G, -1, x.shape[-1])
+
+        def to_rows(x: Tensor) -> Tensor:
+            """Back again."""
+            x = x.view(N, G, -1, H // G * T, x.shape[-1]).transpose(1, 2)
+            return x.reshape(-1, H, T, x.shape[-1])[p.place]
+
+        prefix_scores = torch.bmm(to_places(queries.view(B, H, T, D)), p.keys.flatten(0, 1).mT)
+        scores = torch.cat((scores, to_rows(prefix_scores)), -1).add_(unseen)
+        own, shared = scores.softmax(-1).split((S, P), -1)
+        out = _weighted(own.reshape(len(keys), -1, S), values).view(q.shape)
+        return out + to_rows(_weighted(to_places(shared), p.values.flatten(0, 1)))
 
     def _unit(self, x: Tensor) -> Tensor:
         """x / sqrt(sum(x²) + n eps), n the last dimension: its RMS norm over √n."""
@@ -162,14 +190,37 @@ class Decoder:
     def _normed(self, x: Tensor) -> Tensor:
         return self._unit(x).to(self.dtype)
 
-    def _add_product(self, h: Tensor, x: Tensor, matrix: Tensor) -> None:
-        if self.dtype == torch.float32:
-            h.addmm_(x, matrix)
-        else:
-            h += torch.mm(x.to(self.dtype), matrix)
+    def _activated(self, x: Tensor) -> Tensor:
+        """activation(x), of which each thread gets whole vectors."""
+        share = VECTORS * min(torch.get_num_threads(), -(-x.numel() // GRAIN))
+        if not x.numel() % share:
+            return self.activation(x)
+        padded = torch.nn.functional.pad(x.flatten(), (0, -x.numel() % share))
+        return self.activation(padded)[: x.numel()].view(x.shape)
 
-    def _whole_shares(self, numel: int) -> Tensor:
-        """A flat tensor of at least so many zeros, of which each thread gets whole vectors."""
-        threads = min(torch.get_num_threads(), -(-numel // GRAIN))
-        share = VECTORS * threads
-        return torch.zeros(-(-numel // share) * share, dtype=self.dtype)
+
+def _packed(matrix: Tensor) -> Tensor:
+    """A matrix (out, in) as `_product` reads it fastest: with oneDNN in blocks, which spares a copy
+    in each product (32 rows of 256 × 768: bf16 116 µs against 154, fp32 164 against 204)."""
+    if not torch.backends.mkldnn.is_available():
+        return matrix.clone()
+    return torch.ops.mkldnn._reorder_linear_weight(matrix, CPU_BLOCK)
+
+
+def _product(x: Tensor, matrix: Tensor) -> Tensor:
+    """x (..., in) → (..., out)"""
+    if matrix.is_mkldnn:
+        return torch.ops.mkldnn._linear_pointwise(x, matrix, None, "none", [], "")
+    return torch.nn.functional.linear(x, matrix)
+
+
+def _weighted(weights: Tensor, values: Tensor) -> Tensor:
+    """weights (n, i, S) values (n, S, D), summed in an order that S does not change."""
+    rows, S = weights.shape[1:]
+    if rows < CPU_ROWS or S <= CPU_SPLIT:
+        return torch.bmm(weights, values)
+    out = torch.bmm(weights[..., :CPU_SPLIT], values[:, :CPU_SPLIT])
+    for split in range(CPU_SPLIT, S, CPU_SPLIT):
+        part = slice(split, split + CPU_SPLIT)
+        out.baddbmm_(weights[..., part], values[:, part])
+    return out

@@ -1,6 +1,7 @@
 """The engine, on a mock model whose right answers are known and on small GPTs."""
 
 import itertools
+import multiprocessing
 import random
 import time
 
@@ -45,14 +46,19 @@ class Mock(torch.nn.Module):
         if cache.empty:
             self.prefilled += tokens.tolist()
             self.blocks.add((T, B))
-        position = torch.zeros(B, 1) if cache.empty else cache.lengths[:, None]
-        position = position.long() + torch.arange(T)
+        own = torch.zeros(B, 1, dtype=torch.int64) if cache.empty else cache.lengths[:, None]
+        own = own + torch.arange(T)
         cache.empty = False
-        cache.keys[0, torch.arange(B)[:, None], 0, position, 0] = tokens.float()
-        stored = cache.keys[0, :, 0, :, 0].long()
-        place = torch.arange(stored.shape[1])
-        visible = place <= position[..., None]
-        return (stored[:, None] * (place + 1) * visible).sum(-1, keepdim=True)
+        cache.keys[0, torch.arange(B)[:, None], 0, own, 0] = tokens.float()
+        stored, place = cache.keys[0, :, 0, :, 0].long(), torch.arange(cache.capacity)
+        before = torch.as_tensor(cache.offsets()).view(-1, 1, 1)
+        state = stored[:, None] * (before + place + 1) * (place <= own[..., None])
+        state = state.sum(-1, keepdim=True)
+        if cache.prefix is not None:
+            shared = cache.prefix.keys[0, cache.prefix.place // cache.prefix.width, 0, :, 0].long()
+            place = torch.arange(shared.shape[1])
+            state += (shared[:, None] * (place + 1) * (place < before)).sum(-1, keepdim=True)
+        return state
 
     def logits(self, hidden):
         return self.table[hidden[..., 0] % len(self.table)]
@@ -252,8 +258,9 @@ def set_threads():
     "threads, dtype", [(1, torch.float32), (2, torch.float32), (1, torch.bfloat16)]
 )
 def test_order_and_neighbours_do_not_matter(threads, dtype, device, set_threads):
-    """Bit for bit, log-probabilities included, with the real model."""
-    engine = LocalEngine(gpt(device), slots=8, eos=EOS, think_end=END, dtype=dtype)
+    """Bit for bit, log-probabilities included, with the real model: one block, or two at a time."""
+    slots = 8 if threads == 1 else 64
+    engine = LocalEngine(gpt(device), slots=slots, eos=EOS, think_end=END, dtype=dtype)
     requests = mixed_requests(prompts=4)
     set_threads(threads)
     found = results(engine, requests)
@@ -266,6 +273,47 @@ def test_order_and_neighbours_do_not_matter(threads, dtype, device, set_threads)
     long = Request((5,) * 60, SamplingParams(max_tokens=68), 0, 0, key="long")
     beside = results(engine, [long, *requests])
     assert {k: v for k, v in beside.items() if k != "long"} == found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_slots_do_not_matter_where_invariant(dtype, device, set_threads):
+    """Bit for bit with the real model, on one thread or two; on a CPU from 32 slots on, always."""
+    requests, model = mixed_requests(prompts=4), gpt(device)
+    found = []
+    for slots, threads in ((8, 1), (24, 1), (64, 2), (256, 1)):
+        set_threads(threads)
+        engine = LocalEngine(
+            model, slots=slots, eos=EOS, think_end=END, dtype=dtype, invariant=True
+        )
+        found.append(results(engine, requests[::-1] if slots == 64 else requests))
+    assert len(found[0]) == len(requests)
+    assert all(other == found[0] for other in found)
+    if device == "cpu":
+        engine = LocalEngine(model, slots=40, eos=EOS, think_end=END, dtype=dtype)
+        assert engine.slots == 64 and results(engine, requests) == found[0]
+
+
+def some_results(keys: range) -> dict:
+    """Those of the mixed requests, as another process finds them."""
+    torch.set_num_threads(1)
+    engine = LocalEngine(gpt(), slots=40, eos=EOS, think_end=END)
+    return results(engine, [mixed_requests()[i] for i in keys])
+
+
+def test_processes_and_restarts_do_not_matter():
+    """All at once, against two processes that share the requests, and a run that was cut."""
+    requests = mixed_requests()
+    engine = LocalEngine(gpt(), slots=40, eos=EOS, think_end=END)
+    wanted = results(engine, requests)
+    halves = range(0, len(requests), 2), range(1, len(requests), 2)
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        first, second = pool.map(some_results, halves)
+    assert first | second == wanted and len(first) + len(second) == len(wanted)
+    cut = engine.generate(requests)
+    kept = {s.request.key for s in itertools.islice(cut, 17)}
+    cut.close()
+    rest = results(engine, [r for r in requests if r.key not in kept])
+    assert rest == {key: value for key, value in wanted.items() if key not in kept}
 
 
 def test_steps_per_look_do_not_matter(device):

@@ -1,0 +1,187 @@
+"""Slots: the rows that decode together, from a request to its finished sample."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..kernels import sample_tokens
+from ..models import KVCache, Prefix
+from .graphs import Graphed, capture
+from .prompts import LENGTH_STEP, Groups, Prompts, round_up
+from .request import Request, Sample, stream_key
+
+NEVER = 1 << 62
+
+
+class Run:
+    """What the host knows of the sample in a slot."""
+
+    def __init__(self, request: Request, step: int, seconds: float):
+        self.request = request
+        self.step = step  # of the slots' clock, at which it began
+        self.seconds = seconds
+        self.shown = 0  # tokens of the completion that a watcher has seen
+
+
+class Slots:
+    """`rows` samples at a time: their state on the device, their requests on the host.
+
+    Every row is computed, in use or not, so that the shapes that the model sees are fixed.
+    """
+
+    def __init__(self, engine: Any, network: Any, rows: int):
+        self.engine, self.network = engine, network
+        device, dtype, config = engine.device, engine.dtype, engine.model.config
+        self.running: dict[int, Run] = {}
+        self.free = list(range(rows))[::-1]  # adjacent rows for adjacent requests
+        self.steps = 0
+        self.integers = torch.zeros(7, rows, dtype=torch.int64, device=device)
+        self.numbers = torch.zeros(4, rows, device=device)
+        # token: the next one to feed; count: tokens of the completion so far; force_at: the count
+        # at which </think> is forced; most: max_tokens.
+        self.token, self.length, self.count, self.force_at, self.most, self.seed, self.top_k = (
+            self.integers
+        )
+        self.temperature, self.top_p, self.min_p, self.logprob = self.numbers
+        self.top_p.fill_(1.0)  # sample_tokens looks at idle rows too
+        self.done = torch.ones(rows, dtype=torch.bool, device=device)
+        self.tokens = torch.zeros(rows, 1, dtype=torch.int64, device=device)
+        self.cache = KVCache(config, rows, 0, device=device, dtype=dtype)
+        self.cache.lengths = self.length
+        self.cache.empty = False
+        self.prefix = Prefix(config, rows, LENGTH_STEP, engine.group, device=device, dtype=dtype)
+        self.cache.prefix = self.prefix
+        self.groups = Groups(self.prefix)
+        self.decode = Graphed(self._step, capture if device.type == "cuda" else None)
+        self.peak = self.next_fit = 0
+
+    @torch.inference_mode()
+    def fill(self, batch: list[Request], prompts: Prompts, seconds: float) -> None:
+        """Put each request into a free slot, behind its prompt's keys and values.
+
+        seconds: what a sample that had run from the engine's start would owe by now.
+        """
+        rows = [self.free.pop() for _ in batch]
+        integers, numbers, most = [], [], 0
+        for row, request in zip(rows, batch, strict=True):
+            prompt, params = request.prompt, request.params
+            source, owed = prompts.take(prompt)
+            self.groups.add(row, prompt, source)
+            # The last token of the prompt is fed once more, for the logits behind it.
+            force_at = NEVER if params.budget is None else params.budget
+            seed = stream_key(prompt, request.seed, request.index)
+            integers.append((prompt[-1], 0, 0, force_at, params.max_tokens, seed, params.top_k))
+            numbers.append((params.temperature, params.top_p, params.min_p, 0.0))
+            most = max(most, params.max_tokens)
+            self.running[row] = Run(request, self.steps, owed - seconds)
+        self.groups.update()
+        device = self.engine.device
+        index = torch.tensor(rows, device=device)
+        self.integers.index_copy_(1, index, torch.tensor(integers, device=device).t())
+        self.numbers.index_copy_(1, index, torch.tensor(numbers, device=device).t())
+        self.done.index_fill_(0, index, False)
+        if most >= self.tokens.shape[1]:
+            self.tokens = torch.nn.functional.pad(self.tokens, (0, most + 1 - self.tokens.shape[1]))
+
+    @torch.inference_mode()
+    def step(self) -> list[int]:
+        """Decode a token of every slot (a few, on a GPU); the rows that finished."""
+        n = self.engine.steps_per_look
+        self._fit(n)
+        cache, prefix = self.cache, self.prefix
+        moving = cache.keys, cache.values, self.tokens, prefix.keys, prefix.values
+        moving += prefix.lengths, prefix.order, prefix.taken
+        self.decode(n, key=tuple((x.data_ptr(), x.shape) for x in moving))
+        self.steps += n
+        finished = [row for row, done in enumerate(self.done.tolist()) if done]
+        return [row for row in finished if row in self.running]
+
+    def show(self, watch: Callable[[Request, list[int]], None]) -> None:
+        """Tell watch what every running sample has got since the last time."""
+        counts = self.count.tolist()
+        for row, run in self.running.items():
+            new = self.tokens[row, run.shown : counts[row]].tolist()
+            run.shown = counts[row]
+            if new:
+                watch(run.request, new)
+
+    def _step(self) -> None:
+        think_end, network = self.engine.think_end, self.network
+        hidden = network.hidden(self.token[:, None], self.cache)
+        token, logprob = sample_tokens(
+            network.logits(hidden[:, -1]),
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            seeds=self.seed,
+            positions=self.count,
+        )
+        idle = self.done
+        if think_end is not None:
+            forced = self.count == self.force_at
+            token.masked_fill_(forced, think_end)
+            self.force_at.masked_fill_(token == think_end, NEVER)
+            idle = idle | forced
+        self.logprob += logprob.masked_fill_(idle, 0.0)
+        self.tokens.scatter_(1, self.count[:, None], token[:, None])
+        self.count += ~self.done  # a finished row writes behind its tokens
+        self.done |= (token == self.engine.eos) | (self.count == self.most)
+        self.length += 1
+        self.length.masked_fill_(self.done, 0)
+        self.token.copy_(token)
+
+    def collect(self, rows: list[int], seconds: float) -> list[Sample]:
+        """The finished samples of these rows, which fall free. seconds: as in `fill`."""
+        if not rows:
+            return []
+        index = torch.tensor(rows, device=self.engine.device)
+        counts = self.count[index].tolist()
+        tokens = self.tokens[index, : max(counts)].tolist()
+        logprobs = self.logprob[index].tolist()
+        samples = []
+        for row, count, drawn, logprob in zip(rows, counts, tokens, logprobs, strict=True):
+            run = self.running.pop(row)
+            self.groups.remove(row, run.request.prompt)
+            drawn = tuple(drawn[:count])
+            budget = run.request.params.budget
+            forced = (
+                budget is not None
+                and budget < count
+                and (self.engine.think_end not in drawn[:budget])
+            )
+            samples.append(
+                Sample(
+                    request=run.request,
+                    tokens=drawn,
+                    sampled_tokens=count - forced,
+                    forced_tokens=int(forced),
+                    logprob=logprob,
+                    finish="stop" if drawn[-1] == self.engine.eos else "length",
+                    seconds=run.seconds + seconds,
+                )
+            )
+        self.free += rows[::-1]
+        return samples
+
+    def _fit(self, steps: int) -> None:
+        """Keep the cache's capacity near what is needed: on a CPU every step reads all of it.
+
+        It grows at once, and shrinks where the most that was needed for a while is less. On a GPU
+        only what is valid is read: there is room for the longest sample from the beginning, so that
+        a captured step is of use for long.
+        """
+        if self.engine.device.type == "cuda":
+            needed = max(run.request.params.max_tokens for run in self.running.values()) + steps
+            if needed > self.cache.capacity:
+                self.cache.resize(round_up(needed))
+            return
+        needed = round_up(self.steps + steps - min(run.step for run in self.running.values()))
+        self.peak = max(self.peak, needed)
+        if needed > self.cache.capacity:
+            self.cache.resize(needed)
+        elif self.steps >= self.next_fit:
+            if self.peak < self.cache.capacity:
+                self.cache.resize(self.peak)
+            self.peak, self.next_fit = needed, self.steps + LENGTH_STEP

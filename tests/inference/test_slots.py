@@ -1,0 +1,299 @@
+"""What the engine is built of: groups of rows that share a prompt, workers, graphs, the plan."""
+
+import random
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ponder.inference.decoder import Decoder
+from ponder.inference.engine import LocalEngine, Request, SamplingParams
+from ponder.inference.graphs import Graphed
+from ponder.inference.memory import GIB, available, needed
+from ponder.inference.prompts import Groups, Place, Prompts
+from ponder.inference.slots import Slots
+from ponder.inference.workers import Workers
+from ponder.models import GPT, GPTConfig, KVCache, Prefix
+
+EOS, END = 0, 1
+
+
+@pytest.fixture(autouse=True)
+def no_interpreter(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+
+
+def gpt(**changes) -> GPT:
+    torch.manual_seed(0)
+    shape = dict(vocab_size=21, context=256, n_layer=2, n_head=4, n_kv_head=2, head_dim=16)
+    model = GPT(GPTConfig(**(shape | dict(n_embd=48, n_inner=80) | changes)))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=p.shape[-1] ** -0.5) if p.ndim == 2 else p.data.uniform_(
+            0.5, 2
+        )
+    return model.eval()
+
+
+def requests(count=40, prompts=5, max_tokens=20) -> list[Request]:
+    draw = random.Random(0)
+    known = [tuple(draw.choices(range(2, 21), k=draw.choice((1, 7, 33)))) for _ in range(prompts)]
+    return [
+        Request(known[i % prompts], SamplingParams(max_tokens=1 + i % max_tokens), 3, i, key=i)
+        for i in range(count)
+    ]
+
+
+def results(engine: LocalEngine, asked: list[Request]) -> dict:
+    return {s.request.key: (s.tokens, s.logprob) for s in engine.generate(asked)}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data(), st.integers(1, 4))
+def test_every_row_finds_its_prompt(data, width):
+    """Rows come and go at random; after each change all of them see their own prompt's keys."""
+    config, rows = GPTConfig(99, 128, 1, 1, 1, 16), 8
+    groups = Groups(Prefix(config, rows, 32, width))
+    here: dict[int, tuple[int, ...]] = {}
+    for _ in range(data.draw(st.integers(1, 12))):
+        for row in data.draw(st.sets(st.sampled_from(sorted(here)))) if here else ():
+            groups.remove(row, here.pop(row))
+        for row in data.draw(st.sets(st.sampled_from(range(rows)))) - set(here):
+            kind = data.draw(st.integers(0, 4))
+            here[row] = (kind,) * (1 + 20 * kind)
+            block = KVCache(config, 2, 128)
+            block.keys[:, 1] = block.values[:, 1] = kind + 1
+            groups.add(row, here[row], Place(block, 1))
+        groups.update()
+        prefix = groups.prefix
+        assert prefix.taken.sum() == len(here)
+        assert prefix.groups <= rows
+        for row, prompt in here.items():
+            place = int(prefix.place[row])
+            group, n = place // width, len(prompt) - 1
+            assert prefix.order[place] == row and prefix.taken[place]
+            assert prefix.lengths[group] == n
+            for x in (prefix.keys, prefix.values):
+                assert (x[0, group, 0, :n] == prompt[0] + 1).all()
+
+
+def test_full_groups_hold_as_many_rows_as_they_have_places():
+    groups = Groups(Prefix(GPTConfig(99, 64, 1, 1, 1, 16), 32, 32, 4))
+    block = KVCache(GPTConfig(99, 64, 1, 1, 1, 16), 1, 32)
+    for row in range(32):
+        groups.add(row, (row // 16, 5), Place(block, 0))
+    groups.update()
+    assert groups.prefix.groups == 8 and groups.prefix.taken.all()
+    assert groups.prefix.order.tolist() == list(range(32))
+
+
+@pytest.mark.parametrize("kind", ["modules", "decoder fp32", "decoder bf16"])
+@pytest.mark.parametrize("heads", [(4, 2), (2, 2), (8, 1)])
+def test_a_shared_prompt_is_as_if_it_were_the_rows_own(kind, heads):
+    """Rows of unlike prompts and lengths, some groups half empty, against full forward passes."""
+    model = gpt(n_head=heads[0], n_kv_head=heads[1])
+    c, dtype = model.config, torch.bfloat16 if "bf16" in kind else torch.float32
+    network = model if kind == "modules" else Decoder(model, dtype)
+    draw = torch.Generator().manual_seed(0)
+    sequences = torch.randint(21, (8, 240), generator=draw)
+    prompts = [5, 5, 5, 5, 5, 209, 209, 1]  # tokens; the rows of equals share theirs
+    sequences[:5, :5], sequences[5:7, :209] = sequences[0, :5], sequences[5, :209]
+    with torch.inference_mode():
+        wanted = model(sequences)
+        cache = KVCache(c, 8, 32, dtype=dtype)
+        cache.prefix, cache.empty = Prefix(c, 8, 32, 4, dtype=dtype), False
+        groups = Groups(cache.prefix)
+        for row, n in enumerate(prompts):
+            block = KVCache(c, 1, 256, dtype=dtype)
+            network.hidden(sequences[row : row + 1, :n], block)
+            groups.add(row, tuple(sequences[row, :n].tolist()), Place(block, 0))
+        groups.update()
+        assert cache.prefix.groups == 4  # of 4, 1, 2 and 1 rows
+        at = torch.tensor(prompts) - 1
+        for _ in range(6):
+            here = torch.arange(8), at + cache.lengths
+            found = network.logits(network.hidden(sequences[here][:, None], cache))[:, 0]
+            tolerance = 0.25 if dtype == torch.bfloat16 else 1e-4
+            torch.testing.assert_close(found, wanted[here], rtol=0, atol=tolerance)
+            cache.lengths += 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [(4, 2), (2, 2), (8, 1)])
+def test_shapes_of_a_cache_do_not_show(dtype, heads):
+    """The number of groups, and the capacities of prefix and cache: not a bit of the logits."""
+    model = gpt(n_head=heads[0], n_kv_head=heads[1])
+    c, decoder = model.config, Decoder(model, dtype)
+    keys, values, own_keys, own_values = torch.randn(4, c.n_layer, 1, c.n_kv_head, 64, c.head_dim)
+    found = []
+    with torch.inference_mode():
+        for own, capacity, n in (
+            (32, 32, 8),
+            (64, 64, 8),
+            (224, 32, 9),
+            (32, 448, 20),
+            (64, 224, 32),
+        ):
+            cache = KVCache(c, 32, own, dtype=dtype)
+            cache.keys[:, :, :, :20] = own_keys[..., :20, :]
+            cache.values[:, :, :, :20] = own_values[..., :20, :]
+            cache.lengths += 20
+            cache.prefix, cache.empty = Prefix(c, 32, 32, 4, dtype=dtype), False
+            cache.prefix.resize(n, capacity)
+            cache.prefix.keys[:, :, :, :30] = keys[..., :30, :]
+            cache.prefix.values[:, :, :, :30] = values[..., :30, :]
+            cache.prefix.lengths += 30
+            places = torch.randperm(n * 4)[:32]
+            cache.prefix.place.copy_(places)
+            cache.prefix.order[places] = torch.arange(32)
+            found.append(decoder.logits(decoder.hidden(torch.full((32, 1), 5), cache)))
+    for logits in found:
+        assert (logits == found[0][:1]).all()
+
+
+def _threads_of_an_operation(i: int) -> tuple[int, int]:
+    torch.ones(1 << 17).sum()  # PyTorch's setting is read by the first that is divided
+    return i, torch.get_num_threads()
+
+
+def test_workers_keep_order_and_raise_and_leave_the_setting():
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        with Workers(2) as workers:
+            names = workers.run(lambda _: threading.current_thread().name, range(8))
+            assert threading.current_thread().name not in names
+            each = workers.run(
+                lambda i: (i, torch.ones(2).sum(), torch.get_num_threads()), range(5)
+            )
+            assert [(i, n) for i, _, n in each] == [(i, 2) for i in range(5)]
+            with pytest.raises(ZeroDivisionError):
+                workers.run(lambda i: 1 / i, [1, 0])
+            assert torch.get_num_threads() == 4
+        with Workers(1) as workers:
+            assert workers.run(threading.current_thread().__eq__, [threading.current_thread()])[0]
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_step_is_captured_when_its_tensors_stay():
+    log = []
+    graphed = Graphed(lambda: log.append("step"), lambda step: lambda: log.append("replay"))
+    for key in "aab":
+        graphed(2, key)
+    graphed(1, "b")
+    assert log == ["step"] * 2 + ["replay"] * 2 + ["step"] * 2 + ["replay"]
+
+
+def test_a_capture_that_fails_is_told_once():
+    def fail(step):
+        raise RuntimeError("no such thing\ndetails")
+
+    log = []
+    graphed = Graphed(lambda: log.append(1), fail)
+    graphed(1, "a")
+    with pytest.warns(UserWarning, match="without CUDA graphs: no such thing$"):
+        graphed(1, "a")
+    graphed(1, "a"), graphed(1, "b"), graphed(1, "b")
+    assert len(log) == 5
+
+
+def test_a_replay_meets_the_tensors_that_it_was_captured_with(monkeypatch):
+    """As a graph would: what is captured holds on to the tensors that it saw, not to the names."""
+    replays = 0
+
+    def capture(step):
+        slots = step.__self__
+        names = [(slots.cache, "keys"), (slots.cache, "values"), (slots, "tokens")]
+        names += [(slots.prefix, n) for n in ("keys", "values", "lengths", "order", "taken")]
+        seen = [getattr(*name) for name in names]
+
+        def replay():
+            nonlocal replays
+            replays += 1
+            assert all(getattr(*name) is x for name, x in zip(names, seen, strict=True))
+            step()
+
+        return replay
+
+    engine = LocalEngine(gpt(), slots=8, eos=EOS)
+    wanted = results(engine, requests())
+    start = Slots.__init__
+
+    def init(self, *args):
+        start(self, *args)
+        self.decode.capture = capture
+
+    monkeypatch.setattr(Slots, "__init__", init)
+    engine.steps_per_look = 4
+    assert results(engine, requests()) == wanted
+    assert replays >= 20  # more than half of the steps
+
+
+def test_the_plan_covers_what_is_held():
+    """The tensors of a run of the worst kind: no prompt shared, every sample as long as allowed."""
+    model = gpt(n_layer=4)
+    engine = LocalEngine(model, slots=32, eos=EOS)
+    asked = [
+        Request((2 + i % 9, 3 + i // 9) * 40, SamplingParams(max_tokens=150), 0, i)
+        for i in range(32)
+    ]
+    with Workers(1) as workers:
+        network = engine.network()
+        prompts = Prompts(network, model.config, engine.device, engine.dtype, workers, 128)
+        slots = Slots(engine, network, 32)
+        for request in asked:
+            prompts.expect(request.prompt)
+        prompts.prefill(asked, [])
+        blocks = {place.block for place in prompts.ready.values()}
+        slots.fill(asked, prompts, 0.0)
+        while slots.cache.capacity < 160 and not slots.done.all():
+            slots.step()
+    held = [slots.cache, slots.prefix, *blocks]
+    held = sum(x.keys.nbytes + x.values.nbytes for x in held)
+    reckoned = needed(model.config, slots=32, prompt=80, new=150, itemsize=4, block_tokens=128)
+    assert held < reckoned < 3 * held
+
+
+def test_fewer_slots_where_memory_is_short(monkeypatch):
+    model, asked = gpt(), requests(70)
+    engine = LocalEngine(model, slots=128, eos=EOS)
+    wanted = results(engine, asked)
+    free = engine.plan(asked).needed(64)
+    monkeypatch.setattr("ponder.inference.memory.available", lambda device: free)
+    with pytest.warns(UserWarning, match="128 slots need .* GiB .* are free: 64 slots are used"):
+        assert results(engine, asked) == wanted
+    assert engine.slots == 128
+
+
+def test_requests_that_cannot_fit_are_told_before_anything_is_sampled(monkeypatch):
+    engine = LocalEngine(gpt(), slots=64, eos=EOS)
+    small = Request((2,), SamplingParams(max_tokens=2), 0, 0)
+    large = Request((2,) * 100, SamplingParams(max_tokens=150), 0, 0)
+    free = engine.plan([small]).needed(64)
+    monkeypatch.setattr("ponder.inference.memory.available", lambda device: free)
+    asked = [small] * 128 + [large]
+    samples = []
+    with pytest.raises(ValueError, match="64 samples .* 150 tokens .* 100 need .* fewer slots"):
+        samples.extend(engine.generate(asked))
+    monkeypatch.setattr("ponder.inference.memory.available", lambda device: 1000)
+    with pytest.raises(ValueError, match="^8 samples at a time of up to 2 tokens"):
+        next(engine.generate([small]))
+
+
+def test_memory_that_runs_out_is_a_sentence(monkeypatch):
+    engine = LocalEngine(gpt(), slots=8, eos=EOS)
+
+    def step(self):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Slots, "step", step)
+    with pytest.raises(ValueError, match="memory ran out with 8 slots"):
+        next(engine.generate(requests(1)))
+
+
+def test_memory_is_known_here():
+    free = available(torch.device("cpu"))
+    assert free is not None and GIB / 64 < free < 2**50
+    assert available(torch.device("meta")) is None
