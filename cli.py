@@ -18,6 +18,8 @@ commands:
   train     train a model: ponder train [PRESET] [--data task:NAME | text:PATH | hub:NAME] ...
   sweep     measure accuracy against inference compute: samples × thinking budgets
   report    draw a sweep's report again from its stored samples
+  scale     train a ladder of sizes and fit the scaling law: ponder scale [tiny|cpu|gpu] ...
+  plan      memory, time and layout of a run before it starts: ponder plan [MODEL] ...
   generate  let a model answer one prompt
   info      versions, hardware, and which path each kernel takes
 
@@ -106,6 +108,23 @@ def _generate(arguments: list[str]) -> None:
     generate(config)
 
 
+def _scale(arguments: list[str]) -> None:
+    import tyro
+
+    from .training.ladder import PRESETS, ScaleConfig, preset
+
+    default = ScaleConfig()
+    if arguments and not arguments[0].startswith("-"):
+        default, arguments = preset(arguments[0]), arguments[1:]
+    config = tyro.cli(
+        ScaleConfig, default=default, prog=f"ponder scale [{'|'.join(PRESETS)}]", args=arguments
+    )
+    config.check()
+    from .training.ladder import scale
+
+    print(f"law: {scale(config)}")
+
+
 def _info(arguments: list[str]) -> None:
     import tyro
 
@@ -139,6 +158,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": _train,
     "sweep": _sweep,
     "report": _report,
+    "scale": _scale,
     "generate": _generate,
     "info": _info,
 }
