@@ -125,6 +125,18 @@ def _scale(arguments: list[str]) -> None:
     print(f"law: {scale(config)}")
 
 
+def _plan(arguments: list[str]) -> None:
+    import tyro
+
+    from .training.plan import MODELS, PlanConfig, describe, plan
+
+    model = "gpt2"
+    if arguments and not arguments[0].startswith("-"):
+        model, arguments = arguments[0], arguments[1:]
+    config = tyro.cli(PlanConfig, prog=f"ponder plan [{'|'.join(MODELS)}|PRESET]", args=arguments)
+    print(describe(plan(config, model), config, model))
+
+
 def _info(arguments: list[str]) -> None:
     import tyro
 
@@ -159,6 +171,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "sweep": _sweep,
     "report": _report,
     "scale": _scale,
+    "plan": _plan,
     "generate": _generate,
     "info": _info,
 }

@@ -69,7 +69,7 @@ def run(path: Path) -> tuple[str, dict[str, bytes]]:
                 with contextlib.redirect_stdout(printed):
                     exec(compile(text, str(path), "exec"), scope)
                 if printed.getvalue():
-                    parts.insert(place, f"```text title=\"prints\"\n{printed.getvalue()}```")
+                    parts.insert(place, f'```text title="prints"\n{printed.getvalue()}```')
     finally:
         plt.show = before
     return "\n\n".join(parts) + "\n", figures

@@ -24,9 +24,7 @@ class MLP(nn.Module):
     is one linear map, however deep. (`layers.MLP` is the two-layer form inside a transformer.)
     """
 
-    def __init__(
-        self, widths: Sequence[int], *, activation: str = "relu", head: Head = "classes"
-    ):
+    def __init__(self, widths: Sequence[int], *, activation: str = "relu", head: Head = "classes"):
         super().__init__()
         problems = []
         if len(widths) < 2 or min(widths) < 1:

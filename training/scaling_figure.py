@@ -51,7 +51,7 @@ def draw_compute(axes: Axes, fit: Fit, rungs: "Sequence[Rung]") -> None:
         law,
         compute,
         lambda n: np.exp(offset) * n**slope,
-        (sizes[0] / 100, sizes[-1] * 100),
+        (sizes[0] / 3, sizes[-1] * 3),  # what the ladder can speak of
     )
     axes.plot(compute, best, color=INK, linestyle=(0, (5, 3)), label="frontier", zorder=3)
     for r in rungs:
@@ -85,10 +85,10 @@ def draw_parity(axes: Axes, fit: Fit, rungs: "Sequence[Rung]") -> None:
     sizes = sorted({r.parameters for r in rungs if not r.held_out})
     colours = dict(zip(sizes, shades(len(sizes)), strict=True))
     colour = [RED if r.held_out else colours[r.parameters] for r in rungs]
-    for marker, some in (("o", ~held), ("*", held)):
+    for marker, size, some in (("o", 26, ~held), ("*", 90, held)):
         if some.any():
             chosen = [c for c, s in zip(colour, some, strict=True) if s]
-            axes.scatter(fitted[some], error[some], c=chosen, marker=marker, s=90 if held is some else 26)
+            axes.scatter(fitted[some], error[some], c=chosen, marker=marker, s=size)
     reach = 1.15 * np.abs(error).max()
     axes.set_ylim(-reach, reach)
     axes.set_xscale("log")

@@ -42,7 +42,11 @@ for name, ours, theirs in (("first", d_first, first), ("last", d_last, last)):
 
 # %%
 figure, axes = plt.subplots()
-for activation, colour in (("sigmoid", figures.RED), ("tanh", figures.AMBER), ("relu", figures.BLUE)):
+for activation, colour in (
+    ("sigmoid", figures.RED),
+    ("tanh", figures.AMBER),
+    ("relu", figures.BLUE),
+):
     torch.manual_seed(0)
     deep = MLP([64] * 16 + [1], activation=activation, head="values")
     deep.loss(torch.randn(256, 64), torch.randn(256, 1)).backward()

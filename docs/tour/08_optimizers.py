@@ -30,7 +30,7 @@ axes.contourf(u, v, valley_with_dip(u, v).sqrt(), levels=24, cmap="Blues_r", alp
 for rule, colour in colours.items():
     path = descend(valley_with_dip, start, rule, lr=0.1, steps=200)
     axes.plot(*path.T, "o-", color=colour, markersize=2.5, linewidth=1.2, label=rule)
-    x, y = path[-1].tolist()
+    x, y = (path[-1].round(decimals=2) + 0.0).tolist()
     print(f"{rule:9} ends at ({x:.2f}, {y:.2f})")
 axes.set(title="From the same place, at the same rate", xlabel="x", ylabel="y")
 axes.grid(False)

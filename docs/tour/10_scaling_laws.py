@@ -44,7 +44,9 @@ for size, colour in zip(np.unique(N), figures.shades(5), strict=True):
 compute = np.geomspace(1e18, 1e24, 60)
 best, _ = frontier(fit.law, compute, lambda n: 6 * n, (1e7, 1e12))
 axes.plot(compute, best, color=figures.INK, linestyle="--", label="the most that compute buys")
-axes.set(xscale="log", xlabel="FLOPs of the training", ylabel="loss (nats a token)", ylim=(1.8, 4.2))
+axes.set(
+    xscale="log", xlabel="FLOPs of the training", ylabel="loss (nats a token)", ylim=(1.8, 4.2)
+)
 axes.set_title("Runs of a ladder, the law, and its efficient frontier")
 axes.legend(title="parameters")
 plt.show()

@@ -43,7 +43,9 @@ for k in (1, 4, 16, 32):
 results = Path(ponder.__file__).parent / "docs/results/demo_cpu/results.csv"
 rows = list(csv.DictReader(results.open()))
 lines = [("greedy", "1", figures.RED), ("sampling", "1", figures.BLUES[0])]
-lines += [("self-consistency", k, c) for k, c in (("4", figures.BLUES[3]), ("16", figures.BLUES[6]))]
+lines += [
+    ("self-consistency", k, c) for k, c in (("4", figures.BLUES[3]), ("16", figures.BLUES[6]))
+]
 figure, axes = plt.subplots()
 for strategy, k, colour in lines:
     mine = [r for r in rows if (r["strategy"], r["samples"]) == (strategy, k)]
