@@ -173,7 +173,8 @@ def step_seconds(
     states = {"muon": 28 * (P - M) + 20 * M, "adamw": 28 * P, "sgd": 20 * P}[optimizer]
     update = (states + 8 * P + (4 + BYTES[precision]) * M * accumulation) / shards / stream
     if optimizer == "muon":
-        update += _newton_schulz(shape) / peak
+        in_bf16 = hardware.peak.get("bf16", hardware.peak[precision])
+        update += _newton_schulz(shape) / (in_bf16 * hardware.matrix_efficiency)
     parts = {"matrix products": products, "memory": streams, "update": update}
     if devices > 1:
         inside = min(devices, hardware.per_node)

@@ -175,8 +175,8 @@ def fit_law(
     sizes, budgets = len(np.unique(n)), len(np.unique(d))
     if sizes < 3 or budgets < 3 or len(y) < 7:
         raise ValueError(
-            f"{len(y)} runs of {sizes} sizes and {budgets} token budgets cannot tell the law's five "
-            "constants; at least 7 runs of 3 sizes and 3 budgets can"
+            f"{len(y)} runs of {sizes} sizes and {budgets} token budgets cannot tell the law's "
+            "five constants; at least 7 runs of 3 sizes and 3 budgets can"
         )
     problem = _Problem(n, d, y)
     starts = problem.starts(y, 8)
@@ -197,7 +197,8 @@ def _noise(residuals: Array) -> Array:
 
     The five smallest are left out: the fit, near a median regression, passes through as many runs
     as it has constants, and they would be 0. Of 40 synthetic ladders of 5 × 4 runs that scatter by
-    0.4 %, the 90 % intervals then held the truth in 85 to 97 %, by constant; not widened 75 to 88 %.
+    0.4 %, the 90 % intervals then held the truth in 85 to 97 %, by constant; not widened, in 75 to
+    88 %.
     """
     count = len(residuals)
     kept = np.sort(np.abs(residuals))[5:] * np.sqrt(count / (count - 5))

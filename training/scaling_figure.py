@@ -1,4 +1,4 @@
-"""The picture of a scaling law: loss against compute, the frontier, and the law against the runs."""
+"""The picture of a scaling law: loss against compute, the frontier, and what the law misses."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -44,9 +44,9 @@ profile.set(title="Along the valley's floor: where each walk ends", xlabel="x", 
 plt.show()
 
 # %% [markdown]
-# Short steps follow the slope into the dip, and there the slope is 0: the dip holds the walk, though
-# the floor lies lower. Long steps swing from side to side, and so miss the dip. With a rate above 1,
-# which is 2 over the curvature across the valley, each swing is wider than the last.
+# Short steps follow the slope into the dip, and there the slope is 0: the dip holds the walk,
+# though the floor lies lower. Long steps swing from side to side, and so miss the dip. With a rate
+# above 1, which is 2 over the curvature across the valley, each swing is wider than the last.
 #
 # **Change and see.** Start at `(-3.5, 0.0)`: without a swing, the dip catches the long steps too.
 # Take 1.05 for the rate: the walk climbs out of the valley, further with every swing.

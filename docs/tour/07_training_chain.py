@@ -63,6 +63,6 @@ plt.show()
 # **Change and see.** Train with `lr=1.0`: the loss jumps up and stays there. Leave out `zero_grad`:
 # slopes pile up over the steps, and the updates point into the past.
 #
-# **Where the real code lives.** `training/loop.py` has the same four steps in `_update`, with what a
-# long run needs around them: mixed precision, several GPUs, checkpoints, clipping, a learning rate
-# that warms up and decays. `ponder train shakespeare --data text:FILE` runs it.
+# **Where the real code lives.** `training/loop.py` has the same four steps in `_update`, with what
+# a long run needs around them: mixed precision, several GPUs, checkpoints, clipping, a learning
+# rate that warms up and decays. `ponder train shakespeare --data text:FILE` runs it.

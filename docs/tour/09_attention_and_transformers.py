@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Attention and transformers
 #
-# Every token asks a question $q$; every token so far offers a key $k$ and a value $v$. A token takes
-# the values whose keys answer its question best, as a weighted mean (Vaswani et al. 2017):
+# Every token asks a question $q$; every token so far offers a key $k$ and a value $v$. A token
+# takes the values whose keys answer its question best, as a weighted mean (Vaswani et al. 2017):
 #
 # $$\operatorname{attention}(Q, K, V) = \operatorname{softmax}\!\left(
 # \frac{Q K^{\mathsf T}}{\sqrt{d}} + \text{mask} \right) V$$
@@ -39,9 +39,11 @@ print(f"the formula against the kernel: {(weights @ v[0, 0] - fused).abs().max()
 
 # %% [markdown]
 # Nothing tells the tokens apart but their order, so positions must enter somewhere: *rotary*
-# positions turn $q$ and $k$ by an angle that grows with the place, and their product then depends on
-# the distance alone. Whether the mask holds can be tested: change the last token of a GPT's input,
-# and no earlier output may move.
+# positions turn $q$ and $k$ by an angle that grows with the place, and their product then depends
+# on the distance alone.
+#
+# Whether the mask holds can be tested: change one token of a GPT's input, and no output before it
+# may move.
 
 # %%
 model = GPT(GPTConfig(vocab_size=len(known), context=T, n_layer=2))

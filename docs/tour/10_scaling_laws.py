@@ -52,8 +52,8 @@ axes.legend(title="parameters")
 plt.show()
 
 # %% [markdown]
-# Each line is one model that trains longer and longer: at first it falls with the data term, then it
-# comes to rest on its own size's floor, and a larger model should take over. The frontier runs
+# Each line is one model that trains longer and longer: at first it falls with the data term, then
+# it comes to rest on its own size's floor, and a larger model should take over. The frontier runs
 # along the points where it does.
 #
 # **Change and see.** Leave two of the five sizes out (`np.geomspace(5e7, 1e9, 3)`), with ten times

@@ -60,11 +60,12 @@ axes.legend()
 plt.show()
 
 # %% [markdown]
-# Longer thinking pays most here, as each step of the chain needs the one before it. Samples pay once
-# a single one is right often enough: then the vote turns 87 % into 100 %.
+# Longer thinking pays most here, as each step of the chain needs the one before it. Samples pay
+# once a single one is right often enough: then the vote turns 87 % into 100 %.
 #
 # **Change and see.** Let the wrong answers agree, `shares = (0.4, 0.6)`: the vote gets worse with
 # every sample, while "at least one right" still climbs. That gap is what a verifier could win.
 #
-# **Where the real code lives.** `inference/engine.py` draws the samples, `inference/stats.py` counts
-# without bias, `inference/strategies.py` compares. `ponder demo` makes this figure in minutes.
+# **Where the real code lives.** `inference/engine.py` draws the samples, `inference/stats.py`
+# counts without bias, `inference/strategies.py` compares. `ponder demo` makes this figure in
+# minutes.

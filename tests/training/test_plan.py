@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import pytest
 
+from ponder import cli
 from ponder.models.memory import parameter_count
 from ponder.training import PRESETS
 from ponder.training.devices import DEVICES, GIB, device
@@ -97,7 +98,7 @@ def test_training_refuses_what_cannot_fit_and_says_what_would():
     step = dict(precision="bf16", optimizer="muon", accumulation=2)
     check_fits(shape, 79 * GIB, rows=8, **step)
     with pytest.raises(ValueError, match="a training step needs .*; accumulation 16 would fit"):
-        check_fits(shape, 12 * GIB, rows=64, **step)
+        check_fits(shape, 6 * GIB, rows=64, **step)
     with pytest.raises(ValueError, match="take a smaller model"):
         check_fits(MODELS["7b"], 24 * GIB, rows=2, **step)
 
@@ -132,6 +133,32 @@ def test_this_machine_is_measured():
 def test_what_cannot_be_planned_is_named(change, model, message):
     with pytest.raises(ValueError, match=message):
         plan(replace(ONE, **change), model)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("plan 124m --device abacus", "no device is named 'abacus'"),
+        ("plan 7b --devices 1", "even with micro-batches of one sequence"),
+        ("scale huge", "no ladder is named 'huge'; there are tiny, cpu, gpu"),
+        ("scale tiny --sizes 1x32 2x32", "sizes are 2; a fit needs at least 3"),
+        ("scale tiny --data text:nowhere.txt", "there is no text file nowhere.txt"),
+    ],
+)
+def test_the_commands_answer_bad_input_in_one_sentence(
+    words, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(words.split()) == 2
+    error = capsys.readouterr().err
+    assert error.splitlines()[-1].startswith("ponder: ") and message in error
+
+
+def test_the_command_prints_the_plan(capsys):
+    assert cli.run("plan 124m --device a100 --devices 8 --tokens 1e9".split()) == 0
+    out = capsys.readouterr().out
+    assert "124" in out and "8 × A100" in out and "DDP over 8" in out
+    assert "accelerate launch --num_processes 8 --num_machines 1" in out
 
 
 def test_every_device_has_a_peak_a_bandwidth_and_memory():
