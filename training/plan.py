@@ -293,8 +293,14 @@ def _plan_training(config: PlanConfig, shape: GPTConfig, hardware: Device) -> Pl
         )
     assert best is not None
     layout, memory, seconds = best
-    P = parameter_count(shape)
-    tokens = config.tokens or 20 * P
+    tokens = config.tokens or 20 * parameter_count(shape)
+    share = seconds["update"] / sum(seconds.values())
+    notes = []
+    if config.optimizer == "muon" and share > 0.25:
+        notes.append(
+            f"Muon's update, of whole matrices on every device, is {share:.0%} of the step: see "
+            "--optimizer adamw, or a larger batch"
+        )
     flops = 3 * shape.flops_per_token(shape.context) * config.batch_tokens
     peak = hardware.peak[config.precision] * config.devices
     return Plan(
@@ -307,6 +313,7 @@ def _plan_training(config: PlanConfig, shape: GPTConfig, hardware: Device) -> Pl
         batch_tokens=config.batch_tokens,
         mfu=flops / sum(seconds.values()) / peak,
         layout=layout,
+        notes=notes,
     )
 
 

@@ -11,7 +11,7 @@ few runs, of which a resample would often lack a whole size.
 """
 
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -259,8 +259,3 @@ def frontier(
     losses = law.loss(n, flops[:, None] / flops_per_token(n))
     best = losses.argmin(1)
     return losses[np.arange(len(flops)), best], n[best]
-
-
-def constants(law: Law) -> dict[str, float]:
-    """The law's constants by name."""
-    return dict(zip(("E", "A", "B", "alpha", "beta"), astuple(law), strict=True))

@@ -51,7 +51,7 @@ def draw(axes, neuron, x, y, reach):
 
 
 figure, (left, right) = plt.subplots(1, 2)
-draw(figures.square(left, "Separable: every point on its side"), neuron, x, y, (-3, 3))
+draw(figures.square(left, "Separable: every point on its side"), neuron, x, y, (-3.6, 3.6))
 draw(figures.square(right, "Exclusive or: no line does it"), stuck, corners, odd, (-0.5, 1.5))
 left.legend(loc="lower left", framealpha=0.9, frameon=True, edgecolor="none")
 plt.show()

@@ -20,8 +20,8 @@ from ponder.models.mlp import MLP
 plt.style.use(figures.STYLE)
 torch.manual_seed(0)
 
-angle = torch.linspace(0.2, 3.2, 100)
-arm = torch.stack([angle.cos(), angle.sin()], 1) * angle[:, None] / 3.2
+angle = torch.linspace(0.5, 5, 100)
+arm = torch.stack([angle.cos(), angle.sin()], 1) * angle[:, None] / 5
 x = torch.cat([arm, -arm]) + 0.02 * torch.randn(200, 2)  # two arms of a spiral
 y = torch.cat([torch.zeros(100), torch.ones(100)]).long()
 
@@ -29,7 +29,7 @@ networks = {}
 for activation in ("identity", "relu"):
     torch.manual_seed(1)
     networks[activation] = MLP((2, 32, 32, 2), activation=activation)
-    losses = networks[activation].fit(x, y, steps=200, lr=0.01)
+    losses = networks[activation].fit(x, y, steps=250, lr=0.01)
     right = (networks[activation](x).argmax(-1) == y).float().mean()
     print(f"{activation:9} loss {losses[-1]:.3f}, {right:.0%} of the points right")
 
@@ -51,7 +51,7 @@ plt.show()
 #
 # **Change and see.** Make the network deeper with `(2, 32, 32, 32, 32, 2)`: the identity's line
 # stays straight. Make it narrow with `(2, 2, 2)`: two hidden units bend the line once or twice.
-# Let the arms wind further (3.2 → 6): it needs more steps, or more width.
+# Let the arms wind further (5 → 9): it needs more steps, or more width.
 #
 # **Where the real code lives.** `models/mlp.py`. Inside the transformer the same idea is
 # `layers.MLP` and `layers.GatedMLP`, on the fused kernels of `kernels/mlp.py`.

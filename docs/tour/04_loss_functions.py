@@ -40,7 +40,7 @@ for name, loss, colour in (
     values.plot(z.detach(), loss.detach(), color=colour, label=name)
     slopes.plot(z.detach(), slope, color=colour)
 values.set(title="Loss", xlabel="logit of the right class")
-slopes.set(title="What pulls the logit up", xlabel="logit of the right class")
+slopes.set(title="Its slope in that logit", xlabel="logit of the right class")
 values.legend()
 plt.show()
 

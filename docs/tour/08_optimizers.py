@@ -45,7 +45,7 @@ plt.show()
 x = torch.linspace(-2, 2, 128)[:, None]
 y = torch.sin(4 * x)
 figure, axes = plt.subplots(figsize=(7.2, 3.2))
-for rule, lr in (("sgd", 0.02), ("momentum", 0.02), ("adam", 0.01)):
+for rule, lr in (("sgd", 0.01), ("momentum", 0.01), ("adam", 0.003)):
     torch.manual_seed(0)
     losses = MLP((1, 64, 64, 1), activation="tanh", head="values").fit(
         x, y, steps=300, lr=lr, optimizer=rule

@@ -62,11 +62,11 @@ left.set_xticks(range(T), words, rotation=60, ha="right")
 left.set_yticks(range(T), words)
 left.set_title("Who looks at whom")
 left.grid(False)
-right.bar(range(T), moved.tolist(), color=figures.BLUE)
-right.axvline(6, color=figures.RED, linestyle="--", label="the token that was changed")
-right.set(title="The mask: the past stays", xlabel="position", ylabel="change of the output")
-right.legend(loc="upper left")
-right.set_ylim(0, 1.35 * moved.max().item())
+colours = [figures.RED if i == 6 else figures.BLUE for i in range(T)]
+right.bar(range(T), moved.tolist(), color=colours)
+right.set_xticks(range(T))
+right.set(title="Word 6 is changed: the past stays", xlabel="position")
+right.set_ylabel("change of the output")
 plt.show()
 
 # %% [markdown]

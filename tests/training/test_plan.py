@@ -53,6 +53,7 @@ def test_seven_billions_need_to_be_split_and_then_fit():
     text = describe(p, replace(ONE, devices=256), "7b")
     assert "accelerate launch --num_processes 256 --num_machines 32 --use_fsdp" in text
     assert "FSDP over" in text and "device-hours" in text
+    assert "Muon's update, of whole matrices on every device, is" in text
 
 
 def test_the_micro_batch_makes_the_step_whole():
