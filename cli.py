@@ -128,7 +128,8 @@ def _scale(arguments: list[str]) -> None:
 def _plan(arguments: list[str]) -> None:
     import tyro
 
-    from .training.plan import MODELS, PlanConfig, describe, plan
+    from .training.plan import MODELS, PlanConfig, plan
+    from .training.plan_text import describe
 
     model = "gpt2"
     if arguments and not arguments[0].startswith("-"):

@@ -27,6 +27,8 @@ class Device:
     """of the peak, in large matrix products; on GPUs a common figure, not yet measured here"""
     stream_efficiency: float = 0.8
     """of the bandwidth, likewise"""
+    gpu: bool = True
+    """runs the Triton kernels"""
 
 
 def _gpu(name, bf16, bandwidth, gib, link, *, fp16=None, tf32=None, **options) -> Device:
@@ -92,6 +94,7 @@ def this_cpu() -> Device:
         memory=facts.get("memory_gib", 8.0) * GIB,
         link=bandwidth,
         per_node=1,
+        gpu=False,
         matrix_efficiency=0.6,
         stream_efficiency=0.5,
     )

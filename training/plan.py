@@ -12,7 +12,6 @@ from typing import Literal
 from ..models.gpt import GPTConfig
 from ..models.memory import (
     BYTES,
-    GIB,
     layer_activations,
     parameter_count,
     require,
@@ -159,15 +158,14 @@ def step_seconds(
 ) -> dict[str, float]:
     """Seconds of one optimizer step, by part; every device has `rows` sequences a micro-batch."""
     T, P, M = shape.context, parameter_count(shape), shape.layer_weights
-    triton = not hardware.per_node == 1
     peak = hardware.peak[precision] * hardware.matrix_efficiency
     stream = hardware.bandwidth * hardware.stream_efficiency
     tokens = rows * accumulation * T
     # Forward once, backward twice.
     products = 3 * shape.flops_per_token(T) * tokens / peak
     # What is kept is written once and read once, and so is a gradient of its size.
-    kept = shape.n_layer * layer_activations(shape, T, precision, triton=triton)
-    kept += 4 * shape.vocab_size if not triton else 0
+    kept = shape.n_layer * layer_activations(shape, T, precision, triton=hardware.gpu)
+    kept += 0 if hardware.gpu else 4 * shape.vocab_size
     streams = 4 * kept * tokens / stream
     # Weights, gradients and states, read and written; the clipping's norm; the casts.
     states = {"muon": 28 * (P - M) + 20 * M, "adamw": 28 * P, "sgd": 20 * P}[optimizer]
@@ -252,7 +250,6 @@ def _check(config: PlanConfig, shape: GPTConfig, hardware: Device) -> None:
 
 
 def _plan_training(config: PlanConfig, shape: GPTConfig, hardware: Device) -> Plan:
-    triton = hardware.per_node > 1
     best, least = None, None
     for layout in layouts(config, shape, hardware):
         memory = training_memory(
@@ -262,7 +259,7 @@ def _plan_training(config: PlanConfig, shape: GPTConfig, hardware: Device) -> Pl
             optimizer=config.optimizer,
             accumulation=layout.accumulation,
             shards=layout.shards,
-            triton=triton,
+            triton=hardware.gpu,
         )
         total = sum(memory.values())
         if least is None or total < sum(least.values()):
@@ -325,7 +322,7 @@ def _plan_sweep(config: PlanConfig, shape: GPTConfig, hardware: Device) -> Plan:
         slots=config.slots,
         length=length,
         precision=config.precision,
-        triton=hardware.per_node > 1,
+        triton=hardware.gpu,
     )
     require(
         memory,
@@ -387,78 +384,3 @@ def check_fits(
     if enough:
         remedy = f"accumulation {accumulation * enough} would fit"
     require(need(1), available, "a training step", remedy)
-
-
-def describe(plan: Plan, config: PlanConfig, model: str) -> str:
-    """The plan as the terminal shows it."""
-    P, d = parameter_count(plan.model), plan.device
-    many = f"{plan.devices} × " if plan.devices > 1 else ""
-    lines = [
-        f"{config.what} {model}: {P / 1e6:,.1f}M parameters, context {plan.model.context}, "
-        f"{config.precision}, on {many}{d.name}",
-        *plan.notes,
-        "",
-        f"memory a device    {sum(plan.memory.values()) / GIB:8.2f} of {d.memory / GIB:.1f} GiB",
-        *(f"  {name:17}{size / GIB:8.2f}" for name, size in plan.memory.items() if size),
-        "",
-    ]
-    if plan.layout:
-        lines += [
-            f"step               {1e3 * plan.step_seconds:8.1f} ms, {plan.mfu:.0%} of the peak, "
-            f"{plan.batch_tokens / plan.step_seconds:,.0f} tokens/s",
-            *(f"  {name:17}{1e3 * s:8.1f}" for name, s in plan.seconds.items()),
-            "",
-        ]
-    hours = plan.total_seconds / 3600
-    lines.append(f"time               {duration(plan.total_seconds)}")
-    lines.append(f"device-hours       {hours * plan.devices:8,.1f}")
-    if plan.layout:
-        lines += [
-            f"steps              {plan.steps:,} of {plan.batch_tokens:,} tokens",
-            f"layout             {layout_text(plan)}",
-            f"launch             {launch(plan)}",
-        ]
-    if d.per_node > 1:
-        lines += ["", "GPU times rest on the makers' peaks and common efficiencies, not on a"]
-        lines += ["measurement of ponder on that GPU: take them for a guide."]
-    return "\n".join(lines)
-
-
-def duration(seconds: float) -> str:
-    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:8.1f} {unit}"
-    return f"{seconds:8.1f} s"
-
-
-def layout_text(plan: Plan) -> str:
-    layout = plan.layout
-    assert layout is not None
-    batch = f"{layout.rows} sequences a micro-batch, accumulation {layout.accumulation}"
-    if plan.devices == 1:
-        return batch
-    if layout.shards == 1:
-        return f"DDP over {plan.devices}, {batch}"
-    if layout.shards == plan.devices:
-        return f"FSDP over {plan.devices}, {batch}"
-    return f"FSDP over {layout.shards}, copied {plan.devices // layout.shards} times, {batch}"
-
-
-def launch(plan: Plan) -> str:
-    """The accelerate command whose layout this is, up to the options of the training."""
-    layout = plan.layout
-    assert layout is not None
-    words = "-m ponder train"
-    if plan.devices == 1:
-        return f"python {words} --accumulation {layout.accumulation}"
-    nodes = -(-plan.devices // plan.device.per_node)
-    flags = [f"--num_processes {plan.devices}", f"--num_machines {nodes}"]
-    if layout.shards > 1:
-        flags += ["--use_fsdp", "--fsdp_version 2", "--fsdp_reshard_after_forward true"]
-        if layout.shards < plan.devices:
-            flags += [
-                "--use_parallelism_config",
-                f"--parallelism_config_dp_replicate_size {plan.devices // layout.shards}",
-                f"--parallelism_config_dp_shard_size {layout.shards}",
-            ]
-    return f"accelerate launch {' '.join(flags)} {words} --accumulation {layout.accumulation}"

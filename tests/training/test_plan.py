@@ -10,11 +10,11 @@ from ponder.training.plan import (
     MODELS,
     PlanConfig,
     check_fits,
-    describe,
     plan,
     shape_of,
     step_seconds,
 )
+from ponder.training.plan_text import describe
 
 ONE = PlanConfig(device="h100", devices=1)
 
