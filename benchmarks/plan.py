@@ -106,10 +106,10 @@ def main() -> None:
         memory, seconds = row["planned_mib"] / row["peak_mib"], row["planned_ms"] / row["ms"]
         print(f"{name}: memory {memory:.2f}, time {seconds:.2f} of what was measured", flush=True)
         rows.append(row | _machine())
-    with open(RESULTS / "plan.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+        with open(RESULTS / "plan.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
 
 
 if __name__ == "__main__":

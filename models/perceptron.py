@@ -20,8 +20,8 @@ def separable(x: Tensor, y: Tensor) -> bool:
     x (N, F), y (N,) of 0 and 1. Exact: such a plane exists where ±(w·x + b) ≥ 1 has a solution, a
     linear program.
     """
-    points = np.hstack([x.double().numpy(), np.ones((len(x), 1))])
-    side = 2.0 * y.double().numpy()[:, None] - 1
+    points = np.hstack([x.double().cpu().numpy(), np.ones((len(x), 1))])
+    side = 2.0 * y.double().cpu().numpy()[:, None] - 1
     free = (None, None)
     solution = linprog(
         np.zeros(points.shape[1]), A_ub=-side * points, b_ub=-np.ones(len(points)), bounds=free

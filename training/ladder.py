@@ -267,7 +267,7 @@ def _train_rung(config: TrainConfig, *, held_out: bool) -> Rung:
             train(config)
         except Diverged as error:
             failed.write_text(f"{error}\n")
-            print(f"{rung.name} diverged: {error}", flush=True)
+            print(f"{rung.name} diverged: {error}; delete {config.out} to try it again", flush=True)
         else:
             if _last_row(config).get("step") != config.steps:
                 raise KeyboardInterrupt  # it was asked to stop, and saved
