@@ -10,7 +10,7 @@ CYCLE = (BLUE, RED, GREEN, AMBER, MUTED)
 BLUES = ("#a9c3dd", "#8ab0d3", "#6f9cc9", "#4f87b9", "#3b74ad", "#275f94", "#164a7f")
 """From small to large, for what has an order."""
 
-STYLE: dict[str, Any] = {
+STYLE: dict[Any, Any] = {
     "figure.figsize": (7.2, 3.8),
     "figure.dpi": 110,
     "figure.constrained_layout.use": True,

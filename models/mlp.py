@@ -45,9 +45,10 @@ class MLP(nn.Module):
         """Normal weights of variance 2/fan-in for the ReLUs (He et al. 2015), 1/fan-in for the
         others, so that signals keep their size from layer to layer; biases 0."""
         gain = 2.0 if self.activation.startswith("relu") else 1.0
-        *hidden, last = self.layers
-        for layer, g in (*((layer, gain) for layer in hidden), (last, 1.0)):
-            layer.weight.normal_(std=(g / layer.in_features) ** 0.5)
+        for i, layer in enumerate(self.layers, 1):
+            assert isinstance(layer, nn.Linear)
+            last = i == len(self.layers)
+            layer.weight.normal_(std=((1.0 if last else gain) / layer.in_features) ** 0.5)
             layer.bias.zero_()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -155,8 +155,8 @@ class _Problem:
     def law(self, theta: Array) -> Law:
         e, a, b, alpha, beta = theta
         n, d = self.middle
-        constants = np.exp([e, a + alpha * n, b + beta * d])
-        return Law(*map(float, constants), float(alpha), float(beta))
+        E, A, B = np.exp([e, a + alpha * n, b + beta * d])
+        return Law(float(E), float(A), float(B), float(alpha), float(beta))
 
 
 def fit_law(

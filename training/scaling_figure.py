@@ -40,11 +40,12 @@ def draw_compute(axes: Axes, fit: Fit, rungs: "Sequence[Rung]") -> None:
         per_token = mine[0].flops / mine[0].tokens
         reach = np.geomspace(d.min() / 1.5, d.max() * 1.5, 60)
         axes.plot(per_token * reach, law.loss(size, reach), color=colour, linewidth=1.2)
-        losses = [r.val_loss for r in mine]
+        losses = np.array([r.val_loss for r in mine])
         axes.plot(per_token * d, losses, "o", color=colour, label=short(size))
     # FLOPs a token grow a little slower than parameters, which leave out the head.
     per_token = np.array([[r.parameters, r.flops / r.tokens] for r in rungs])
-    slope, offset = np.polyfit(*np.log(per_token).T, 1)
+    n, f = np.log(per_token).T
+    slope, offset = np.polyfit(n, f, 1)
     spent = [r.flops for r in rungs]
     compute = np.geomspace(min(spent), max(spent) * 1.5, 80)
     best, _ = frontier(
@@ -67,7 +68,14 @@ def draw_compute(axes: Axes, fit: Fit, rungs: "Sequence[Rung]") -> None:
                 markersize=9,
                 label=f"{short(r.parameters)} predicted",
             )
-            axes.plot(r.flops, r.val_loss, "*", color=RED, markersize=10, label="and measured")
+            axes.plot(
+                [r.flops],
+                np.array([r.val_loss]),
+                "*",
+                color=RED,
+                markersize=10,
+                label="and measured",
+            )
     axes.set(xscale="log", yscale="log")
     axes.set(xlabel="FLOPs of the training", ylabel="validation loss (nats a token)")
     _plain_numbers(axes, "y")
