@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench compile clean
+.PHONY: demo test check bench compile docs clean
 
 demo: .venv/.installed
 	$(BIN)/ponder demo
@@ -27,8 +27,12 @@ compile: $(TRITONS:%=.venv/triton-%)
 .venv/triton-%: | .venv/.installed-dev
 	$(BIN)/python -m pip install -q --no-deps --target $@ triton==$*
 
+# The tour, run and drawn, and the reference from the docstrings: site/index.html.
+docs: .venv/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build -q --strict
+
 clean:
-	rm -rf .venv build dist *.egg-info runs .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv site build dist *.egg-info runs .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/bin/python:
@@ -41,3 +45,7 @@ clean:
 .venv/.installed-dev: pyproject.toml constraints.txt | .venv/bin/python
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
 	touch $@ .venv/.installed
+
+.venv/.installed-docs: pyproject.toml constraints.txt | .venv/.installed
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[docs]"
+	touch $@

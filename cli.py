@@ -15,9 +15,11 @@ Small GPT-style models on fused Triton kernels, and what thinking longer buys th
 
 commands:
   demo      train a small reasoning model, sweep samples and budgets, write the report
-  train     train a model: ponder train [PRESET] [--data task:NAME | text:PATH | hub:NAME] ...
+  train     train a model: ponder train [PRESET] [--data KIND:PLACE] ...
   sweep     measure accuracy against inference compute: samples × thinking budgets
   report    draw a training run's curves, and a sweep's report from its stored samples
+  scale     train a ladder of sizes and fit the scaling law: ponder scale [tiny|cpu|gpu] ...
+  plan      memory, time and layout of a run before it starts: ponder plan [MODEL] ...
   generate  let a model answer one prompt
   info      versions, hardware, and which path each kernel takes
 
@@ -114,6 +116,36 @@ def _generate(arguments: list[str]) -> None:
     generate(config)
 
 
+def _scale(arguments: list[str]) -> None:
+    import tyro
+
+    from .training.ladder import PRESETS, ScaleConfig, preset
+
+    default = ScaleConfig()
+    if arguments and not arguments[0].startswith("-"):
+        default, arguments = preset(arguments[0]), arguments[1:]
+    config = tyro.cli(
+        ScaleConfig, default=default, prog=f"ponder scale [{'|'.join(PRESETS)}]", args=arguments
+    )
+    config.check()
+    from .training.ladder import scale
+
+    print(f"law: {scale(config)}")
+
+
+def _plan(arguments: list[str]) -> None:
+    import tyro
+
+    from .training.plan import MODELS, PlanConfig, plan
+    from .training.plan_text import describe
+
+    model = "gpt2"
+    if arguments and not arguments[0].startswith("-"):
+        model, arguments = arguments[0], arguments[1:]
+    config = tyro.cli(PlanConfig, prog=f"ponder plan [{'|'.join(MODELS)}|PRESET]", args=arguments)
+    print(describe(plan(config, model), config, model))
+
+
 def _info(arguments: list[str]) -> None:
     import tyro
 
@@ -147,6 +179,8 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": _train,
     "sweep": _sweep,
     "report": _report,
+    "scale": _scale,
+    "plan": _plan,
     "generate": _generate,
     "info": _info,
 }

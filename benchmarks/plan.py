@@ -1,0 +1,119 @@
+"""The planner against measured training steps: memory at the peak and time a step.
+
+`python -m ponder.benchmarks.plan` writes results/plan.csv. Each case has a process of its own, as
+the peak of a process's memory never falls. On a CPU memory is the growth of the resident set over
+that of a process that has imported everything and trained a tiny model.
+"""
+
+import csv
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+
+from ponder.benchmarks.measure import DEVICE, RESULTS, _machine, synchronize
+from ponder.models import GPT, GPTConfig
+from ponder.models.memory import training_memory
+from ponder.training import TrainConfig
+from ponder.training.devices import device
+from ponder.training.optimizer import build_optimizer
+from ponder.training.plan import step_seconds
+
+_QWEN = dict(n_layer=6, n_head=8, n_kv_head=4, head_dim=32, n_embd=256, n_inner=768)
+_SMALL = dict(n_layer=4, n_head=4, n_kv_head=4, head_dim=32, n_embd=128, n_inner=512)
+_LARGE = dict(n_layer=8, n_head=8, n_kv_head=8, head_dim=64, n_embd=512, n_inner=2048)
+_RELU2 = dict(gated=False, activation="relu2")
+CASES = {
+    # name: (shape, rows, precision, optimizer)
+    "0.8M, 32x128": (dict(vocab_size=100, context=128, **_SMALL, **_RELU2), 32, "fp32", "muon"),
+    "4.85M, 16x256": (dict(vocab_size=512, context=256, **_QWEN), 16, "fp32", "adamw"),
+    "4.85M, 16x256, bf16": (dict(vocab_size=512, context=256, **_QWEN), 16, "bf16", "adamw"),
+    "25M, 4x256": (dict(vocab_size=512, context=256, **_LARGE, **_RELU2), 4, "fp32", "muon"),
+}
+
+
+def resident() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+
+
+def train(shape: GPTConfig, rows: int, precision: str, optimizer: str, steps: int) -> float:
+    """The median seconds of a step, warm-up left out."""
+    model = GPT(shape).to(DEVICE)
+    update = build_optimizer(model, TrainConfig(optimizer=optimizer))  # type: ignore[arg-type]
+    tokens = torch.randint(shape.vocab_size, (rows, shape.context), device=DEVICE)
+    times = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=precision == "bf16"):
+            loss = model(tokens, tokens)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        update.step()
+        update.zero_grad()
+        synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[2:])
+
+
+def measure(what: str, name: str) -> dict:
+    """One case, in this process."""
+    fields, rows, precision, optimizer = CASES[name]
+    shape = GPTConfig(**fields)
+    triton = DEVICE == "cuda"
+    options = dict(rows=rows, precision=precision, optimizer=optimizer)
+    train(GPTConfig(vocab_size=16, context=16, n_layer=1), 1, precision, optimizer, 3)
+    if what == "time":
+        hardware = device(torch.cuda.get_device_name() if triton else "cpu")
+        planned = sum(step_seconds(shape, hardware, **options).values())
+        seconds = train(shape, rows, precision, optimizer, 9)
+        return {
+            "ms": round(1e3 * seconds, 1),
+            "planned_ms": round(1e3 * planned, 1),
+            "peak_tflops": round(hardware.peak[precision] / 1e12, 3),
+            "gb_per_s": round(hardware.bandwidth / 1e9, 1),
+        }
+    before = resident()
+    if triton:
+        torch.cuda.reset_peak_memory_stats()
+    train(shape, rows, precision, optimizer, 4)
+    peak = torch.cuda.max_memory_allocated() if triton else resident() - before
+    memory = training_memory(shape, **options, triton=triton)
+    memory.pop("CUDA and fragments", None)  # no tensors
+    return {
+        "peak_mib": round(peak / 2**20, 1),
+        "planned_mib": round(sum(memory.values()) / 2**20, 1),
+    }
+
+
+def main() -> None:
+    rows = []
+    for name in CASES:
+        row: dict = {"case": name}
+        for what in ("memory", "time"):
+            # glibc keeps freed blocks below 32 MiB in a heap that fragments, and the resident set
+            # then is 1.4 to 1.7 times what is alive. From 64 KiB on it is to give them back.
+            env = {"MALLOC_MMAP_THRESHOLD_": "65536"} if what == "memory" else {}
+            command = [sys.executable, "-m", "ponder.benchmarks.plan", what, name]
+            run = subprocess.run(
+                command, env=os.environ | env, capture_output=True, text=True, check=True
+            )
+            row |= json.loads(run.stdout.splitlines()[-1])
+        memory, seconds = row["planned_mib"] / row["peak_mib"], row["planned_ms"] / row["ms"]
+        print(f"{name}: memory {memory:.2f}, time {seconds:.2f} of what was measured", flush=True)
+        rows.append(row | _machine())
+        with open(RESULTS / "plan.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        print(json.dumps(measure(*sys.argv[1:])))
+    else:
+        main()

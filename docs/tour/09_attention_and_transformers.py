@@ -1,0 +1,77 @@
+# %% [markdown]
+# # Attention and transformers
+#
+# Every token asks a question $q$; every token so far offers a key $k$ and a value $v$. A token
+# takes the values whose keys answer its question best, as a weighted mean (Vaswani et al. 2017):
+#
+# $$\operatorname{attention}(Q, K, V) = \operatorname{softmax}\!\left(
+# \frac{Q K^{\mathsf T}}{\sqrt{d}} + \text{mask} \right) V$$
+#
+# The mask hides what comes later: a model that is to predict the next token must not see it.
+# A transformer alternates attention, which moves information between tokens, with an MLP, which
+# works on each token by itself; both add to a stream that runs from bottom to top:
+#
+# $$h \leftarrow h + \operatorname{attention}(\operatorname{norm}(h)), \qquad
+# h \leftarrow h + \operatorname{mlp}(\operatorname{norm}(h))$$
+
+# %%
+import matplotlib.pyplot as plt
+import torch
+
+from ponder import figures
+from ponder.kernels import attention, softmax
+from ponder.models import GPT, GPTConfig
+
+plt.style.use(figures.STYLE)
+torch.manual_seed(0)
+
+words = "the cat saw the dog and the dog saw the cat".split()
+known = sorted(set(words))
+T, D = len(words), 32
+meaning = torch.randn(len(known), D)[[known.index(w) for w in words]]
+q = k = v = meaning[None, None]  # one sequence, one head: each word asks for its like
+scores = (q @ k.mT)[0, 0] / D**0.5
+hidden = torch.ones(T, T, dtype=torch.bool).triu(1)
+weights = softmax(scores.masked_fill(hidden, float("-inf")))
+
+fused = attention(q, k, v, causal=True)[0, 0]  # never holds the T × T weights
+print(f"the formula against the kernel: {(weights @ v[0, 0] - fused).abs().max():.1e}")
+
+# %% [markdown]
+# Nothing tells the tokens apart but their order, so positions must enter somewhere: *rotary*
+# positions turn $q$ and $k$ by an angle that grows with the place, and their product then depends
+# on the distance alone.
+#
+# Whether the mask holds can be tested: change one token of a GPT's input, and no output before it
+# may move.
+
+# %%
+model = GPT(GPTConfig(vocab_size=len(known), context=T, n_layer=2))
+with torch.no_grad():
+    for p in model.parameters():
+        p.add_(0.05 * torch.randn_like(p))  # an untrained head is 0, and would hide it
+    tokens = torch.tensor([[known.index(w) for w in words]])
+    other = tokens.clone()
+    other[0, 6] = (tokens[0, 6] + 1) % len(known)
+    moved = (model(tokens) - model(other))[0].abs().amax(-1)
+print("outputs that moved:", [i for i, m in enumerate(moved.tolist()) if m > 1e-6])
+
+figure, (left, right) = plt.subplots(1, 2, width_ratios=(3, 2))
+left.imshow(weights.numpy(), cmap="Blues")
+left.set_xticks(range(T), words, rotation=60, ha="right")
+left.set_yticks(range(T), words)
+left.set_title("Who looks at whom")
+left.grid(False)
+colours = [figures.RED if i == 6 else figures.BLUE for i in range(T)]
+right.bar(range(T), moved.tolist(), color=colours)
+right.set_xticks(range(T))
+right.set(title="Word 6 is changed: the past stays", xlabel="position")
+right.set_ylabel("change of the output")
+plt.show()
+
+# %% [markdown]
+# **Change and see.** Multiply `scores` by 5: each word then looks at its likes alone. Give
+# `attention` a `window=3`: no token looks further back than that.
+#
+# **Where the real code lives.** `kernels/attention.py` (exact, in blocks, forward and backward),
+# `kernels/rotary.py`, `kernels/norm.py`; `models/layers.py` and `models/gpt.py` put them together.

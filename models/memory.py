@@ -1,0 +1,133 @@
+"""What a GPT needs of a device's memory, in bytes and by part, counted from its shape.
+
+The activations kept for the backward pass are counted tensor by tensor as the kernels keep them
+(`triton=True`) or as PyTorch's operations on a CPU do; tests hold both counts against what a
+training step really keeps. P parameters, M of them in the layers' matrices.
+"""
+
+from collections.abc import Mapping
+
+from .gpt import GPTConfig
+
+GIB = 2**30
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+# What a CUDA context, cuBLAS's workspaces and the Triton kernels' code take before any tensor, and
+# how much of the rest the caching allocator loses to fragments: common figures, not yet measured
+# with ponder on a GPU.
+CONTEXT = 0.8 * GIB
+FRAGMENTS = 0.05
+LOGITS = {True: 2**28, False: 2**23}  # linear_cross_entropy's chunk, on a GPU and on a CPU
+PLAIN_LOGITS = 2**21  # up to so many, a CPU computes them at once
+
+
+def parameter_count(shape: GPTConfig) -> int:
+    """P, as `GPT.parameter_count`, without building the model."""
+    norms = shape.n_embd * (2 * shape.n_layer + 1)
+    norms += 2 * shape.head_dim * shape.n_layer * shape.qk_norm
+    biases = (shape.n_head + 2 * shape.n_kv_head) * shape.head_dim * shape.n_layer
+    tables = shape.vocab_size * shape.n_embd * (1 if shape.tie_embeddings else 2)
+    return shape.layer_weights + norms + biases * shape.attention_bias + tables
+
+
+def layer_activations(shape: GPTConfig, length: int, precision: str, *, triton: bool) -> float:
+    """Bytes a token that one layer keeps for the backward pass, in sequences of `length`."""
+    a = BYTES[precision]
+    C, F = shape.n_embd, shape.n_inner
+    q, kv = shape.n_head * shape.head_dim, shape.n_kv_head * shape.head_dim
+    statistics = 4 * (2 + (shape.n_head + shape.n_kv_head) * shape.qk_norm)
+    if triton:
+        # The fp32 stream before each norm, the norms' outputs; q, k before and after their norm,
+        # v, the attention's output and log-sum-exp; the MLP's pre-activations.
+        before = (q + kv) * shape.qk_norm
+        attention = a * (2 * q + 2 * kv + before) + 4 * shape.n_head
+        return 2 * 4 * C + 2 * a * C + attention + statistics + (2 if shape.gated else 1) * a * F
+    mlp = (4 if shape.gated else 2) * a * F
+    # Normalized and scaled, each norm keeps its input twice, in fp32.
+    norms = 4 * 4 * C + 2 * 4 * (q + kv) * shape.qk_norm
+    tables = 8 * shape.head_dim  # of the rotary positions, once a row
+    if precision == "fp32":
+        attention = 4 * (2 * q + 2 * kv + shape.n_head)
+    else:  # short sequences in 16 bits hold all weights of the attention
+        attention = 2 * (2 * q + 2 * kv) + 2 * shape.n_head * min(length, 512)
+    return norms + 2 * a * C + attention + statistics + mlp + tables
+
+
+def training_memory(
+    shape: GPTConfig,
+    *,
+    rows: int,
+    length: int | None = None,
+    precision: str = "bf16",
+    optimizer: str = "muon",
+    accumulation: int = 1,
+    shards: int = 1,
+    triton: bool = True,
+) -> dict[str, float]:
+    """Bytes on each device at the peak of a training step, by part.
+
+    rows: sequences in one micro-batch of this device, `length` tokens each (default: the context).
+    Weights, gradients and optimizer states are fp32 and split over `shards` devices (FSDP; 1: DDP
+    or one device). The peak is in the backward pass or in the update. In the backward pass of a
+    step's only micro-batch gradients grow as activations shrink, so the two share their room.
+    """
+    T = length or shape.context
+    tokens = rows * T
+    a, C, V = BYTES[precision], shape.n_embd, shape.vocab_size
+    P, M = parameter_count(shape), shape.layer_weights
+    states = {"muon": 4 * M + 8 * (P - M), "adamw": 8 * P, "sgd": 4 * P}[optimizer]
+    casts = 0 if precision == "fp32" else a * (M + V * C)
+    kept = shape.n_layer * layer_activations(shape, T, precision, triton=triton) * tokens
+    if triton or tokens * V > PLAIN_LOGITS:
+        chunk = min(tokens * V, LOGITS[triton])
+        head = tokens * (8 + 2 * a) * C + 4 * V * C
+        logits = chunk * (a if triton else 8 + a)
+    else:
+        head, logits = tokens * (12 * C + 4 * V), tokens * V * (4 + a)
+    activations = kept + head + casts / (1 if shards == 1 else shape.n_layer)
+    # One layer's backward: gradients of the MLP's inside, of the stream and of a norm's input.
+    one = tokens * ((3 if shape.gated else 2) * a * shape.n_inner + 3 * 4 * C)
+    gradients = 4 * P / shards
+    backward = {
+        "gradients": gradients if accumulation > 1 else max(0.0, gradients - activations),
+        "activations": activations,
+        "working": max(one, logits),
+    }
+    # Muon's update of a matrix in fp32, and two copies in bf16 that it iterates on.
+    largest = C * max(shape.n_inner, shape.n_head * shape.head_dim)
+    update = {"gradients": gradients, "working": 10.0 * largest if optimizer == "muon" else 0.0}
+    peak = max(backward, update, key=lambda parts: sum(parts.values()))
+    parts = {"weights": 4 * P / shards, "optimizer": states / shards, **peak}
+    if shards > 1:  # the layer at work and the next, gathered, and their whole gradients
+        parts["gathered layers"] = 2 * (a + 4) * max(M / shape.n_layer, V * C)
+    if triton:
+        parts["CUDA and fragments"] = CONTEXT + FRAGMENTS * sum(parts.values())
+    return parts
+
+
+def sampling_memory(
+    shape: GPTConfig, *, slots: int, length: int, precision: str = "bf16", triton: bool = True
+) -> dict[str, float]:
+    """Bytes on each device while `slots` samples of up to `length` tokens are decoded, by part."""
+    a = BYTES[precision]
+    cache = 2 * shape.n_layer * shape.n_kv_head * shape.head_dim * length * slots * a
+    parts = {
+        "weights": a * parameter_count(shape),
+        "KV cache": float(cache),
+        # Logits in fp32 with their sorted copy, and one layer's inside.
+        "working": slots * (3 * 4 * shape.vocab_size + a * (4 * shape.n_embd + 2 * shape.n_inner)),
+    }
+    if triton:
+        parts["CUDA and fragments"] = CONTEXT + FRAGMENTS * sum(parts.values())
+    return parts
+
+
+def require(parts: Mapping[str, float], available: float, what: str, remedy: str) -> None:
+    """ValueError with the sum by parts where `parts` are more than `available` bytes."""
+    total = sum(parts.values())
+    if total > available:
+        largest = sorted(parts.items(), key=lambda item: -item[1])
+        listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in largest if size > 0)
+        raise ValueError(
+            f"{what} needs {total / GIB:.2f} GiB on each device ({listed}) and there are "
+            f"{available / GIB:.2f}; {remedy}"
+        )

@@ -1,0 +1,168 @@
+from dataclasses import replace
+
+import pytest
+
+from ponder import cli
+from ponder.models.memory import parameter_count
+from ponder.training import PRESETS
+from ponder.training.devices import DEVICES, GIB, device
+from ponder.training.plan import (
+    MODELS,
+    PlanConfig,
+    check_fits,
+    plan,
+    shape_of,
+    step_seconds,
+)
+from ponder.training.plan_text import describe
+
+ONE = PlanConfig(device="h100", devices=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"), [("124m", 124), ("1.5b", 1558), ("7b", 6738), ("8b", 8030)]
+)
+def test_the_named_models_have_the_parameters_of_their_name(name, millions):
+    # GPT-2 has learned positions besides; Llama 7B and 8B have 6738 and 8030 millions.
+    assert parameter_count(MODELS[name]) / 1e6 == pytest.approx(millions, rel=0.03)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_can_be_planned(name):
+    shape = shape_of(name)
+    config = replace(ONE, batch_tokens=64 * shape.context)
+    assert plan(config, name).total_seconds > 0
+
+
+def test_gpt2_on_one_h100_is_a_matter_of_hours():
+    p = plan(replace(ONE, tokens=2.5e9), "124m")
+    assert p.layout.shards == 1 and p.devices == 1
+    assert sum(p.memory.values()) < p.device.memory
+    # Published speeds of this size on this chip are 378 to 575 thousand tokens a second.
+    assert 300e3 < p.batch_tokens / p.step_seconds < 750e3
+    assert p.steps == round(2.5e9 / 524_288)
+
+
+def test_seven_billions_need_to_be_split_and_then_fit():
+    with pytest.raises(ValueError, match="even with micro-batches of one sequence.*take more"):
+        plan(ONE, "7b")
+    p = plan(replace(ONE, devices=256, batch_tokens=4_194_304), "7b")
+    assert p.layout.shards > 1
+    assert sum(p.memory.values()) < p.device.memory
+    assert 0.25 < p.mfu < 0.65
+    text = describe(p, replace(ONE, devices=256), "7b")
+    assert "accelerate launch --num_processes 256 --num_machines 32 --use_fsdp" in text
+    assert "FSDP over" in text and "device-hours" in text
+    assert "Muon's update, of whole matrices on every device, is" in text
+
+
+def test_the_micro_batch_makes_the_step_whole():
+    for devices in (1, 8, 64):
+        config = replace(ONE, devices=devices)
+        p = plan(config, "350m")
+        spread = p.layout.rows * p.layout.accumulation * devices * 1024
+        assert spread == config.batch_tokens
+
+
+def test_a_smaller_memory_takes_smaller_micro_batches():
+    large, small = plan(ONE, "350m"), plan(replace(ONE, device="rtx4090"), "350m")
+    assert small.layout.rows < large.layout.rows
+    assert small.layout.accumulation > large.layout.accumulation
+    assert sum(small.memory.values()) < 23.5 * GIB
+
+
+def test_time_grows_with_what_it_is_made_of():
+    shape, h100 = MODELS["124m"], device("h100")
+    one = step_seconds(shape, h100, rows=8)
+    two = step_seconds(shape, h100, rows=16)
+    assert two["matrix products"] == pytest.approx(2 * one["matrix products"])
+    assert two["update"] == one["update"]
+    slow = replace(h100, bandwidth=h100.bandwidth / 2)
+    assert step_seconds(shape, slow, rows=8)["memory"] == pytest.approx(2 * one["memory"])
+    # Over more devices the same share of work, and then the gradients' way.
+    spread = step_seconds(shape, replace(h100, network=1e9), rows=8, devices=64)
+    assert spread["communication"] > 0.5 and spread["update"] == one["update"]
+
+
+def test_a_sweep_reads_weights_and_caches():
+    config = PlanConfig(what="sweep", new_tokens=512, samples=16)
+    once, twice = plan(config, "124m"), plan(replace(config, samples=32), "124m")
+    assert twice.total_seconds == pytest.approx(2 * once.total_seconds, rel=0.05)
+    spread = plan(replace(config, devices=4), "124m")
+    assert spread.total_seconds == pytest.approx(once.total_seconds / 4, rel=0.05)
+    with pytest.raises(ValueError, match="decoding 4096 samples of 4096 tokens.*fewer slots"):
+        plan(replace(config, slots=4096), "7b")
+
+
+def test_training_refuses_what_cannot_fit_and_says_what_would():
+    shape = MODELS["124m"]
+    step = dict(precision="bf16", optimizer="muon", accumulation=2)
+    check_fits(shape, 79 * GIB, rows=8, **step)
+    with pytest.raises(ValueError, match="a training step needs .*; accumulation 16 would fit"):
+        check_fits(shape, 6 * GIB, rows=64, **step)
+    with pytest.raises(ValueError, match="take a smaller model"):
+        check_fits(MODELS["7b"], 24 * GIB, rows=2, **step)
+
+
+def test_peaks_agree_with_those_that_the_loop_reports():
+    from ponder.training.hardware import PEAK
+
+    for name, peak in PEAK.items():
+        assert device(name).peak["bf16"] == peak
+
+
+def test_this_machine_is_measured():
+    cpu = device("cpu")
+    assert cpu.memory > GIB and 1e8 < cpu.bandwidth < 1e13
+    p = plan(PlanConfig(device="cpu", precision="fp32", batch_tokens=2048), "shakespeare")
+    assert p.total_seconds > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "model", "message"),
+    [
+        (dict(device="h9000"), "124m", "no device is named 'h9000'; known are b200, h200"),
+        ({}, "9t", "no model is named '9t'; there are 124m"),
+        (dict(device="t4"), "124m", "precision is bf16; T4 has fp16, fp32"),
+        (dict(batch_tokens=1000), "124m", "batch_tokens is 1000; 1 devices share whole sequences"),
+        (dict(devices=7), "124m", "in multiples of 7168"),
+        (dict(devices=0), "124m", "devices is 0"),
+        (dict(what="sweep", new_tokens=2048), "124m", "new_tokens is 2048; the context of 1024"),
+        (dict(tokens=-1.0), "124m", "tokens is -1"),
+    ],
+)
+def test_what_cannot_be_planned_is_named(change, model, message):
+    with pytest.raises(ValueError, match=message):
+        plan(replace(ONE, **change), model)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("plan 124m --device abacus", "no device is named 'abacus'"),
+        ("plan 7b --devices 1", "even with micro-batches of one sequence"),
+        ("scale huge", "no ladder is named 'huge'; there are tiny, cpu, gpu"),
+        ("scale tiny --sizes 1x32 2x32", "sizes are 2; a fit needs at least 3"),
+        ("scale tiny --data text:nowhere.txt", "there is no text file nowhere.txt"),
+    ],
+)
+def test_the_commands_answer_bad_input_in_one_sentence(
+    words, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(words.split()) == 2
+    error = capsys.readouterr().err
+    assert error.splitlines()[-1].startswith("ponder: ") and message in error
+
+
+def test_the_command_prints_the_plan(capsys):
+    assert cli.run("plan 124m --device a100 --devices 8 --tokens 1e9".split()) == 0
+    out = capsys.readouterr().out
+    assert "124" in out and "8 × A100" in out and "DDP over 8" in out
+    assert "accelerate launch --num_processes 8 --num_machines 1" in out
+
+
+def test_every_device_has_a_peak_a_bandwidth_and_memory():
+    for name, d in DEVICES.items():
+        assert {"fp16", "fp32"} <= set(d.peak) and d.peak["fp16"] > d.peak["fp32"], name
+        assert 10 < d.memory / GIB < 300 and 1e11 < d.bandwidth < 1e13, name

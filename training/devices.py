@@ -1,0 +1,100 @@
+"""What the planner knows of hardware: dense peaks, bandwidths and memory by the makers' sheets."""
+
+import re
+import time
+from dataclasses import dataclass
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Device:
+    """One accelerator and how it is joined to others. FLOP/s without sparsity, bytes, bytes/s."""
+
+    name: str
+    peak: dict[str, float]
+    """by precision; a precision that is not there, the device does not have"""
+    bandwidth: float
+    """of its own memory"""
+    memory: float
+    """that programs see"""
+    link: float
+    """to the others of its node, one way"""
+    per_node: int = 8
+    network: float = 50e9
+    """to other nodes, one way, for each device"""
+    matrix_efficiency: float = 0.65
+    """of the peak, in large matrix products; on GPUs a common figure, not yet measured here"""
+    stream_efficiency: float = 0.8
+    """of the bandwidth, likewise"""
+    gpu: bool = True
+    """runs the Triton kernels"""
+
+
+def _gpu(name, bf16, bandwidth, gib, link, *, fp16=None, tf32=None, **options) -> Device:
+    peak = {"fp16": (fp16 or bf16) * 1e12, "fp32": (tf32 or bf16 / 2) * 1e12}
+    if bf16:
+        peak["bf16"] = bf16 * 1e12
+    return Device(name, peak, bandwidth * 1e12, gib * GIB, link * 1e9, **options)
+
+
+DEVICES = {
+    "b200": _gpu("B200", 2250, 8.0, 178, 900),
+    "h200": _gpu("H200", 989, 4.8, 140, 450),
+    "h100": _gpu("H100", 989, 3.35, 79, 450),
+    "a100": _gpu("A100", 312, 2.04, 79, 300),
+    "a100-40": _gpu("A100 40 GB", 312, 1.555, 39, 300),
+    "l40s": _gpu("L40S", 362, 0.864, 44, 25),
+    "l4": _gpu("L4", 121, 0.3, 22, 12),
+    "a10": _gpu("A10", 125, 0.6, 22, 25),
+    "rtx4090": _gpu("RTX 4090", 165, 1.008, 23.5, 25),
+    "rtx3090": _gpu("RTX 3090", 71, 0.936, 23.5, 25),
+    "t4": _gpu("T4", 0, 0.32, 14.5, 12, fp16=65, tf32=8.1),
+}
+
+
+def device(name: str) -> Device:
+    """The device of that name ("H100", "rtx 4090", "cpu"); ValueError names the known ones."""
+    key = re.sub(r"[\s_]|nvidia|geforce|sxm|80gb", "", name.lower()).strip("-")
+    if key == "cpu":
+        return this_cpu()
+    if key not in DEVICES:
+        raise ValueError(f"no device is named {name!r}; known are {', '.join(DEVICES)} and cpu")
+    return DEVICES[key]
+
+
+def this_cpu() -> Device:
+    """This machine without a GPU, measured in a moment: products of 1024 × 1024, and a copy."""
+    import torch
+
+    from ..provenance import machine
+
+    def least(work) -> float:
+        """The fastest of several: whatever else the machine does only adds."""
+        times = []
+        for _ in range(7):
+            start = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    n = 1024
+    peak = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        x = torch.randn(n, n, dtype=dtype)
+        peak[name] = 2 * n**3 / least(lambda x=x: x @ x)
+    x = torch.empty(2**24)
+    y = torch.empty_like(x)
+    bandwidth = 2 * 4 * len(x) / least(lambda: y.copy_(x))
+    facts = machine()
+    return Device(
+        name=f"{facts['processor']}, {facts['cores']} cores",
+        peak=peak,
+        bandwidth=bandwidth,
+        memory=facts.get("memory_gib", 8.0) * GIB,
+        link=bandwidth,
+        per_node=1,
+        gpu=False,
+        matrix_efficiency=0.6,
+        stream_efficiency=0.5,
+    )

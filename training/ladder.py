@@ -1,0 +1,401 @@
+"""`ponder scale`: train a ladder of sizes × token budgets, fit the law, predict a larger run.
+
+Each rung is an ordinary training in a folder of its own, OUT/runs/NAME; what is finished there is
+not trained again. OUT/scaling gets runs.csv, fit.json and scaling.png. No torch is imported before
+a training starts, so that `ponder scale --help` is quick.
+"""
+
+import csv
+import io
+import json
+import math
+import os
+import random
+import re
+import sysconfig
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from ..provenance import open_run, write_aside
+from .config import TrainConfig
+
+if TYPE_CHECKING:
+    from .scaling import Fit, Interval
+
+STDLIB_CHARACTERS = 5_000_000
+
+
+@dataclass(frozen=True)
+class ScaleConfig:
+    """A ladder: every size with every token budget, and one larger run that the law predicts."""
+
+    out: Path = Path("runs/scale")
+    """the folder that gets runs/, scaling/ and run.json"""
+    data: str = "stdlib"
+    """stdlib (the source of Python's standard library, which every machine has), task:NAME,
+    text:PATH or hub:NAME[:COLUMN]"""
+    tokenizer: str = "char"
+    sizes: tuple[str, ...] = ("1x32", "2x32", "2x48", "3x64", "4x96")
+    """layers x width"""
+    tokens: tuple[int, ...] = (400_000, 800_000, 1_600_000, 3_200_000)
+    """training tokens of each size"""
+    held_out: str = "4x128"
+    """the size of the run that is predicted before it is trained; "": none"""
+    held_out_tokens: int = 4_000_000
+    context: int = 128
+    batch_tokens: int = 2048
+    """tokens in one step"""
+    lr: float = 3e-3
+    """peak rate of AdamW at width 128; others get it times 128 / width"""
+    matrix_lr: float = 0.03
+    """peak rate of Muon, whose updates have the same size at every width"""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """one for all runs: a ladder measures differences of 1 %"""
+    compile: bool = False
+    seed: int = 0
+    resamples: int = 1000
+    """of the bootstrap"""
+    resume: bool = False
+    """go on in `out`: what is finished there is kept"""
+
+    def check(self) -> None:
+        """Raise one ValueError that names every field that cannot be."""
+        faults = []
+        for name in ("context", "batch_tokens", "resamples"):
+            if getattr(self, name) < 1:
+                faults.append(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.batch_tokens % max(1, self.context):
+            faults.append(
+                f"batch_tokens is {self.batch_tokens}; it must be a multiple of the context, "
+                f"{self.context}"
+            )
+        for size in (*self.sizes, *([self.held_out] if self.held_out else [])):
+            match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", size)
+            if not match:
+                faults.append(f"size {size!r} is not LAYERSxWIDTH, as in 4x64")
+            elif int(match[2]) % head_dim(int(match[2])):
+                faults.append(
+                    f"the width of {size} is not a multiple of its head_dim, "
+                    f"{head_dim(int(match[2]))}"
+                )
+        budgets = (*self.tokens, *([self.held_out_tokens] if self.held_out else []))
+        for count in budgets:
+            if count < 10 * self.batch_tokens:
+                faults.append(
+                    f"{count} tokens are fewer than 10 steps of {self.batch_tokens}; "
+                    "give more tokens or a smaller batch_tokens"
+                )
+        for name, values in (("sizes", self.sizes), ("tokens", self.tokens)):
+            if len(set(values)) < 3:
+                faults.append(f"{name} are {len(set(values))}; a fit needs at least 3 different")
+        if len(set(self.sizes)) * len(set(self.tokens)) < 7:
+            faults.append("a fit needs at least 7 runs")
+        if faults:
+            raise ValueError("; ".join(dict.fromkeys(faults)))
+
+
+def tiny() -> ScaleConfig:
+    """Nine runs in about a minute: shows that it works, and that so little tells little."""
+    return ScaleConfig(
+        sizes=("1x32", "2x32", "2x64"),
+        tokens=(40_000, 80_000, 160_000),
+        held_out="3x64",
+        held_out_tokens=240_000,
+        context=64,
+        batch_tokens=1024,
+        resamples=200,
+    )
+
+
+def cpu() -> ScaleConfig:
+    """Twenty runs and a larger one, 12 to 786 thousand parameters: about half an hour on two CPU
+    cores. 0.9 to 260 tokens a parameter, so that both terms of the law show."""
+    return ScaleConfig()
+
+
+def gpu() -> ScaleConfig:
+    """Twenty runs and a larger one, 3 to 135 million parameters: hours on a GPU."""
+    return ScaleConfig(
+        data="hub:roneneldan/TinyStories",
+        tokenizer="bpe:8192",
+        sizes=("4x256", "6x384", "8x512", "10x640", "12x768"),
+        tokens=(50_000_000, 100_000_000, 200_000_000, 400_000_000),
+        held_out="14x896",
+        held_out_tokens=450_000_000,
+        context=512,
+        batch_tokens=131_072,
+        precision="bf16",
+        compile=True,
+    )
+
+
+PRESETS: dict[str, Callable[[], ScaleConfig]] = {f.__name__: f for f in (tiny, cpu, gpu)}
+
+
+def preset(name: str) -> ScaleConfig:
+    """The preset of that name; ValueError names the known ones."""
+    if name not in PRESETS:
+        raise ValueError(f"no ladder is named {name!r}; there are {', '.join(PRESETS)}")
+    return PRESETS[name]()
+
+
+def head_dim(width: int) -> int:
+    return 16 if width < 64 else 32 if width < 512 else 64
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One run of the ladder, trained or not; a row of runs.csv."""
+
+    name: str
+    n_layer: int
+    n_embd: int
+    parameters: int
+    """in the layers' matrices; embedding and head left out"""
+    held_out: bool
+    status: str = "waiting"
+    """waiting, finished or diverged"""
+    tokens: int = 0
+    """that it was trained on"""
+    flops: float = 0.0
+    """of the training, head and attention included"""
+    seconds: float = 0.0
+    val_loss: float | None = None
+    """nats a token"""
+    fitted: float | None = None
+    """what the law says"""
+
+
+def rung_config(config: ScaleConfig, size: str, tokens: int) -> TrainConfig:
+    """The training of one rung.
+
+    The rate of AdamW, which has the embedding and the norms, falls with the width: 2x32, after
+    250 thousand tokens, had a loss of 2.39, 2.27 and 2.21 with 2e-3, 6e-3 and 2e-2. Muon's is the
+    same for all, as it makes every update orthogonal: 2.26, 2.21 and 2.16 with 0.01, 0.02 and 0.05
+    there, where longer runs want less. Warm-up is a tenth of short runs, and the rate falls to 0
+    over the second half of each: a loss in the middle of a longer run is no substitute for a run of
+    that length (Hoffmann et al. 2022, section 3.1).
+    """
+    layers, width = map(int, size.split("x"))
+    steps = round(tokens / config.batch_tokens)
+    heads = width // head_dim(width)
+    data = config.data
+    if data == "stdlib":
+        data = f"text:{config.out / 'text.txt'}"
+    return TrainConfig(
+        data=data,
+        out=config.out / "runs" / f"{size}_{tokens}",
+        tokenizer=config.tokenizer,
+        context=config.context,
+        n_layer=layers,
+        n_head=heads,
+        n_kv_head=heads,
+        head_dim=head_dim(width),
+        n_embd=width,
+        n_inner=4 * width,
+        gated=False,
+        activation="relu2",
+        steps=steps,
+        batch_size=config.batch_tokens // config.context,
+        lr=config.lr * 128 / width,
+        matrix_lr=config.matrix_lr,
+        warmup=min(100, math.ceil(steps / 10)),
+        precision=config.precision,
+        compile=config.compile,
+        seed=config.seed,
+        log_every=max(1, steps // 20),
+        eval_every=0,
+        save_every=1000,
+        resume=True,
+    )
+
+
+def scale(config: ScaleConfig) -> Path:
+    """Train the ladder, fit the law and predict the held-out run; returns OUT/scaling.
+
+    Stopped runs go on where they were, with `resume`. A run that diverges is left out of the fit,
+    and said to be. ValueError where too few are left.
+    """
+    config.check()
+    identity = {k: v for k, v in asdict(config).items() if k not in ("out", "resume", "resamples")}
+    main = os.environ.get("RANK", "0") == "0"
+    if main:
+        open_run(config.out, "scale", identity, resume=config.resume)
+        if config.data == "stdlib":
+            _write_stdlib(config.out / "text.txt")
+    folder = config.out / "scaling"
+    folder.mkdir(parents=True, exist_ok=True)
+    plan = [rung_config(config, size, count) for size in config.sizes for count in config.tokens]
+    plan.sort(key=lambda c: _parameters(c) * c.steps)
+    rungs = []
+    for number, rung in enumerate(plan, 1):
+        print(f"run {number} of {len(plan)}: {rung.out.name}", flush=True)
+        rungs.append(_train_rung(rung, held_out=False))
+        if main:
+            write_aside(folder / "runs.csv", _table(rungs))
+    if config.held_out:
+        last = rung_config(config, config.held_out, config.held_out_tokens)
+        # Fitted, and said, before the run that it is about is trained.
+        fit = fit_rungs(rungs, config)
+        waiting = Rung(last.out.name, last.n_layer, last.n_embd, _parameters(last), True)
+        tokens = last.steps * config.batch_tokens
+        value, low, high = fit.predict(waiting.parameters, tokens)
+        print(f"predicted for {waiting.name}: {value:.4f} ({low:.4f} to {high:.4f})", flush=True)
+        rungs.append(_train_rung(last, held_out=True))
+    if main:
+        report(rungs, config, folder)
+    return folder
+
+
+def _parameters(config: TrainConfig) -> int:
+    from .loop import model_config
+
+    return model_config(config, 1).layer_weights
+
+
+def _train_rung(config: TrainConfig, *, held_out: bool) -> Rung:
+    """The run as it is on disk where it is finished, else trained."""
+    from ..models import load_config
+    from .loop import Diverged, train
+
+    rung = Rung(config.out.name, config.n_layer, config.n_embd, _parameters(config), held_out)
+    failed = config.out / "diverged.txt"
+    if not failed.exists() and _last_row(config).get("step") != config.steps:
+        try:
+            train(config)
+        except Diverged as error:
+            failed.write_text(f"{error}\n")
+            print(f"{rung.name} diverged: {error}; delete {config.out} to try it again", flush=True)
+        else:
+            if _last_row(config).get("step") != config.steps:
+                raise KeyboardInterrupt  # it was asked to stop, and saved
+    if failed.exists():
+        return replace(rung, status="diverged")
+    row, shape = _last_row(config), load_config(config.out)
+    if row["val_loss"] > math.log(shape.vocab_size):  # worse than guessing
+        return replace(rung, status="diverged", val_loss=row["val_loss"])
+    return replace(
+        rung,
+        status="finished",
+        tokens=row["tokens"],
+        flops=3 * shape.flops_per_token(config.context) * row["tokens"],
+        seconds=row["seconds"],
+        val_loss=row["val_loss"],
+    )
+
+
+def _last_row(config: TrainConfig) -> dict:
+    metrics = config.out / "train" / "metrics.jsonl"
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    whole = [line for line in lines if line.endswith("}")]
+    return json.loads(whole[-1]) if whole else {}
+
+
+def _write_stdlib(path: Path) -> None:
+    """The source of Python's standard library, in an order of its own, as one ASCII text."""
+    if path.exists():
+        return
+    library = Path(sysconfig.get_path("stdlib"))
+    others = {"site-packages", "dist-packages", "test", "tests", "idlelib"}
+    files = sorted(
+        f for f in library.rglob("*.py") if others.isdisjoint(f.relative_to(library).parts)
+    )
+    random.Random(0).shuffle(files)
+    text = "".join(f.read_text(encoding="ascii", errors="ignore") for f in files)
+    if len(text) < STDLIB_CHARACTERS // 2:
+        raise ValueError(
+            f"this Python keeps {len(text)} characters of its standard library as source; give "
+            "--data text:PATH instead"
+        )
+    write_aside(path, text[:STDLIB_CHARACTERS])
+
+
+def fit_rungs(rungs: list[Rung], config: ScaleConfig) -> "Fit":
+    """The law of the finished runs that are not held out."""
+    from .scaling import fit_law
+
+    used = [r for r in rungs if r.status == "finished" and not r.held_out]
+    columns = zip(*[(r.parameters, r.tokens, r.val_loss) for r in used], strict=True)
+    n, d, losses = columns if used else ((), (), ())
+    try:
+        return fit_law(n, d, losses, resamples=config.resamples, seed=config.seed)
+    except ValueError as error:
+        lost = ", ".join(r.name for r in rungs if r.status == "diverged")
+        raise ValueError(f"{error}{f'; diverged: {lost}' if lost else ''}") from None
+
+
+def report(rungs: list[Rung], config: ScaleConfig, folder: Path) -> "Fit":
+    """Fit the law again and write runs.csv, fit.json and scaling.png; print the law."""
+    from .scaling_figure import draw
+
+    fit = fit_rungs(rungs, config)
+    fitted = [
+        replace(r, fitted=float(fit.law.loss(r.parameters, r.tokens))) if r.tokens else r
+        for r in rungs
+    ]
+    write_aside(folder / "runs.csv", _table(fitted))
+    result = summary(fit, fitted)
+    write_aside(folder / "fit.json", json.dumps(result, indent=1) + "\n")
+    draw(fit, fitted, folder / "scaling.png")
+    print(describe(fit, fitted))
+    return fit
+
+
+def _table(rungs: list[Rung]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [f.name for f in fields(Rung)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(r) for r in rungs)
+    return text.getvalue()
+
+
+def summary(fit: "Fit", rungs: list[Rung]) -> dict:
+    """fit.json: every constant with its interval, and whether the runs identify it."""
+    from .scaling import LEVEL
+
+    def entry(interval: "Interval") -> dict:
+        return {k: float(f"{v:.8g}") for k, v in interval._asdict().items()}
+
+    constants = {
+        name: entry(interval)
+        | {"identified": name not in fit.unidentified}
+        | ({"why": fit.unidentified[name]} if name in fit.unidentified else {})
+        for name, interval in fit.intervals.items()
+    }
+    held = [r for r in rungs if r.held_out and r.status == "finished"]
+    return {
+        "law": "L(N, D) = E + A/N^alpha + B/D^beta, nats a token",
+        "level": LEVEL,
+        "constants": constants,
+        "runs": len(fit.residuals),
+        "left_out": [r.name for r in rungs if r.status == "diverged"],
+        "scatter": float(f"{(fit.residuals**2).mean() ** 0.5:.6g}"),
+        "held_out": [
+            {"name": r.name, "predicted": entry(fit.predict(r.parameters, r.tokens))}
+            | {"measured": r.val_loss}
+            for r in held
+        ],
+    }
+
+
+def describe(fit: "Fit", rungs: list[Rung]) -> str:
+    """The law in words for the terminal."""
+    lines = ["L(N, D) = E + A/N^alpha + B/D^beta, with 90 % intervals:"]
+    for name, (value, low, high) in fit.intervals.items():
+        digits = f"  {name:14}{value:10.4g}   {low:.4g} to {high:.4g}"
+        if name in fit.unidentified:
+            digits = f"  {name:14}{'?':>10}   {low:.4g} to {high:.4g}: {fit.unidentified[name]}"
+        lines.append(digits)
+    for r in rungs:
+        if r.status == "diverged":
+            lines.append(f"  {r.name} diverged and is left out")
+        elif r.held_out and r.val_loss is not None:
+            value, low, high = fit.predict(r.parameters, r.tokens)
+            inside = "inside" if low <= r.val_loss <= high else "OUTSIDE"
+            lines.append(
+                f"  {r.name}: predicted {value:.4f} ({low:.4f} to {high:.4f}), "
+                f"measured {r.val_loss:.4f}, {inside}"
+            )
+    return "\n".join(lines)

@@ -1,0 +1,386 @@
+"""`ponder plan`: what a training or a sweep needs, said before anything is paid for.
+
+Memory is counted from the shape (`models/memory.py`). A step's time is a roofline: the matrix
+products at a share of the peak, what is read and written besides at a share of the bandwidth, and
+the part of the communication that the backward pass does not hide.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ..models.gpt import GPTConfig
+from ..models.memory import (
+    BYTES,
+    layer_activations,
+    parameter_count,
+    require,
+    sampling_memory,
+    training_memory,
+)
+from .devices import Device, device
+
+HIDDEN = 0.7  # the share of the backward pass behind which gradients can travel
+NEWTON_SCHULZ = 5  # iterations of Muon
+
+
+def _llama(n_layer, n_embd, n_head, n_kv_head, n_inner, vocab_size=32_000) -> GPTConfig:
+    return GPTConfig(
+        vocab_size=vocab_size,
+        context=4096,
+        n_layer=n_layer,
+        n_head=n_head,
+        n_kv_head=n_kv_head,
+        head_dim=n_embd // n_head,
+        n_embd=n_embd,
+        n_inner=n_inner,
+        qk_norm=False,
+        tie_embeddings=False,
+    )
+
+
+def _gpt2(n_layer, n_embd, n_head) -> GPTConfig:
+    return GPTConfig(
+        vocab_size=50_257,
+        context=1024,
+        n_layer=n_layer,
+        n_head=n_head,
+        n_kv_head=n_head,
+        head_dim=n_embd // n_head,
+        n_embd=n_embd,
+        n_inner=4 * n_embd,
+        gated=False,
+        activation="relu2",
+    )
+
+
+MODELS = {
+    "124m": _gpt2(12, 768, 12),
+    "350m": _gpt2(24, 1024, 16),
+    "1.5b": _gpt2(48, 1600, 25),
+    "3b": _llama(26, 3200, 32, 32, 8640),
+    "7b": _llama(32, 4096, 32, 32, 11_008),
+    "8b": _llama(32, 4096, 32, 8, 14_336, 128_256),
+}
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """What is to be run, and on what."""
+
+    what: Literal["train", "sweep"] = "train"
+    device: str = "h100"
+    """b200, h200, h100, a100, a100-40, l40s, l4, a10, rtx4090, rtx3090, t4, or cpu: this machine"""
+    devices: int = 1
+    context: int = 0
+    """0: the model's own"""
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    tokens: float = 0
+    """train: to train on; 0: twenty a parameter (Hoffmann et al. 2022)"""
+    batch_tokens: int = 524_288
+    """train: in one optimizer step, over all devices"""
+    optimizer: Literal["muon", "adamw", "sgd"] = "muon"
+    problems: int = 500
+    """sweep: problems"""
+    samples: int = 16
+    """sweep: of each problem"""
+    new_tokens: int = 512
+    """sweep: in each sample"""
+    slots: int = 256
+    """sweep: samples that are decoded at once on a device"""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a training is spread: DDP copies the state, FSDP splits it over `shards` devices."""
+
+    shards: int
+    rows: int
+    """sequences in a device's micro-batch"""
+    accumulation: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    model: GPTConfig
+    device: Device
+    devices: int
+    memory: dict[str, float]
+    """bytes on each device, by part"""
+    seconds: dict[str, float]
+    """of one step (train) or of the whole (sweep), by part"""
+    steps: int = 1
+    batch_tokens: int = 0
+    mfu: float = 0.0
+    layout: Layout | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def step_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def total_seconds(self) -> float:
+        return self.steps * self.step_seconds
+
+
+def shape_of(name: str, context: int = 0) -> GPTConfig:
+    """A model by name (124m … 8b) or by a preset of `ponder train`; ValueError names them."""
+    from dataclasses import replace
+
+    from .config import PRESETS
+
+    shape = MODELS.get(name.lower())
+    if shape is None:
+        if name not in PRESETS:
+            raise ValueError(
+                f"no model is named {name!r}; there are {', '.join(MODELS)} and the presets "
+                f"{', '.join(PRESETS)}"
+            )
+        c = PRESETS[name]()
+        kind, _, size = c.tokenizer.partition(":")
+        names = "context n_layer n_head n_kv_head head_dim n_embd n_inner gated activation qk_norm"
+        fields = {key: getattr(c, key) for key in (*names.split(), "tie_embeddings")}
+        shape = GPTConfig(vocab_size=int(size) if kind == "bpe" else 100, **fields)
+    return replace(shape, context=context) if context else shape
+
+
+def step_seconds(
+    shape: GPTConfig,
+    hardware: Device,
+    *,
+    rows: int,
+    accumulation: int = 1,
+    precision: str = "bf16",
+    optimizer: str = "muon",
+    shards: int = 1,
+    devices: int = 1,
+) -> dict[str, float]:
+    """Seconds of one optimizer step, by part; every device has `rows` sequences a micro-batch."""
+    T, P, M = shape.context, parameter_count(shape), shape.layer_weights
+    peak = hardware.peak[precision] * hardware.matrix_efficiency
+    stream = hardware.bandwidth * hardware.stream_efficiency
+    tokens = rows * accumulation * T
+    # Forward once, backward twice.
+    products = 3 * shape.flops_per_token(T) * tokens / peak
+    # What is kept is written once and read once, and so is a gradient of its size.
+    kept = shape.n_layer * layer_activations(shape, T, precision, triton=hardware.gpu)
+    kept += 0 if hardware.gpu else 4 * shape.vocab_size
+    streams = 4 * kept * tokens / stream
+    # Weights, gradients and states, read and written; the clipping's norm; the casts.
+    states = {"muon": 28 * (P - M) + 20 * M, "adamw": 28 * P, "sgd": 20 * P}[optimizer]
+    update = (states + 8 * P + (4 + BYTES[precision]) * M * accumulation) / shards / stream
+    if optimizer == "muon":
+        in_bf16 = hardware.peak.get("bf16", hardware.peak[precision])
+        update += _newton_schulz(shape) / (in_bf16 * hardware.matrix_efficiency)
+    parts = {"matrix products": products, "memory": streams, "update": update}
+    if devices > 1:
+        inside = min(devices, hardware.per_node)
+        speed = hardware.link if devices <= hardware.per_node else hardware.network
+        ring = (devices - 1) / devices
+        if shards == 1:
+            sent = 2 * 4 * P * ring / speed
+        else:  # weights gathered for the forward and the backward pass, gradients scattered
+            speed = hardware.link if shards <= inside else hardware.network
+            sent = (2 * BYTES[precision] * accumulation + 4) * P * (shards - 1) / shards / speed
+            if shards < devices:
+                sent += 2 * 4 * P / shards / hardware.network
+        parts["communication"] = max(0.0, sent - HIDDEN * (products + streams) * 2 / 3)
+    return parts
+
+
+def _newton_schulz(shape: GPTConfig) -> float:
+    """FLOPs of Muon's orthogonalization of every matrix: n ≥ m, 4 n m² + 2 m³ an iteration."""
+    C, F = shape.n_embd, shape.n_inner
+    q, kv = shape.n_head * shape.head_dim, shape.n_kv_head * shape.head_dim
+    matrices = [(q, C)] * 2 + [(kv, C)] * 2 + [(F, C)] * (3 if shape.gated else 2)
+    each = sum(4 * max(s) * min(s) ** 2 + 2 * min(s) ** 3 for s in matrices)
+    return NEWTON_SCHULZ * shape.n_layer * each
+
+
+def layouts(config: PlanConfig, shape: GPTConfig, hardware: Device) -> Iterator[Layout]:
+    """Every way to spread a step: whole copies first, then split over a node, then over all."""
+    sequences = config.batch_tokens // shape.context
+    shards = [1]
+    if config.devices > 1:
+        shards += sorted({min(config.devices, hardware.per_node), config.devices})
+    for count in shards:
+        if config.devices % count:
+            continue
+        share = sequences // config.devices
+        for rows in range(share, 0, -1):
+            if share % rows == 0:
+                yield Layout(count, rows, share // rows)
+
+
+def plan(config: PlanConfig, model: str) -> Plan:
+    """The plan of a training or a sweep; ValueError where nothing fits or a name is not known."""
+    hardware, shape = device(config.device), shape_of(model, config.context)
+    _check(config, shape, hardware)
+    if config.what == "sweep":
+        return _plan_sweep(config, shape, hardware)
+    return _plan_training(config, shape, hardware)
+
+
+def _check(config: PlanConfig, shape: GPTConfig, hardware: Device) -> None:
+    faults = []
+    for name in ("devices", "batch_tokens", "problems", "samples", "new_tokens", "slots"):
+        if getattr(config, name) < 1:
+            faults.append(f"{name} is {getattr(config, name)}; it must be at least 1")
+    if config.precision not in hardware.peak:
+        faults.append(
+            f"precision is {config.precision}; {hardware.name} has {', '.join(hardware.peak)}"
+        )
+    if not config.tokens >= 0:
+        faults.append(f"tokens is {config.tokens:g}; it must be 0 or more")
+    if not faults and config.what == "train":
+        sequences = config.batch_tokens // shape.context
+        if config.batch_tokens % shape.context or sequences % config.devices or not sequences:
+            faults.append(
+                f"batch_tokens is {config.batch_tokens}; {config.devices} devices share whole "
+                f"sequences of {shape.context} in multiples of {config.devices * shape.context}"
+            )
+    if not faults and config.what == "sweep" and config.new_tokens >= shape.context:
+        faults.append(
+            f"new_tokens is {config.new_tokens}; the context of {shape.context} must hold them and "
+            "a prompt"
+        )
+    if faults:
+        raise ValueError("; ".join(faults))
+
+
+def _plan_training(config: PlanConfig, shape: GPTConfig, hardware: Device) -> Plan:
+    best, least = None, None
+    for layout in layouts(config, shape, hardware):
+        memory = training_memory(
+            shape,
+            rows=layout.rows,
+            precision=config.precision,
+            optimizer=config.optimizer,
+            accumulation=layout.accumulation,
+            shards=layout.shards,
+            triton=hardware.gpu,
+        )
+        total = sum(memory.values())
+        if least is None or total < sum(least.values()):
+            least = memory
+        if total > hardware.memory:
+            continue
+        seconds = step_seconds(
+            shape,
+            hardware,
+            rows=layout.rows,
+            accumulation=layout.accumulation,
+            precision=config.precision,
+            optimizer=config.optimizer,
+            shards=layout.shards,
+            devices=config.devices,
+        )
+        # Of equally fast ones the first: the fewest shards, the largest micro-batch.
+        if best is None or sum(seconds.values()) < 0.98 * sum(best[2].values()):
+            best = layout, memory, seconds
+    assert least is not None
+    if best is None:
+        require(
+            least,
+            hardware.memory,
+            f"even with micro-batches of one sequence, split over {config.devices} device(s), "
+            f"training {parameter_count(shape) / 1e9:.3g}B parameters",
+            "take more devices, devices with more memory, or a shorter context",
+        )
+    assert best is not None
+    layout, memory, seconds = best
+    tokens = config.tokens or 20 * parameter_count(shape)
+    share = seconds["update"] / sum(seconds.values())
+    notes = []
+    if config.optimizer == "muon" and share > 0.25:
+        notes.append(
+            f"Muon's update, of whole matrices on every device, is {share:.0%} of the step: see "
+            "--optimizer adamw, or a larger batch"
+        )
+    flops = 3 * shape.flops_per_token(shape.context) * config.batch_tokens
+    peak = hardware.peak[config.precision] * config.devices
+    return Plan(
+        shape,
+        hardware,
+        config.devices,
+        memory,
+        seconds,
+        steps=max(1, round(tokens / config.batch_tokens)),
+        batch_tokens=config.batch_tokens,
+        mfu=flops / sum(seconds.values()) / peak,
+        layout=layout,
+        notes=notes,
+    )
+
+
+def _plan_sweep(config: PlanConfig, shape: GPTConfig, hardware: Device) -> Plan:
+    """Every device decodes its share of the samples; each step reads the weights and the caches."""
+    length = shape.context
+    memory = sampling_memory(
+        shape,
+        slots=config.slots,
+        length=length,
+        precision=config.precision,
+        triton=hardware.gpu,
+    )
+    require(
+        memory,
+        hardware.memory,
+        f"decoding {config.slots} samples of {length} tokens at once",
+        "take fewer slots, a shorter context, or devices with more memory",
+    )
+    a, stream = BYTES[config.precision], hardware.bandwidth * hardware.stream_efficiency
+    samples = -(-config.problems * config.samples // config.devices)
+    rounds = samples / min(config.slots, samples)
+    slots = min(config.slots, samples)
+    # On average half of the new tokens stand in the cache, behind a prompt of the rest at most.
+    seen = length - config.new_tokens / 2
+    cache = 2 * shape.n_layer * shape.n_kv_head * shape.head_dim * seen * slots * a
+    reads = (a * parameter_count(shape) + cache) / stream
+    flops = slots * shape.flops_per_token(1) + 2 * cache / a
+    products = flops / (hardware.peak[config.precision] * hardware.matrix_efficiency)
+    steps = rounds * config.new_tokens
+    return Plan(
+        shape,
+        hardware,
+        config.devices,
+        memory,
+        {"decoding": steps * max(reads, products)},
+        notes=[f"{config.problems * config.samples:,} samples of {config.new_tokens} tokens"],
+    )
+
+
+def check_fits(
+    shape: GPTConfig,
+    available: float,
+    *,
+    rows: int,
+    precision: str,
+    optimizer: str,
+    accumulation: int,
+    shards: int = 1,
+    triton: bool = True,
+) -> None:
+    """ValueError where a training step cannot fit in `available` bytes a device, before it starts.
+
+    rows: sequences in a device's micro-batch. The sentence names the accumulation that would fit.
+    """
+
+    def need(parts: int) -> dict[str, float]:
+        return training_memory(
+            shape,
+            rows=rows // parts,
+            precision=precision,
+            optimizer=optimizer,
+            accumulation=accumulation * parts,
+            shards=shards,
+            triton=triton,
+        )
+
+    smaller = [n for n in range(2, rows + 1) if rows % n == 0]
+    enough = next((n for n in smaller if sum(need(n).values()) <= available), None)
+    remedy = "take a smaller model, a shorter context, or more devices"
+    if enough:
+        remedy = f"accumulation {accumulation * enough} would fit"
+    require(need(1), available, "a training step", remedy)
