@@ -210,8 +210,8 @@ class KVCache:
                 for keys, values in zip(p.keys, p.values, strict=True)
             ]
         return [
-            LayerCache(*pair, lengths, index, prefix)
-            for *pair, prefix in zip(self.keys, self.values, shared, strict=True)
+            LayerCache(keys, values, lengths, index, prefix)
+            for keys, values, prefix in zip(self.keys, self.values, shared, strict=True)
         ]
 
 
