@@ -8,9 +8,15 @@ import threading
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from ponder.models import GPT, GPTConfig, KVCache, hub, load, load_config, load_tokenizer, save
+from ponder.models.layers import RopeScaling
 from ponder.training.tokenizer import SPECIAL, bpe_tokenizer, character_tokenizer
 
 from .peers import PEERS, randomize
@@ -30,6 +36,10 @@ def gpt(seed: int = 0, **fields) -> GPT:
     return model
 
 
+GPT2 = dict(
+    **dict(norm="layer", positions="learned", gated=False, qk_norm=False, n_kv_head=4),
+    **dict(attention_bias=True, mlp_bias=True, activation="gelu_tanh"),
+)
 # Every model type, tied and not; activations whose names differ; 24 × 4 ≠ 64.
 SHAPES = {
     "qwen3": ("qwen3", {}),
@@ -40,6 +50,16 @@ SHAPES = {
     "ponder-relu2": ("ponder", dict(gated=False, activation="relu2")),
     "ponder-untied": ("ponder", dict(gated=False, qk_norm=False, tie_embeddings=False)),
     "ponder-odd-width": ("ponder", dict(qk_norm=False, n_embd=54, head_dim=24)),
+    "llama-stretched": (
+        "llama",
+        dict(qk_norm=False, mlp_bias=True, rope_scaling=RopeScaling(8.0, 16), tie_embeddings=False),
+    ),
+    "qwen2": ("qwen2", dict(qk_norm=False, qkv_bias=True, activation="gelu")),
+    "smollm3": ("smollm3", dict(qk_norm=False, nope_layers=(1,), tie_embeddings=False)),
+    "gpt2": ("gpt2", GPT2),
+    "gpt2-untied": ("gpt2", GPT2 | dict(tie_embeddings=False, activation="relu")),
+    "ponder-learned": ("ponder", GPT2 | dict(n_kv_head=2, attention_bias=False, qkv_bias=True)),
+    "ponder-layer-norm": ("ponder", dict(norm="layer", mlp_bias=True, nope_layers=(0,))),
 }
 
 
@@ -71,7 +91,10 @@ def test_saved_folder_opens_with_transformers(name, tmp_path):
     )
     assert peer.config.model_type == kind and peer.dtype == torch.float32
     assert not any(report.values()), report
-    peer_tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    # Transformers 5 would split text as Qwen2's own tokenizer does, whatever the folder says.
+    opens = PreTrainedTokenizerFast if kind == "qwen2" else AutoTokenizer
+    assert ("PreTrainedTokenizerFast opens" in said) == (kind == "qwen2")
+    peer_tokenizer = opens.from_pretrained(tmp_path / "model")
 
     ids = tokenizer.encode(TEXT).ids
     assert (
@@ -163,7 +186,7 @@ def test_configuration_there_and_back(name):
     ours = to_fields(config)
     assert from_fields(ours) == config
     for key, value in ours.items():
-        if key not in ("architectures", "rope_theta"):
+        if key not in ("architectures", "rope_theta", "rope_scaling"):
             assert theirs[key] == value, key
 
 
@@ -336,12 +359,13 @@ def edit_weights(folder, change):
 
 
 LLAMA3 = dict(rope_type="llama3", factor=8.0, rope_theta=500000.0)
+STRETCH = dict(low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(model_type="gpt_neox"), "model_type is 'gpt_neox'; known are llama, qwen3, ponder"),
+        (dict(model_type="gpt_neox"), "model_type is 'gpt_neox'; known are llama, qwen2, qwen3, "),
         (dict(model_type=None), "model_type is None"),
         (dict(hidden_size=None), "hidden_size is missing"),
         (dict(hidden_size="64"), 'hidden_size is "64"; it must be a whole number'),
@@ -358,7 +382,16 @@ LLAMA3 = dict(rope_type="llama3", factor=8.0, rope_theta=500000.0)
         (dict(model_type="llama", sliding_window=32), "sliding_window is 32"),
         (dict(layer_types=["full_attention", "sliding_attention"]), "layer_types holds 'sliding"),
         (dict(rope_scaling=dict(type="linear", factor=2.0)), 'rope_scaling has type "linear"'),
-        (dict(rope_parameters=LLAMA3), 'rope_parameters has rope_type "llama3"'),
+        (dict(rope_scaling=dict(type="yarn")), 'rope_scaling has type "yarn"'),
+        (dict(rope_parameters=LLAMA3), "rope_parameters: original_max_position_embeddings is miss"),
+        (
+            dict(rope_parameters=LLAMA3 | STRETCH | dict(low_freq_factor=4.0)),
+            "rope_parameters: rotary scaling has factor 8.0, low 4.0 and high 4.0",
+        ),
+        (dict(rope_parameters=LLAMA3 | STRETCH | dict(beta_fast=3)), "has beta_fast 3"),
+        (dict(model_type="smollm3", no_rope_layers=[1]), "no_rope_layers is [1]; it must hold a 0"),
+        (dict(model_type="smollm3", no_rope_layer_interval=0), "no_rope_layer_interval is 0"),
+        (dict(model_type="gpt2"), "n_embd is missing"),
         (dict(rope_parameters=dict(full_attention={})), "rope_parameters has full_attention"),
         (dict(partial_rotary_factor=0.5), "partial_rotary_factor 0.5"),
         (dict(rope_parameters=dict(rope_theta=-1.0)), "rope_theta is -1.0; it must be above 0"),
