@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..kernels import cross_entropy
 from ..kernels._activations import ACTIVATIONS
 from .layers import (
     MLP,
@@ -31,6 +32,7 @@ from .layers import (
     RMSNorm,
     RopeScaling,
     Rotary,
+    readable,
 )
 
 if TYPE_CHECKING:
@@ -326,6 +328,8 @@ class GPT(nn.Module):
         hidden = self.hidden(tokens, segment_ids=segment_ids)
         if targets is None:
             return self.logits(hidden)
+        if not readable(self.lm_head):
+            return cross_entropy(self.logits(hidden), targets, reduction=reduction)
         return self.loss(self.lm_head.weight, hidden, targets, reduction=reduction)
 
     @classmethod

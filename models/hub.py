@@ -259,7 +259,7 @@ def save(
     if kind == "ponder":
         return (
             f"{path} has model_type ponder, as no standard type expresses this model: "
-            "AutoModelForCausalLM opens it after ponder.models.hub.register()"
+            "AutoModelForCausalLM opens it after ponder.models.register()"
         )
     said = f"{path} has model_type {kind}: AutoModelForCausalLM opens it"
     if kind == "qwen2" and tokenizer is not None and QWEN2_SPLIT not in tokenizer.to_str():
@@ -337,10 +337,13 @@ def _move(aside: Path, path: Path) -> None:
 
 
 def register() -> None:
-    """Make `AutoConfig` and `AutoModelForCausalLM` open folders of model_type ponder."""
+    """Tell Transformers what is ours: `AutoConfig` and `AutoModelForCausalLM` open folders of
+    model_type ponder, and every model takes attn_implementation="ponder"."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from . import hf_attention
     from .auto import PonderConfig, PonderForCausalLM
 
     AutoConfig.register("ponder", PonderConfig, exist_ok=True)
     AutoModelForCausalLM.register(PonderConfig, PonderForCausalLM, exist_ok=True)
+    hf_attention.register()

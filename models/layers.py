@@ -23,6 +23,21 @@ from ..kernels import (
     rms_norm,
     rotary,
 )
+from ..kernels._activations import ACTIVATIONS
+
+
+def readable(*projections: nn.Module) -> bool:
+    """Whether a kernel may read the weights of these modules instead of calling them.
+
+    True of a plain Linear (or Transformers' Conv1D), False where something else computes its
+    output: an adapter (LoRA), quantized weights, a hook that fetches them or looks on.
+    """
+    for p in projections:
+        hooks = p._forward_hooks, p._forward_pre_hooks, p._backward_hooks, p._backward_pre_hooks
+        plain = type(p) is nn.Linear or type(p).__name__ == "Conv1D"
+        if not plain or any(hooks) or "forward" in vars(p):
+            return False
+    return True
 
 
 class RMSNorm(nn.Module):
@@ -230,6 +245,8 @@ class GatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., C) → (..., C)."""
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+        if not readable(gate, up, down):
+            return down(ACTIVATIONS[self.activation](gate(x)) * up(x))
         return gated_mlp(
             x,
             gate.weight,
@@ -254,6 +271,8 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., C) → (..., C)."""
         up, down = self.up_proj, self.down_proj
+        if not readable(up, down):
+            return down(ACTIVATIONS[self.activation](up(x)))
         return mlp(
             x, up.weight, down.weight, activation=self.activation, b_up=up.bias, b_down=down.bias
         )
