@@ -90,7 +90,7 @@ def to_fields(config: GPTConfig) -> dict[str, Any]:
     """The content of config.json, but for the tokens."""
     kind, c = model_type(config), config
     names = {ours: theirs for theirs, ours in reversed(HIDDEN_ACTS.items())}
-    sizes = dict(
+    sizes: dict[str, Any] = dict(
         max_position_embeddings=c.context,
         num_hidden_layers=c.n_layer,
         num_attention_heads=c.n_head,
@@ -99,7 +99,7 @@ def to_fields(config: GPTConfig) -> dict[str, Any]:
         hidden_act=names[c.activation],
         rms_norm_eps=c.norm_eps,
     )
-    fields = dict(
+    fields: dict[str, Any] = dict(
         model_type=kind,
         architectures=[ARCHITECTURES[kind]],
         vocab_size=c.vocab_size,

@@ -53,7 +53,9 @@ def mask(**asked: Any) -> Tensor | None:
     q_offset, kv_offset = asked.get("q_offset", 0), asked.get("kv_offset", 0)
     n_row, device = asked["batch_size"], asked.get("device", "cpu")
     sees, padding = asked["mask_function"], asked.get("attention_mask")
-    as_theirs = asked | dict(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
+    as_theirs: dict[str, Any] = asked | dict(
+        allow_is_causal_skip=False, allow_is_bidirectional_skip=False
+    )
     # A cache of a fixed size has keys behind the last query; there the position is a tensor.
     aligned = isinstance(q_offset, int) and q_offset + n_queries == kv_offset + n_keys
     looked_into = not asked.get("use_vmap") and not torch.compiler.is_compiling()

@@ -86,3 +86,24 @@ PEERS = {
     "gpt2": Peer("gpt2"),
     "gpt2-untied": Peer("gpt2", dict(tie_word_embeddings=False, activation_function="relu")),
 }
+
+
+# What `patch` knows: every kind of norm, MLP, window and position, and sequences of 40 tokens that
+# outgrow the windows.
+GROUPED = dict(num_key_value_heads=2)
+GEMMA = GROUPED | dict(sliding_window=7, query_pre_attn_scalar=20)
+LAYERS = dict(layer_types=["sliding_attention", "full_attention"])
+FAMILIES = {
+    "llama": Peer("llama", GROUPED | dict(attention_bias=True, mlp_bias=True)),
+    "qwen2": Peer(
+        "qwen2", GROUPED | dict(use_sliding_window=True, sliding_window=7, max_window_layers=1)
+    ),
+    "qwen3": Peer("qwen3", GROUPED | dict(tie_word_embeddings=True)),
+    "mistral": Peer("mistral", GROUPED | dict(sliding_window=7)),
+    "smollm3": Peer("smollm3", GROUPED | dict(no_rope_layers=[1, 0])),
+    "gemma2": Peer("gemma2", GEMMA | LAYERS | dict(attn_logit_softcapping=5.0)),
+    "gemma3_text": Peer("gemma3_text", GEMMA | LAYERS),
+    "phi3": Peer("phi3", dict(sliding_window=9)),
+    "olmo2": Peer("olmo2", GROUPED),
+    "gpt2": Peer("gpt2"),
+}

@@ -19,7 +19,7 @@ from ponder.models import GPT, GPTConfig, KVCache, hub, load, load_config, load_
 from ponder.models.layers import RopeScaling
 from ponder.training.tokenizer import SPECIAL, bpe_tokenizer, character_tokenizer
 
-from .peers import PEERS, randomize
+from .peers import PEERS, Peer, randomize
 
 CHARACTERS = "0123456789+-*=. '<>ab\n"
 TEXT = "12+3 = . 'a'\n<think>5 b</think>7<eos>"
@@ -211,6 +211,76 @@ def test_methods_and_training_goes_on(tmp_path):
     model(tokens[:, :-1], tokens[:, 1:]).backward()
     for (name, p), q in zip(again.named_parameters(), model.parameters(), strict=True):
         assert torch.equal(p.grad, q.grad), name
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-stretched", "qwen2", "smollm3"])
+def test_fine_tuned_checkpoint_goes_back(name, tmp_path):
+    """Theirs, read, trained, written, read by them: the same logits; in shards both ways."""
+    PEERS[name].build().save_pretrained(tmp_path / "theirs", max_shard_size="40KB")
+    model, tokens = GPT.from_pretrained(tmp_path / "theirs"), torch.randint(0, 50, (4, 33))
+    optimizer, losses = torch.optim.AdamW(model.parameters(), 3e-3), []
+    for _ in range(10):
+        optimizer.zero_grad()
+        losses.append(model(tokens[:, :-1], tokens[:, 1:]))
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.9 * losses[0]
+    save(model, tmp_path / "ours", shard_bytes=40_000)
+    assert "model.safetensors.index.json" in files(tmp_path / "ours")
+    peer = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    with torch.no_grad():
+        assert (peer(tokens).logits - model(tokens)).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_gpt2s_own_checkpoint(tmp_path):
+    """As on the hub: saved without the head, so under shorter names, with the masks of its layers,
+    a config.json that does not say n_inner, and dropout, which a GPT has not."""
+    fields = PEERS["gpt2"].fields | dict(n_inner=None, attn_pdrop=0.1)
+    peer = Peer("gpt2", fields).build()
+    peer.save_pretrained(tmp_path)
+    state = {
+        n.removeprefix("transformer."): t
+        for n, t in load_file(tmp_path / "model.safetensors").items()
+    }
+    state["h.0.attn.bias"] = torch.ones(1, 1, 64, 64).bool()
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    edit_config(tmp_path, ["n_inner", "layer_norm_epsilon", "tie_word_embeddings"])
+    tokens = torch.randint(0, 50, (2, 9))
+    model = load(tmp_path)
+    assert model.config.n_inner == 256 and model.config.tie_embeddings
+    assert (model(tokens) - peer(tokens).logits).abs().max() < 1e-4
+
+
+def test_ponder_folders_of_before(tmp_path):
+    """Written when there were neither LayerNorm nor learned positions nor layers without them."""
+    model, tokens = gpt(gated=False), torch.randint(0, VOCABULARY, (2, 9))
+    save(model, tmp_path)
+    edit_config(tmp_path, ["norm_type", "position_type", "qkv_bias", "mlp_bias", "no_rope_layers"])
+    assert torch.equal(load(tmp_path)(tokens), model(tokens))
+
+
+def test_lora(tmp_path):
+    """PEFT's adapters on a GPT, MLP's projections among them: trained, merged, written."""
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    model, tokens = gpt(), torch.randint(0, VOCABULARY, (2, 9))
+    before = model(tokens).detach()
+    lora = peft.LoraConfig(target_modules=["q_proj", "gate_proj", "down_proj"])
+    adapted = peft.get_peft_model(model, lora)
+    assert torch.equal(adapted(tokens), before)  # they start at nothing
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], 1e-2)
+    for _ in range(2):  # the second of an adapter's matrices has no gradient in the first step
+        optimizer.zero_grad()
+        adapted(tokens[:, :-1], tokens[:, 1:]).backward()
+        optimizer.step()
+    assert all(p.grad.norm() > 0 for p in adapted.parameters() if p.requires_grad)
+    after = adapted(tokens).detach()
+    merged = adapted.merge_and_unload()
+    assert (merged(tokens) - after).abs().max() < 1e-4 < (after - before).abs().max()
+    save(merged, tmp_path)
+    with torch.no_grad():
+        peer = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert (peer(tokens).logits - after).abs().max() < 1e-4
 
 
 def test_needs_no_transformers(tmp_path):
