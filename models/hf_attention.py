@@ -114,8 +114,18 @@ def attend(
         ids = attention_mask
         if n_queries == 1:  # then the ids tell the window too
             options["window"] = None
+    if attention_mask is not None:
+        cu_seq_lens_q = None
+    elif cu_seq_lens_q is not None and (n_row != 1 or n_queries != n_keys):
+        raise ValueError(
+            f"cu_seq_lens_q is given with {n_row} rows of {n_queries} tokens after "
+            f"{n_keys - n_queries} others; it is for one row, without a cache"
+        )
     why = _unsupported(module, query, value, attention_mask, dropout, scaling, rest)
     if why is not None:
+        if cu_seq_lens_q is not None:
+            places = torch.arange(n_keys, device=query.device, dtype=cu_seq_lens_q.dtype)
+            ids = torch.bucketize(places, cu_seq_lens_q[1:], out_int32=True, right=True)[None]
         say_once(f"{why}: Transformers computes such attention, not ponder")
         dense = attention_mask if ids is None else _dense(ids, n_queries)
         if ids is not None or (attention_mask is None and causal):
@@ -126,12 +136,7 @@ def attend(
     options["scale"] = scaling
     if ids is not None:
         options["segment_ids"] = (_queries(ids, n_queries), ids)
-    elif cu_seq_lens_q is not None and attention_mask is None:
-        if n_row != 1 or n_queries != n_keys:
-            raise ValueError(
-                f"cu_seq_lens_q is given with {n_row} rows of {n_queries} tokens after "
-                f"{n_keys - n_queries} others; it is for one row, without a cache"
-            )
+    elif cu_seq_lens_q is not None:
         options["cu_seqlens"] = cu_seq_lens_q
     elif n_queries == 1 and causal and use_triton(query) and not torch.is_grad_enabled():
         lengths = torch.full((n_row,), n_keys, device=query.device)
@@ -156,12 +161,17 @@ def _unsupported(
         return f"{name} has dropout {dropout} of the attention's weights"
     if max(query.shape[-1], value.shape[-1]) > MAX_HEAD_DIM:
         return f"{name} has heads of {query.shape[-1]} dimensions, more than {MAX_HEAD_DIM}"
-    if scaling is None and getattr(module, "scale_attn_by_inverse_layer_idx", False):
+    if _scales_by_layer(module, scaling):
         return f"{name} scales its scores by its layer"
     for option in ("position_bias", "cache"):
         if rest.get(option) is not None:
             return f"{name} has {option}"
     return None
+
+
+def _scales_by_layer(module: nn.Module, scaling: float | None) -> bool:
+    """Whether it is GPT-2's attention that has not put its layer's number into `scaling`."""
+    return scaling is None and getattr(module, "scale_attn_by_inverse_layer_idx", False)
 
 
 def _queries(ids: Tensor, n_queries: int) -> Tensor:
@@ -195,11 +205,7 @@ def _within(
 
 def _theirs(module, query, key, value, dense, dropout, scaling, causal, softcap, sinks, rest):
     """What Transformers computes: by SDPA, or where that lacks an option by the model's own."""
-    if (
-        softcap is None
-        and sinks is None
-        and not (scaling is None and getattr(module, "scale_attn_by_inverse_layer_idx", False))
-    ):
+    if softcap is None and sinks is None and not _scales_by_layer(module, scaling):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         options = dict(dropout=dropout, scaling=scaling, is_causal=causal) | rest

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import os
 import subprocess
 import sys
 import types
@@ -68,7 +69,6 @@ def test_all_of_a_known_model_is_replaced(pair):
         m for m, n in zip(patched.modules(), model.modules(), strict=True) if type(m) is not type(n)
     ]
     assert len(changed) == sum(said.values()) - layers  # attention itself goes by the registry
-    assert all(m.__class__.__mro__[-3:] and type(m).__name__ for m in changed)
     assert list(patched.state_dict()) == list(model.state_dict())
 
 
@@ -199,8 +199,8 @@ def test_a_mask_of_another_kind_is_transformers_own(llama):
     assert (found - model(TOKENS, attention_mask=mask).logits).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_dropout_is_transformers_own(padded):
+@pytest.mark.parametrize("kind", ["plain", "segments", "cu_seq_lens"])
+def test_dropout_is_transformers_own(kind):
     """With the same random numbers: the fallback's mask is the one that the segments stood for."""
     hf_attention._said.clear()
     torch.manual_seed(0)
@@ -210,14 +210,18 @@ def test_dropout_is_transformers_own(padded):
     ids = torch.tensor([[0] * 4 + [1] * 5, [~0] * 3 + [0] * 6], dtype=torch.int32)
     i, j = torch.arange(9)[:, None], torch.arange(9)
     mask = ((j <= i) & (i - j < 3))[None, None].repeat(2, 1, 1, 1)
-    if padded:
+    given = dict(attention_mask=None)
+    if kind == "segments":
         mask[0, :, 4:, :4] = mask[1, :, :, :3] = False
+        given = dict(attention_mask=ids)
+    elif kind == "cu_seq_lens":
+        q, k, v, mask = (x[:1] for x in (q, k, v, mask))
+        mask[0, :, 4:, :4] = False
+        given |= dict(cu_seq_lens_q=torch.tensor([0, 4, 9], dtype=torch.int32))
     options = dict(dropout=0.5, scaling=0.3)
     torch.manual_seed(1)
     with pytest.warns(UserWarning, match="dropout 0.5"):
-        found, _ = hf_attention.attend(
-            module, q, k, v, ids if padded else None, sliding_window=3, **options
-        )
+        found, _ = hf_attention.attend(module, q, k, v, sliding_window=3, **given, **options)
     torch.manual_seed(1)
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -225,7 +229,7 @@ def test_dropout_is_transformers_own(padded):
     seen = mask.any(-1).transpose(1, 2)[..., None].expand_as(expected)
     torch.testing.assert_close(found[seen], expected[seen])
     with pytest.raises(ValueError, match=r"attention_mask is \(2, 9\) torch.bool"):
-        hf_attention.attend(module, q, k, v, torch.ones(2, 9, dtype=torch.bool))
+        hf_attention.attend(module, q, k, v, torch.ones(2, 9).bool())
 
 
 class Adapted(nn.Module):
@@ -426,8 +430,6 @@ for kind in ("gemma2", "gpt2"):
     assert torch.equal(patched.generate(tokens, **options), model.generate(tokens, **options))
 """
     environment = {"TRITON_INTERPRET": "1", "PYTHONPATH": ":".join(sys.path)}
-    import os
-
     run = subprocess.run(
         [sys.executable, "-c", script], env=os.environ | environment, capture_output=True, text=True
     )
