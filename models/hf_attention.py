@@ -2,10 +2,13 @@
 
 `register()` makes `attn_implementation="ponder"` known. Transformers asks `mask` once for each kind
 of layer and hands what it gives to `attend` in each layer. A mask is, in T + S numbers instead of
-T × S: None, the tokens see all keys up to their own; or the keys' segment ids (B, S) in int32, of
-which a negative one, ~id, is a padded key that no token sees. Windows come from the layer. A mask
-that is not made so comes as Transformers makes it, (B, 1, T, S), and such a call takes
-Transformers' own function, which is said once. Shapes: B sequences, T queries, S keys.
+T × S: None, the tokens see all keys up to their own; or the keys' segment ids (B, 1, 1, S) in
+int32, of which a negative one, ~id, is a padded key that no token sees. (Of four dimensions, because
+`generate` makes some masks ahead, and models take one of two dimensions for padding.) Windows come
+from the layer. A mask that is not made so comes as Transformers makes it, (B, 1, T, S), and such a
+call takes Transformers' own function, which is said once.
+
+Shapes: B sequences, T queries, S keys.
 """
 
 import sys
@@ -71,14 +74,14 @@ def mask(**asked: Any) -> Tensor | None:
     if n_queries == 1:  # every key is looked at, so any function will do
         seen = sees(row, head, torch.zeros_like(keys) + q_offset, keys).expand(n_row, n_keys)
         seen = seen if present is None else seen & present
-        return None if seen.all() else seen.int() - 1
+        return None if seen.all() else (seen.int() - 1)[:, None, None]
     successors = keys[:, n_keys - n_queries + 1 :]
     if sees(row, head, successors - 1, successors).any():
         return sdpa_mask(**as_theirs)
     begins = ~sees(row, head, keys[:, 1:], keys[:, :-1])
     ids = F.pad(begins.int().cumsum(1, dtype=torch.int32), (1, 0)).expand(n_row, n_keys)
     ids = ids if present is None else torch.where(present, ids, ~ids)
-    return ids.contiguous() if ids.any() else None
+    return ids.contiguous()[:, None, None] if ids.any() else None
 
 
 def attend(
@@ -106,12 +109,12 @@ def attend(
     options: dict[str, Any] = dict(window=sliding_window, softcap=softcap, sinks=s_aux)
     ids = None
     if attention_mask is not None and attention_mask.ndim != 4:
-        if attention_mask.dtype != torch.int32 or attention_mask.shape != (n_row, n_keys):
-            raise ValueError(
-                f"attention_mask is {tuple(attention_mask.shape)} {attention_mask.dtype}; it must "
-                f"be None, (B, 1, T, S), or segment ids {(n_row, n_keys)} in int32"
-            )
-        ids = attention_mask
+        raise ValueError(
+            f"attention_mask is {tuple(attention_mask.shape)} in the layer; it must be None, "
+            "(B, 1, T, S), or what ponder's mask function gives"
+        )
+    if attention_mask is not None and attention_mask.dtype == torch.int32:
+        ids = attention_mask[:, 0, 0]
         if n_queries == 1:  # then the ids tell the window too
             options["window"] = None
     if attention_mask is not None:
@@ -121,7 +124,8 @@ def attend(
             f"cu_seq_lens_q is given with {n_row} rows of {n_queries} tokens after "
             f"{n_keys - n_queries} others; it is for one row, without a cache"
         )
-    why = _unsupported(module, query, value, attention_mask, dropout, scaling, rest)
+    foreign = attention_mask is not None and ids is None
+    why = _unsupported(module, query, value, foreign, dropout, scaling, rest)
     if why is not None:
         if cu_seq_lens_q is not None:
             places = torch.arange(n_keys, device=query.device, dtype=cu_seq_lens_q.dtype)
@@ -148,14 +152,14 @@ def _unsupported(
     module: nn.Module,
     query: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    foreign: bool,
     dropout: float,
     scaling: float | None,
     rest: dict[str, Any],
 ) -> str | None:
     """Why the call is not one that our kernel computes, if it is not."""
     name = type(module).__name__
-    if attention_mask is not None and attention_mask.ndim == 4:
+    if foreign:
         return f"{name} has a mask that is not causal with segments of adjacent tokens"
     if dropout:
         return f"{name} has dropout {dropout} of the attention's weights"
