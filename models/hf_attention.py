@@ -3,8 +3,8 @@
 `register()` makes `attn_implementation="ponder"` known. Transformers asks `mask` once for each kind
 of layer and hands what it gives to `attend` in each layer. A mask is, in T + S numbers instead of
 T × S: None, the tokens see all keys up to their own; or the keys' segment ids (B, 1, 1, S) in
-int32, of which a negative one, ~id, is a padded key that no token sees. (Of four dimensions, because
-`generate` makes some masks ahead, and models take one of two dimensions for padding.) Windows come
+int32, of which a negative one, ~id, is a padded key that no token sees. (They have four dimensions
+because `generate` makes some masks ahead, and models take one of two for padding.) Windows come
 from the layer. A mask that is not made so comes as Transformers makes it, (B, 1, T, S), and such a
 call takes Transformers' own function, which is said once.
 
