@@ -107,8 +107,8 @@ class LocalEngine:
         self.block_tokens = 2048 if gpu else 128
 
     def _decoder_fits(self) -> bool:
-        llama_like = getattr(self.model.config, "llama_like", True)
-        return self.device.type == "cpu" and isinstance(self.model, GPT) and llama_like
+        model = self.model
+        return self.device.type == "cpu" and isinstance(model, GPT) and model.config.llama_like
 
     def network(self) -> Network:
         """What computes the logits."""

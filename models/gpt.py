@@ -7,7 +7,10 @@ Pre-norm blocks of attention and MLP around a residual stream:
     logits = head(norm(h))
 
 With QK-norm and a gated MLP it is Qwen3 (Qwen team 2025); without QK-norm, Llama (Touvron et al.
-2023). Shapes: B sequences, T tokens, C = n_embd, V = vocab_size.
+2023), with biases Qwen2, with some layers' positions left out SmolLM3; with LayerNorm, learned
+positions, a plain MLP and biases everywhere, GPT-2 (Radford et al. 2019).
+
+Shapes: B sequences, T tokens, C = n_embd, V = vocab_size.
 """
 
 from dataclasses import dataclass
@@ -17,9 +20,21 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..kernels import linear_cross_entropy
+from ..kernels import cross_entropy
 from ..kernels._activations import ACTIVATIONS
-from .layers import MLP, Attention, GatedMLP, LayerCache, LayerPrefix, RMSNorm, Rotary
+from .layers import (
+    MLP,
+    Attention,
+    GatedMLP,
+    LayerCache,
+    LayerNorm,
+    LayerPrefix,
+    LinearCrossEntropyLoss,
+    RMSNorm,
+    RopeScaling,
+    Rotary,
+    readable,
+)
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -44,6 +59,12 @@ class GPTConfig:
     tie_embeddings: bool = True
     rope_theta: float = 10000.0
     norm_eps: float = 1e-6
+    norm: str = "rms"  # or "layer": LayerNorm
+    positions: str = "rotary"  # or "learned": a table added to the embedding
+    qkv_bias: bool = False  # biases of the queries, keys and values alone (attention_bias: of all)
+    mlp_bias: bool = False
+    rope_scaling: RopeScaling | None = None
+    nope_layers: tuple[int, ...] = ()  # layers whose attention knows no positions
 
     def __post_init__(self):
         problems = [
@@ -62,11 +83,34 @@ class GPTConfig:
             problems.append(
                 f"activation is {self.activation!r}; known are {', '.join(ACTIVATIONS)}"
             )
+        for name, known in (("norm", ("rms", "layer")), ("positions", ("rotary", "learned"))):
+            if getattr(self, name) not in known:
+                problems.append(f"{name} is {getattr(self, name)!r}; known are {', '.join(known)}")
+        if self.attention_bias and self.qkv_bias:
+            problems.append(
+                "attention_bias and qkv_bias are both true; the first implies the other"
+            )
+        if self.positions == "learned" and (self.rope_scaling or self.nope_layers):
+            problems.append(
+                "rope_scaling and nope_layers are of rotary positions, not learned ones"
+            )
+        for layer in self.nope_layers:
+            if not 0 <= layer < self.n_layer:
+                problems.append(
+                    f"nope_layers has {layer}; there are layers 0 to {self.n_layer - 1}"
+                )
         for name in ("rope_theta", "norm_eps"):
             if not 0 < getattr(self, name) < float("inf"):
                 problems.append(f"{name} is {getattr(self, name)}; it must be above 0")
         if problems:
             raise ValueError("; ".join(problems))
+
+    @property
+    def llama_like(self) -> bool:
+        """Whether every layer is of RMSNorm, rotary attention with four biases or none, and an MLP
+        without: what code that reads a block's weights by name may take for granted."""
+        rotary = self.positions == "rotary" and not self.nope_layers
+        return self.norm == "rms" and rotary and not (self.qkv_bias or self.mlp_bias)
 
     @property
     def layer_weights(self) -> int:
@@ -216,10 +260,11 @@ class KVCache:
 
 
 class Block(nn.Module):
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, index: int = 0):
         super().__init__()
-        c = config
-        self.input_layernorm = RMSNorm(c.n_embd, c.norm_eps)
+        c, norm = config, LayerNorm if config.norm == "layer" else RMSNorm
+        self.turned = c.positions == "rotary" and index not in c.nope_layers
+        self.input_layernorm = norm(c.n_embd, c.norm_eps)
         self.self_attn = Attention(
             c.n_embd,
             c.n_head,
@@ -227,10 +272,12 @@ class Block(nn.Module):
             c.head_dim,
             qk_norm=c.qk_norm,
             bias=c.attention_bias,
+            qkv_bias=c.qkv_bias,
             eps=c.norm_eps,
         )
-        self.post_attention_layernorm = RMSNorm(c.n_embd, c.norm_eps)
-        self.mlp = (GatedMLP if c.gated else MLP)(c.n_embd, c.n_inner, c.activation)
+        self.post_attention_layernorm = norm(c.n_embd, c.norm_eps)
+        kind = GatedMLP if c.gated else MLP
+        self.mlp = kind(c.n_embd, c.n_inner, c.activation, bias=c.mlp_bias)
 
     def forward(
         self,
@@ -242,8 +289,23 @@ class Block(nn.Module):
     ):
         """x, what the last block added, and the residual stream h before it → the same pair."""
         y, h = (self.input_layernorm(x), x) if h is None else self.input_layernorm(x, h)
-        y, h = self.post_attention_layernorm(self.self_attn(y, rope, cache, segment_ids), h)
+        y = self.self_attn(y, rope if self.turned else None, cache, segment_ids)
+        y, h = self.post_attention_layernorm(y, h)
         return self.mlp(y), h
+
+
+def _places(
+    T: int, segment_ids: Tensor | None, device: torch.device, positions: Tensor | None
+) -> Tensor:
+    """Where tokens stand: at `positions`, or at 0 … T − 1, which each segment counts anew."""
+    if positions is not None:
+        return positions
+    places = torch.arange(T, device=device)
+    if segment_ids is None:
+        return places
+    first = segment_ids != segment_ids.roll(1, 1)
+    first[:, 0] = True
+    return places - torch.where(first, places, 0).cummax(1).values
 
 
 class GPT(nn.Module):
@@ -253,12 +315,18 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = RMSNorm(config.n_embd, config.norm_eps)
+        if config.positions == "learned":
+            self.embed_positions = nn.Embedding(config.context, config.n_embd)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        norm = LayerNorm if config.norm == "layer" else RMSNorm
+        self.norm = norm(config.n_embd, config.norm_eps)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        self.rotary = Rotary(config.head_dim, config.context, config.rope_theta)
+        self.loss = LinearCrossEntropyLoss()
+        self.rotary = Rotary(
+            config.head_dim, config.context, config.rope_theta, config.rope_scaling
+        )
         self.reset_parameters()
 
     @torch.no_grad()
@@ -267,7 +335,7 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight", "bias")):
                 p.zero_()
-            elif name.endswith("embed_tokens.weight"):
+            elif name.endswith(("embed_tokens.weight", "embed_positions.weight")):
                 # Tied: behind the final norm a token's own logit starts at C · std. Of widths 64
                 # and 128, after 150 steps, 2/C and 3/C were best; 1/√C 0.05 to 0.1 nats worse.
                 p.normal_(std=2 / self.config.n_embd if self.config.tie_embeddings else 1.0)
@@ -307,6 +375,8 @@ class GPT(nn.Module):
             rope = self.rotary(positions)
         views = [None] * len(self.layers) if cache is None else cache.views(positions, T)
         x, h = self.embed_tokens(tokens), None
+        if self.config.positions == "learned":
+            x = x + self.embed_positions(_places(T, segment_ids, tokens.device, positions))
         for block, view in zip(self.layers, views, strict=True):
             x, h = block(x, h, rope, view, segment_ids)
         if cache is not None:
@@ -333,7 +403,9 @@ class GPT(nn.Module):
         hidden = self.hidden(tokens, segment_ids=segment_ids)
         if targets is None:
             return self.logits(hidden)
-        return linear_cross_entropy(hidden, self.lm_head.weight, targets, reduction=reduction)
+        if not readable(self.lm_head):
+            return cross_entropy(self.logits(hidden), targets, reduction=reduction)
+        return self.loss(self.lm_head.weight, hidden, targets, reduction=reduction)
 
     @classmethod
     def from_pretrained(

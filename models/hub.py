@@ -2,8 +2,8 @@
 
 `save` writes what `AutoModelForCausalLM` and `AutoTokenizer` open with no remote code: config.json,
 model.safetensors, generation_config.json and the tokenizer's files. `load` reads such a folder of
-type llama, qwen3 or ponder, and refuses by name whatever a GPT would compute differently. Neither
-needs Transformers.
+type llama, qwen2, qwen3, smollm3, gpt2 or ponder, and refuses by name whatever a GPT would compute
+differently. Neither needs Transformers.
 """
 
 import json
@@ -18,13 +18,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import Tensor
 
+from . import layout
 from .config_json import from_fields, model_type, to_fields
 from .gpt import GPT, GPTConfig
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+QWEN2_SPLIT = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|"  # in the tokenizer.json of Qwen's own models
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 HUB_FILES = ["config.json", "generation_config.json", "tokenizer.json", "*.safetensors", INDEX]
 
@@ -35,7 +37,7 @@ def load(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> GPT:
-    """The GPT in a Hugging Face folder (model_type llama, qwen3 or ponder).
+    """The GPT in a Hugging Face folder (model_type llama, qwen2, qwen3, smollm3, gpt2 or ponder).
 
     path: a folder, or the id of a model on the Hugging Face hub, fetched at the first use. dtype:
     that of the parameters (default: what the embedding is stored in); device: default the CPU.
@@ -47,26 +49,29 @@ def load(
     """
     folder = _folder(path, HUB_FILES)
     config = load_config(folder)
+    kind = model_type(config)
     with torch.device("meta"):
         model = GPT(config)
-    expected = {_standard(name): p.shape for name, p in model.state_dict().items()}
+    expected = {n: t.shape for n, t in layout.to_checkpoint(kind, model.state_dict()).items()}
     files = _weight_files(folder)
-    stored = _check(folder, files, expected, config)
+    names, stored = _check(folder, files, expected, config)
     dtype = stored if dtype is None else dtype
     state = {}
     for file in files:
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():
-                if name in expected:  # a copy: what get_tensor gives stays a view of the file
-                    state[name] = tensors.get_tensor(name).to(device, dtype, copy=True)
-    embedding = state["model.embed_tokens.weight"]
-    if config.tie_embeddings and not torch.equal(state.get("lm_head.weight", embedding), embedding):
+                if (
+                    names[name] in expected
+                ):  # a copy: what get_tensor gives stays a view of the file
+                    state[names[name]] = tensors.get_tensor(name).to(device, dtype, copy=True)
+    embedding = state[layout.embedding(kind)]
+    if config.tie_embeddings and not torch.equal(state.get(layout.HEAD, embedding), embedding):
         raise ValueError(
-            f"{folder}: lm_head.weight is not model.embed_tokens.weight, yet config.json has "
+            f"{folder}: lm_head.weight is not {layout.embedding(kind)}, yet config.json has "
             "tie_word_embeddings true"
         )
-    state["lm_head.weight"] = embedding if config.tie_embeddings else state["lm_head.weight"]
-    model.load_state_dict({n.removeprefix("model."): t for n, t in state.items()}, assign=True)
+    state[layout.HEAD] = embedding if config.tie_embeddings else state[layout.HEAD]
+    model.load_state_dict(layout.from_checkpoint(kind, state), assign=True)
     if config.tie_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
     model.rotary.reset(embedding.device)
@@ -91,11 +96,6 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         return Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises nothing narrower
         raise ValueError(f"{file} is not a tokenizer: {_first_line(error)}") from None
-
-
-def _standard(name: str) -> str:
-    """The name of one of GPT's parameters in a checkpoint."""
-    return name if name.startswith("lm_head.") else f"model.{name}"
 
 
 def _folder(path: str | os.PathLike[str], files: list[str]) -> Path:
@@ -162,8 +162,9 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _check(
     folder: Path, files: list[Path], expected: Mapping[str, torch.Size], config: GPTConfig
-) -> torch.dtype:
-    """Compare the files' headers with what the model needs; the embedding's stored dtype."""
+) -> tuple[dict[str, str], torch.dtype]:
+    """Compare the files' headers with what the model needs; the standard name of each tensor in
+    them, and the embedding's stored dtype."""
     found: dict[str, tuple[torch.Size, str]] = {}
     for file in files:
         if not file.is_file():
@@ -175,15 +176,17 @@ def _check(
                     found[name] = torch.Size(part.get_shape()), part.get_dtype()
         except SafetensorError as error:
             raise ValueError(f"{file} is truncated or not safetensors: {error}") from None
-    optional = {"lm_head.weight"} if config.tie_embeddings else set()
+    kind = model_type(config)
+    names = layout.standard_names(kind, found)
+    found = {names[name]: header for name, header in found.items()}
+    optional = {layout.HEAD} if config.tie_embeddings else set()
     missing = [name for name in expected if name not in found and name not in optional]
-    # Old Llama checkpoints hold the rotary frequencies, which follow from rope_theta.
-    extra = [n for n in found if n not in expected and not n.endswith("rotary_emb.inv_freq")]
+    extra = [n for n in found if n not in expected and not layout.DERIVED.fullmatch(n)]
     faults = []
     if missing:
         faults.append(f"lacks {_listed(missing)} that its config.json asks for")
     if extra:
-        faults.append(f"holds {_listed(extra)} that a {model_type(config)} model does not have")
+        faults.append(f"holds {_listed(extra)} that a {kind} model does not have")
     if faults:
         raise ValueError(f"{folder} {' and '.join(faults)}")
     wrong = [
@@ -193,10 +196,10 @@ def _check(
     ]
     if wrong:
         raise ValueError(f"{folder}: other shapes than config.json says for {_listed(wrong)}")
-    packed = [f"{name} in {dtype}" for name, (_, dtype) in found.items() if dtype not in FLOATS]
+    packed = [f"{n} in {found[n][1]}" for n in expected if n in found and found[n][1] not in FLOATS]
     if packed:
         raise ValueError(f"{folder} is quantized, which is not read: it holds {_listed(packed)}")
-    return FLOATS[found["model.embed_tokens.weight"][1]]
+    return names, FLOATS[found[layout.embedding(kind)][1]]
 
 
 def _listed(names: list[str]) -> str:
@@ -256,17 +259,21 @@ def save(
     if kind == "ponder":
         return (
             f"{path} has model_type ponder, as no standard type expresses this model: "
-            "AutoModelForCausalLM opens it after ponder.models.hub.register()"
+            "AutoModelForCausalLM opens it after ponder.models.register()"
         )
-    return f"{path} has model_type {kind}: AutoModelForCausalLM opens it"
+    said = f"{path} has model_type {kind}: AutoModelForCausalLM opens it"
+    if kind == "qwen2" and tokenizer is not None and QWEN2_SPLIT not in tokenizer.to_str():
+        # Transformers 5 sets its own splitting of text for this type, whatever is in the folder.
+        said += "; PreTrainedTokenizerFast opens the tokenizer (AutoTokenizer takes it for Qwen2's)"
+    return said
 
 
-def _checkpoint(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+def _checkpoint(model: GPT, dtype: torch.dtype) -> dict[str, Tensor]:
     """The parameters on the CPU under their standard names, a tied head left out."""
-    return {
-        _standard(name): p.detach().to("cpu", dtype).contiguous()
-        for name, p in model.named_parameters()  # names a shared parameter once
+    state = {  # named_parameters names a shared parameter once
+        name: p.detach().to("cpu", dtype).contiguous() for name, p in model.named_parameters()
     }
+    return layout.to_checkpoint(model_type(model.config), state)
 
 
 def _write_weights(aside: Path, state: dict[str, Tensor], shard_bytes: int, path: Path) -> None:
@@ -330,10 +337,13 @@ def _move(aside: Path, path: Path) -> None:
 
 
 def register() -> None:
-    """Make `AutoConfig` and `AutoModelForCausalLM` open folders of model_type ponder."""
+    """Tell Transformers what is ours: `AutoConfig` and `AutoModelForCausalLM` open folders of
+    model_type ponder, and every model takes attn_implementation="ponder"."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from . import hf_attention
     from .auto import PonderConfig, PonderForCausalLM
 
     AutoConfig.register("ponder", PonderConfig, exist_ok=True)
     AutoModelForCausalLM.register(PonderConfig, PonderForCausalLM, exist_ok=True)
+    hf_attention.register()

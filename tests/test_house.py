@@ -85,6 +85,47 @@ for name in {modules!r}:
     assert run.returncode == 0, run.stderr
 
 
+def test_the_wheel_alone_needs_torch_and_triton(wheel):
+    archive = zipfile.ZipFile(wheel)
+    name = next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+    needs = re.findall(r"^Requires-Dist: ([\w-]+)(.*)$", archive.read(name).decode(), re.MULTILINE)
+    assert {package for package, rest in needs if "extra ==" not in rest} == {"torch", "triton"}
+    extras = {extra for _, rest in needs for extra in re.findall(r'extra == "(\w+)"', rest)}
+    assert extras == {"train", "inference", "report", "gym", "all", "dev"}
+
+
+def test_the_wheel_works_with_torch_alone(wheel, tmp_path):
+    """Without Triton too, as on macOS and Windows: everything else is as if not installed."""
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    others = "triton transformers datasets accelerate tokenizers safetensors huggingface_hub scipy"
+    others = [*others.split(), "matplotlib", "jinja2", "tqdm", "tyro"]
+    code = f"""
+import sys
+for name in {others!r}:
+    sys.modules[name] = None
+sys.path.insert(0, {str(tmp_path)!r})
+import torch
+from ponder import kernels, models
+from ponder.models import GPT, GPTConfig, patch
+
+assert kernels.__file__.startswith({str(tmp_path)!r}), kernels.__file__
+tokens = torch.arange(20)[None]
+GPT(GPTConfig(32))(tokens, tokens).backward()
+for call, said in (
+    (lambda: models.load("folder"), "checkpoints need the package safetensors"),
+    (lambda: patch(torch.nn.Linear(1, 1)), "patch needs Transformers"),
+):
+    try:
+        call()
+    except (ImportError, ValueError) as error:
+        assert said in str(error), error
+    else:
+        raise AssertionError(said)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+
+
 def test_kernels_import_without_triton():
     code = "import sys, ponder.kernels; assert 'triton' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,10 +1,23 @@
-"""Transformers' Llama and Qwen3, tiny and with random weights: what GPT is measured against."""
+"""Transformers' models, tiny and with random weights: what GPT is measured against."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
+
+SHAPE = dict(
+    vocab_size=50,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    head_dim=16,
+    max_position_embeddings=64,
+)
+GPT2_SHAPE = dict(vocab_size=50, n_embd=64, n_inner=96, n_layer=2, n_head=4, n_positions=64)
+NO_DROPOUT = dict(attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
 
 
 @dataclass(frozen=True)
@@ -12,25 +25,12 @@ class Peer:
     model_type: str
     fields: dict[str, Any] = field(default_factory=dict)
 
-    def build(self) -> LlamaForCausalLM | Qwen3ForCausalLM:
-        config, model = {
-            "llama": (LlamaConfig, LlamaForCausalLM),
-            "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-        }[self.model_type]
-        shape = dict(
-            vocab_size=50,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            head_dim=16,
-            max_position_embeddings=64,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
+    def build(self) -> Any:
+        shape = GPT2_SHAPE | NO_DROPOUT if self.model_type == "gpt2" else SHAPE
+        tokens = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
+        config = AutoConfig.for_model(self.model_type, **shape | tokens | self.fields)
         torch.manual_seed(0)
-        peer = model(config(**shape | self.fields)).eval()
+        peer = AutoModelForCausalLM.from_config(config).eval()
         randomize(peer)
         return peer
 
@@ -47,6 +47,15 @@ def theta(value: float) -> dict[str, Any]:
     return dict(rope_parameters=dict(rope_theta=value, rope_type="default"))
 
 
+# Of 16 numbers a head, the first frequency stays, three are blended, the others divided.
+LLAMA3 = dict(
+    rope_type="llama3",
+    rope_theta=100.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=32,
+)
 # Grouped heads (one and two key-value heads), tied and untied, biases, other thetas and epsilons,
 # other activations, and head_dim × heads ≠ width (24 × 4 ≠ 64; Qwen3 even where 4 ∤ width).
 PEERS = {
@@ -66,4 +75,35 @@ PEERS = {
         | theta(1e6),
     ),
     "qwen3-biased": Peer("qwen3", dict(attention_bias=True, hidden_act="gelu")),
+    "llama-stretched": Peer(
+        "llama", dict(rope_parameters=LLAMA3, mlp_bias=True, max_position_embeddings=128)
+    ),
+    "qwen2": Peer("qwen2", dict(num_key_value_heads=2, tie_word_embeddings=True) | theta(1e6)),
+    "smollm3": Peer(
+        "smollm3",
+        dict(num_hidden_layers=3, num_key_value_heads=1, no_rope_layers=[1, 0, 1]) | theta(5e6),
+    ),
+    "gpt2": Peer("gpt2"),
+    "gpt2-untied": Peer("gpt2", dict(tie_word_embeddings=False, activation_function="relu")),
+}
+
+
+# What `patch` knows: every kind of norm, MLP, window and position, and sequences of 40 tokens that
+# outgrow the windows.
+GROUPED = dict(num_key_value_heads=2)
+GEMMA = GROUPED | dict(sliding_window=7, query_pre_attn_scalar=20)
+LAYERS = dict(layer_types=["sliding_attention", "full_attention"])
+FAMILIES = {
+    "llama": Peer("llama", GROUPED | dict(attention_bias=True, mlp_bias=True)),
+    "qwen2": Peer(
+        "qwen2", GROUPED | dict(use_sliding_window=True, sliding_window=7, max_window_layers=1)
+    ),
+    "qwen3": Peer("qwen3", GROUPED | dict(tie_word_embeddings=True)),
+    "mistral": Peer("mistral", GROUPED | dict(sliding_window=7)),
+    "smollm3": Peer("smollm3", GROUPED | dict(no_rope_layers=[1, 0])),
+    "gemma2": Peer("gemma2", GEMMA | LAYERS | dict(attn_logit_softcapping=5.0)),
+    "gemma3_text": Peer("gemma3_text", GEMMA | LAYERS),
+    "phi3": Peer("phi3", dict(sliding_window=9)),
+    "olmo2": Peer("olmo2", GROUPED),
+    "gpt2": Peer("gpt2"),
 }

@@ -8,12 +8,18 @@ import threading
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from ponder.models import GPT, GPTConfig, KVCache, hub, load, load_config, load_tokenizer, save
+from ponder.models.layers import RopeScaling
 from ponder.training.tokenizer import SPECIAL, bpe_tokenizer, character_tokenizer
 
-from .peers import PEERS, randomize
+from .peers import PEERS, Peer, randomize
 
 CHARACTERS = "0123456789+-*=. '<>ab\n"
 TEXT = "12+3 = . 'a'\n<think>5 b</think>7<eos>"
@@ -30,6 +36,10 @@ def gpt(seed: int = 0, **fields) -> GPT:
     return model
 
 
+GPT2 = dict(
+    **dict(norm="layer", positions="learned", gated=False, qk_norm=False, n_kv_head=4),
+    **dict(attention_bias=True, mlp_bias=True, activation="gelu_tanh"),
+)
 # Every model type, tied and not; activations whose names differ; 24 × 4 ≠ 64.
 SHAPES = {
     "qwen3": ("qwen3", {}),
@@ -40,6 +50,16 @@ SHAPES = {
     "ponder-relu2": ("ponder", dict(gated=False, activation="relu2")),
     "ponder-untied": ("ponder", dict(gated=False, qk_norm=False, tie_embeddings=False)),
     "ponder-odd-width": ("ponder", dict(qk_norm=False, n_embd=54, head_dim=24)),
+    "llama-stretched": (
+        "llama",
+        dict(qk_norm=False, mlp_bias=True, rope_scaling=RopeScaling(8.0, 16), tie_embeddings=False),
+    ),
+    "qwen2": ("qwen2", dict(qk_norm=False, qkv_bias=True, activation="gelu")),
+    "smollm3": ("smollm3", dict(qk_norm=False, nope_layers=(1,), tie_embeddings=False)),
+    "gpt2": ("gpt2", GPT2),
+    "gpt2-untied": ("gpt2", GPT2 | dict(tie_embeddings=False, activation="relu")),
+    "ponder-learned": ("ponder", GPT2 | dict(n_kv_head=2, attention_bias=False, qkv_bias=True)),
+    "ponder-layer-norm": ("ponder", dict(norm="layer", mlp_bias=True, nope_layers=(0,))),
 }
 
 
@@ -71,7 +91,10 @@ def test_saved_folder_opens_with_transformers(name, tmp_path):
     )
     assert peer.config.model_type == kind and peer.dtype == torch.float32
     assert not any(report.values()), report
-    peer_tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    # Transformers 5 would split text as Qwen2's own tokenizer does, whatever the folder says.
+    opens = PreTrainedTokenizerFast if kind == "qwen2" else AutoTokenizer
+    assert ("PreTrainedTokenizerFast opens" in said) == (kind == "qwen2")
+    peer_tokenizer = opens.from_pretrained(tmp_path / "model")
 
     ids = tokenizer.encode(TEXT).ids
     assert (
@@ -163,7 +186,7 @@ def test_configuration_there_and_back(name):
     ours = to_fields(config)
     assert from_fields(ours) == config
     for key, value in ours.items():
-        if key not in ("architectures", "rope_theta"):
+        if key not in ("architectures", "rope_theta", "rope_scaling"):
             assert theirs[key] == value, key
 
 
@@ -188,6 +211,76 @@ def test_methods_and_training_goes_on(tmp_path):
     model(tokens[:, :-1], tokens[:, 1:]).backward()
     for (name, p), q in zip(again.named_parameters(), model.parameters(), strict=True):
         assert torch.equal(p.grad, q.grad), name
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-stretched", "qwen2", "smollm3"])
+def test_fine_tuned_checkpoint_goes_back(name, tmp_path):
+    """Theirs, read, trained, written, read by them: the same logits; in shards both ways."""
+    PEERS[name].build().save_pretrained(tmp_path / "theirs", max_shard_size="40KB")
+    model, tokens = GPT.from_pretrained(tmp_path / "theirs"), torch.randint(0, 50, (4, 33))
+    optimizer, losses = torch.optim.AdamW(model.parameters(), 3e-3), []
+    for _ in range(10):
+        optimizer.zero_grad()
+        losses.append(model(tokens[:, :-1], tokens[:, 1:]))
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.9 * losses[0]
+    save(model, tmp_path / "ours", shard_bytes=40_000)
+    assert "model.safetensors.index.json" in files(tmp_path / "ours")
+    peer = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    with torch.no_grad():
+        assert (peer(tokens).logits - model(tokens)).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_gpt2s_own_checkpoint(tmp_path):
+    """As on the hub: saved without the head, so under shorter names, with the masks of its layers,
+    a config.json that does not say n_inner, and dropout, which a GPT has not."""
+    fields = PEERS["gpt2"].fields | dict(n_inner=None, attn_pdrop=0.1)
+    peer = Peer("gpt2", fields).build()
+    peer.save_pretrained(tmp_path)
+    state = {
+        n.removeprefix("transformer."): t
+        for n, t in load_file(tmp_path / "model.safetensors").items()
+    }
+    state["h.0.attn.bias"] = torch.ones(1, 1, 64, 64).bool()
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    edit_config(tmp_path, ["n_inner", "layer_norm_epsilon", "tie_word_embeddings"])
+    tokens = torch.randint(0, 50, (2, 9))
+    model = load(tmp_path)
+    assert model.config.n_inner == 256 and model.config.tie_embeddings
+    assert (model(tokens) - peer(tokens).logits).abs().max() < 1e-4
+
+
+def test_ponder_folders_of_before(tmp_path):
+    """Written when there were neither LayerNorm nor learned positions nor layers without them."""
+    model, tokens = gpt(gated=False), torch.randint(0, VOCABULARY, (2, 9))
+    save(model, tmp_path)
+    edit_config(tmp_path, ["norm_type", "position_type", "qkv_bias", "mlp_bias", "no_rope_layers"])
+    assert torch.equal(load(tmp_path)(tokens), model(tokens))
+
+
+def test_lora(tmp_path):
+    """PEFT's adapters on a GPT, MLP's projections among them: trained, merged, written."""
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    model, tokens = gpt(), torch.randint(0, VOCABULARY, (2, 9))
+    before = model(tokens).detach()
+    lora = peft.LoraConfig(target_modules=["q_proj", "gate_proj", "down_proj"])
+    adapted = peft.get_peft_model(model, lora)
+    assert torch.equal(adapted(tokens), before)  # they start at nothing
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], 1e-2)
+    for _ in range(2):  # the second of an adapter's matrices has no gradient in the first step
+        optimizer.zero_grad()
+        adapted(tokens[:, :-1], tokens[:, 1:]).backward()
+        optimizer.step()
+    assert all(p.grad.norm() > 0 for p in adapted.parameters() if p.requires_grad)
+    after = adapted(tokens).detach()
+    merged = adapted.merge_and_unload()
+    assert (merged(tokens) - after).abs().max() < 1e-4 < (after - before).abs().max()
+    save(merged, tmp_path)
+    with torch.no_grad():
+        peer = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert (peer(tokens).logits - after).abs().max() < 1e-4
 
 
 def test_needs_no_transformers(tmp_path):
@@ -336,12 +429,13 @@ def edit_weights(folder, change):
 
 
 LLAMA3 = dict(rope_type="llama3", factor=8.0, rope_theta=500000.0)
+STRETCH = dict(low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(model_type="gpt_neox"), "model_type is 'gpt_neox'; known are llama, qwen3, ponder"),
+        (dict(model_type="gpt_neox"), "model_type is 'gpt_neox'; known are llama, qwen2, qwen3, "),
         (dict(model_type=None), "model_type is None"),
         (dict(hidden_size=None), "hidden_size is missing"),
         (dict(hidden_size="64"), 'hidden_size is "64"; it must be a whole number'),
@@ -358,7 +452,16 @@ LLAMA3 = dict(rope_type="llama3", factor=8.0, rope_theta=500000.0)
         (dict(model_type="llama", sliding_window=32), "sliding_window is 32"),
         (dict(layer_types=["full_attention", "sliding_attention"]), "layer_types holds 'sliding"),
         (dict(rope_scaling=dict(type="linear", factor=2.0)), 'rope_scaling has type "linear"'),
-        (dict(rope_parameters=LLAMA3), 'rope_parameters has rope_type "llama3"'),
+        (dict(rope_scaling=dict(type="yarn")), 'rope_scaling has type "yarn"'),
+        (dict(rope_parameters=LLAMA3), "rope_parameters: original_max_position_embeddings is miss"),
+        (
+            dict(rope_parameters=LLAMA3 | STRETCH | dict(low_freq_factor=4.0)),
+            "rope_parameters: rotary scaling has factor 8.0, low 4.0 and high 4.0",
+        ),
+        (dict(rope_parameters=LLAMA3 | STRETCH | dict(beta_fast=3)), "has beta_fast 3"),
+        (dict(model_type="smollm3", no_rope_layers=[1]), "no_rope_layers is [1]; it must hold a 0"),
+        (dict(model_type="smollm3", no_rope_layer_interval=0), "no_rope_layer_interval is 0"),
+        (dict(model_type="gpt2"), "n_embd is missing"),
         (dict(rope_parameters=dict(full_attention={})), "rope_parameters has full_attention"),
         (dict(partial_rotary_factor=0.5), "partial_rotary_factor 0.5"),
         (dict(rope_parameters=dict(rope_theta=-1.0)), "rope_theta is -1.0; it must be above 0"),

@@ -1,0 +1,225 @@
+"""Transformers' models as they are, patched by ponder, and by Liger: parity, step time, memory.
+
+    python -m ponder.benchmarks.patch [--steps 20]
+
+Each family has random weights. The parity columns (fp32) hold the largest difference of a logit,
+and of a gradient (relative, by tensor), to the model with eager attention on a padded batch.
+On a CUDA GPU a training step (forward, backward; bf16 autocast around fp32 weights, 4 x 1024
+tokens) of a model of GPT-2's size is timed for all three in one process, in turns; elsewhere those
+columns stay empty. Rows go to benchmarks/results/patch.csv, and the table in docs/patch.md is drawn
+from it (`--table` prints it).
+"""
+
+import argparse
+import copy
+import csv
+import datetime
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ponder import provenance
+from ponder.models import patch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "patch.csv"
+COLUMNS = (
+    *("model", "implementation", "attention", "rotary", "norm", "mlp", "loss"),
+    *("logit_error", "gradient_error", "ms_p50", "peak_mib"),
+    *("device", "torch", "transformers", "commit", "date"),
+)
+GEMMA = dict(query_pre_attn_scalar=64, layer_types=["sliding_attention", "full_attention"] * 6)
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "mistral": dict(sliding_window=256),
+    "smollm3": {},
+    "gemma2": GEMMA | dict(sliding_window=256),
+    "gemma3_text": GEMMA | dict(sliding_window=256),
+    "phi3": dict(sliding_window=None),
+    "olmo2": {},
+    "gpt2": {},
+}
+
+
+def build(kind: str, *, small: bool) -> Any:
+    """A model of the family with random weights: two layers and few numbers for parity's sake, or
+    twelve of GPT-2's size."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    width, layers, vocabulary = (96, 2, 500) if small else (768, 12, 32000)
+    ends = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    shape: dict[str, Any] = dict(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=width * 8 // 3,
+        num_hidden_layers=layers,
+        num_attention_heads=width // (24 if small else 64),
+        num_key_value_heads=2 if small else 4,
+        head_dim=24 if small else 64,
+        max_position_embeddings=2048,
+    )
+    changes = dict(FAMILIES[kind])
+    if small and changes.get("sliding_window"):
+        changes["sliding_window"] = 16
+    if small and "layer_types" in changes:
+        changes["layer_types"] = changes["layer_types"][:2]
+    if kind == "gpt2":
+        heads = shape["num_attention_heads"]
+        shape = dict(vocab_size=vocabulary, n_embd=width, n_layer=layers, n_head=heads)
+        shape |= dict(attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, n_positions=2048)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **shape | ends | changes)
+    return AutoModelForCausalLM.from_config(config)
+
+
+def apply(implementation: str, model: Any) -> dict[str, str]:
+    """Patch in place; what each part was replaced by."""
+    if implementation == "ponder":
+        parts = patch(model, quiet=True)
+        return {
+            part.name.lower(): f"{part.replaced} of {part.replaced + sum(part.kept.values())}"
+            for part in parts
+        }
+    if implementation == "liger":
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+        _apply_liger_kernel_to_instance(model)
+    return {}
+
+
+def parity(kind: str, device: str) -> dict[str, Any]:
+    """The row of ponder's errors, fp32, against eager attention."""
+    model = build(kind, small=True).to(device)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        for p in model.parameters():
+            noise = torch.randn_like(p)
+            p.copy_(noise * p.shape[1] ** -0.5 if p.ndim == 2 else p + 0.3 * noise)
+    patched = copy.deepcopy(model)
+    replaced = apply("ponder", patched)
+    tokens = torch.randint(0, 500, (2, 64), device=device)
+    mask = torch.ones_like(tokens)
+    mask[0, 50:] = 0
+    labels = tokens.masked_fill(mask == 0, -100)
+    logits, gradients = [], []
+    for m in (model, patched):
+        with torch.no_grad():
+            logits.append(m.eval()(tokens, attention_mask=mask).logits[mask.bool()])
+        m.train()(input_ids=tokens, attention_mask=mask, labels=labels).loss.backward()
+        gradients.append([p.grad for p in m.parameters()])
+    errors = [((b - a).norm() / a.norm()).item() for a, b in zip(*gradients, strict=True)]
+    return replaced | dict(
+        logit_error=f"{(logits[1] - logits[0]).abs().max().item():.1e}",
+        gradient_error=f"{max(errors):.1e}",
+    )
+
+
+def times(kind: str, implementations: list[str], steps: int) -> dict[str, dict[str, str]]:
+    """Milliseconds of a training step, and the most memory beside the weights, on the GPU."""
+    found: dict[str, dict[str, str]] = {}
+    models = {}
+    for name in implementations:
+        models[name] = build(kind, small=False).cuda().train()
+        apply(name, models[name])
+    tokens = torch.randint(0, 32000, (4, 1024), device="cuda")
+
+    def step(model: Any) -> None:
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        model.zero_grad()
+
+    milliseconds: dict[str, list[float]] = {name: [] for name in models}
+    for i in range(steps + 3):
+        for name, model in models.items():
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            step(model)
+            end.record()
+            torch.cuda.synchronize()
+            if i >= 3:
+                milliseconds[name].append(start.elapsed_time(end))
+            peak = (torch.cuda.max_memory_allocated() - before) / 2**20
+            found[name] = dict(peak_mib=f"{peak:.0f}")
+    for name, values in milliseconds.items():
+        found[name]["ms_p50"] = f"{statistics.median(values):.2f}"
+    return found
+
+
+def liger_knows(kind: str) -> bool:
+    try:
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+    except ImportError:
+        return False
+    return kind in MODEL_TYPE_TO_APPLY_LIGER_FN
+
+
+def table() -> str:
+    """The rows of the results as the table of docs/patch.md."""
+    with RESULTS.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    head = "| model | attention | rotary | norm | MLP | loss | logits | gradients | ms | MiB |"
+    lines = [head, "|---|---|---|---|---|---|---|---|---|---|"]
+    by_model: dict[str, dict[str, dict[str, str]]] = {}
+    for row in rows:
+        by_model.setdefault(row["model"], {})[row["implementation"]] = row
+    for model, found in by_model.items():
+        ours = found["ponder"]
+        parts = [ours[name] or "-" for name in ("attention", "rotary", "norm", "mlp", "loss")]
+        measured = [
+            " / ".join(
+                found[i][column] or "-" for i in ("ponder", "transformers", "liger") if i in found
+            )
+            if ours[column]
+            else ""
+            for column in ("ms_p50", "peak_mib")
+        ]
+        cells = [model, *parts, ours["logit_error"], ours["gradient_error"], *measured]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--table", action="store_true")
+    options = parser.parse_args()
+    if options.table:
+        return print(table())
+    import transformers
+
+    gpu = torch.cuda.is_available()
+    facts = dict(
+        device=torch.cuda.get_device_name() if gpu else "CPU",
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+        commit=provenance.commit()[:12],
+        date=datetime.date.today().isoformat(),
+    )
+    rows = []
+    for kind in FAMILIES:
+        implementations = ["ponder", "transformers"] if gpu else ["ponder"]
+        if gpu and liger_knows(kind):
+            implementations.append("liger")
+        measured = times(kind, implementations, options.steps) if gpu else {}
+        found = parity(kind, "cuda" if gpu else "cpu")
+        for name in implementations:
+            own = found if name == "ponder" else {}
+            rows.append(
+                dict(model=kind, implementation=name) | own | measured.get(name, {}) | facts
+            )
+        print(rows[-len(implementations)])
+    with RESULTS.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

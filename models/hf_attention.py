@@ -1,0 +1,224 @@
+"""Our attention under the name "ponder" in Transformers' registry of attention functions.
+
+`register()` makes `attn_implementation="ponder"` known. Transformers asks `mask` once for each kind
+of layer and hands what it gives to `attend` in each layer. A mask is, in T + S numbers instead of
+T × S: None, the tokens see all keys up to their own; or the keys' segment ids (B, 1, 1, S) in
+int32, of which a negative one, ~id, is a padded key that no token sees. (They have four dimensions
+because `generate` makes some masks ahead, and models take one of two for padding.) Windows come
+from the layer. A mask that is not made so comes as Transformers makes it, (B, 1, T, S), and such a
+call takes Transformers' own function, which is said once.
+
+Shapes: B sequences, T queries, S keys.
+"""
+
+import sys
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..kernels import attention, decode_attention
+from ..kernels._runtime import use_triton
+
+NAME = "ponder"
+MAX_HEAD_DIM = 256
+_said: set[str] = set()
+
+
+def register() -> None:
+    """Make `attn_implementation="ponder"` known to Transformers; more than once is fine."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, mask)
+
+
+def say_once(text: str) -> None:
+    """Warn, the first time."""
+    if text not in _said:
+        _said.add(text)
+        warnings.warn(text, stacklevel=3)
+
+
+def mask(**asked: Any) -> Tensor | None:
+    """What `attend` is to be given for the mask that Transformers asks for.
+
+    Transformers says by a function whether query i sees key j. That it says so by causality, a
+    window and segments of adjacent tokens is seen on the 2 S pairs of neighbours: no token sees its
+    successor, and where one does not see its predecessor a segment begins. Functions that users
+    add to a model's own come with use_vmap, and are not looked into.
+    """
+    from transformers.masking_utils import sdpa_mask
+
+    n_queries, n_keys = asked["q_length"], asked["kv_length"]
+    q_offset, kv_offset = asked.get("q_offset", 0), asked.get("kv_offset", 0)
+    n_row, device = asked["batch_size"], asked.get("device", "cpu")
+    sees, padding = asked["mask_function"], asked.get("attention_mask")
+    as_theirs: dict[str, Any] = asked | dict(
+        allow_is_causal_skip=False, allow_is_bidirectional_skip=False
+    )
+    # A cache of a fixed size has keys behind the last query; there the position is a tensor.
+    aligned = isinstance(q_offset, int) and q_offset + n_queries == kv_offset + n_keys
+    looked_into = not asked.get("use_vmap") and not torch.compiler.is_compiling()
+    if not looked_into or not isinstance(kv_offset, int) or not (aligned or n_queries == 1):
+        return sdpa_mask(**as_theirs)
+
+    row, head = torch.arange(n_row, device=device)[:, None], torch.zeros((), device=device).int()
+    keys = torch.arange(n_keys, device=device)[None] + kv_offset
+    present = None
+    if padding is not None:
+        short = max(0, kv_offset + n_keys - padding.shape[1])
+        present = F.pad(padding.to(torch.bool), (0, short))[:, kv_offset : kv_offset + n_keys]
+    if n_queries == 1:  # every key is looked at, so any function will do
+        seen = sees(row, head, torch.zeros_like(keys) + q_offset, keys).expand(n_row, n_keys)
+        seen = seen if present is None else seen & present
+        return None if seen.all() else (seen.int() - 1)[:, None, None]
+    successors = keys[:, n_keys - n_queries + 1 :]
+    if sees(row, head, successors - 1, successors).any():
+        return sdpa_mask(**as_theirs)
+    begins = ~sees(row, head, keys[:, 1:], keys[:, :-1])
+    ids = F.pad(begins.int().cumsum(1, dtype=torch.int32), (1, 0)).expand(n_row, n_keys)
+    ids = ids if present is None else torch.where(present, ids, ~ids)
+    return ids.contiguous()[:, None, None] if ids.any() else None
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    **rest: Any,
+) -> tuple[Tensor, None]:
+    """Attention as Transformers calls it: query (B, Hq, T, D), key and value (B, Hkv, S, D), and a
+    mask from `mask`, give (B, T, Hq, D) and None, for the scores, which are never held.
+
+    Where there is no mask, cu_seq_lens_q says where the sequences of one packed row begin.
+    """
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    n_row, n_queries, n_keys = query.shape[0], query.shape[2], key.shape[2]
+    options: dict[str, Any] = dict(window=sliding_window, softcap=softcap, sinks=s_aux)
+    ids = None
+    if attention_mask is not None and attention_mask.ndim != 4:
+        raise ValueError(
+            f"attention_mask is {tuple(attention_mask.shape)} in the layer; it must be None, "
+            "(B, 1, T, S), or what ponder's mask function gives"
+        )
+    if attention_mask is not None and attention_mask.dtype == torch.int32:
+        ids = attention_mask[:, 0, 0]
+        if n_queries == 1:  # then the ids tell the window too
+            options["window"] = None
+    if attention_mask is not None:
+        cu_seq_lens_q = None
+    elif cu_seq_lens_q is not None and (n_row != 1 or n_queries != n_keys):
+        raise ValueError(
+            f"cu_seq_lens_q is given with {n_row} rows of {n_queries} tokens after "
+            f"{n_keys - n_queries} others; it is for one row, without a cache"
+        )
+    foreign = attention_mask is not None and ids is None
+    why = _unsupported(module, query, value, foreign, dropout, scaling, rest)
+    if why is not None:
+        if cu_seq_lens_q is not None:
+            places = torch.arange(n_keys, device=query.device, dtype=cu_seq_lens_q.dtype)
+            ids = torch.bucketize(places, cu_seq_lens_q[1:], out_int32=True, right=True)[None]
+        say_once(f"{why}: Transformers computes such attention, not ponder")
+        dense = attention_mask if ids is None else _dense(ids, n_queries)
+        if ids is not None or (attention_mask is None and causal):
+            dense = _within(dense, n_queries, n_keys, options["window"], causal, query.device)
+        return _theirs(
+            module, query, key, value, dense, dropout, scaling, causal, softcap, s_aux, rest
+        )
+    options["scale"] = scaling
+    if ids is not None:
+        options["segment_ids"] = (_queries(ids, n_queries), ids)
+    elif cu_seq_lens_q is not None:
+        options["cu_seqlens"] = cu_seq_lens_q
+    elif n_queries == 1 and causal and use_triton(query) and not torch.is_grad_enabled():
+        lengths = torch.full((n_row,), n_keys, device=query.device)
+        return decode_attention(query, key, value, lengths, **options).transpose(1, 2), None
+    return attention(query, key, value, causal=causal, **options).transpose(1, 2), None
+
+
+def _unsupported(
+    module: nn.Module,
+    query: Tensor,
+    value: Tensor,
+    foreign: bool,
+    dropout: float,
+    scaling: float | None,
+    rest: dict[str, Any],
+) -> str | None:
+    """Why the call is not one that our kernel computes, if it is not."""
+    name = type(module).__name__
+    if foreign:
+        return f"{name} has a mask that is not causal with segments of adjacent tokens"
+    if dropout:
+        return f"{name} has dropout {dropout} of the attention's weights"
+    if max(query.shape[-1], value.shape[-1]) > MAX_HEAD_DIM:
+        return f"{name} has heads of {query.shape[-1]} dimensions, more than {MAX_HEAD_DIM}"
+    if _scales_by_layer(module, scaling):
+        return f"{name} scales its scores by its layer"
+    for option in ("position_bias", "cache"):
+        if rest.get(option) is not None:
+            return f"{name} has {option}"
+    return None
+
+
+def _scales_by_layer(module: nn.Module, scaling: float | None) -> bool:
+    """Whether it is GPT-2's attention that has not put its layer's number into `scaling`."""
+    return scaling is None and getattr(module, "scale_attn_by_inverse_layer_idx", False)
+
+
+def _queries(ids: Tensor, n_queries: int) -> Tensor:
+    """The segment ids of the queries, which stand beside the last keys, padded or not."""
+    if n_queries == 1:
+        return torch.zeros_like(ids[:, :1])
+    own = ids[:, -n_queries:]
+    return torch.where(own < 0, ~own, own)
+
+
+def _dense(ids: Tensor, n_queries: int) -> Tensor:
+    return (_queries(ids, n_queries)[:, :, None] == ids[:, None])[:, None]
+
+
+def _within(
+    dense: Tensor | None,
+    n_queries: int,
+    n_keys: int,
+    window: int | None,
+    causal: bool,
+    device: torch.device,
+) -> Tensor:
+    """(B or 1, 1, T, S): `dense`, causality and the window together."""
+    i = torch.arange(n_keys - n_queries, n_keys, device=device)[:, None]
+    j = torch.arange(n_keys, device=device)
+    seen = j <= i if causal else torch.ones_like(j <= i)
+    if window is not None:
+        seen = seen & ((i - j).abs() < window)
+    return seen[None, None] if dense is None else seen & dense
+
+
+def _theirs(module, query, key, value, dense, dropout, scaling, causal, softcap, sinks, rest):
+    """What Transformers computes: by SDPA, or where that lacks an option by the model's own."""
+    if softcap is None and sinks is None and not _scales_by_layer(module, scaling):
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        options = dict(dropout=dropout, scaling=scaling, is_causal=causal) | rest
+        return sdpa_attention_forward(module, query, key, value, dense, **options)
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    if dense is not None and dense.dtype == torch.bool:
+        lowest = torch.finfo(query.dtype).min
+        dense = torch.zeros_like(dense, dtype=query.dtype).masked_fill(~dense, lowest)
+    options = {"softcap": softcap, "s_aux": sinks} | rest
+    options = {name: x for name, x in options.items() if x is not None}
+    out, _ = eager(module, query, key, value, dense, scaling=scaling, dropout=dropout, **options)
+    return out, None

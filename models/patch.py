@@ -1,0 +1,386 @@
+"""Our kernels under a Transformers model: `patch(model)` puts them in place, `unpatch` takes them
+out.
+
+Attention goes through Transformers' own registry (`hf_attention`). Norms, MLPs (`hf_layers`), the
+rotary positions of attention layers, and the loss of the whole model change by the class of the
+module, to a subclass whose forward calls a kernel; parameters, names and all else stay. A module is
+taken for what it is by its parts, and only if the kernel gives what its own forward gives on a few
+numbers; otherwise it stays as it is, and the summary says why. Where something comes between later
+(LoRA, quantization, a hook on a projection), the module falls back on its own forward.
+"""
+
+import functools
+import types
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..kernels import linear_cross_entropy
+from ..kernels import rotary as turn
+from ..kernels._activations import ACTIVATIONS
+from . import hf_attention, hf_layers
+from .layers import readable
+
+# The models whose logits are a head's alone, as they are or capped as Gemma's: their loss is known.
+LOSSES = frozenset("llama qwen2 qwen3 mistral smollm3 gemma2 gemma3_text phi3 olmo2 gpt2".split())
+STATE = "_ponder_patch"
+
+
+@dataclass
+class Part:
+    """How many modules of a kind were replaced, and how many were kept, by the reason."""
+
+    name: str
+    replaced: int = 0
+    kept: Counter[str] = field(default_factory=Counter)
+    note: str = ""
+
+    def __str__(self) -> str:
+        kept = "; ".join(f"{count} kept: {why}" for why, count in self.kept.items())
+        said = "; ".join(part for part in (f"{self.replaced} replaced", kept, self.note) if part)
+        return f"  {self.name:<10} {said}"
+
+
+@dataclass
+class _Undo:
+    """What `unpatch` needs; a deep copy of the model copies it along."""
+
+    attention: str | None
+    classes: list[tuple[nn.Module, type, type]]
+
+
+def patch(
+    model: nn.Module,
+    *,
+    attention: bool = True,
+    rotary: bool = True,
+    norm: bool = True,
+    mlp: bool = True,
+    loss: bool = True,
+    quiet: bool = False,
+) -> list[Part]:
+    """Put our kernels under a Transformers model, in place; prints and returns what was replaced.
+
+    Outputs, gradients, `generate` and `save_pretrained` stay what they were, within the rounding of
+    the parameters' dtype; attention, MLPs and norms by our kernels where the model is on a CUDA
+    GPU, and by PyTorch's best operations elsewhere. What the model lacks or a kernel does not
+    compute is kept as it is. Patch before a model is wrapped (PEFT, DDP, FSDP, torch.compile).
+
+    loss: while training, with labels given, the logits are never held: the output's `logits` is
+    None. A trainer that reads them needs loss=False. A batch without a target has a loss of 0.
+    The other flags leave out a kind of part; quiet prints nothing.
+
+    Raises ValueError for what is no Transformers model, or patched already, or without weights (on
+    the meta device), or in a dtype that no kernel takes on a GPU; nothing is changed then.
+    """
+    _check(model)
+    wanted = dict(rotary=rotary, norm=norm, mlp=mlp)
+    names = dict(rotary="rotary", norm="norm", mlp="MLP")
+    parts = {kind: Part(names[kind]) for kind, want in wanted.items() if want}
+    classes: list[tuple[nn.Module, type, type]] = []
+    known: dict[Any, type | str] = {}
+    for module in model.modules():
+        for kind, part in parts.items():
+            found = _KINDS[kind](module, known)
+            if isinstance(found, str):
+                part.kept[found] += 1
+            elif found is not None:
+                part.replaced += 1
+                classes.append((module, type(module), found))
+    everything = list(parts.values())
+    if loss:
+        part, found = Part("loss"), _loss(model)
+        everything.append(part)
+        if isinstance(found, str):
+            part.kept[found] += 1
+        else:
+            part.replaced, part.note = 1, "while training, and then the output's logits is None"
+            classes.append((model, type(model), found))
+    undo = _Undo(None, classes)
+    if attention:
+        everything.insert(0, _attention(model, undo))
+    for module, _, new in classes:
+        module.__class__ = new
+    setattr(model, STATE, undo)
+    if not quiet:
+        print("\n".join([f"ponder under {type(model).__name__}:", *map(str, everything)]))
+    return everything
+
+
+def unpatch(model: nn.Module) -> None:
+    """Undo `patch`; ValueError for a model that is not patched."""
+    undo = getattr(model, STATE, None)
+    if not isinstance(undo, _Undo):
+        raise ValueError(f"the {type(model).__name__} is not patched: there is nothing to undo")
+    for module, old, new in undo.classes:
+        if type(module) is new:
+            module.__class__ = old
+    if undo.attention is not None:
+        model.set_attn_implementation(undo.attention)  # pyright: ignore[reportCallIssue]
+    delattr(model, STATE)
+
+
+def _check(model: nn.Module) -> None:
+    try:
+        from transformers import PreTrainedModel
+    except ImportError:
+        raise ValueError("patch needs Transformers: pip install transformers") from None
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"patch takes a Transformers model, not a {name}: unwrap it first")
+    if hasattr(model, STATE):
+        raise ValueError(f"the {name} is patched already; unpatch it first")
+    for parameter, p in model.named_parameters():
+        if p.is_meta:
+            raise ValueError(f"the {name} has no weights: {parameter} is on the meta device")
+        if p.is_cuda and p.dtype == torch.float64:
+            raise ValueError(
+                f"{parameter} is {p.dtype} on {p.device}; the kernels take fp32, fp16 and bf16"
+            )
+
+
+def _attention(model: Any, undo: _Undo) -> Part:
+    """Point the model to our attention function; a part that counts its layers."""
+    hf_attention.register()
+    layers = [m for m in model.modules() if type(m).__name__.endswith("Attention")]
+    before = model.config._attn_implementation
+    part = Part("attention")
+    if before != hf_attention.NAME:
+        model.set_attn_implementation(hf_attention.NAME)
+    if model.config._attn_implementation != hf_attention.NAME:
+        part.kept[f"{type(model).__name__} does not go by Transformers' registry"] = len(layers)
+        return part
+    undo.attention = before
+    part.replaced = len(layers)
+    rates = {float(getattr(m, "attention_dropout", 0.0) or 0.0) for m in layers}
+    rates |= {m.attn_dropout.p for m in layers if isinstance(_get(m, "attn_dropout"), nn.Dropout)}
+    if max(rates, default=0.0) > 0:
+        part.note = f"by PyTorch's sdpa while training, with dropout {max(rates)}"
+    return part
+
+
+def _norm(module: nn.Module, known: dict) -> type | str | None:
+    old = type(module)
+    if isinstance(module, nn.LayerNorm) and old is nn.LayerNorm:
+        affine = len(module.normalized_shape) == 1 and module.weight is not None
+        kinds = [hf_layers.LayerNorm] if affine else []
+    elif old.__name__.endswith("RMSNorm"):
+        weight = _get(module, "weight")
+        vector = isinstance(weight, Tensor) and weight.ndim == 1
+        plain = vector and isinstance(hf_layers.epsilon(module), float)
+        kinds = [hf_layers.RMSNorm, hf_layers.OffsetRMSNorm] if plain else []
+    else:
+        return None
+    return _proven(module, kinds, {}, known)
+
+
+def _mlp(module: nn.Module, known: dict) -> type | str | None:
+    kinds = [
+        kind
+        for kind in (hf_layers.GatedMLP, hf_layers.JoinedMLP, hf_layers.Conv1DMLP)
+        if all(isinstance(_get(module, name), nn.Module) for name in kind.PROJECTIONS)
+    ]
+    if not kinds:
+        named = type(module).__name__.endswith("MLP")
+        return f"{type(module).__name__} is of no known parts" if named else None
+    kind = kinds[0]
+    for name in kind.PROJECTIONS:
+        if not readable(projection := getattr(module, name)):
+            return f"{name} is wrapped or hooked ({type(projection).__name__})"
+    function = _get(module, kind.FUNCTION)
+    activation = None if function is None else _activation(function)
+    if activation is None:
+        return f"no kernel has its activation ({type(function).__name__})"
+    return _proven(module, [kind], dict(ponder_activation=activation), known)
+
+
+def _rotary(module: nn.Module, known: dict) -> type | str | None:
+    """An attention layer that turns queries and keys by the apply_rotary_pos_emb of its file."""
+    old, forward = type(module), type(module).forward
+    if not isinstance(forward, types.FunctionType):
+        return None
+    if "apply_rotary_pos_emb" not in forward.__code__.co_names:
+        return None
+    if ("rotary", old) not in known:
+        scope = dict(forward.__globals__)
+        ours = _turning(scope["apply_rotary_pos_emb"])
+        if ours is None:
+            known["rotary", old] = f"{old.__name__} turns by other pairs"
+        else:
+            # The same code with another apply_rotary_pos_emb. Without a name the compiler does not
+            # take the scope for the file's own.
+            scope["apply_rotary_pos_emb"] = ours
+            scope.pop("__name__")
+            turned = types.FunctionType(
+                forward.__code__, scope, forward.__name__, forward.__defaults__, forward.__closure__
+            )
+            turned.__kwdefaults__ = forward.__kwdefaults__
+            known["rotary", old] = _subclass(old, None, dict(forward=turned))
+    return known["rotary", old] if "forward" not in vars(module) else "its forward is replaced"
+
+
+_KINDS: dict[str, Callable] = dict(rotary=_rotary, norm=_norm, mlp=_mlp)
+
+
+def _turning(theirs: Callable) -> Callable | None:
+    """Our kernel in the place of an apply_rotary_pos_emb, if it computes the same."""
+
+    def apply_rotary_pos_emb(q, k, cos, sin, *args, **kwargs):
+        usual = not args and kwargs.get("unsqueeze_dim", 1) == 1 and cos.ndim == 3
+        if not usual or cos.shape[-1] != q.shape[-1] or q.dtype != k.dtype:
+            hf_attention.say_once("rotary positions of a part of each head are Transformers' own")
+            return theirs(q, k, cos, sin, *args, **kwargs)
+        half = slice(q.shape[-1] // 2)
+        cos, sin = cos[..., half], sin[..., half]
+        return turn(q, k, *((cos[0], sin[0]) if len(cos) == 1 else (cos, sin)))
+
+    numbers = torch.arange(2.0 * 3 * 16, device="cpu").sin()
+    angles = numbers.view(2, 3, 16)[..., :8].repeat(1, 1, 2)
+    q, k = numbers.cos().view(2, 1, 3, 16).repeat(1, 2, 1, 1), numbers.view(2, 1, 3, 16)
+    try:
+        expected = theirs(q, k, angles.cos(), angles.sin())
+    except Exception:  # another signature: any error says so
+        return None
+    found = apply_rotary_pos_emb(q, k, angles.cos(), angles.sin())
+    same = all(_near(x, y) for x, y in zip(found, expected, strict=True))
+    return apply_rotary_pos_emb if same else None
+
+
+def _loss(model: Any) -> type | str:
+    """The model's class with a forward that computes the loss without holding the logits."""
+    old, kind = type(model), model.config.model_type
+    named = old.__name__.endswith(("ForCausalLM", "LMHeadModel"))
+    if not named or kind not in LOSSES or not old.__module__.startswith("transformers."):
+        return f"that of {old.__name__} is not known"
+    if "forward" in vars(model):
+        return "the model's forward is replaced"
+
+    @functools.wraps(old.forward)
+    def forward(self, input_ids=None, *args, labels=None, **kwargs):
+        if labels is None or args or not _can_fuse(self, kwargs):
+            labels = {} if labels is None else dict(labels=labels)
+            return old.forward(self, input_ids, *args, **labels, **kwargs)
+        from transformers.modeling_outputs import CausalLMOutputWithPast
+
+        shifted, ignored = kwargs.pop("shift_labels", None), kwargs.pop("ignore_index", -100)
+        kwargs.pop("logits_to_keep", None)
+        out = self.base_model(input_ids, **kwargs)
+        hidden, count = out.last_hidden_state, kwargs.get("num_items_in_batch")
+        if shifted is None:
+            shifted = F.pad(labels, (0, 1), value=ignored)[..., 1:]
+        loss = linear_cross_entropy(
+            hidden,
+            self.lm_head.weight,
+            shifted.to(hidden.device).reshape(hidden.shape[:-1]),
+            bias=self.lm_head.bias,
+            ignore_index=ignored,
+            softcap=getattr(self.config, "final_logit_softcapping", None),
+            reduction="mean" if count is None else "sum",
+        )
+        if count is not None:
+            loss = loss / (count.to(loss.device) if isinstance(count, Tensor) else count)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            past_key_values=out.past_key_values,
+            hidden_states=out.hidden_states,
+            attentions=out.attentions,
+        )
+
+    return _subclass(old, None, dict(forward=forward))
+
+
+def _can_fuse(model: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a call with labels wants the usual loss, and no logits."""
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    keep, as_dict = kwargs.get("logits_to_keep", 0), kwargs.get("return_dict")
+    return (
+        model.training
+        and model.loss_function is ForCausalLMLoss
+        and readable(model.lm_head)
+        and isinstance(keep, int)
+        and keep == 0
+        and (as_dict if as_dict is not None else getattr(model.config, "return_dict", True))
+        and kwargs.get("encoder_hidden_states") is None
+    )
+
+
+def _subclass(old: type, kind: type | None, members: dict[str, Any]) -> type:
+    """A subclass of `old`, by its name, with the members, or before them those of `kind`, whose
+    super() is `old`."""
+    members = dict(__module__=old.__module__, __qualname__=old.__qualname__) | members
+    return type(old.__name__, (old,) if kind is None else (kind, old), members)
+
+
+def _proven(
+    module: nn.Module, kinds: list[type], members: dict[str, Any], known: dict
+) -> type | str:
+    """The first of `kinds` that gives what the module's own forward gives, as a subclass."""
+    old = type(module)
+    if "forward" in vars(module):
+        return "its forward is replaced"
+    key = (old, *kinds, *members.values())
+    if key not in known:
+        known[key] = f"{old.__name__} computes something else"
+        for kind in kinds:
+            new = _subclass(old, kind, members)
+            if _agree(module, new):
+                known[key] = new
+                break
+    return known[key]
+
+
+@torch.no_grad()
+def _agree(module: nn.Module, new: type) -> bool:
+    """Whether the module gives the same under both classes, for rows of two magnitudes, the small
+    one near the root of a norm's epsilon. Nothing of the module is left changed."""
+    old, modes = type(module), {m: m.training for m in module.modules()}
+    weight = next(module.parameters())
+    width = weight.shape[0] if weight.ndim == 1 else _width(module)
+    x = torch.arange(2.0 * width, device=weight.device).sin().view(1, 2, width)
+    x = (x * x.new_tensor([1.0, 1e-3])[:, None]).to(weight.dtype)
+    module.eval()
+    try:
+        expected = module(x)
+        module.__class__ = new
+        return _near(module(x), expected)
+    except (RuntimeError, TypeError, ValueError):  # not a forward of one tensor, or of this one
+        return False
+    finally:
+        module.__class__ = old
+        for m, training in modes.items():
+            m.training = training
+
+
+def _near(found: Tensor, expected: Tensor) -> bool:
+    """Row by row within a coarse bound: what would be another computation differs by far more."""
+    error = (found.double() - expected.double()).norm(dim=-1)
+    return bool((error <= 0.02 * expected.double().norm(dim=-1)).all())
+
+
+def _width(module: nn.Module) -> int:
+    """The input width of an MLP: that of its first projection, a Linear or a Conv1D."""
+    first = next(m for m in module.modules() if isinstance(_get(m, "weight"), Tensor))
+    return first.weight.shape[1 if isinstance(first, nn.Linear) else 0]  # pyright: ignore
+
+
+def _activation(function: Callable) -> str | None:
+    """Our name of an activation function, by its values."""
+    x = torch.linspace(-20, 20, 401, dtype=torch.float64, device="cpu")
+    try:
+        y = function(x)
+    except Exception:  # whatever it is, it is no function of a tensor on the CPU
+        return None
+    for name, ours in ACTIVATIONS.items():
+        if isinstance(y, Tensor) and torch.allclose(y, ours(x), rtol=1e-9, atol=1e-9):
+            return name
+    return None
+
+
+def _get(module: nn.Module, name: str, default: Any = None) -> Any:
+    return getattr(module, name, default)

@@ -1,0 +1,440 @@
+"""Our kernels under Transformers' models: eager attention's numbers, or kept as it was."""
+
+import copy
+import json
+import math
+import os
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
+
+from ponder.models import hf_attention, patch, register, unpatch
+from ponder.training.tokenizer import character_tokenizer
+
+from .peers import FAMILIES, Peer
+
+TOKENS = torch.randint(0, 50, (3, 40), generator=torch.Generator().manual_seed(0))
+
+
+def eager(peer: Peer):
+    model = peer.build()
+    model.set_attn_implementation("eager")
+    return model
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def pair(request):
+    """A model with eager attention, a patched copy of it, and the summary."""
+    model = eager(FAMILIES[request.param])
+    patched = copy.deepcopy(model)
+    return model, patched, patch(patched, quiet=True)
+
+
+@pytest.fixture
+def llama():
+    model = eager(FAMILIES["llama"])
+    return model, copy.deepcopy(model)
+
+
+def masks() -> dict[str, dict]:
+    """Forward's arguments: nothing, padding on either side and within, and two packed rows."""
+    left, right, holes = (torch.ones_like(TOKENS) for _ in range(3))
+    left[0, :9] = left[2, :1] = 0
+    right[0, 31:] = right[1, 2:] = 0
+    holes[0, 5:8] = holes[1, 20] = 0
+    packed = torch.cat([torch.arange(n) for n in (1, 17, 22)])[None].repeat(3, 1)
+    packed[1] = torch.arange(40)
+    return {
+        "none": {},
+        "left": dict(attention_mask=left),
+        "right": dict(attention_mask=right),
+        "holes": dict(attention_mask=holes),
+        "packed": dict(position_ids=packed, use_cache=False),
+    }
+
+
+def test_all_of_a_known_model_is_replaced(pair):
+    model, patched, parts = pair
+    said = {part.name: part.replaced for part in parts}
+    layers = model.config.num_hidden_layers
+    norms = [m for m in model.modules() if "Norm" in type(m).__name__]
+    rotary = 0 if model.config.model_type == "gpt2" else layers
+    assert said == dict(attention=layers, rotary=rotary, norm=len(norms), MLP=layers, loss=1)
+    assert not any(part.kept for part in parts)
+    changed = [
+        m for m, n in zip(patched.modules(), model.modules(), strict=True) if type(m) is not type(n)
+    ]
+    assert len(changed) == sum(said.values()) - layers  # attention itself goes by the registry
+    assert list(patched.state_dict()) == list(model.state_dict())
+
+
+@torch.no_grad()
+def test_masks_are_those_of_eager_attention(pair):
+    model, patched, _ = pair
+    plain = model(TOKENS).logits
+    assert plain.std() > 0.3, "weights too small to tell right from wrong"
+    for name, options in masks().items():
+        seen = options.get("attention_mask", torch.ones_like(TOKENS)).bool()
+        expected, found = model(TOKENS, **options).logits, patched(TOKENS, **options).logits
+        assert (found - expected)[seen].abs().max() < 1e-4, name
+        assert name in ("none", "right") or (expected - plain)[seen].abs().max() > 1e-2, name
+
+
+def test_loss_and_gradients(pair):
+    """A packed row, a padded one whose first token has no target, and a loss by the token count."""
+    model, patched, _ = pair
+    mask = masks()["left"]["attention_mask"].clone()
+    labels = TOKENS.masked_fill(mask == 0, -100)
+    labels[0, 9] = labels[2, 1] = -100  # eager attention lets padding see everything
+    options = dict(input_ids=TOKENS, attention_mask=mask, labels=labels, num_items_in_batch=50)
+    found = []
+    for m in (model, patched):
+        m.train()
+        m.zero_grad()
+        out = m(**options)
+        out.loss.backward()
+        found.append((out.loss.item(), {n: p.grad for n, p in m.named_parameters()}))
+        m.eval()
+        assert (out.logits is None) == (m is patched)
+    (expected, gradients), (loss, ours) = found
+    # About ten sums in a row per layer, forward and back, of at most 120 (tokens) products, each
+    # with a relative error of ε √120 whose sign is random; both sides make it.
+    tolerance = 2 * 2**-24 * math.sqrt(120) * 10 * model.config.num_hidden_layers
+    assert abs(loss - expected) <= tolerance * expected
+    for name, gradient in gradients.items():
+        error = (ours[name] - gradient).norm() / gradient.norm()
+        assert error <= tolerance, f"{name}: {error:.1e} against {tolerance:.1e}"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generate(pair, cache):
+    """Prompts padded on the left, beyond the windows; a static cache has keys behind the query."""
+    model, patched, _ = pair
+    mask = torch.ones(2, 9, dtype=torch.int64)
+    mask[0, :4] = 0
+    options = dict(attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    options["cache_implementation"] = cache
+    options["disable_compile"] = True
+    expected = model.generate(TOKENS[:2, :9], **options)
+    assert torch.equal(patched.generate(TOKENS[:2, :9], **options), expected)
+
+
+def test_unpatch_and_wrong_use(llama, capsys):
+    model, patched = llama
+    before = [type(m) for m in patched.modules()]
+    with pytest.raises(ValueError, match="LlamaForCausalLM is not patched"):
+        unpatch(patched)
+    patch(patched)
+    said = capsys.readouterr().out
+    assert "ponder under LlamaForCausalLM:" in said and "norm       5 replaced" in said
+    with pytest.raises(ValueError, match="LlamaForCausalLM is patched already"):
+        patch(patched)
+    other = copy.deepcopy(patched)
+    unpatch(patched)
+    assert [type(m) for m in patched.modules()] == before
+    assert patched.config._attn_implementation == "eager"
+    with torch.no_grad():
+        expected = model(TOKENS).logits
+        assert torch.equal(patched(TOKENS).logits, expected)
+        assert (other(TOKENS).logits - expected).abs().max() < 1e-4
+    unpatch(other)
+    assert [type(m) for m in other.modules()] == before
+    with pytest.raises(ValueError, match="takes a Transformers model, not a Linear"):
+        patch(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="no weights: model.embed_tokens.weight is on the meta"):
+        patch(model.to("meta"))
+
+
+def test_saves_as_if_unpatched(llama, tmp_path):
+    model, patched = llama
+    patch(patched, quiet=True)
+    for m, name in ((model, "plain"), (patched, "patched")):
+        m.save_pretrained(tmp_path / name)
+    for file in (tmp_path / "plain").iterdir():
+        assert (tmp_path / "patched" / file.name).read_bytes() == file.read_bytes(), file.name
+    assert "ponder" not in json.dumps(json.loads((tmp_path / "patched/config.json").read_text()))
+
+
+@torch.no_grad()
+def test_attention_alone_by_its_name(llama, tmp_path):
+    register()
+    model, _ = llama
+    model.save_pretrained(tmp_path)
+    named = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="ponder")
+    for options in masks().values():
+        seen = options.get("attention_mask", torch.ones_like(TOKENS)).bool()
+        expected, found = model(TOKENS, **options).logits, named(TOKENS, **options).logits
+        assert 0 < (found - expected)[seen].abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_cu_seq_lens(llama):
+    """As a collator without padding gives them: the row's sequences are as if alone."""
+    model, patched = llama
+    patch(patched, quiet=True)
+    ends = torch.tensor([0, 11, 12, 40], dtype=torch.int32)
+    found = patched(TOKENS[:1], cu_seq_lens_q=ends, cu_seq_lens_k=ends, use_cache=False).logits
+    for start, end in zip(ends[:-1], ends[1:], strict=True):
+        alone = model(TOKENS[:1, start:end]).logits
+        assert (found[:, start:end] - alone).abs().max() < 1e-4
+    with pytest.raises(ValueError, match="cu_seq_lens_q is given with 3 rows of 40 tokens"):
+        patched(TOKENS, cu_seq_lens_q=ends, use_cache=False)
+
+
+@torch.no_grad()
+def test_a_mask_of_another_kind_is_transformers_own(llama):
+    model, patched = llama
+    patch(patched, quiet=True)
+    hf_attention._said.clear()
+    seen = torch.rand(3, 1, 40, 40, generator=torch.Generator().manual_seed(1)) > 0.5
+    seen |= torch.eye(40, dtype=torch.bool)
+    mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    with pytest.warns(UserWarning, match="LlamaAttention has a mask that is not causal"):
+        found = patched(TOKENS, attention_mask=mask).logits
+    assert (found - model(TOKENS, attention_mask=mask).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["plain", "segments", "cu_seq_lens"])
+def test_dropout_is_transformers_own(kind):
+    """With the same random numbers: the fallback's mask is the one that the segments stood for."""
+    hf_attention._said.clear()
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 9, 8) for heads in (4, 2, 2))
+    module = nn.Module()
+    module.num_key_value_groups, module.is_causal = 2, True
+    ids = torch.tensor([[0] * 4 + [1] * 5, [~0] * 3 + [0] * 6], dtype=torch.int32)
+    i, j = torch.arange(9)[:, None], torch.arange(9)
+    mask = ((j <= i) & (i - j < 3))[None, None].repeat(2, 1, 1, 1)
+    given = dict(attention_mask=None)
+    if kind == "segments":
+        mask[0, :, 4:, :4] = mask[1, :, :, :3] = False
+        given = dict(attention_mask=ids[:, None, None])
+    elif kind == "cu_seq_lens":
+        q, k, v, mask = (x[:1] for x in (q, k, v, mask))
+        mask[0, :, 4:, :4] = False
+        given |= dict(cu_seq_lens_q=torch.tensor([0, 4, 9], dtype=torch.int32))
+    options = dict(dropout=0.5, scaling=0.3)
+    torch.manual_seed(1)
+    with pytest.warns(UserWarning, match="dropout 0.5"):
+        found, _ = hf_attention.attend(module, q, k, v, sliding_window=3, **given, **options)
+    torch.manual_seed(1)
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    expected, _ = sdpa_attention_forward(module, q, k, v, mask, **options)
+    seen = mask.any(-1).transpose(1, 2)[..., None].expand_as(expected)
+    torch.testing.assert_close(found[seen], expected[seen])
+    with pytest.raises(ValueError, match=r"attention_mask is \(2, 9\) in the layer"):
+        hf_attention.attend(module, q, k, v, torch.ones(2, 9).bool())
+
+
+class Adapted(nn.Module):
+    """A projection with something added, as LoRA's; its weight is the projection's."""
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        self.base = base
+
+    @property
+    def weight(self):
+        return self.base.weight
+
+    bias = None
+
+    def forward(self, x):
+        return self.base(x) + x.mean(-1, keepdim=True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("early", [True, False])
+def test_what_is_wrapped_is_called(early):
+    model = eager(FAMILIES["qwen3"])
+    patched = copy.deepcopy(model)
+    parts = [] if early else patch(patched, quiet=True)
+    for m in (model, patched):
+        m.model.layers[0].mlp.up_proj = Adapted(m.model.layers[0].mlp.up_proj)
+        m.lm_head = Adapted(m.lm_head)
+        m.model.layers[1].mlp.down_proj.register_forward_hook(lambda m, x, y: 2 * y)
+    parts = patch(patched, quiet=True) if early else parts
+    if early:
+        kept = next(part.kept for part in parts if part.name == "MLP")
+        assert kept == {
+            "up_proj is wrapped or hooked (Adapted)": 1,
+            "down_proj is wrapped or hooked (Linear)": 1,
+        }
+    assert (patched(TOKENS).logits - model(TOKENS).logits).abs().max() < 1e-4
+    losses = [m.train()(input_ids=TOKENS, labels=TOKENS).loss for m in (model, patched)]
+    torch.testing.assert_close(*losses)
+
+
+@torch.no_grad()
+def test_what_is_unknown_is_kept_and_named(llama, capsys):
+    model, patched = llama
+
+    class OddRMSNorm(type(model.model.norm)):
+        def forward(self, x):
+            return 3 * super().forward(x)
+
+    for m in (model, patched):
+        m.model.norm.__class__ = OddRMSNorm
+        m.model.layers[0].mlp.act_fn = nn.Hardswish()
+        m.model.layers[1].mlp.forward = types.MethodType(lambda self, x: x, m.model.layers[1].mlp)
+    patch(patched)
+    said = capsys.readouterr().out
+    assert "norm       4 replaced; 1 kept: OddRMSNorm computes something else" in said
+    assert "no kernel has its activation (Hardswish)" in said
+    assert "1 kept: its forward is replaced" in said
+    assert (patched(TOKENS).logits - model(TOKENS).logits).abs().max() < 1e-4
+
+
+def test_autocast_and_bfloat16(llama):
+    """Within bf16's rounding (2^-8) of eight products in a row of the same in fp32."""
+    model, patched = llama
+    patch(patched, quiet=True)
+    options = dict(input_ids=TOKENS, labels=TOKENS)
+    exact = model.train()(**options).loss.item()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert patched.train()(**options).loss.item() == pytest.approx(exact, rel=2**-8 * 8)
+    patched.to(torch.bfloat16)
+    loss = patched(**options).loss
+    loss.backward()
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(exact, rel=2**-8 * 8)
+    assert all(p.grad.isfinite().all() for p in patched.parameters())
+
+
+def test_what_wants_logits_gets_them(llama):
+    model, patched = llama
+    patch(patched, quiet=True)
+    expected = model(input_ids=TOKENS, labels=TOKENS)
+    found = patched(input_ids=TOKENS, labels=TOKENS)  # not training
+    assert (found.logits - expected.logits).abs().max() < 1e-4
+    torch.testing.assert_close(found.loss, expected.loss)
+    patched.train()
+    assert patched(input_ids=TOKENS).logits is not None
+    loss, logits, *_ = patched(input_ids=TOKENS, labels=TOKENS, return_dict=False)
+    torch.testing.assert_close(loss, expected.loss)
+    patched.loss_function = lambda logits, labels, **_: logits.sum()
+    torch.testing.assert_close(patched(input_ids=TOKENS, labels=TOKENS).loss, logits.sum())
+
+
+def rows(count: int) -> list[dict]:
+    return [
+        dict(input_ids=TOKENS[i % 3].tolist(), labels=TOKENS[i % 3].tolist()) for i in range(count)
+    ]
+
+
+def trained(model, folder, **options) -> tuple[list[float], int]:
+    """The losses of three steps of Transformers' own trainer."""
+    arguments = TrainingArguments(
+        folder,
+        max_steps=3,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+        **options,
+    )
+    trainer = Trainer(model, arguments, train_dataset=rows(8))
+    trainer.train()
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+def test_trainer(llama, tmp_path):
+    """With accumulation, and activations computed twice."""
+    options = dict(gradient_checkpointing=True, gradient_accumulation_steps=2)
+    model, patched = llama
+    patch(patched, quiet=True)
+    expected, found = trained(model, tmp_path, **options), trained(patched, tmp_path, **options)
+    assert found == pytest.approx(expected, rel=1e-3) and found[-1] < 0.95 * found[0]
+
+
+def test_trl_and_peft(llama, tmp_path):
+    trl = pytest.importorskip("trl", reason="TRL is not installed")
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    from datasets import Dataset
+
+    model, patched = llama
+    patch(patched, quiet=True)
+    found = []
+    for m in (model, patched):
+        arguments = trl.SFTConfig(
+            tmp_path,
+            max_steps=2,
+            per_device_train_batch_size=2,
+            learning_rate=1e-2,
+            use_cpu=True,
+            logging_steps=1,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+            bf16=False,
+            dataset_kwargs=dict(skip_prepare_dataset=True),
+            gradient_checkpointing=False,
+            remove_unused_columns=False,
+        )
+        torch.manual_seed(0)
+        lora = peft.LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+        trainer = trl.SFTTrainer(
+            m,
+            arguments,
+            train_dataset=Dataset.from_list(rows(6)),
+            peft_config=lora,
+            data_collator=lambda batch: (
+                {k: torch.tensor([b[k] for b in batch]) for k in batch[0]}
+                | dict(attention_mask=torch.ones(len(batch), 40, dtype=torch.int64))
+            ),
+            processing_class=PreTrainedTokenizerFast(
+                tokenizer_object=character_tokenizer("ab"), eos_token="<eos>", pad_token="<eos>"
+            ),
+        )
+        trainer.train()
+        found.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+    assert found[1] == pytest.approx(found[0], rel=1e-3) and found[0][0] != found[0][1]
+
+
+def test_the_kernels_themselves_under_a_model():
+    """In Triton's interpreter: loss, gradients and two generated tokens."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    script = """
+import copy, torch, transformers
+from ponder.models import patch
+shape = dict(
+    vocab_size=19, hidden_size=32, intermediate_size=48, num_hidden_layers=1, head_dim=16,
+    num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=32, sliding_window=4,
+    bos_token_id=None, eos_token_id=None, pad_token_id=None,
+)
+torch.manual_seed(0)
+config = transformers.Gemma2Config(**shape)
+model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+for p in model.parameters():
+    torch.nn.init.normal_(p, std=0.2)
+patched = copy.deepcopy(model)
+assert not any(part.kept for part in patch(patched, quiet=True))
+tokens = torch.randint(0, 19, (1, 9))
+for m in (model, patched):
+    m.train()(input_ids=tokens, labels=tokens).loss.backward()
+    m.eval()
+for (name, p), q in zip(patched.named_parameters(), model.parameters()):
+    error = (p.grad - q.grad).norm() / q.grad.norm()
+    assert error < 1e-5, (name, error)
+options = dict(max_new_tokens=2, do_sample=False)
+assert torch.equal(patched.generate(tokens, **options), model.generate(tokens, **options))
+"""
+    environment = {"TRITON_INTERPRET": "1", "PYTHONPATH": ":".join(sys.path)}
+    run = subprocess.run(
+        [sys.executable, "-c", script], env=os.environ | environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
