@@ -20,7 +20,7 @@ from torch import Tensor
 from ..kernels._activations import ACTIVATIONS
 from ..kernels.decode_attention import CPU_ROWS, CPU_SPLIT
 from ..models import GPT, KVCache
-from ..models.layers import LayerCache
+from ..models.cache import LayerCache
 
 # MKL takes other paths, with other roundings, for the last rows of a product (seen: of 2, 5, 7 and
 # 31 rows), and on some numbers of threads for every fourth row where the columns are not a multiple
@@ -34,7 +34,10 @@ GRAIN, VECTORS = 32768, 64
 
 @torch.inference_mode()
 def bf16_pays(model: GPT, rows: int) -> bool:
-    """Whether this CPU decodes so many rows in bf16 in less than 0.8 of fp32's time."""
+    """Whether this CPU decodes so many rows in bf16 in less than 0.8 of fp32's time; False for a
+    model that no Decoder can be made of."""
+    if not model.config.llama_like:
+        return False
     length = min(64, model.config.context)
     tokens = torch.zeros(-(-rows // ROWS) * ROWS, 1, dtype=torch.int64)
     seconds = {}

@@ -8,7 +8,8 @@ need PyTorch alone.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .gpt import GPT, GPTConfig, KVCache, Prefix
+from .cache import KVCache, Prefix
+from .gpt import GPT, GPTConfig
 from .patch import patch, unpatch
 
 if TYPE_CHECKING:

@@ -6,9 +6,10 @@ from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTra
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..kernels import attention
+from .cache import KVCache, LayerCache
 from .config_json import from_fields
-from .gpt import GPT, KVCache
-from .layers import LayerCache, Rotary
+from .gpt import GPT
+from .layers import Rotary
 
 
 class PonderConfig(PretrainedConfig):

@@ -9,14 +9,12 @@ Parameter names are Transformers' own for Llama and Qwen3, so checkpoints need n
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels import (
     attention,
-    decode_attention,
     gated_mlp,
     layer_norm,
     linear_cross_entropy,
@@ -25,6 +23,7 @@ from ..kernels import (
     rotary,
 )
 from ..kernels._activations import ACTIVATIONS
+from .cache import LayerCache
 
 
 def readable(*projections: nn.Module) -> bool:
@@ -184,7 +183,7 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         rope: tuple[Tensor, Tensor] | None,
-        cache: "LayerCache | None" = None,
+        cache: LayerCache | None = None,
         segment_ids: Tensor | None = None,
     ) -> Tensor:
         """x (B, T, C) → (B, T, C); with a cache, the T tokens follow what it holds.
@@ -206,66 +205,6 @@ class Attention(nn.Module):
         else:
             y = cache.attend(q, k, v)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, self.n_head * self.head_dim))
-
-
-class LayerPrefix(NamedTuple):
-    """One layer's view of a `Prefix`: N groups of rows, each of equally many places."""
-
-    keys: Tensor  # (N, G, P, D)
-    values: Tensor
-    lengths: Tensor  # (N,)
-    order: Tensor  # the row at each place
-    place: Tensor  # (B,), the place of each row
-    place_lengths: Tensor  # the row's own length at each place, the new tokens included
-
-    def attend(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """q (B, H, T, D) against each row's prefix and its own keys and values (B, G, S, D): in
-        the order of the places, where the own ones are pages of a row each."""
-        y = decode_attention(
-            q[self.order],
-            keys,
-            values,
-            self.place_lengths,
-            prefix=(self.keys, self.values),
-            prefix_lengths=self.lengths,
-            block_table=self.order[:, None].int(),
-        )
-        return y[self.place]
-
-
-class LayerCache:
-    """One layer's view of a KVCache during one forward pass."""
-
-    def __init__(
-        self,
-        keys: Tensor,
-        values: Tensor,
-        lengths: Tensor,
-        index: Tensor | None,
-        prefix: LayerPrefix | None = None,
-    ):
-        self.keys, self.values = keys, values  # (B, G, S, D), contiguous
-        self.lengths = lengths  # (B,), the new tokens included
-        self.index = index  # where they go, among the B·G·S positions; None: in front
-        self.prefix = prefix
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Write the T new keys and values at each row's own position, then attend."""
-        self.write(k, v)
-        if self.index is None:
-            return attention(q, k, v, causal=True)
-        if self.prefix is not None:
-            return self.prefix.attend(q, self.keys, self.values)
-        return decode_attention(q, self.keys, self.values, self.lengths)
-
-    def write(self, k: Tensor, v: Tensor) -> None:
-        """Put the new keys and values (B, G, T, D) where they belong."""
-        T, D = k.shape[2:]
-        for cache, new in ((self.keys, k), (self.values, v)):
-            if self.index is None:
-                cache[:, :, :T] = new
-            else:
-                cache.view(-1, D).index_copy_(0, self.index, new.reshape(-1, D).to(cache.dtype))
 
 
 class GatedMLP(nn.Module):

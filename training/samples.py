@@ -5,8 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models import GPT
-from ..models.gpt import KVCache
+from ..models import GPT, KVCache
 from ..tasks import Task
 from .data import Data
 
