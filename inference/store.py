@@ -66,7 +66,8 @@ class Record:
 
     `answer` is the canonical answer, None where the text holds none; `sampled_tokens` were drawn
     from the model, `forced_tokens` were put in (a forced </think>); `think_tokens` of both lie
-    inside the thinking; `seconds` is its share of the engine's time, `logprob` natural.
+    inside the thinking; `seconds` is its share of the engine's time, `logprob` natural, None where
+    a server does not tell it.
     """
 
     key: Key
@@ -77,7 +78,7 @@ class Record:
     sampled_tokens: int
     forced_tokens: int
     think_tokens: int
-    logprob: float
+    logprob: float | None
     finish: str
     seconds: float
 
@@ -295,6 +296,26 @@ class Store:
                 " ON CONFLICT (params, seed, ifnull(budget, -1), problem, sample) DO NOTHING",
                 rows,
             )
+
+    def merge(self, path: str | Path) -> None:
+        """Adds what another store of this model and task holds; what is already here stays.
+
+        Raises ValueError where the other store is of another model or task, or has another problem
+        under an index.
+        """
+        with Store(path, identity=self.identity) as other:
+            problems = other.problems()
+        for first, problem in problems.items():
+            self.add_problems([problem], first=first)
+        self._db.execute("ATTACH ? AS other", (str(path),))
+        try:
+            with self._transaction():
+                self._db.execute(
+                    "INSERT INTO sample SELECT * FROM other.sample WHERE true"
+                    " ON CONFLICT (params, seed, ifnull(budget, -1), problem, sample) DO NOTHING"
+                )
+        finally:
+            self._db.execute("DETACH other")
 
     def missing(
         self,
