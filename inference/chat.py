@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from ..models import GPTConfig, hub
+
 THINK, THINK_END = "<think>", "</think>"
 
 
@@ -17,6 +19,8 @@ class ChatTokenizer:
     def __init__(self, path: str, *, system: str | None, think: bool):
         from transformers import AutoTokenizer
 
+        if not (Path(path).is_dir() or hub.HUB_ID.fullmatch(path)):
+            raise ValueError(f"there is no folder {path} with a tokenizer")
         self.path, self.system, self.think = path, system, think
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
@@ -83,10 +87,8 @@ def first_line(error: BaseException) -> str:
     return printable(next(iter(str(error).strip().splitlines()), type(error).__name__))[:200]
 
 
-def known_shape(path: str | Path) -> Any:
+def known_shape(path: str | Path) -> GPTConfig | None:
     """The GPTConfig of a checkpoint, for FLOPs; None for what no GPT expresses."""
-    from ..models import hub
-
     try:
         return hub.load_config(path)
     except ValueError:

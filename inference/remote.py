@@ -35,6 +35,7 @@ from .speaker import Ask, Completion, Watch, room
 
 Show: TypeAlias = Callable[[str], None]
 
+STRUCK = "[key]"
 KEYS = ("PONDER_API_KEY", "OPENAI_API_KEY")
 UNBOUNDED = (
     1 << 40
@@ -138,10 +139,10 @@ class Server:
             with self._opener.open(request, timeout=self.options.timeout) as response:
                 blocks = _blocks(response, deadline)
                 if watch is None:
-                    return self._struck(_json(b"".join(blocks)))
+                    return self.cleaned(_json(b"".join(blocks)))
                 chunks = []
                 for data in _events(blocks):
-                    chunks.append(self._struck(_json(data)))
+                    chunks.append(self.cleaned(_json(data)))
                     watch(chunks[-1])
                 return chunks
         except urllib.error.HTTPError as error:
@@ -154,17 +155,25 @@ class Server:
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise Failed(f"broken off ({type(error).__name__})") from None
 
-    def _struck(self, value: Any) -> Any:
-        """The value with the key struck out of its strings, wherever the server echoed it."""
-        if not self._key:
-            return value
+    def cleaned(self, value: Any) -> Any:
+        """The value, in whose strings the key is struck out, wherever the server echoed it, and
+        what UTF-8 cannot hold (lone surrogates) is a question mark."""
         if isinstance(value, str):
-            return value.replace(self._key, "[key]")
+            value = value.encode("utf-8", "replace").decode("utf-8")
+            return value.replace(self._key, STRUCK) if self._key else value
         if isinstance(value, list):
-            return [self._struck(v) for v in value]
+            return [self.cleaned(v) for v in value]
         if isinstance(value, dict):
-            return {self._struck(k): self._struck(v) for k, v in value.items()}
+            return {self.cleaned(k): self.cleaned(v) for k, v in value.items()}
         return value
+
+    def guarded(self, text: str) -> tuple[str, str]:
+        """The text cleaned, and of its end what may be the beginning of the key, apart."""
+        text = self.cleaned(text)
+        for n in range(min(len(self._key) - 1, len(text)), 0, -1):
+            if text.endswith(self._key[:n]):
+                return text[:-n], text[-n:]
+        return text, ""
 
     def _refusal(self, error: urllib.error.HTTPError) -> Exception:
         """Failed where the status may pass, else the one sentence."""
@@ -181,7 +190,7 @@ class Server:
         if 300 <= status < 400:
             return ValueError(f"{self.url} sends its visitors elsewhere (HTTP {status})")
         try:
-            body = self._struck(_json(error.read(1 << 16)))
+            body = self.cleaned(_json(error.read(1 << 16)))
             said = body.get("error", body.get("message", "")) if isinstance(body, dict) else ""
             said = said.get("message", "") if isinstance(said, dict) else said
         except (Failed, OSError, http.client.HTTPException):
@@ -418,7 +427,8 @@ class RemoteSpeaker:
         thinking = _thinking(text)
         tokens = answer.think_tokens
         if tokens is None:  # by its share of the characters: this server counts no closer
-            tokens = round(answer.tokens * len(thinking) / max(1, len(text)))
+            answered = text.partition(THINK_END)[2] if thinking else text
+            tokens = round(answer.tokens * len(thinking) / max(1, len(thinking + answered)))
         return Completion(
             ask=ask,
             text=text,
@@ -504,21 +514,23 @@ class RemoteSpeaker:
         if show is None:
             return self.server.ask(path, body, _Answer.of)
         body |= {"stream": True, "stream_options": {"include_usage": True}}
-        thinking = False
+        thinking, held = False, ""
 
         def watch(chunk: Any) -> None:
-            nonlocal thinking
+            nonlocal thinking, held
             for reasoning, text in _deltas(chunk):
-                if bool(reasoning) > thinking:
-                    thinking = True
-                    show(THINK)
-                show(reasoning)
-                if text and thinking:
-                    thinking = False
-                    show(THINK_END)
-                show(text)
+                if reasoning and not thinking:
+                    held += THINK
+                elif text and not reasoning and thinking:
+                    held += THINK_END
+                thinking = bool(reasoning)
+                ready, held = self.server.guarded(held + reasoning + text)
+                show(ready)
 
-        return self.server.ask(path, body, _Answer.of_chunks, watch=watch)
+        answer = self.server.ask(path, body, _Answer.of_chunks, watch=watch)
+        show(held)
+        # Once more as a whole: an echoed key may have come in pieces.
+        return replace(answer, text=self.server.cleaned(answer.text))
 
 
 @dataclass(frozen=True)

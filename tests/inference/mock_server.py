@@ -151,6 +151,7 @@ class MockServer:
                 self.answered[handler.path + text.decode()] += 1
 
     def answer(self, path: str, body: dict) -> dict:
+        details = {}
         if path == "/v1/chat/completions":
             prompt = body["messages"][-1]["content"]
             text = continuation(prompt + "<think>", body["seed"])
@@ -159,6 +160,7 @@ class MockServer:
             message = {"role": "assistant", "content": content + self.echo}
             if self.reasoning:
                 message["reasoning_content"] = reasoning
+                details = {"completion_tokens_details": {"reasoning_tokens": len(reasoning)}}
             else:
                 message["content"] = f"<think>{reasoning}</think>{content}{self.echo}"
             choice: dict = {"message": message, "finish_reason": "stop"}
@@ -179,7 +181,7 @@ class MockServer:
                 text = text.partition(stop)[0]
             choice = {"text": text + self.echo, "finish_reason": finish}
             used = len(body["prompt"])
-        usage = {"prompt_tokens": used, "completion_tokens": tokens}
+        usage = {"prompt_tokens": used, "completion_tokens": tokens} | details
         return {"choices": [choice]} | ({"usage": usage} if self.usage else {})
 
     def stream(self, handler, body: dict) -> None:

@@ -2,13 +2,23 @@
 
 import csv
 import json
+import random
 import sqlite3
+import time
+from collections import Counter
+from dataclasses import replace
+from email.utils import formatdate
 from pathlib import Path
 
 import pytest
 
-from ponder.inference import remote
-from ponder.inference.config import ServerOptions, SweepConfig
+from ponder.cli import run
+from ponder.inference import Unfinished, remote
+from ponder.inference.config import GenerateConfig, ServerOptions, SweepConfig
+from ponder.inference.engine import SamplingParams
+from ponder.inference.remote import RemoteSpeaker
+from ponder.inference.shell import generate
+from ponder.inference.speaker import Ask
 from ponder.inference.sweep import redraw, sweep
 
 from .mock_server import TOKENIZER, MockServer, continuation
@@ -46,15 +56,37 @@ def tokenizer(tmp_path_factory) -> str:
     return str(folder)
 
 
+@pytest.fixture(scope="module")
+def no_report():
+    """From the first test that asks for it, no report is drawn: it takes longer than a sweep."""
+
+    def write_report(folder: Path, results, *_, **__) -> Path:
+        assert results
+        return folder / "index.html"
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ponder.inference.sweep.write_report", write_report)
+        yield
+
+
+@pytest.fixture(scope="module")
+def calm(tokenizer, no_report, tmp_path_factory) -> list[tuple]:
+    """What a server without faults leaves in the store."""
+    out = tmp_path_factory.mktemp("calm")
+    with MockServer() as mock:
+        sweep(config_of(mock, tokenizer, out))
+    return stored(out)
+
+
 @pytest.fixture
 def server():
     with MockServer() as mock:
         yield mock
 
 
-def config_of(server: MockServer, tokenizer: str | None, out: Path, **changes) -> SweepConfig:
+def config_of(mock: MockServer, tokenizer: str | None, out: Path, **changes) -> SweepConfig:
     values = dict(
-        model=server.url,
+        model=mock.url,
         out=out,
         samples=(1, 3),
         budgets=(0, 2) if tokenizer else (),
@@ -103,155 +135,14 @@ def test_a_served_model_is_swept_with_budgets(server, tokenizer, tmp_path):
     assert redraw(tmp_path / "out") == page
 
 
-FAULTS = ("drop", "late", "garble", "strange", "cut", "limit", "error")
-
-
-def test_a_third_of_all_answers_lost_loses_no_sample_and_stores_none_twice(tokenizer, tmp_path):
-    dice = random.Random(0)
-    hits: Counter[str] = Counter()
-
-    def fault(n: int) -> str | None:
-        kind = dice.choice(FAULTS) if dice.random() < 0.3 else None
-        hits[str(kind)] += 1
-        return kind
-
-    with MockServer() as calm:
-        sweep(config_of(calm, tokenizer, tmp_path / "calm"))
-    with MockServer(fault=fault) as wild:
-        options = ServerOptions(concurrency=8, timeout=0.5, retries=20)
-        sweep(config_of(wild, tokenizer, tmp_path / "wild", server=options))
-        asked = len(wild.requests)
-    assert all(hits[kind] for kind in FAULTS)
-    assert stored(tmp_path / "wild") == stored(tmp_path / "calm")
-    # What was answered in time was not asked for again.
-    assert set(wild.answered.values()) == {1}
-    assert asked == sum(hits.values()) == wild.answered.total() + sum(hits.values()) - hits["None"]
-
-
-def test_what_a_failing_server_kept_back_is_drawn_by_resume(tokenizer, tmp_path, capsys):
-    with MockServer() as calm:
-        sweep(config_of(calm, tokenizer, tmp_path / "calm"))
-    with MockServer(fault=lambda n: None if n % 3 else "error") as server:
-        options = ServerOptions(concurrency=4, timeout=20, retries=0)
-        config = config_of(server, tokenizer, tmp_path / "out", server=options)
-        with pytest.raises(Unfinished, match=r"\d+ samples did not arrive \(HTTP 503 \d+ times"):
-            sweep(config)
-        before = stored(config.out)
-        assert 0 < len(before) < 72
-        assert (config.out / "report" / "index.html").exists()
-        words = f"sweep --model {server.url} --tokenizer {tokenizer} --out {config.out} --samples 1"
-        words += " 3 --budgets 0 2 --problems 6 --server.retries 0 --resume"
-        assert run(words.split()) == 1
-        assert "ponder: " in capsys.readouterr().err
-        server.fault = lambda n: None
-        sweep(replace(config, resume=True))
-        assert stored(config.out) == stored(tmp_path / "calm")
-        asked = len(server.requests)
-        sweep(replace(config, resume=True))
-        assert len(server.requests) == asked
-
-
-def test_a_server_that_goes_away_is_not_asked_for_the_rest(tokenizer, tmp_path):
-    with MockServer(fault=lambda n: "error" if n >= 30 else None) as server:
-        options = ServerOptions(concurrency=2, timeout=20, retries=1)
-        config = config_of(server, tokenizer, tmp_path / "out", problems=60, server=options)
-        with pytest.raises(Unfinished, match="samples did not arrive"):
-            sweep(config)
-        assert len(stored(config.out)) >= 10
-        assert len(server.requests) < 60  # of some 1,200
-
-
-def test_no_more_requests_at_once_than_allowed(server, tokenizer, tmp_path):
-    options = ServerOptions(concurrency=3, timeout=20)
-    sweep(config_of(server, tokenizer, tmp_path / "out", server=options))
-    assert 1 < server.most_at_once <= 3
-
-
-def ask(prompt: str = "3+8=", seed: int = 0, **params) -> Ask:
-    return Ask(prompt, SamplingParams(max_tokens=40, **params), seed, 0)
-
-
-@pytest.mark.parametrize("status", [429, 503])
-@pytest.mark.parametrize("wish", ["0.3", "date"])
-def test_retry_after_is_honoured(server, monkeypatch, status, wish):
-    import email.utils
-    import time
-
-    waits: list[float] = []
-    sent = server.send
-
-    def send(handler, code, body, **headers):
-        if code == 429:
-            soon = email.utils.format_datetime(
-                email.utils.localtime(email.utils.localtime()).astimezone()
-            )
-            headers["Retry_After"] = wish if wish != "date" else soon
-            code = status
-        sent(handler, code, body, **headers)
-
-    server.send = send
-    server.fault = lambda n: "limit" if n == 0 else None
-    speaker = RemoteSpeaker(server.url, ServerOptions(retries=1))
-    pause = speaker.server._pause
-    monkeypatch.setattr(speaker.server, "_pause", lambda s: (waits.append(s), pause(s)))
-    start = time.monotonic()
-    (completion,) = speaker.generate([ask()])
-    assert completion.text.startswith("<think>")
-    if wish == "0.3":
-        assert max(waits) == 0.3 and time.monotonic() - start >= 0.3
-
-
-@pytest.mark.parametrize("reasoning", [True, False])
-def test_chat_is_spoken_where_there_are_no_budgets(server, tmp_path, reasoning):
-    server.reasoning = reasoning  # or the text holds <think> … </think>
-    sweep(config_of(server, None, tmp_path / "out", system="Be brief."))
-    rows = stored(tmp_path / "out")
-    assert len(rows) == 6 * 4 and all(row[1] is None for row in rows)
-    for path, body in server.requests:
-        assert path == "/v1/chat/completions"
-        assert [m["role"] for m in body["messages"]] == ["system", "user"]
-        # Nothing that only some servers know, and no bound that nobody asked for.
-        assert set(body) == {"model", "messages", "temperature", "top_p", "seed"}
-    prompts = {body["messages"][1]["content"] for _, body in server.requests}
-    for row in rows:
-        texts = {
-            continuation(p + "<think>", b["seed"]) for p in prompts for _, b in server.requests
-        }
-        assert row[5].removeprefix("<think>") in texts
-        thinking = row[5].removeprefix("<think>").partition("</think>")[0]
-        assert row[11] == pytest.approx(len(thinking), abs=1)
-
-
-@pytest.mark.parametrize("budget", [None, 0, 2])
-def test_a_streamed_sample_is_the_whole_one(server, tokenizer, budget):
-    speaker = RemoteSpeaker(server.url, ServerOptions(), tokenizer=tokenizer, budgets=True)
-    pieces: list[str] = []
-    (streamed,) = speaker.generate([ask(budget=budget)], watch=lambda _, text: pieces.append(text))
-    (whole,) = speaker.generate([ask(budget=budget)])
-    assert replace(streamed, seconds=0, ask=whole.ask) == replace(whole, seconds=0)
-    assert "".join(pieces) == whole.text
-    assert len(pieces) >= len(whole.text) - len("<think></think>")  # a character at a time
-    assert all(body["stream"] for _, body in server.requests[: len(server.requests) // 2])
-
-
-def test_a_streamed_chat_shows_its_thinking_between_tags(server):
-    speaker = RemoteSpeaker(server.url, ServerOptions())
-    pieces: list[str] = []
-    (streamed,) = speaker.generate([ask()], watch=lambda _, text: pieces.append(text))
-    (whole,) = speaker.generate([ask()])
-    assert "".join(pieces) == streamed.text == whole.text
-    assert streamed.sampled_tokens == whole.sampled_tokens
-
-
-def test_seconds_of_a_server_sum_to_the_wall_clock(server):
-    import time
-
-    server.fault = lambda n: "late"  # 0.6 s each
-    speaker = RemoteSpeaker(server.url, ServerOptions(concurrency=4))
-    start = time.perf_counter()
-    completions = list(speaker.generate([ask(seed=i) for i in range(8)]))
-    elapsed = time.perf_counter() - start
-    assert 0.9 * elapsed - 0.3 < sum(c.seconds for c in completions) <= elapsed
+def test_remote_text_is_data(tokenizer, tmp_path, capsys):
+    with MockServer() as server:
+        server.echo = "\x1b]0;owned\x07<script>alert(1)</script>\u202e\ud800"
+        page = sweep(config_of(server, tokenizer, tmp_path / "out"))
+        generate(GenerateConfig(("3+8=", "4*2="), server.url))
+    assert "<script" not in page.read_text()
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown and "\u202e" not in shown and "owned" in shown
 
 
 def everything(folder: Path) -> bytes:
@@ -278,6 +169,146 @@ def test_the_key_is_sent_and_stays_nowhere(tokenizer, tmp_path, monkeypatch, cap
     assert b"[key]" in files and b"you said" in files
     for secret in (KEY, KEY[3:], json.dumps(KEY)[1:-1], KEY.replace("/", "\\/"), "planted"):
         assert secret not in said and secret.encode() not in files
+
+
+FAULTS = ("drop", "late", "garble", "strange", "cut", "limit", "error")
+
+
+def test_a_third_of_all_answers_lost_loses_no_sample_and_stores_none_twice(
+    calm, tokenizer, tmp_path
+):
+    dice = random.Random(0)
+    hits: Counter[str] = Counter()
+
+    def fault(n: int) -> str | None:
+        kind = dice.choice(FAULTS) if dice.random() < 0.3 else None
+        hits[str(kind)] += 1
+        return kind
+
+    with MockServer(fault=fault) as wild:
+        options = ServerOptions(concurrency=8, timeout=0.5, retries=20)
+        sweep(config_of(wild, tokenizer, tmp_path / "wild", server=options))
+        asked = len(wild.requests)
+    assert all(hits[kind] for kind in FAULTS)
+    assert stored(tmp_path / "wild") == calm
+    # What was answered in time was not asked for again.
+    assert set(wild.answered.values()) == {1}
+    assert asked == sum(hits.values()) == wild.answered.total() + sum(hits.values()) - hits["None"]
+
+
+def test_what_a_failing_server_kept_back_is_drawn_by_resume(calm, tokenizer, tmp_path, capsys):
+    with MockServer(fault=lambda n: None if n % 3 else "error") as server:
+        options = ServerOptions(concurrency=4, timeout=20, retries=0)
+        config = config_of(server, tokenizer, tmp_path / "out", server=options)
+        with pytest.raises(Unfinished, match=r"\d+ samples did not arrive \(HTTP 503 \d+ times"):
+            sweep(config)
+        before = stored(config.out)
+        assert 0 < len(before) < 72
+        words = f"sweep --model {server.url} --tokenizer {tokenizer} --out {config.out} --samples 1"
+        words += " 3 --budgets 0 2 --problems 6 --server.retries 0 --resume"
+        assert run(words.split()) == 1
+        assert "ponder: " in capsys.readouterr().err
+        server.fault = lambda n: None
+        sweep(replace(config, resume=True))
+        assert stored(config.out) == calm
+        asked = len(server.requests)
+        sweep(replace(config, resume=True))
+        assert len(server.requests) == asked
+
+
+def test_a_server_that_goes_away_is_not_asked_for_the_rest(no_report, tokenizer, tmp_path):
+    with MockServer(fault=lambda n: "error" if n >= 30 else None) as server:
+        options = ServerOptions(concurrency=2, timeout=20, retries=1)
+        config = config_of(server, tokenizer, tmp_path / "out", problems=60, server=options)
+        with pytest.raises(Unfinished, match="samples did not arrive"):
+            sweep(config)
+        assert len(stored(config.out)) >= 10
+        assert len(server.requests) < 60  # of some 1,200
+
+
+def test_no_more_requests_at_once_than_allowed(server, no_report, tokenizer, tmp_path):
+    options = ServerOptions(concurrency=3, timeout=20)
+    sweep(config_of(server, tokenizer, tmp_path / "out", server=options))
+    assert 1 < server.most_at_once <= 3
+
+
+def ask(prompt: str = "3+8=", seed: int = 0, **params) -> Ask:
+    return Ask(prompt, SamplingParams(max_tokens=40, **params), seed, 0)
+
+
+def test_retry_after_is_honoured_by_every_request(server, monkeypatch):
+    server.fault = lambda n: "limit" if n == 0 else None  # Retry-After: 0.05
+    speaker = RemoteSpeaker(server.url, ServerOptions(retries=1))
+    waits: list[float] = []
+    monkeypatch.setattr(speaker.server, "_pause", waits.append)
+    (_,) = speaker.generate([ask()])
+    before, wait, again = waits
+    assert before <= 0 and wait == 0.05 and 0 < again <= 0.05
+    speaker.server.ask("/models", None, lambda answer: answer)
+    assert 0 < waits[-1] <= 0.05
+
+
+def test_retry_after_is_seconds_or_a_date():
+    assert remote._retry_after("7") == 7.0
+    assert 50 < remote._retry_after(formatdate(time.time() + 60, usegmt=True)) <= 60
+    for nothing in (None, "-3", "soon", "inf", "nan", formatdate(0)):
+        assert remote._retry_after(nothing) == 0.0
+
+
+@pytest.mark.parametrize("reasoning", [True, False])
+def test_chat_is_spoken_where_there_are_no_budgets(no_report, server, tmp_path, reasoning):
+    server.reasoning = reasoning  # or the text holds <think> … </think>
+    sweep(config_of(server, None, tmp_path / "out", system="Be brief."))
+    rows = stored(tmp_path / "out")
+    assert len(rows) == 6 * 4 and all(row[1] is None for row in rows)
+    for path, body in server.requests:
+        assert path == "/v1/chat/completions"
+        assert [m["role"] for m in body["messages"]] == ["system", "user"]
+        # Nothing that only some servers know, and no bound that nobody asked for.
+        assert set(body) == {"model", "messages", "temperature", "top_p", "seed"}
+    prompts = {body["messages"][1]["content"] for _, body in server.requests}
+    for row in rows:
+        texts = {
+            continuation(p + "<think>", b["seed"]) for p in prompts for _, b in server.requests
+        }
+        assert row[5].removeprefix("<think>") in texts
+        thinking = row[5].removeprefix("<think>").partition("</think>")[0]
+        assert row[11] == pytest.approx(len(thinking), abs=0 if reasoning else 2)
+
+
+@pytest.mark.parametrize("budget", [None, 0, 2])
+def test_a_streamed_sample_is_the_whole_one(server, tokenizer, budget):
+    speaker = RemoteSpeaker(server.url, ServerOptions(), tokenizer=tokenizer, budgets=True)
+    pieces: list[str] = []
+    (streamed,) = speaker.generate([ask(budget=budget)], watch=lambda _, text: pieces.append(text))
+    (whole,) = speaker.generate([ask(budget=budget)])
+    assert replace(streamed, seconds=0, ask=whole.ask) == replace(whole, seconds=0)
+    assert "".join(pieces) == whole.text
+    assert len(pieces) >= len(whole.text) - len("<think></think>")  # a character at a time
+    assert all(body["stream"] for _, body in server.requests[: len(server.requests) // 2])
+
+
+def test_a_streamed_chat_shows_its_thinking_between_tags(server):
+    speaker = RemoteSpeaker(server.url, ServerOptions())
+    pieces: list[str] = []
+    (streamed,) = speaker.generate([ask()], watch=lambda _, text: pieces.append(text))
+    (whole,) = speaker.generate([ask()])
+    assert "".join(pieces) == streamed.text == whole.text
+    assert streamed.sampled_tokens == whole.sampled_tokens
+
+
+def test_seconds_are_shared_among_the_answers_under_way(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(remote.time, "perf_counter", lambda: now)
+    clock = remote._Clock()
+    now = 5.0  # nobody's
+    first = clock.tick(+1)
+    now = 6.0
+    second = clock.tick(+1)
+    now = 10.0
+    assert clock.tick(-1) - first == 1 + 4 / 2
+    now = 11.0
+    assert clock.tick(-1) - second == 4 / 2 + 1
 
 
 def test_the_own_key_comes_first_and_a_redirect_gets_none(server, monkeypatch):
@@ -307,16 +338,6 @@ def test_a_url_with_a_secret_is_refused_without_saying_it(tmp_path, url):
     assert "planted" not in str(error.value) and not (tmp_path / "out").exists()
 
 
-def test_remote_text_is_data(tokenizer, tmp_path, capsys):
-    with MockServer() as server:
-        server.echo = "\x1b]0;owned\x07<script>alert(1)</script>\u202e\ud800"
-        page = sweep(config_of(server, tokenizer, tmp_path / "out"))
-        generate(GenerateConfig(("3+8=", "4*2="), server.url))
-    assert "<script" not in page.read_text()
-    shown = capsys.readouterr().out
-    assert "\x1b" not in shown and "\u202e" not in shown and "owned" in shown
-
-
 def down() -> str:
     with MockServer() as server:
         return server.url
@@ -332,7 +353,7 @@ def down() -> str:
         (dict(models=["a", "b"]), r"serves 2 models \(a, b\); say which, as in --model .*#NAME"),
         (dict(models=[]), "serves 0 models"),
         (dict(budgets=(2,)), "thinking budgets of mock need the chat template"),
-        (dict(tokenizer="nowhere"), "no tokenizer of nowhere could be loaded"),
+        (dict(tokenizer="nowhere"), "there is no folder nowhere with a tokenizer"),
         (dict(tokenizer=True, context=None), "does not say how long the context of mock is"),
         (dict(tokenizer=True, context=5), "the model's context of 5 leaves room for at most 4"),
         (dict(tokenizer=True, max_tokens=60), "max_tokens is 60; after .* the context of 64"),
@@ -357,7 +378,7 @@ def test_a_server_that_cannot_be_swept_gets_one_sentence(
     assert not (tmp_path / "out").exists()
 
 
-def test_another_dialect_gets_one_sentence(server, tmp_path):
+def test_another_dialect_gets_one_sentence(no_report, server, tmp_path):
     server.get = lambda handler: server.send(handler, 200, b"<html>hello</html>")
     with pytest.raises(ValueError, match="something else than a list of models"):
         sweep(config_of(server, None, tmp_path / "out"))
