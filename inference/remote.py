@@ -27,7 +27,7 @@ from functools import partial
 from typing import Any, Literal, TypeAlias
 from urllib.parse import urlsplit
 
-from ..models import hub
+from ..models import GPTConfig, hub
 from .chat import THINK, THINK_END, ChatTokenizer, known_shape, printable, thoughtful
 from .config import ServerOptions
 from .engine import stream_key
@@ -280,7 +280,7 @@ class RemoteSpeaker:
         self.name, self.context = self._served(name)
         self.system = system
         self.chat: ChatTokenizer | None = None
-        self.shape = None
+        self.shape: GPTConfig | None = None
         if budgets or tokenizer:
             self.chat = self._tokenizer(tokenizer, budgets)
             self.shape = known_shape(self.chat.path)

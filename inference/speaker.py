@@ -9,7 +9,7 @@ import hashlib
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
@@ -72,7 +72,7 @@ class Speaker(Protocol):
     sample from arriving; `generate` leaves such samples out.
     """
 
-    identity: Mapping[str, str]
+    identity: dict[str, str]
     shape: GPTConfig | None
     failures: Counter[str]
 

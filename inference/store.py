@@ -303,15 +303,27 @@ class Store:
         Raises ValueError where the other store is of another model or task, or has another problem
         under an index.
         """
-        with Store(path, identity=self.identity) as other:
-            problems = other.problems()
-        for first, problem in problems.items():
-            self.add_problems([problem], first=first)
+        Store(path, identity=self.identity).close()  # checks it, and finishes what it had begun
         self._db.execute("ATTACH ? AS other", (str(path),))
         try:
             with self._transaction():
+                clash = self._db.execute(
+                    "SELECT id, ours.prompt, theirs.prompt"
+                    " FROM main.problem AS ours JOIN other.problem AS theirs USING (id) WHERE"
+                    " (ours.prompt, ours.answer, ours.difficulty) <>"
+                    " (theirs.prompt, theirs.answer, theirs.difficulty)"
+                ).fetchone()
+                if clash:
+                    raise ValueError(
+                        f"{path}: problem {clash[0]} is {clash[2]!r} there and {clash[1]!r} in "
+                        f"{self.path}; they are not of one sweep"
+                    )
                 self._db.execute(
-                    "INSERT INTO sample SELECT * FROM other.sample WHERE true"
+                    "INSERT INTO main.problem SELECT * FROM other.problem WHERE true"
+                    " ON CONFLICT DO NOTHING"
+                )
+                self._db.execute(
+                    "INSERT INTO main.sample SELECT * FROM other.sample WHERE true"
                     " ON CONFLICT (params, seed, ifnull(budget, -1), problem, sample) DO NOTHING"
                 )
         finally:

@@ -191,7 +191,7 @@ class TransformersSpeaker:
             out = self.model(input_ids=tokens.expand(rows, -1), use_cache=True, **last)
             return out.logits[:, -1], out.past_key_values
         cache.batch_repeat_interleave(rows)
-        return out.logits[:, -1].expand(rows, -1), cache
+        return out.logits[:, -1].repeat(rows, 1), cache
 
     def _completion(
         self,

@@ -1,13 +1,22 @@
 """Any causal model of Transformers, against ponder's own engine and against plain forward calls."""
 
+import json
+import shutil
+import sqlite3
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models
 
+from ponder.inference.config import SweepConfig
 from ponder.inference.engine import SamplingParams
 from ponder.inference.speaker import Ask, LocalSpeaker
+from ponder.inference.sweep import sweep
 from ponder.inference.transformers_engine import TransformersSpeaker
+
+from .test_sweep import samples
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +84,109 @@ def test_a_watched_sample_is_shown_as_it_grows(theirs):
     (whole,) = theirs.generate([ask], watch=lambda _, text: pieces.append(text))
     assert "".join(pieces) == whole.text
     assert len(pieces) == whole.sampled_tokens + whole.forced_tokens
+
+
+TEMPLATE = "{% for m in messages %}{{ m.content }}={% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory) -> str:
+    """A GPT-2 with a chat template, two ends of a text, and no <think>."""
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("gpt2")
+    vocabulary = {c: i for i, c in enumerate(["<eos>", "<end>", "<unk>", *"0123456789+-*=abcdef"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    tokenizer.add_special_tokens(["<eos>", "<end>", "<unk>"])
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>", chat_template=TEMPLATE
+    )
+    fast.save_pretrained(folder)
+    torch.manual_seed(1)
+    config = GPT2Config(
+        vocab_size=len(vocabulary),
+        n_positions=48,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        initializer_range=0.4,
+        eos_token_id=0,
+        bos_token_id=0,
+    )
+    net = GPT2LMHeadModel(config)
+    net.generation_config.eos_token_id = [0, 1]
+    net.save_pretrained(folder)
+    return str(folder)
+
+
+def test_greedy_is_what_transformers_generates(gpt2):
+    speaker = TransformersSpeaker(gpt2, slots=3, precision="fp32")
+    assert speaker.shape is None
+    prompts = [f"{a}+{b}" for a in range(5) for b in range(4)]
+    params = SamplingParams(temperature=0.0, max_tokens=25)
+    ends = Counter()
+    for completion in speaker.generate([Ask(p, params, 0, 0) for p in prompts]):
+        prompt = completion.ask.prompt + "="
+        ids = speaker.chat.tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+        with torch.inference_mode():
+            (whole,) = speaker.model.generate(
+                **ids, do_sample=False, max_new_tokens=25, pad_token_id=0
+            )
+        new = whole[len(prompt) :].tolist()
+        stopped = new[-1] in (0, 1)
+        ends[new[-1] if stopped else "length"] += 1
+        shown = new[:-1] if stopped else new
+        assert completion.text == "".join(speaker.chat.tokenizer.convert_ids_to_tokens(shown))
+        assert completion.finish == ("stop" if stopped else "length")
+        assert (completion.sampled_tokens, completion.think_tokens) == (len(new), 0)
+        assert completion.prompt_tokens == len(prompt)
+    assert len(ends) == 3  # both ends and neither were met
+
+
+def test_a_sweep_of_a_transformers_model_resumes_to_the_same_samples(gpt2, tmp_path):
+    config = SweepConfig(
+        model=gpt2,
+        out=tmp_path,
+        engine="transformers",
+        samples=(1, 2),
+        budgets=(),
+        problems=3,
+        max_tokens=8,
+        slots=4,
+    )
+    sweep(config)
+    whole = samples(tmp_path)
+    assert len(whole) == 3 * 3
+    with sqlite3.connect(tmp_path / "sweep" / "samples.sqlite") as db:
+        db.execute("DELETE FROM sample WHERE rowid % 2")
+    sweep(replace(config, resume=True))
+    assert samples(tmp_path) == whole
+    configuration = json.loads((tmp_path / "run.json").read_text())["sweep"]["configuration"]
+    assert configuration["engine"] == "transformers" and configuration["precision"] == "fp32"
+    with pytest.raises(ValueError, match="holds another sweep run, with engine 'transformers'"):
+        sweep(replace(config, engine="ponder", resume=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(model="nowhere"), "there is no folder nowhere"),
+        (dict(budgets=(2,)), "has no tokens <think> and </think>; leave budgets away"),
+        (dict(max_tokens=60), "max_tokens is 60; after .* the context of 48"),
+        (dict(task="permute"), "holds what the tokenizer of .* does not know"),
+    ],
+)
+def test_a_model_that_cannot_be_swept_gets_one_sentence(gpt2, tmp_path, changes, message):
+    settings = dict(model=gpt2, out=tmp_path / "out", engine="transformers", budgets=(), problems=3)
+    with pytest.raises(ValueError, match=message) as error:
+        sweep(SweepConfig(**settings | changes))
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_a_folder_without_safetensors_is_refused(gpt2, tmp_path):
+    shutil.copytree(gpt2, tmp_path / "pickled")
+    torch.save({}, tmp_path / "pickled" / "pytorch_model.bin")
+    (tmp_path / "pickled" / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="no model of .*pickled could be loaded"):
+        TransformersSpeaker(str(tmp_path / "pickled"), slots=1)
