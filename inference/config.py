@@ -95,6 +95,8 @@ def common_faults(config: "SweepConfig | GenerateConfig") -> list[str]:
     served = config.model.startswith(("http://", "https://"))
     if served and config.engine != "ponder":
         faults.append(f"engine is {config.engine!r}; a server is its own engine")
+    if served and config.precision != "auto":
+        faults.append(f"precision is {config.precision!r}; that is the server's affair")
     if config.tokenizer is not None and not served:
         faults.append(f"tokenizer is {config.tokenizer!r}; a model of this machine has its own")
     if config.top_k < 0:

@@ -78,7 +78,12 @@ class Server:
         self._key = os.environ[self.variable].strip() if self.variable else ""
         if not re.fullmatch(r"[!-~]*", self._key):
             raise ValueError(f"{self.variable} holds characters that no HTTP header can carry")
-        self._opener = urllib.request.build_opener(_NoRedirects)
+        # What is shorter is a placeholder ("EMPTY"), and may be a word of an answer.
+        self._secret = self._key if len(self._key) >= 8 else ""
+        # A proxy's localhost is not ours.
+        near = parts.hostname == "localhost" or parts.hostname.startswith(("127.", "::1"))
+        proxies = urllib.request.ProxyHandler({} if near else None)
+        self._opener = urllib.request.build_opener(_NoRedirects, proxies)
         self._not_before = 0.0
         self.stopped = threading.Event()
 
@@ -89,15 +94,17 @@ class Server:
         parse: Callable[[Any], Any],
         *,
         retries: int | None = None,
+        timeout: float | None = None,
         watch: Callable[[Any], None] | None = None,
     ) -> Any:
-        """What `parse` makes of the answer.
+        """What `parse` makes of the answer; retries and timeout are those of the options.
 
         watch gets the chunks of a streamed answer; one that broke off after the first is not asked
         for again. Raises Failed after the last attempt, ValueError for an answer that would be the
         same again.
         """
         retries = self.options.retries if retries is None else retries
+        timeout = timeout or self.options.timeout
         seen = False
 
         def watched(chunk: Any) -> None:
@@ -110,12 +117,12 @@ class Server:
         while True:
             self._pause(self._not_before - time.monotonic())
             try:
-                return parse(self._once(path, body, watched if watch else None))
+                return parse(self._once(path, body, timeout, watched if watch else None))
             except Failed as error:
                 if attempt == retries or error.wait > PATIENCE or seen or self.stopped.is_set():
                     raise
                 # Half of the wait is random, so that requests that failed together part.
-                wait = min(0.5 * 2**attempt, LONGEST_WAIT) * random.uniform(0.5, 1)
+                wait = min(0.5 * 2 ** min(attempt, 20), LONGEST_WAIT) * random.uniform(0.5, 1)
                 if error.wait:  # the server's wish holds for every request
                     self._not_before = max(self._not_before, time.monotonic() + error.wait)
                 self._pause(max(wait, error.wait))
@@ -126,7 +133,11 @@ class Server:
             self.stopped.wait(seconds)
 
     def _once(
-        self, path: str, body: dict[str, Any] | None, watch: Callable[[Any], None] | None
+        self,
+        path: str,
+        body: dict[str, Any] | None,
+        timeout: float,
+        watch: Callable[[Any], None] | None,
     ) -> Any:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(
@@ -134,9 +145,9 @@ class Server:
         )
         if self._key:
             request.add_unredirected_header("Authorization", f"Bearer {self._key}")
-        deadline = time.monotonic() + self.options.timeout
+        deadline = time.monotonic() + timeout
         try:
-            with self._opener.open(request, timeout=self.options.timeout) as response:
+            with self._opener.open(request, timeout=timeout) as response:
                 blocks = _blocks(response, deadline)
                 if watch is None:
                     return self.cleaned(_json(b"".join(blocks)))
@@ -160,7 +171,7 @@ class Server:
         what UTF-8 cannot hold (lone surrogates) is a question mark."""
         if isinstance(value, str):
             value = value.encode("utf-8", "replace").decode("utf-8")
-            return value.replace(self._key, STRUCK) if self._key else value
+            return value.replace(self._secret, STRUCK) if self._secret else value
         if isinstance(value, list):
             return [self.cleaned(v) for v in value]
         if isinstance(value, dict):
@@ -170,8 +181,8 @@ class Server:
     def guarded(self, text: str) -> tuple[str, str]:
         """The text cleaned, and of its end what may be the beginning of the key, apart."""
         text = self.cleaned(text)
-        for n in range(min(len(self._key) - 1, len(text)), 0, -1):
-            if text.endswith(self._key[:n]):
+        for n in range(min(len(self._secret) - 1, len(text)), 0, -1):
+            if text.endswith(self._secret[:n]):
                 return text[:-n], text[-n:]
         return text, ""
 
@@ -304,8 +315,13 @@ class RemoteSpeaker:
 
         try:
             # Quick to tell that a server is down, yet past a single slip.
+            options = self.server.options
             models = self.server.ask(
-                "/models", None, parse, retries=min(2, self.server.options.retries)
+                "/models",
+                None,
+                parse,
+                retries=min(2, options.retries),
+                timeout=min(30.0, options.timeout),
             )
         except Failed as error:
             if error.reason == "a garbled answer":

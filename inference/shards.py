@@ -79,11 +79,14 @@ def joined() -> Iterator[Shard]:
         yield Shard(0, 1)
         return
     rank = int(os.environ["RANK"])
-    dist.init_process_group("gloo", timeout=PATIENCE, rank=rank, world_size=count)
+    ours = not dist.is_initialized()  # the training before it, in one command, may have
+    if ours:
+        dist.init_process_group("gloo", timeout=PATIENCE, rank=rank, world_size=count)
     try:
         yield Shard(rank, count)
     finally:
-        dist.destroy_process_group()
+        if ours:
+            dist.destroy_process_group()
 
 
 def merge(folder: Path, store: Store) -> None:

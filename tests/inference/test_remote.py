@@ -323,6 +323,14 @@ def test_the_own_key_comes_first_and_a_redirect_gets_none(server, monkeypatch):
         server.get = get
 
 
+def test_a_placeholder_of_a_key_is_no_secret(server, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "EMPTY")
+    server.key = "EMPTY"
+    server.echo = " EMPTY"
+    (completion,) = RemoteSpeaker(server.url, ServerOptions()).generate([ask()])
+    assert completion.text.endswith(" EMPTY")
+
+
 def test_a_key_that_no_header_can_carry_is_not_shown(server, monkeypatch):
     monkeypatch.setenv("PONDER_API_KEY", "planted\nkey")
     with pytest.raises(ValueError, match="PONDER_API_KEY holds characters") as error:

@@ -175,6 +175,7 @@ def test_what_cannot_be_answered_gets_one_sentence(config, tmp_path, changes, me
         ("1= --model http://x --server.timeout 0", "server.timeout is 0"),
         ("1= --model http://x --server.retries -1", "server.retries is -1"),
         ("1= --model http://x --engine transformers", "a server is its own engine"),
+        ("1= --model http://x --precision bf16", "that is the server's affair"),
     ],
 )
 def test_options_that_cannot_be_get_one_sentence(capsys, words, message):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import tyro
 from tokenizers import Tokenizer, models
 
 from ponder import tasks
@@ -159,6 +160,13 @@ def test_redraw_writes_the_same_results(config):
 def test_a_budget_beyond_the_context_names_what_fits(config):
     with pytest.raises(ValueError, match=r"a budget of 90 does not fit: .* room for \d+"):
         sweep(replace(config, budgets=(90,)))
+
+
+def test_budgets_with_no_number_leave_unlimited_thinking_alone(config):
+    words = ["--model", config.model, "--budgets"]
+    assert tyro.cli(SweepConfig, args=words).budgets == ()
+    sweep(replace(config, budgets=(), samples=(1,), problems=2))
+    assert [row[1] for row in samples(config.out)] == [None] * 4
 
 
 def test_a_model_without_think_tokens_is_named(model, config, tmp_path):
