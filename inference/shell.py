@@ -27,7 +27,8 @@ def generate(config: GenerateConfig) -> None:
     count = len(prompts) * config.samples
     speaker = open_speaker(
         config,
-        slots=config.slots or min(count, 256),
+        # Transformers batches one prompt's samples; ponder's engine, those of all.
+        slots=config.slots or min(256, config.samples if config.engine != "ponder" else count),
         precision=config.precision,
         budgets=config.budget is not None,
     )

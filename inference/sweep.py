@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -97,25 +98,11 @@ def _sweep(config: SweepConfig, shard: Shard) -> Path:
             )
             for key in wanted
         )
-        finished: list[Completion] = []
-        kept = time.monotonic()
+        records = (_record(c, task, problems) for c in speaker.generate(asks))
         with tqdm(
             total=len(wanted), unit="sample", dynamic_ncols=True, disable=not shard.first
         ) as bar:
-
-            def keep() -> None:
-                store.add(_record(completion, task, problems) for completion in finished)
-                bar.update(len(finished))
-                finished.clear()
-
-            try:
-                for completion in speaker.generate(asks):
-                    finished.append(completion)
-                    if time.monotonic() - kept > KEEP_EVERY_SECONDS:
-                        keep()
-                        kept = time.monotonic()
-            finally:  # also when sampling was interrupted: what is finished is kept
-                keep()
+            _keep(records, store, bar)
     failures = sum(shard.gathered(speaker.failures), Counter())
 
     def end() -> tuple[Path, int]:
@@ -123,6 +110,7 @@ def _sweep(config: SweepConfig, shard: Shard) -> Path:
             merge(folder, store)
             lacking = len(_wanted(config, store, range(len(problems)), budgets))
             page = config.out / "report" / "index.html"
+            results = []
             if len(store):
                 results = evaluate(
                     store,
@@ -131,6 +119,7 @@ def _sweep(config: SweepConfig, shard: Shard) -> Path:
                     seed=config.seed,
                     model=config.model,
                 )
+            if results or not lacking:
                 run = read_run(config.out)["sweep"]
                 page = write_report(config.out / "report", results, store, run=run)
             return page, lacking
@@ -145,6 +134,26 @@ def _sweep(config: SweepConfig, shard: Shard) -> Path:
             "--resume to ask for the rest"
         )
     return page
+
+
+def _keep(records: Iterator[Record], store: Store, bar: tqdm) -> None:
+    """Put the records into the store as they come, a batch every few seconds."""
+    batch: list[Record] = []
+    kept = time.monotonic()
+
+    def keep() -> None:
+        store.add(batch)
+        bar.update(len(batch))
+        batch.clear()
+
+    try:
+        for record in records:
+            batch.append(record)
+            if time.monotonic() - kept > KEEP_EVERY_SECONDS:
+                keep()
+                kept = time.monotonic()
+    finally:  # also when sampling was interrupted: what is finished is kept
+        keep()
 
 
 def _sampled(config: SweepConfig) -> SamplingParams:

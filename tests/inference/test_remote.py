@@ -14,6 +14,7 @@ import pytest
 
 from ponder.cli import run
 from ponder.inference import Unfinished, remote
+from ponder.inference import server as server_module
 from ponder.inference.config import GenerateConfig, ServerOptions, SweepConfig
 from ponder.inference.engine import SamplingParams
 from ponder.inference.remote import RemoteSpeaker
@@ -28,14 +29,14 @@ KEY = "sk-planted/0123456789+secret"
 
 @pytest.fixture(autouse=True)
 def no_keys(monkeypatch):
-    for name in remote.KEYS:
+    for name in server_module.KEYS:
         monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Waits between attempts are a hundredth of what they are in earnest."""
-    monkeypatch.setattr(remote, "LONGEST_WAIT", 0.01)
+    monkeypatch.setattr(server_module, "LONGEST_WAIT", 0.01)
 
 
 @pytest.fixture(scope="module")
@@ -225,6 +226,16 @@ def test_a_server_that_goes_away_is_not_asked_for_the_rest(no_report, tokenizer,
         assert len(server.requests) < 60  # of some 1,200
 
 
+@pytest.mark.parametrize("answers", [0, 1])
+def test_a_server_that_answers_next_to_nothing_loses_nothing(no_report, tmp_path, answers):
+    with MockServer(fault=lambda n: "error" if n >= answers else None) as server:
+        options = ServerOptions(concurrency=1, retries=0)
+        config = config_of(server, None, tmp_path / "out", server=options)
+        with pytest.raises(Unfinished, match=f"{24 - answers} samples did not arrive"):
+            sweep(config)
+        assert len(stored(config.out)) == answers
+
+
 def test_no_more_requests_at_once_than_allowed(server, no_report, tokenizer, tmp_path):
     options = ServerOptions(concurrency=3, timeout=20)
     sweep(config_of(server, tokenizer, tmp_path / "out", server=options))
@@ -248,10 +259,10 @@ def test_retry_after_is_honoured_by_every_request(server, monkeypatch):
 
 
 def test_retry_after_is_seconds_or_a_date():
-    assert remote._retry_after("7") == 7.0
-    assert 50 < remote._retry_after(formatdate(time.time() + 60, usegmt=True)) <= 60
+    assert server_module._retry_after("7") == 7.0
+    assert 50 < server_module._retry_after(formatdate(time.time() + 60, usegmt=True)) <= 60
     for nothing in (None, "-3", "soon", "inf", "nan", formatdate(0)):
-        assert remote._retry_after(nothing) == 0.0
+        assert server_module._retry_after(nothing) == 0.0
 
 
 @pytest.mark.parametrize("reasoning", [True, False])
