@@ -268,9 +268,9 @@ def test_retry_after_is_seconds_or_a_date():
 @pytest.mark.parametrize("reasoning", [True, False])
 def test_chat_is_spoken_where_there_are_no_budgets(no_report, server, tmp_path, reasoning):
     server.reasoning = reasoning  # or the text holds <think> … </think>
-    sweep(config_of(server, None, tmp_path / "out", system="Be brief."))
+    sweep(config_of(server, None, tmp_path / "out", system="Be brief.", problems=3))
     rows = stored(tmp_path / "out")
-    assert len(rows) == 6 * 4 and all(row[1] is None for row in rows)
+    assert len(rows) == 3 * 4 and all(row[1] is None for row in rows)
     for path, body in server.requests:
         assert path == "/v1/chat/completions"
         assert [m["role"] for m in body["messages"]] == ["system", "user"]
