@@ -57,8 +57,12 @@ class ChatTokenizer:
         """The rendered prompt's tokens, and whether they end inside a thought."""
         text = self.render(prompt)
         tokens = tuple(self.tokenizer.encode(text, add_special_tokens=not self.template))
-        unknown = self.tokenizer.unk_token_id
-        if unknown is not None and unknown in tokens:
+        unknown = {self.tokenizer.unk_token_id} - {
+            None,
+            self.tokenizer.bos_token_id,  # GPT-2 has one token for all three
+            self.tokenizer.eos_token_id,
+        }
+        if unknown & set(tokens):
             raise ValueError(
                 f"the prompt {printable(prompt)[:80]!r} holds what the tokenizer of {self.path} "
                 "does not know"
