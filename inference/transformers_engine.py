@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..kernels import sample_tokens
 from .chat import THINK, THINK_END, ChatTokenizer, first_line, known_shape, thoughtful
-from .engine import NEVER, stream_key
+from .engine import stream_key
 from .speaker import (
     DTYPE,
     Ask,
@@ -32,6 +32,8 @@ from .speaker import (
     out_of_memory,
     room,
 )
+
+NEVER = 1 << 62
 
 
 class TransformersSpeaker:

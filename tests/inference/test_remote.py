@@ -423,3 +423,13 @@ def test_filters_are_sent_where_they_filter(server):
     assert (hot["top_k"], hot["top_p"], hot["min_p"]) == (5, 0.9, 0.1)
     assert greedy["top_p"] == 1.0 and not {"top_k", "min_p"} & set(greedy)
     assert hot["max_tokens"] == 40
+
+
+def test_a_thought_that_never_ends_is_cut(server, tokenizer):
+    speaker = RemoteSpeaker(server.url, ServerOptions(), tokenizer=tokenizer, budgets=True)
+    seeds = [Ask("3+8=", SamplingParams(max_tokens=1), seed, 0) for seed in range(8)]
+    cut = [c for c in speaker.generate(seeds) if "</think>" not in c.text]
+    assert cut
+    for completion in cut:
+        assert completion.finish == "length" and completion.sampled_tokens == 1
+        assert len(completion.text) == len("<think>") + 1 and completion.think_tokens == 1
