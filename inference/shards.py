@@ -3,30 +3,39 @@ its own; the first process merges them.
 
 The processes meet three times: at the start, so that all know what the first one decided, and at
 the end, before and after it merges. Between those they share nothing, so none waits for another.
+They meet in the launcher's key-value store: a process group would do it too, but leaves threads
+behind that now and then abort a process at its exit (PyTorch 2.13, gloo).
 """
 
+import itertools
+import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
-from .chat import first_line
 from .store import Store
 
-PATIENCE = timedelta(days=7)  # a shard may take longer than another; one that died is noticed
+LOOK_EVERY_SECONDS = 0.1
+sweeps = itertools.count()  # of this process: what one of them shared is not the next one's
+FAREWELL_SECONDS = 20.0  # that the first process, which may host what they share, waits for others
 
 
-@dataclass(frozen=True)
+@dataclass
 class Shard:
-    """This process's part: number `rank` of `count`."""
+    """This process's part: number `rank` of `count`. What is exchanged is JSON."""
 
     rank: int
     count: int
+    shared: dist.Store | None = None
+    meetings: int = field(default=0, init=False)
 
     @property
     def first(self) -> bool:
@@ -40,35 +49,65 @@ class Shard:
         return folder / ("samples.sqlite" if self.count == 1 else f"samples-{self.rank}.sqlite")
 
     def agreed(self, decide: Callable[[], Any]) -> Any:
-        """What `decide` returns, in the first process; its ValueError ends them all."""
-        if self.count == 1:
-            return decide()
-        outcome: list[Any] = [None, None]
-        if self.first:
-            try:
-                outcome[0] = decide()
-            except ValueError as error:
-                outcome[1] = error
-        self._met(lambda: dist.broadcast_object_list(outcome, src=0))
-        if outcome[1] is not None:
-            raise outcome[1] if self.first else SystemExit(2)  # one process tells it
-        return outcome[0]
+        """What `decide` returns in the first process; its ValueError ends them all."""
+        self.meetings += 1
+        if not self.first:
+            decided, value = self._read(0)
+            if not decided:
+                raise SystemExit(2)  # the first process tells why
+            return value
+        try:
+            value = decide()
+        except ValueError:
+            self._write([False, None])
+            raise
+        self._write([True, value])
+        return value
 
     def gathered(self, value: Any) -> list[Any]:
         """The value of every process, by rank."""
-        values = [value] * self.count
-        if self.count > 1:
-            self._met(lambda: dist.all_gather_object(values, value))
-        return values
+        self.meetings += 1
+        self._write(value)
+        return [value if r == self.rank else self._read(r) for r in range(self.count)]
 
-    def _met(self, meet: Callable[[], None]) -> None:
+    def _write(self, value: Any) -> None:
+        if self.shared is not None:
+            self.shared.set(f"{self.meetings}/{self.rank}", json.dumps(value))
+
+    def _read(self, rank: int) -> Any:
+        """What the process of that rank wrote for this meeting, once it did."""
+        key = f"{self.meetings}/{rank}"
+        while not self._has(key):
+            if self._has(f"left/{rank}") and not self._has(key):
+                raise ValueError(
+                    f"process {rank} of this sweep has ended; what was finished is kept: say "
+                    "--resume"
+                )
+            time.sleep(LOOK_EVERY_SECONDS)
+        assert self.shared
+        return json.loads(self.shared.get(key))
+
+    def _has(self, key: str) -> bool:
+        assert self.shared
         try:
-            meet()
-        except RuntimeError as error:  # what gloo says of a connection that was closed
+            return self.shared.check([key])
+        except RuntimeError:  # the connection is closed
             raise ValueError(
-                f"another process of this sweep has ended ({first_line(error)}); what was finished "
-                "is kept: say --resume"
+                "the first process of this sweep has ended; what was finished is kept: say --resume"
             ) from None
+
+    def leave(self) -> None:
+        """Tell the others; the first process goes last."""
+        if self.shared is None:
+            return
+        try:
+            self.shared.set(f"left/{self.rank}", "")
+            deadline = time.monotonic() + FAREWELL_SECONDS * self.first
+            others = [f"left/{rank}" for rank in range(1, self.count)]
+            while time.monotonic() < deadline and not self.shared.check(others):
+                time.sleep(LOOK_EVERY_SECONDS)
+        except RuntimeError:  # nobody is there
+            pass
 
 
 @contextmanager
@@ -78,15 +117,13 @@ def joined() -> Iterator[Shard]:
     if count == 1:
         yield Shard(0, 1)
         return
-    rank = int(os.environ["RANK"])
-    ours = not dist.is_initialized()  # the training before it, in one command, may have
-    if ours:
-        dist.init_process_group("gloo", timeout=PATIENCE, rank=rank, world_size=count)
+    # A process may be late by the loading of a model, or by a slow machine.
+    shared, rank, count = next(iter(rendezvous("env://", timeout=timedelta(minutes=10))))
+    shard = Shard(rank, count, dist.PrefixStore(f"ponder/sweep {next(sweeps)}", shared))
     try:
-        yield Shard(rank, count)
+        yield shard
     finally:
-        if ours:
-            dist.destroy_process_group()
+        shard.leave()
 
 
 def merge(folder: Path, store: Store) -> None:

@@ -103,13 +103,15 @@ def _sweep(config: SweepConfig, shard: Shard) -> Path:
             total=len(wanted), unit="sample", dynamic_ncols=True, disable=not shard.first
         ) as bar:
             _keep(records, store, bar)
-    failures = sum(shard.gathered(speaker.failures), Counter())
+    failures = sum(map(Counter, shard.gathered(speaker.failures)), Counter[str]())
 
-    def end() -> tuple[Path, int]:
+    page = config.out / "report" / "index.html"
+
+    def end() -> int:
+        """Merge, report; the number of samples that are lacking."""
         with Store(folder / "samples.sqlite", identity=identity) as store:
             merge(folder, store)
             lacking = len(_wanted(config, store, range(len(problems)), budgets))
-            page = config.out / "report" / "index.html"
             results = []
             if len(store):
                 results = evaluate(
@@ -121,10 +123,10 @@ def _sweep(config: SweepConfig, shard: Shard) -> Path:
                 )
             if results or not lacking:
                 run = read_run(config.out)["sweep"]
-                page = write_report(config.out / "report", results, store, run=run)
-            return page, lacking
+                write_report(page.parent, results, store, run=run)
+            return lacking
 
-    page, lacking = shard.agreed(end)
+    lacking = shard.agreed(end)
     if lacking and not shard.first:
         raise SystemExit(1)
     if lacking:
