@@ -34,7 +34,7 @@ class Shard:
 
     rank: int
     count: int
-    shared: dist.Store | None = None
+    shared: Any = None  # torch.distributed's key-value store
     meetings: int = field(default=0, init=False)
 
     @property
@@ -84,11 +84,9 @@ class Shard:
                     "--resume"
                 )
             time.sleep(LOOK_EVERY_SECONDS)
-        assert self.shared
         return json.loads(self.shared.get(key))
 
     def _has(self, key: str) -> bool:
-        assert self.shared
         try:
             return self.shared.check([key])
         except RuntimeError:  # the connection is closed
@@ -119,7 +117,8 @@ def joined() -> Iterator[Shard]:
         return
     # A process may be late by the loading of a model, or by a slow machine.
     shared, rank, count = next(iter(rendezvous("env://", timeout=timedelta(minutes=10))))
-    shard = Shard(rank, count, dist.PrefixStore(f"ponder/sweep {next(sweeps)}", shared))
+    prefixed = dist.PrefixStore(f"ponder/sweep {next(sweeps)}", shared)  # type: ignore
+    shard = Shard(rank, count, prefixed)
     try:
         yield shard
     finally:
