@@ -20,7 +20,7 @@ commands:
   report    draw a training run's curves, and a sweep's report from its stored samples
   scale     train a ladder of sizes and fit the scaling law: ponder scale [tiny|cpu|gpu] ...
   plan      memory, time and layout of a run before it starts: ponder plan [MODEL] ...
-  generate  let a model answer one prompt
+  generate  let a model answer prompts
   info      versions, hardware, and which path each kernel takes
 
 options:
@@ -75,7 +75,9 @@ def _sweep(arguments: list[str]) -> None:
     config.check()
     from .inference.sweep import sweep
 
-    print(f"report: {sweep(config)}")
+    page = sweep(config)
+    if int(os.environ.get("RANK", 0)) == 0:  # one of the processes that share it tells
+        print(f"report: {page}")
 
 
 @dataclass(frozen=True)
@@ -187,13 +189,15 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 
 
 def run(arguments: list[str]) -> int:
-    """The exit status: 0, or 2 where the user asked for what cannot be."""
+    """The exit status: 0; 1 where samples are lacking; 2 where what was asked for cannot be."""
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(HELP, end="")
         return 0
     if arguments[0] == "--version":
         print(f"ponder {__version__}")
         return 0
+    from .inference import Unfinished
+
     command = COMMANDS.get(arguments[0])
     try:
         if command is None:
@@ -204,6 +208,9 @@ def run(arguments: list[str]) -> int:
     except ValueError as error:
         print(f"ponder: {error}", file=sys.stderr)
         return 2
+    except Unfinished as error:
+        print(f"ponder: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("ponder: interrupted; what was finished is kept", file=sys.stderr)
         return 130

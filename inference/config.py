@@ -2,9 +2,21 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import tyro
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """How a server is asked; its key is read from PONDER_API_KEY or OPENAI_API_KEY."""
+
+    concurrency: int = 16
+    """requests under way at once"""
+    timeout: float = 600.0
+    """seconds that one answer may take"""
+    retries: int = 6
+    """how often an answer that failed is asked for again, after longer and longer waits"""
 
 
 @dataclass(frozen=True)
@@ -12,7 +24,8 @@ class SweepConfig:
     """Sample a model on a task at several budgets and temperatures, and evaluate what it bought."""
 
     model: str
-    """a folder that `ponder train` left, or any Llama or Qwen3 checkpoint with <think> tokens"""
+    """a folder that `ponder train` left, any Llama or Qwen3 checkpoint with <think> tokens, or the
+    URL of an OpenAI-compatible server, as in http://localhost:8000/v1#NAME"""
     task: str = "last_digit"
     out: Path = Path("runs/sweep")
     """the folder that gets sweep/, report/ and run.json"""
@@ -27,9 +40,19 @@ class SweepConfig:
     """0: off"""
     top_p: float = 1.0
     min_p: float = 0.0
+    max_tokens: int | None = None
+    """most new tokens of a sample; None: what the context leaves"""
     seed: int = 0
-    slots: int = 512
-    """samples decoded at once"""
+    engine: Literal["ponder", "transformers"] = "ponder"
+    """transformers: any causal model that Transformers loads"""
+    system: str | None = None
+    """the system message, where a chat template renders the prompts"""
+    tokenizer: str | None = None
+    """of a server's model: the folder or Hub id whose chat template renders the prompts, which
+    budgets need; None: the model's own name"""
+    server: ServerOptions = ServerOptions()
+    slots: int | None = None
+    """samples decoded at once; None: 512, or 16 with Transformers"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on a GPU, and on a CPU where decoding is measured to be faster in it; run.json
     says which it was"""
@@ -43,22 +66,39 @@ class SweepConfig:
             faults.append(f"samples is {list(self.samples)}; each must be at least 1")
         if min(self.budgets, default=0) < 0:
             faults.append(f"budgets is {list(self.budgets)}; each must be at least 0")
-        for name in ("problems", "slots"):
-            if getattr(self, name) < 1:
-                faults.append(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.problems < 1:
+            faults.append(f"problems is {self.problems}; it must be at least 1")
         if not self.temperature > 0:
             faults.append(
                 f"temperature is {self.temperature}; votes need one above 0 "
                 "(greedy answers are always measured)"
             )
-        faults += filter_faults(self)
+        faults += common_faults(self)
         if faults:
             raise ValueError("; ".join(faults))
 
 
-def filter_faults(config: "SweepConfig | GenerateConfig") -> list[str]:
-    """What is wrong with top_k, top_p and min_p."""
+def common_faults(config: "SweepConfig | GenerateConfig") -> list[str]:
+    """What is wrong with the fields that both have."""
     faults = []
+    for name in ("max_tokens", "slots"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            faults.append(f"{name} is {value}; it must be at least 1")
+    server = config.server
+    if server.concurrency < 1:
+        faults.append(f"server.concurrency is {server.concurrency}; it must be at least 1")
+    if not server.timeout > 0:
+        faults.append(f"server.timeout is {server.timeout}; it must be above 0")
+    if server.retries < 0:
+        faults.append(f"server.retries is {server.retries}; it must be at least 0")
+    served = config.model.startswith(("http://", "https://"))
+    if served and config.engine != "ponder":
+        faults.append(f"engine is {config.engine!r}; a server is its own engine")
+    if served and config.precision != "auto":
+        faults.append(f"precision is {config.precision!r}; that is the server's affair")
+    if config.tokenizer is not None and not served:
+        faults.append(f"tokenizer is {config.tokenizer!r}; a model of this machine has its own")
     if config.top_k < 0:
         faults.append(f"top_k is {config.top_k}; it must be at least 0")
     if not 0 < config.top_p <= 1:
@@ -70,12 +110,17 @@ def filter_faults(config: "SweepConfig | GenerateConfig") -> list[str]:
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """Let a model answer one prompt, its thinking dimmed."""
+    """Let a model answer prompts, its thinking dimmed."""
 
-    prompt: Annotated[str, tyro.conf.Positional]
+    prompts: tyro.conf.Positional[tuple[str, ...]]
+    """texts to answer, each as it is"""
     model: str
-    """a folder that `ponder train` left, or any Llama or Qwen3 checkpoint"""
+    """a folder that `ponder train` left, any Llama or Qwen3 checkpoint, or the URL of an
+    OpenAI-compatible server, as in http://localhost:8000/v1#NAME"""
+    file: Path | None = None
+    """a file of prompts, one a line, or a .jsonl file of {"prompt": ...}; - is standard input"""
     samples: int = 1
+    """samples of each prompt"""
     budget: int | None = None
     """most thinking tokens before </think> is forced"""
     temperature: float = 0.0
@@ -85,18 +130,29 @@ class GenerateConfig:
     max_tokens: int | None = None
     """most new tokens; None: what the context leaves"""
     seed: int = 0
+    engine: Literal["ponder", "transformers"] = "ponder"
+    """transformers: any causal model that Transformers loads"""
+    system: str | None = None
+    """the system message, where a chat template renders the prompts"""
+    tokenizer: str | None = None
+    """of a server's model: the folder or Hub id whose chat template renders the prompts, which a
+    budget needs; None: the model's own name"""
+    server: ServerOptions = ServerOptions()
+    slots: int | None = None
+    """samples decoded at once; None: as many as there are, up to 256"""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
 
     def check(self) -> None:
         """Raise one ValueError that names every field that cannot be."""
         faults = []
+        if not self.prompts and self.file is None:
+            faults.append("there is no prompt; give one, or --file PATH (- is standard input)")
         if self.samples < 1:
             faults.append(f"samples is {self.samples}; it must be at least 1")
         if self.budget is not None and self.budget < 0:
             faults.append(f"budget is {self.budget}; it must be at least 0")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            faults.append(f"max_tokens is {self.max_tokens}; it must be at least 1")
         if not self.temperature >= 0:
             faults.append(f"temperature is {self.temperature}; it must be at least 0")
-        faults += filter_faults(self)
+        faults += common_faults(self)
         if faults:
             raise ValueError("; ".join(faults))

@@ -1,92 +1,150 @@
-"""One prompt from the shell: the thinking dimmed, the answer plain, and what it cost."""
+"""Prompts from the shell: the thinking dimmed, the answers plain, and what they cost."""
 
+import json
+import re
 import sys
 import time
+from collections.abc import Sequence
 
-from tokenizers.decoders import DecodeStream
-
-from . import cost
+from . import Unfinished, cost
+from .chat import THINK, THINK_END, printable
 from .config import GenerateConfig
-from .engine import Request, SamplingParams
-from .sweep import Speaker
+from .engine import SamplingParams
+from .speaker import Ask, Completion, Speaker, open_speaker
 
-DIM, PLAIN = "\033[2m", "\033[0m"
+DIM, BOLD, PLAIN = "\033[2m", "\033[1m", "\033[0m"
+TAG = re.compile("(</?think>)")
+BEGUN = re.compile("<(/?(t(h(i(nk?)?)?)?)?)?$")
 
 
 def generate(config: GenerateConfig) -> None:
-    """Print the samples of one prompt, then a line with tokens, FLOPs and seconds."""
+    """Print the samples of each prompt, then a line with tokens, FLOPs and seconds.
+
+    Raises Unfinished, after all that arrived is printed, where a server left samples out.
+    """
     start = time.perf_counter()
-    speaker = Speaker(config.model, slots=min(config.samples, 256))
-    prompt = speaker.encode(config.prompt)
-    room = speaker.room(len(prompt))
-    if config.max_tokens is not None and config.max_tokens > room:
-        raise ValueError(
-            f"max_tokens is {config.max_tokens}; after {len(prompt)} prompt tokens the context of "
-            f"{speaker.model.config.context} has room for {room}"
-        )
+    prompts = [*config.prompts, *_read(config)]
+    count = len(prompts) * config.samples
+    speaker = open_speaker(
+        config,
+        # Transformers batches one prompt's samples; ponder's engine, those of all.
+        slots=config.slots or min(256, config.samples if config.engine != "ponder" else count),
+        precision=config.precision,
+        budgets=config.budget is not None,
+    )
+    most = speaker.fit(prompts, budgets=[config.budget], max_tokens=config.max_tokens)
     params = SamplingParams(
         temperature=config.temperature,
         top_k=config.top_k,
         top_p=config.top_p,
         min_p=config.min_p,
-        max_tokens=config.max_tokens or room,
+        max_tokens=most,
         budget=config.budget,
     )
-    screen = _Screen(speaker, dim=sys.stdout.isatty())
-    sampled = forced = flops = 0
-    shape = speaker.model.config
-    # A single sample is shown token by token; several run side by side, each is shown when done.
-    requests = [Request(prompt, params, config.seed, i) for i in range(config.samples)]
-    watch = screen.tokens if config.samples == 1 else None
+    asks = [
+        Ask(prompt, params, config.seed, index, key=number * config.samples + index)
+        for number, prompt in enumerate(prompts)
+        for index in range(config.samples)
+    ]
+    screen = Screen(dim=sys.stdout.isatty())
+    # A single sample is shown as it grows; several run side by side and are shown in order.
+    watch = screen.show if count == 1 else None
+    arrived: dict[int, Completion] = {}
+    shown = 0
     try:
-        for sample in speaker.engine.generate(requests, watch=watch):
-            if watch is None:
-                screen.tokens(sample.request, list(sample.tokens))
-            screen.end()
-            sampled += sample.sampled_tokens
-            forced += sample.forced_tokens
-            flops += cost.sample_flops(shape, len(prompt), len(sample.tokens))
+        for completion in speaker.generate(asks, watch=watch and (lambda _, text: watch(text))):
+            arrived[completion.ask.key] = completion
+            while shown in arrived and not watch:
+                screen.sample(arrived[shown], titled=len(prompts) > 1)
+                shown += 1
+        if not watch:  # what stands behind one that never arrived
+            for number in sorted(n for n in arrived if n > shown):
+                screen.sample(arrived[number], titled=len(prompts) > 1)
     finally:  # an interrupted sample leaves the terminal as it was
-        print(screen.plain, end="", flush=True)
-    flops += cost.prefill_flops(shape, len(prompt))
-    print(
-        f"{len(prompt)} prompt + {sampled} sampled + {forced} forced tokens, "
-        f"{flops:.3g} FLOPs, {time.perf_counter() - start:.2f} s",
-        file=sys.stderr,
+        screen.end(line=bool(watch))
+    completions = list(arrived.values())
+    print(_costs(completions, speaker, time.perf_counter() - start), file=sys.stderr)
+    if len(arrived) < count:
+        reasons = ", ".join(f"{why} {n} times" for why, n in speaker.failures.most_common(4))
+        raise Unfinished(f"{count - len(arrived)} of {count} samples did not arrive ({reasons})")
+
+
+def _read(config: GenerateConfig) -> list[str]:
+    """The prompts of the file: its lines, or the "prompt" of each line of a .jsonl file."""
+    if config.file is None:
+        return []
+    try:
+        if str(config.file) == "-":
+            text = sys.stdin.read()
+        else:
+            text = config.file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{config.file} cannot be read as text: {error}") from None
+    lines = [line for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"{config.file} holds no prompt; one a line is expected")
+    if config.file.suffix != ".jsonl":
+        return lines
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        try:
+            prompts.append(json.loads(line)["prompt"])
+        except (ValueError, KeyError, TypeError):
+            prompts.append(None)
+        if not isinstance(prompts[-1], str):
+            raise ValueError(f'{config.file}: line {number} is no {{"prompt": "..."}}')
+    return prompts
+
+
+def _costs(completions: Sequence[Completion], speaker: Speaker, seconds: float) -> str:
+    """The line that says what the samples cost; a prompt is read once for all its samples."""
+    prompts = {c.ask.prompt: c.prompt_tokens for c in completions}
+    sampled = sum(c.sampled_tokens for c in completions)
+    forced = sum(c.forced_tokens for c in completions)
+    flops = "FLOPs unknown"
+    shape = speaker.shape
+    if shape is not None:
+        total = sum(cost.prefill_flops(shape, n) for n in prompts.values())
+        total += sum(
+            cost.sample_flops(shape, c.prompt_tokens, c.sampled_tokens + c.forced_tokens)
+            for c in completions
+        )
+        flops = f"{total:.3g} FLOPs"
+    line = (
+        f"{sum(prompts.values())} prompt + {sampled} sampled + {forced} forced tokens, {flops}, "
+        f"{seconds:.2f} s"
     )
+    cut = sum(c.finish == "length" for c in completions)
+    return f"{line}; {cut} of {len(completions)} samples cut at their last token" if cut else line
 
 
-class _Screen:
-    """Prints completions as their tokens come, dimmed up to </think>."""
+class Screen:
+    """Prints text as it comes, dimmed from <think> to </think>; no control character reaches the
+    terminal."""
 
-    def __init__(self, speaker: Speaker, *, dim: bool):
-        self.speaker = speaker
-        self.dim, self.plain = (DIM, PLAIN) if dim else ("", "")
-        self.begin()
+    def __init__(self, *, dim: bool):
+        self.dim, self.bold, self.plain = (DIM, BOLD, PLAIN) if dim else ("", "", "")
+        self.held = ""  # the end of what came, where it may be the beginning of a tag
 
-    def begin(self) -> None:
-        # It holds back the bytes of a character that is not whole yet.
-        self.stream = DecodeStream(skip_special_tokens=False)
-        self.open = False
-
-    def tokens(self, request: Request, tokens: list[int]) -> None:
-        if not self.open:
-            self.open = True
-            print(f"{self.dim}<think>", end="")
-        for token in tokens:
-            if token == self.speaker.eos:
-                break
-            text = self.stream.step(self.speaker.tokenizer, token)
-            print(_printable(text or ""), end="")
-            if token == self.speaker.think_end:
-                print(self.plain, end="")
+    def show(self, text: str) -> None:
+        text = self.held + text
+        begun = BEGUN.search(text)
+        whole = begun.start() if begun else len(text)
+        self.held = text[whole:]
+        for piece in TAG.split(text[:whole]):
+            before = self.dim if piece == THINK else ""
+            after = self.plain if piece == THINK_END else ""
+            print(f"{before}{printable(piece)}{after}", end="")
         sys.stdout.flush()
 
-    def end(self) -> None:
-        print(self.plain, flush=True)
-        self.begin()
+    def end(self, *, line: bool = True) -> None:
+        """The end of a sample, whole or interrupted: nothing stays dimmed."""
+        print(printable(self.held) + self.plain, end="\n" * line, flush=True)
+        self.held = ""
 
-
-def _printable(text: str) -> str:
-    """Model text without control characters that a terminal would obey."""
-    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+    def sample(self, completion: Completion, *, titled: bool) -> None:
+        """A whole sample; titled: behind its prompt, where several are answered."""
+        if titled and completion.ask.index == 0:
+            print(f"{self.bold}{printable(completion.ask.prompt)}{self.plain}")
+        self.show(completion.text)
+        self.end()

@@ -66,7 +66,8 @@ class Record:
 
     `answer` is the canonical answer, None where the text holds none; `sampled_tokens` were drawn
     from the model, `forced_tokens` were put in (a forced </think>); `think_tokens` of both lie
-    inside the thinking; `seconds` is its share of the engine's time, `logprob` natural.
+    inside the thinking; `seconds` is its share of the engine's time, `logprob` natural, None where
+    a server does not tell it.
     """
 
     key: Key
@@ -77,7 +78,7 @@ class Record:
     sampled_tokens: int
     forced_tokens: int
     think_tokens: int
-    logprob: float
+    logprob: float | None
     finish: str
     seconds: float
 
@@ -296,6 +297,38 @@ class Store:
                 " ON CONFLICT (params, seed, ifnull(budget, -1), problem, sample) DO NOTHING",
                 rows,
             )
+
+    def merge(self, path: str | Path) -> None:
+        """Adds what another store of this model and task holds; what is already here stays.
+
+        Raises ValueError where the other store is of another model or task, or has another problem
+        under an index.
+        """
+        Store(path, identity=self.identity).close()  # checks it, and finishes what it had begun
+        self._db.execute("ATTACH ? AS other", (str(path),))
+        try:
+            with self._transaction():
+                clash = self._db.execute(
+                    "SELECT id, ours.prompt, theirs.prompt"
+                    " FROM main.problem AS ours JOIN other.problem AS theirs USING (id) WHERE"
+                    " (ours.prompt, ours.answer, ours.difficulty) <>"
+                    " (theirs.prompt, theirs.answer, theirs.difficulty)"
+                ).fetchone()
+                if clash:
+                    raise ValueError(
+                        f"{path}: problem {clash[0]} is {clash[2]!r} there and {clash[1]!r} in "
+                        f"{self.path}; they are not of one sweep"
+                    )
+                self._db.execute(
+                    "INSERT INTO main.problem SELECT * FROM other.problem WHERE true"
+                    " ON CONFLICT DO NOTHING"
+                )
+                self._db.execute(
+                    "INSERT INTO main.sample SELECT * FROM other.sample WHERE true"
+                    " ON CONFLICT (params, seed, ifnull(budget, -1), problem, sample) DO NOTHING"
+                )
+        finally:
+            self._db.execute("DETACH other")
 
     def missing(
         self,

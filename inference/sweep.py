@@ -1,214 +1,193 @@
 """A sweep: samples of a model on a task at every budget, kept in a store, evaluated, reported."""
 
-import hashlib
 import time
-from dataclasses import asdict
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
-import torch
-from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from .. import tasks
-from ..models import hub
-from ..models.gpt import GPT
 from ..provenance import open_run, read_run
+from . import Unfinished
+from .chat import known_shape
 from .config import SweepConfig
-from .decoder import bf16_pays
-from .engine import LocalEngine, Request, Sample, SamplingParams
+from .engine import SamplingParams
 from .evaluation import evaluate
 from .report import write_report
+from .shards import Shard, joined, merge
+from .speaker import Ask, Completion, Speaker, open_speaker
 from .store import Key, Record, Store, params_text
 
 SPLIT = "test"
 GREEDY = SamplingParams(temperature=0.0)
-DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 KEEP_EVERY_SECONDS = 2.0  # at most this much sampling is lost when a sweep is killed
-
-
-def model_hash(folder: Path) -> str:
-    """What the model is, whatever its folder is called: a hash of configuration and weights."""
-    digest = hashlib.sha256()
-    names = ("config.json", "tokenizer.json")
-    for path in sorted([folder / n for n in names] + list(folder.glob("*.safetensors"))):
-        if path.exists():
-            digest.update(path.name.encode())
-            with open(path, "rb") as file:
-                while block := file.read(1 << 22):
-                    digest.update(block)
-    return digest.hexdigest()[:16]
-
-
-class Speaker:
-    """A model with its tokenizer and its special tokens: text in, samples out.
-
-    precision is fp32, bf16, or auto: bf16 on a GPU, and on a CPU where it is measured to be faster.
-    """
-
-    def __init__(self, path: str, *, slots: int, precision: str = "auto"):
-        self.folder = Path(path)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model: GPT = hub.load(path, device=device, dtype=torch.float32)
-        self.model.eval()
-        if precision == "auto":
-            bf16 = device == "cuda" or bf16_pays(self.model, slots)
-            precision = "bf16" if bf16 else "fp32"
-        self.precision, dtype = precision, DTYPE[precision]
-        if device == "cuda":
-            self.model.to(dtype)
-        self.tokenizer: Tokenizer = hub.load_tokenizer(path)
-        self.think = self._token("<think>")
-        self.think_end = self._token("</think>")
-        self.eos = self._token("<eos>")
-        self.engine = LocalEngine(
-            self.model,
-            slots=slots,
-            eos=self.eos,
-            think_end=self.think_end,
-            device=device,
-            dtype=dtype,
-        )
-
-    def _token(self, text: str) -> int:
-        token = self.tokenizer.token_to_id(text)
-        if token is None:
-            raise ValueError(
-                f"the tokenizer of {self.folder} has no {text} token; budgets of thinking need a "
-                "model that was trained with <think>, </think> and <eos>"
-            )
-        return token
-
-    def encode(self, prompt: str) -> tuple[int, ...]:
-        """The prompt with <think> behind it; ValueError for what the vocabulary cannot say."""
-        if not prompt:
-            raise ValueError("the prompt is empty; there is nothing to answer")
-        encoding = self.tokenizer.encode(prompt)
-        unknown = self.tokenizer.token_to_id("<unk>")
-        if unknown in encoding.ids:
-            start, end = encoding.offsets[encoding.ids.index(unknown)]
-            raise ValueError(
-                f"the prompt has {prompt[start:end]!r}, which the tokenizer of {self.folder} "
-                "does not know"
-            )
-        return (*encoding.ids, self.think)
-
-    def text(self, sample: Sample) -> str:
-        """The completion with its <think> and without <eos>."""
-        tokens = list(sample.tokens)
-        if tokens and tokens[-1] == self.eos:
-            tokens.pop()
-        return "<think>" + self.tokenizer.decode(tokens, skip_special_tokens=False)
-
-    def room(self, prompt_tokens: int) -> int:
-        """The new tokens that the context leaves; ValueError where it leaves none."""
-        room = self.model.config.context - prompt_tokens
-        if room < 1:
-            raise ValueError(
-                f"the prompt has {prompt_tokens} tokens with <think>; the model's context of "
-                f"{self.model.config.context} leaves room for at most "
-                f"{self.model.config.context - 1}"
-            )
-        return room
+# What does not decide which samples there are.
+PRACTICAL = ("out", "resume", "slots", "server")
 
 
 def sweep(config: SweepConfig) -> Path:
     """Sample what the store lacks, evaluate, write the report; returns its page.
 
     Every finished sample is kept within seconds: a sweep that was killed goes on where it was
-    (`resume`) and ends with the same samples.
+    (`resume`) and ends with the same samples. Under a launcher (torchrun, accelerate launch) the
+    problems are dealt out to its processes. Raises Unfinished, after the report of what there is,
+    where a server left samples out.
     """
     config.check()
+    with joined() as shard:
+        return _sweep(config, shard)
+
+
+def _sweep(config: SweepConfig, shard: Shard) -> Path:
     task = tasks.get(config.task)
-    precision = config.precision
-    if precision == "auto" and config.resume and (config.out / "run.json").exists():
-        # What was measured when the sweep began, not what a busier moment would say.
-        before = read_run(config.out).get("sweep", {}).get("configuration", {})
-        precision = before.get("precision", "auto")
-    speaker = Speaker(config.model, slots=config.slots, precision=precision)
     problems = task.problems(SPLIT, config.problems, config.seed)
-    prompts = [speaker.encode(p.prompt) for p in problems]
-    room = speaker.room(max(map(len, prompts)))
-    # A budget needs room for itself, </think> and an answer of one token at least.
-    largest = max(config.budgets, default=0)
-    if largest + 2 > room:
-        raise ValueError(
-            f"a budget of {largest} does not fit: prompts of up to {max(map(len, prompts))} tokens "
-            f"in a context of {speaker.model.config.context} leave room for {room - 2}"
+    budgets = [*config.budgets, None]
+
+    def opened(precision: str) -> tuple[Speaker, int]:
+        speaker = open_speaker(
+            config,
+            slots=config.slots or (16 if config.engine == "transformers" else 512),
+            precision=precision,
+            budgets=bool(config.budgets),
         )
-    identity = {k: v for k, v in asdict(config).items() if k not in ("out", "resume", "slots")}
-    identity |= {"model_hash": model_hash(speaker.folder), "precision": speaker.precision}
-    open_run(config.out, "sweep", identity, resume=config.resume)
+        prompts = [problem.prompt for problem in problems]
+        return speaker, speaker.fit(prompts, budgets=budgets, max_tokens=config.max_tokens)
+
     folder = config.out / "sweep"
-    folder.mkdir(exist_ok=True)
-    store = Store(
-        folder / "samples.sqlite",
-        identity={
-            "model": identity["model_hash"],
-            "task": config.task,
-            "split": SPLIT,
-            "precision": speaker.precision,
-        },
-    )
-    with store:
+    found: list[tuple[Speaker, int]] = []  # the first process's, which it need not open twice
+
+    def begin() -> dict[str, Any]:
+        """Claim the folder; the identity of its store."""
+        precision = config.precision
+        if precision == "auto" and config.resume and (config.out / "run.json").exists():
+            # What was measured when the sweep began, not what a busier moment would say.
+            before = read_run(config.out).get("sweep", {}).get("configuration", {})
+            precision = before.get("precision", "auto")
+        speaker, most = opened(precision)
+        found.append((speaker, most))
+        identity = {k: v for k, v in asdict(config).items() if k not in PRACTICAL}
+        if config.engine == "ponder":  # as before there were others
+            del identity["engine"]
+        identity |= {
+            "model_hash": speaker.identity["model"],
+            "precision": speaker.identity["precision"],
+        }
+        open_run(config.out, "sweep", identity, resume=config.resume)
+        folder.mkdir(exist_ok=True)
+        of_store = {**speaker.identity, "task": config.task, "split": SPLIT}
+        with Store(folder / "samples.sqlite", identity=of_store) as store:
+            merge(folder, store)  # what a killed run left
+        return of_store
+
+    identity = shard.agreed(begin)
+    speaker, most = found[0] if found else opened(identity["precision"])
+    with Store(folder / "samples.sqlite", identity=identity) as whole:
+        wanted = _wanted(config, whole, shard.problems(len(problems)), budgets)
+    with Store(shard.store(folder), identity=identity) as store:
         store.add_problems(problems)
-        sampled = SamplingParams(
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            min_p=config.min_p,
-        )
-        wanted = []
-        for params, samples in ((GREEDY, 1), (sampled, max(config.samples))):
-            keys = store.missing(
-                problems=range(len(problems)),
-                budgets=[*config.budgets, None],
-                params=params_text(params),
-                seed=config.seed,
-                samples=samples,
-            )
-            wanted += [(key, params) for key in keys]
-        # A problem's samples side by side, so that they share one prefill.
-        wanted.sort(key=lambda pair: pair[0].problem)
-        requests = (
-            Request(
-                prompt=prompts[key.problem],
-                params=SamplingParams(
-                    temperature=params.temperature,
-                    top_k=params.top_k,
-                    top_p=params.top_p,
-                    min_p=params.min_p,
-                    max_tokens=room,
-                    budget=key.budget,
-                ),
+        asks = (
+            Ask(
+                prompt=problems[key.problem].prompt,
+                params=_params(config, key, max_tokens=most),
                 seed=config.seed,
                 index=key.sample,
                 key=key,
             )
-            for key, params in wanted
+            for key in wanted
         )
-        finished: list[Sample] = []
-        kept = time.monotonic()
-        with tqdm(total=len(wanted), unit="sample", dynamic_ncols=True) as bar:
-            try:
-                for sample in speaker.engine.generate(requests):
-                    finished.append(sample)
-                    if time.monotonic() - kept > KEEP_EVERY_SECONDS:
-                        store.add(_record(s, speaker, task, problems) for s in finished)
-                        bar.update(len(finished))
-                        finished, kept = [], time.monotonic()
-            finally:  # also when sampling was interrupted: what is finished is kept
-                store.add(_record(s, speaker, task, problems) for s in finished)
-                bar.update(len(finished))
-        results = evaluate(
-            store,
-            shape=speaker.model.config,
-            samples=config.samples,
+        records = (_record(c, task, problems) for c in speaker.generate(asks))
+        with tqdm(
+            total=len(wanted), unit="sample", dynamic_ncols=True, disable=not shard.first
+        ) as bar:
+            _keep(records, store, bar)
+    failures = sum(map(Counter, shard.gathered(speaker.failures)), Counter[str]())
+
+    page = config.out / "report" / "index.html"
+
+    def end() -> int:
+        """Merge, report; the number of samples that are lacking."""
+        with Store(folder / "samples.sqlite", identity=identity) as store:
+            merge(folder, store)
+            lacking = len(_wanted(config, store, range(len(problems)), budgets))
+            results = []
+            if len(store):
+                results = evaluate(
+                    store,
+                    shape=speaker.shape,
+                    samples=config.samples,
+                    seed=config.seed,
+                    model=config.model,
+                )
+            if results or not lacking:
+                run = read_run(config.out)["sweep"]
+                write_report(page.parent, results, store, run=run)
+            return lacking
+
+    lacking = shard.agreed(end)
+    if lacking and not shard.first:
+        raise SystemExit(1)
+    if lacking:
+        reasons = ", ".join(f"{reason} {n} times" for reason, n in failures.most_common(4))
+        raise Unfinished(
+            f"{lacking} samples did not arrive ({reasons}); what arrived is in {config.out}: say "
+            "--resume to ask for the rest"
+        )
+    return page
+
+
+def _keep(records: Iterator[Record], store: Store, bar: tqdm) -> None:
+    """Put the records into the store as they come, a batch every few seconds."""
+    batch: list[Record] = []
+    kept = time.monotonic()
+
+    def keep() -> None:
+        store.add(batch)
+        bar.update(len(batch))
+        batch.clear()
+
+    try:
+        for record in records:
+            batch.append(record)
+            if time.monotonic() - kept > KEEP_EVERY_SECONDS:
+                keep()
+                kept = time.monotonic()
+    finally:  # also when sampling was interrupted: what is finished is kept
+        keep()
+
+
+def _sampled(config: SweepConfig) -> SamplingParams:
+    return SamplingParams(
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        min_p=config.min_p,
+    )
+
+
+def _params(config: SweepConfig, key: Key, *, max_tokens: int) -> SamplingParams:
+    """How the sample of that key is drawn."""
+    greedy = key.params == params_text(GREEDY)
+    return replace(GREEDY if greedy else _sampled(config), max_tokens=max_tokens, budget=key.budget)
+
+
+def _wanted(
+    config: SweepConfig, store: Store, problems: range, budgets: list[int | None]
+) -> list[Key]:
+    """The samples of these problems that the store lacks, a problem's side by side, so that they
+    share one prefill."""
+    keys = []
+    for params, samples in ((GREEDY, 1), (_sampled(config), max(config.samples))):
+        keys += store.missing(
+            problems=problems,
+            budgets=budgets,
+            params=params_text(params),
             seed=config.seed,
-            model=config.model,
+            samples=samples,
         )
-        return write_report(
-            config.out / "report", results, store, run=read_run(config.out)["sweep"]
-        )
+    return sorted(keys, key=lambda key: key.problem)
 
 
 def redraw(folder: Path) -> Path:
@@ -217,35 +196,31 @@ def redraw(folder: Path) -> Path:
     if "sweep" not in runs:
         raise ValueError(f"{folder} holds no sweep; its run.json knows {', '.join(runs)}")
     configuration = runs["sweep"]["configuration"]
-    model = Path(configuration["model"])
+    model = configuration.get("tokenizer") or configuration["model"]
     with Store(folder / "sweep" / "samples.sqlite", identity=None) as store:
         results = evaluate(
             store,
-            shape=hub.load_config(model) if model.is_dir() else None,
+            shape=known_shape(model) if Path(model).is_dir() else None,
             samples=configuration["samples"],
             seed=configuration["seed"],
-            model=str(model),
+            model=configuration["model"],
         )
         return write_report(folder / "report", results, store, run=runs["sweep"])
 
 
-def _record(
-    sample: Sample, speaker: Speaker, task: tasks.Task, problems: list[tasks.Problem]
-) -> Record:
-    key: Key = sample.request.key
-    text = speaker.text(sample)
-    tokens = sample.tokens
-    end = speaker.think_end
+def _record(completion: Completion, task: tasks.Task, problems: list[tasks.Problem]) -> Record:
+    key: Key = completion.ask.key
+    answer, correct = tasks.judge(task, problems[key.problem], completion.text)
     return Record(
         key=key,
-        text=text,
-        answer=task.answer(text),
-        correct=task.verify(problems[key.problem], text),
-        prompt_tokens=len(sample.request.prompt),
-        sampled_tokens=sample.sampled_tokens,
-        forced_tokens=sample.forced_tokens,
-        think_tokens=tokens.index(end) if end in tokens else len(tokens),
-        logprob=sample.logprob,
-        finish=sample.finish,
-        seconds=sample.seconds,
+        text=completion.text,
+        answer=answer,
+        correct=correct,
+        prompt_tokens=completion.prompt_tokens,
+        sampled_tokens=completion.sampled_tokens,
+        forced_tokens=completion.forced_tokens,
+        think_tokens=completion.think_tokens,
+        logprob=completion.logprob,
+        finish=completion.finish,
+        seconds=completion.seconds,
     )

@@ -258,3 +258,41 @@ def test_params_text_is_canonical():
     full = params_text(sampling(temperature=0.1 + 0.2, top_k=40, top_p=0.95, min_p=0.05))
     assert full == "temperature=0.30000000000000004 top_k=40 top_p=0.95 min_p=0.05"
     assert parse_params(full)["temperature"] == 0.1 + 0.2
+
+
+def test_a_merged_store_holds_both_and_what_was_here_stays(tmp_path):
+    with Store(tmp_path / "shard.sqlite", identity=IDENTITY) as shard:
+        fill(shard, problems=3, samples=2)
+        shard.add([record(0, 4, 0, text="theirs", logprob=None)])
+    with Store(tmp_path / "s.sqlite", identity=IDENTITY) as store:
+        fill(store, problems=2, samples=3)
+        store.add([record(0, 4, 0, text="ours")])
+        for _ in range(2):  # a merge that was killed before the shard went is made again
+            store.merge(tmp_path / "shard.sqlite")
+            assert len(store) == 2 * 2 * 3 + 1 * 2 * 2 + 1
+            assert sorted(store.problems()) == [0, 1, 2]
+            (kept,) = store.records(0, budget=4, params=HOT, seed=0)
+            assert kept.text == "ours"
+            assert len(store.records(2, budget=None, params=HOT, seed=0)) == 2
+    with Store(tmp_path / "new.sqlite", identity=IDENTITY) as store:
+        store.merge(tmp_path / "shard.sqlite")
+        (theirs,) = store.records(0, budget=4, params=HOT, seed=0)
+        assert theirs.logprob is None and theirs.text == "theirs"
+        store.add([record(0, 4, 1)])
+        pool = store.pool(budget=4, params=HOT, seed=0)
+        assert np.isnan(pool.logprob[0, 0]) and pool.logprob[0, 1] == -0.25
+
+
+def test_a_store_of_something_else_is_not_merged(tmp_path):
+    with Store(tmp_path / "s.sqlite", identity=IDENTITY) as store:
+        fill(store)
+        Store(tmp_path / "model.sqlite", identity=IDENTITY | {"model": "b"}).close()
+        with pytest.raises(ValueError, match="a store holds one model"):
+            store.merge(tmp_path / "model.sqlite")
+        with Store(tmp_path / "problem.sqlite", identity=IDENTITY) as other:
+            other.add_problems([Problem("9+9=", "8", 0)])
+            other.add([record(0, 99, 0)])
+        with pytest.raises(ValueError, match=r"problem 0 is '9\+9=' there and '0\+1=' in"):
+            store.merge(tmp_path / "problem.sqlite")
+        assert len(store) == 2 * 2 * 3
+        assert store.pool(budget=None, params=HOT, seed=0).samples == 3  # it still works

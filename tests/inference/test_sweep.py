@@ -12,40 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import tyro
 from tokenizers import Tokenizer, models
 
 from ponder import tasks
-from ponder.inference.config import GenerateConfig, SweepConfig
-from ponder.inference.engine import Request, SamplingParams
-from ponder.inference.shell import generate
-from ponder.inference.sweep import Speaker, redraw, sweep
-from ponder.models import GPT, GPTConfig, hub
-from ponder.training.tokenizer import character_tokenizer
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    """A model that was never trained, but speaks last_digit's alphabet."""
-    folder = tmp_path_factory.mktemp("models") / "random"
-    torch.manual_seed(0)
-    tokenizer = character_tokenizer(tasks.get("last_digit").alphabet)
-    config = GPTConfig(
-        vocab_size=tokenizer.get_vocab_size(),
-        context=64,
-        n_layer=2,
-        n_head=2,
-        n_kv_head=1,
-        head_dim=16,
-        n_embd=32,
-        n_inner=64,
-    )
-    gpt = GPT(config)
-    with torch.no_grad():
-        for parameter in gpt.parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(std=0.2)
-    hub.save(gpt, folder, tokenizer=tokenizer)
-    return folder
+from ponder.inference.config import SweepConfig
+from ponder.inference.sweep import redraw, sweep
+from ponder.models import hub
 
 
 @pytest.fixture
@@ -141,7 +114,7 @@ def test_a_killed_sweep_goes_on_and_ends_with_the_same_samples(config, model, tm
 def test_a_resumed_sweep_keeps_the_precision_that_was_measured(config, monkeypatch):
     config = replace(config, precision="auto")
     measured = iter((True, False))
-    monkeypatch.setattr("ponder.inference.sweep.bf16_pays", lambda *_: next(measured))
+    monkeypatch.setattr("ponder.inference.speaker.bf16_pays", lambda *_: next(measured))
     sweep(config)
     before = samples(config.out)
     sweep(replace(config, resume=True))
@@ -189,6 +162,13 @@ def test_a_budget_beyond_the_context_names_what_fits(config):
         sweep(replace(config, budgets=(90,)))
 
 
+def test_budgets_with_no_number_leave_unlimited_thinking_alone(config):
+    words = ["--model", config.model, "--budgets"]
+    assert tyro.cli(SweepConfig, args=words).budgets == ()
+    sweep(replace(config, budgets=(), samples=(1,), problems=2))
+    assert [row[1] for row in samples(config.out)] == [None] * 4
+
+
 def test_a_model_without_think_tokens_is_named(model, config, tmp_path):
     folder = tmp_path / "plain"
     shutil.copytree(model, folder)
@@ -196,43 +176,3 @@ def test_a_model_without_think_tokens_is_named(model, config, tmp_path):
     plain.save(str(folder / "tokenizer.json"))
     with pytest.raises(ValueError, match="has no <think> token"):
         sweep(replace(config, model=str(folder)))
-
-
-def test_generate_prints_text_and_cost(model, capsys):
-    generate(GenerateConfig(prompt="3+8=", model=str(model), samples=2, budget=1, temperature=1.0))
-    shown = capsys.readouterr()
-    lines = shown.out.splitlines()
-    assert len(lines) == 2
-    for line in lines:  # one thinking token, then </think>, forced or not
-        assert 0 <= len(line.removeprefix("<think>").partition("</think>")[0]) <= 1
-    assert "5 prompt + " in shown.err and "FLOPs" in shown.err
-
-
-def test_one_sample_is_shown_token_by_token(model, monkeypatch):
-    written = []
-    monkeypatch.setattr("sys.stdout.write", written.append)
-    monkeypatch.setattr("sys.stdout.flush", lambda: written.append("|"))
-    generate(GenerateConfig(prompt="3+8=", model=str(model), budget=2, seed=4, temperature=1.0))
-    shown = "".join(written).removesuffix("|\n|")
-    speaker = Speaker(str(model), slots=8)
-    params = SamplingParams(max_tokens=59, budget=2)
-    (sample,) = speaker.engine.generate([Request(speaker.encode("3+8="), params, 4, 0)])
-    whole = speaker.text(sample)
-    assert shown.replace("|", "").rstrip("\n") == whole
-    # Every token but <eos> was shown before the next one was drawn.
-    pieces = [piece for piece in shown.replace("\n", "").split("|") if piece]
-    assert len(pieces) == len([t for t in sample.tokens if t != speaker.eos])
-
-
-@pytest.mark.parametrize(
-    ("prompt", "changes", "message"),
-    [
-        ("", {}, "the prompt is empty"),
-        ("3+x=", {}, "the prompt has 'x', which the tokenizer"),
-        ("1+" * 40, {}, "81 tokens with <think>; the model's context of 64"),
-        ("3+8=", {"max_tokens": 60}, "max_tokens is 60; after 5 prompt tokens"),
-    ],
-)
-def test_prompts_that_cannot_be_answered(model, prompt, changes, message):
-    with pytest.raises(ValueError, match=message):
-        generate(GenerateConfig(prompt=prompt, model=str(model), **changes))

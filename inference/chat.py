@@ -1,0 +1,99 @@
+"""Text around a model: its chat template, the spelling of thoughts, and what a terminal may see."""
+
+from pathlib import Path
+from typing import Any
+
+from ..models import GPTConfig, hub
+
+THINK, THINK_END = "<think>", "</think>"
+
+
+class ChatTokenizer:
+    """A Transformers tokenizer that renders a prompt as its model expects it.
+
+    path: a folder or a Hub id. With a chat template the prompt becomes the user's message behind
+    the `system` one; without one it stays as it is. think: open a thought behind it where the
+    template does not. Raises ValueError where no tokenizer can be had.
+    """
+
+    def __init__(self, path: str, *, system: str | None, think: bool):
+        from transformers import AutoTokenizer
+
+        if not (Path(path).is_dir() or hub.HUB_ID.fullmatch(path)):
+            raise ValueError(f"there is no folder {path} with a tokenizer")
+        self.path, self.system, self.think = path, system, think
+        try:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
+        except Exception as error:  # what it raises depends on the tokenizer and on the network
+            raise ValueError(
+                f"no tokenizer of {path} could be loaded: {first_line(error)}"
+            ) from None
+        self.template = bool(self.tokenizer.chat_template)
+        if system is not None and not self.template:
+            raise ValueError(
+                f"system is {system!r}; the tokenizer of {path} has no chat template to put it into"
+            )
+
+    def render(self, prompt: str) -> str:
+        """The prompt as the model reads it; ValueError for one that is empty."""
+        if not prompt:
+            raise ValueError("the prompt is empty; there is nothing to answer")
+        if not self.template:
+            return prompt + THINK * self.think
+        messages = [{"role": "user", "content": prompt}]
+        if self.system is not None:
+            messages.insert(0, {"role": "system", "content": self.system})
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, enable_thinking=True
+            )
+        except Exception as error:  # a template may raise what it likes: "no system role", say
+            raise ValueError(
+                f"the chat template of {self.path} refuses the prompt: {first_line(error)}"
+            ) from None
+        return text if opens_thought(text) or not self.think else f"{text}{THINK}\n"
+
+    def encode(self, prompt: str) -> tuple[tuple[int, ...], bool]:
+        """The rendered prompt's tokens, and whether they end inside a thought."""
+        text = self.render(prompt)
+        tokens = tuple(self.tokenizer.encode(text, add_special_tokens=not self.template))
+        unknown = {self.tokenizer.unk_token_id} - {
+            None,
+            self.tokenizer.bos_token_id,  # GPT-2 has one token for all three
+            self.tokenizer.eos_token_id,
+        }
+        if unknown & set(tokens):
+            raise ValueError(
+                f"the prompt {printable(prompt)[:80]!r} holds what the tokenizer of {self.path} "
+                "does not know"
+            )
+        return tokens, opens_thought(text)
+
+
+def opens_thought(text: str) -> bool:
+    return text.rstrip().endswith(THINK)
+
+
+def thoughtful(text: str, opened: bool) -> str:
+    """A completion's text with the <think> that its prompt, or its server, kept."""
+    text = text.lstrip() if text.lstrip().startswith(THINK) else text
+    inside = opened or THINK_END in text
+    return THINK + text if inside and not text.startswith(THINK) else text
+
+
+def printable(text: str) -> str:
+    """The text without control characters that a terminal would obey."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+
+
+def first_line(error: BaseException) -> str:
+    """The gist of another library's error, on one line."""
+    return printable(next(iter(str(error).strip().splitlines()), type(error).__name__))[:200]
+
+
+def known_shape(path: str | Path) -> GPTConfig | None:
+    """The GPTConfig of a checkpoint, for FLOPs; None for what no GPT expresses."""
+    try:
+        return hub.load_config(path)
+    except ValueError:
+        return None

@@ -1,0 +1,324 @@
+"""Speakers: a prompt's text in, finished texts out, whatever draws them.
+
+A sweep and the shell know no tokens: they put an `Ask` to a `Speaker` and get a `Completion`. Three
+kinds of models speak: one of this machine on ponder's engine (`LocalSpeaker`), any causal model of
+Transformers (`transformers_engine`), and one behind a server (`remote`).
+"""
+
+import hashlib
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeAlias
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from ..models import hub
+from ..models.gpt import GPT, GPTConfig
+from .config import GenerateConfig, SweepConfig
+from .decoder import ROWS, bf16_pays
+from .engine import LocalEngine, Request, Sample, SamplingParams
+
+DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One sample to draw: seed and index tell the samples of one prompt apart; key is the caller's
+    own."""
+
+    prompt: str
+    params: SamplingParams
+    seed: int
+    index: int
+    key: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A finished sample. Its text begins with <think> where the model thought, and has no <eos>.
+
+    sampled_tokens were drawn from the model, forced_tokens (a forced </think>) put in; think_tokens
+    of both lie inside the thinking. logprob is the natural log-probability of what was sampled,
+    None where the speaker does not know it; seconds is the sample's share of the time.
+    """
+
+    ask: Ask
+    text: str
+    prompt_tokens: int
+    sampled_tokens: int
+    forced_tokens: int
+    think_tokens: int
+    logprob: float | None
+    finish: Literal["stop", "length"]
+    seconds: float
+
+
+Watch: TypeAlias = Callable[[Ask, str], None]  # gets what a running sample's text has grown by
+
+
+class Speaker(Protocol):
+    """What answers asks.
+
+    identity: what its samples depend on, besides the asks; among it "model" and "precision". shape:
+    the model's, for FLOPs; None where it is not known. failures: how often each reason kept a
+    sample from arriving; `generate` leaves such samples out.
+    """
+
+    identity: dict[str, str]
+    shape: GPTConfig | None
+    failures: Counter[str]
+
+    def fit(
+        self, prompts: Sequence[str], *, budgets: Sequence[int | None], max_tokens: int | None
+    ) -> int:
+        """The most new tokens for asks of these prompts; ValueError where something cannot fit."""
+        ...
+
+    def generate(self, asks: Iterable[Ask], *, watch: Watch | None = None) -> Iterator[Completion]:
+        """The completion of each ask, in the order in which they finish; asks that share a prompt
+        should be adjacent."""
+        ...
+
+
+def open_speaker(
+    config: SweepConfig | GenerateConfig, *, slots: int, precision: str = "auto", budgets: bool
+) -> Speaker:
+    """The speaker that the configuration names; budgets tells whether its thinking gets any."""
+    if config.model.startswith(("http://", "https://")):
+        from .remote import RemoteSpeaker
+
+        return RemoteSpeaker(
+            config.model,
+            config.server,
+            system=config.system,
+            tokenizer=config.tokenizer,
+            budgets=budgets,
+        )
+    if config.engine == "transformers":
+        from .transformers_engine import TransformersSpeaker
+
+        return TransformersSpeaker(
+            config.model, slots=slots, precision=precision, system=config.system, budgets=budgets
+        )
+    if config.system is not None:
+        raise ValueError(
+            f"system is {config.system!r}; ponder's engine has no chat template to put it into: "
+            "take --engine transformers"
+        )
+    return LocalSpeaker(config.model, slots=slots, precision=precision)
+
+
+def room(
+    prompt_tokens: int,
+    *,
+    context: int,
+    budgets: Sequence[int | None],
+    max_tokens: int | None,
+) -> int:
+    """max_tokens, or what the context leaves; ValueError where a prompt, max_tokens or a budget
+    does not fit."""
+    left = context - prompt_tokens
+    if left < 1:
+        raise ValueError(
+            f"the prompt has {prompt_tokens} tokens with <think>; the model's context of {context} "
+            f"leaves room for at most {context - 1}"
+        )
+    if max_tokens is not None and max_tokens > left:
+        raise ValueError(
+            f"max_tokens is {max_tokens}; after {prompt_tokens} prompt tokens the context of "
+            f"{context} has room for {left}"
+        )
+    most = left if max_tokens is None else max_tokens
+    largest = max((b for b in budgets if b is not None), default=0)
+    # A budget needs room for itself, </think> and an answer of one token at least.
+    if largest + 2 > most and any(b is not None for b in budgets):
+        where = f"max_tokens of {max_tokens}" if max_tokens else f"a context of {context}"
+        raise ValueError(
+            f"a budget of {largest} does not fit: prompts of up to {prompt_tokens} tokens in "
+            f"{where} leave room for {max(0, most - 2)}"
+        )
+    return most
+
+
+def model_hash(folder: Path) -> str:
+    """What the model is, whatever its folder is called: a hash of configuration and weights."""
+    digest = hashlib.sha256()
+    names = ("config.json", "tokenizer.json")
+    for path in sorted([folder / n for n in names] + list(folder.glob("*.safetensors"))):
+        if path.exists():
+            digest.update(path.name.encode())
+            with open(path, "rb") as file:
+                while block := file.read(1 << 22):
+                    digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def local_folder(path: str) -> Path:
+    """Where the files of a loaded checkpoint lie: its folder, or the Hub's in the cache."""
+    folder = Path(path)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(path, local_files_only=True))
+    return folder
+
+
+def device() -> str:
+    """This process's GPU, made the current one, or the CPU."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    number = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
+    torch.cuda.set_device(number)  # where kernels are launched
+    return f"cuda:{number}"
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the machine, or its GPU, has too little memory for what was tried."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "not enough memory" in str(error)
+
+
+class LocalSpeaker:
+    """A model of this machine on ponder's engine, with its tokenizer and its special tokens.
+
+    precision is fp32, bf16, or auto: bf16 on a GPU, and on a CPU where it is measured to be faster.
+    Where memory runs out it goes on with half the slots.
+    """
+
+    def __init__(self, path: str, *, slots: int, precision: str = "auto"):
+        self.folder = Path(path)
+        on = device()
+        self.model: GPT = hub.load(path, device=on, dtype=torch.float32)
+        self.model.eval()
+        if precision == "auto":
+            bf16 = on != "cpu" or bf16_pays(self.model, slots)
+            precision = "bf16" if bf16 else "fp32"
+        self.dtype = DTYPE[precision]
+        if on != "cpu":
+            self.model.to(self.dtype)
+        self.tokenizer: Tokenizer = hub.load_tokenizer(path)
+        self.think = self._token("<think>")
+        self.think_end = self._token("</think>")
+        self.eos = self._token("<eos>")
+        self.shape: GPTConfig | None = self.model.config
+        self.identity = {"model": model_hash(local_folder(path)), "precision": precision}
+        self.failures: Counter[str] = Counter()
+        self.engine = self._engine(slots)
+
+    def _engine(self, slots: int) -> LocalEngine:
+        return LocalEngine(
+            self.model, slots=slots, eos=self.eos, think_end=self.think_end, dtype=self.dtype
+        )
+
+    def _token(self, text: str) -> int:
+        token = self.tokenizer.token_to_id(text)
+        if token is None:
+            raise ValueError(
+                f"the tokenizer of {self.folder} has no {text} token; budgets of thinking need a "
+                "model that was trained with <think>, </think> and <eos>"
+            )
+        return token
+
+    def encode(self, prompt: str) -> tuple[int, ...]:
+        """The prompt with <think> behind it; ValueError for what the vocabulary cannot say."""
+        if not prompt:
+            raise ValueError("the prompt is empty; there is nothing to answer")
+        encoding = self.tokenizer.encode(prompt)
+        unknown = self.tokenizer.token_to_id("<unk>")
+        if unknown in encoding.ids:
+            start, end = encoding.offsets[encoding.ids.index(unknown)]
+            raise ValueError(
+                f"the prompt has {prompt[start:end]!r}, which the tokenizer of {self.folder} "
+                "does not know"
+            )
+        return (*encoding.ids, self.think)
+
+    def fit(
+        self, prompts: Sequence[str], *, budgets: Sequence[int | None], max_tokens: int | None
+    ) -> int:
+        return room(
+            max(len(self.encode(prompt)) for prompt in prompts),
+            context=self.model.config.context,
+            budgets=budgets,
+            max_tokens=max_tokens,
+        )
+
+    def generate(self, asks: Iterable[Ask], *, watch: Watch | None = None) -> Iterator[Completion]:
+        source = iter(asks)
+        encode = lru_cache(maxsize=64)(self.encode)
+        unfinished: dict[int, Ask] = {}
+
+        def requests(again: list[Ask]) -> Iterator[Request]:
+            for ask in chain(again, source):
+                unfinished[id(ask)] = ask
+                yield Request(encode(ask.prompt), ask.params, ask.seed, ask.index, key=ask)
+
+        while True:
+            watcher = watch and _TokenWatch(self, watch)
+            try:
+                again = list(unfinished.values())
+                for sample in self.engine.generate(requests(again), watch=watcher):
+                    del unfinished[id(sample.request.key)]
+                    yield self._completion(sample)
+                return
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+            # Not in the handler: its traceback holds on to what filled the memory.
+            self.engine = self._engine(halved(self.engine.slots, ROWS))
+
+    def _completion(self, sample: Sample) -> Completion:
+        tokens, end = list(sample.tokens), self.think_end
+        if tokens and tokens[-1] == self.eos:
+            tokens.pop()
+        return Completion(
+            ask=sample.request.key,
+            text="<think>" + self.tokenizer.decode(tokens, skip_special_tokens=False),
+            prompt_tokens=len(sample.request.prompt),
+            sampled_tokens=sample.sampled_tokens,
+            forced_tokens=sample.forced_tokens,
+            think_tokens=(sample.tokens.index(end) if end in sample.tokens else len(sample.tokens)),
+            logprob=sample.logprob,
+            finish=sample.finish,
+            seconds=sample.seconds,
+        )
+
+
+def halved(slots: int, least: int = 1) -> int:
+    """Fewer slots for the same work, told on stderr; ValueError where there are none to spare."""
+    if slots <= least:
+        raise ValueError(
+            f"the memory does not hold even {slots} samples at once; take a smaller model, a "
+            "smaller --max-tokens, or bf16"
+        )
+    print(f"ponder: out of memory; {slots // 2} slots instead of {slots}", file=sys.stderr)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return slots // 2
+
+
+class _TokenWatch:
+    """Turns the tokens of running samples into text, whole characters at a time."""
+
+    def __init__(self, speaker: LocalSpeaker, watch: Watch):
+        self.speaker, self.watch = speaker, watch
+        self.streams: dict[int, DecodeStream] = {}
+
+    def __call__(self, request: Request, tokens: list[int]) -> None:
+        ask: Ask = request.key
+        lead = "" if id(ask) in self.streams else "<think>"
+        stream = self.streams.setdefault(id(ask), DecodeStream(skip_special_tokens=False))
+        for token in tokens:
+            if token != self.speaker.eos:
+                lead += stream.step(self.speaker.tokenizer, token) or ""
+            self.watch(ask, lead)
+            lead = ""

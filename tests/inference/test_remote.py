@@ -1,0 +1,435 @@
+"""A served model, measured through a server that may drop, delay, garble and limit its answers."""
+
+import csv
+import json
+import random
+import sqlite3
+import time
+from collections import Counter
+from dataclasses import replace
+from email.utils import formatdate
+from pathlib import Path
+
+import pytest
+
+from ponder.cli import run
+from ponder.inference import Unfinished, remote
+from ponder.inference import server as server_module
+from ponder.inference.config import GenerateConfig, ServerOptions, SweepConfig
+from ponder.inference.engine import SamplingParams
+from ponder.inference.remote import RemoteSpeaker
+from ponder.inference.shell import generate
+from ponder.inference.speaker import Ask
+from ponder.inference.sweep import redraw, sweep
+
+from .mock_server import TOKENIZER, MockServer, continuation
+
+KEY = "sk-planted/0123456789+secret"
+
+
+@pytest.fixture(autouse=True)
+def no_keys(monkeypatch):
+    for name in server_module.KEYS:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Waits between attempts are a hundredth of what they are in earnest."""
+    monkeypatch.setattr(server_module, "LONGEST_WAIT", 0.01)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> str:
+    """The folder of the mock model's tokenizer, which has no chat template."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    TOKENIZER.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "unk_token": "<unk>",
+                "eos_token": "<eos>",
+                "clean_up_tokenization_spaces": False,
+            }
+        )
+    )
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def no_report():
+    """From the first test that asks for it, no report is drawn: it takes longer than a sweep."""
+
+    def write_report(folder: Path, results, *_, **__) -> Path:
+        assert results
+        return folder / "index.html"
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ponder.inference.sweep.write_report", write_report)
+        yield
+
+
+@pytest.fixture(scope="module")
+def calm(tokenizer, no_report, tmp_path_factory) -> list[tuple]:
+    """What a server without faults leaves in the store."""
+    out = tmp_path_factory.mktemp("calm")
+    with MockServer() as mock:
+        sweep(config_of(mock, tokenizer, out))
+    return stored(out)
+
+
+@pytest.fixture
+def server():
+    with MockServer() as mock:
+        yield mock
+
+
+def config_of(mock: MockServer, tokenizer: str | None, out: Path, **changes) -> SweepConfig:
+    values = dict(
+        model=mock.url,
+        out=out,
+        samples=(1, 3),
+        budgets=(0, 2) if tokenizer else (),
+        problems=6,
+        tokenizer=tokenizer,
+        server=ServerOptions(concurrency=8, timeout=20, retries=8),
+    )
+    return SweepConfig(**values | changes)  # type: ignore[arg-type]
+
+
+def stored(out: Path) -> list[tuple]:
+    """Everything of the samples but their seconds."""
+    with sqlite3.connect(out / "sweep" / "samples.sqlite") as db:
+        return db.execute(
+            "SELECT problem, budget, params, seed, sample, text, answer, correct, prompt_tokens, "
+            "sampled_tokens, forced_tokens, think_tokens, logprob, finish FROM sample "
+            "ORDER BY 3, 1, 2, 5"
+        ).fetchall()
+
+
+def test_a_served_model_is_swept_with_budgets(server, tokenizer, tmp_path):
+    page = sweep(config_of(server, tokenizer, tmp_path / "out"))
+    rows = stored(tmp_path / "out")
+    assert len(rows) == 6 * 3 * (1 + 3)
+    with sqlite3.connect(tmp_path / "out" / "sweep" / "samples.sqlite") as db:
+        prompts = dict(db.execute("SELECT id, prompt FROM problem"))
+    cut = 0
+    for problem, budget, _, _, _, text, _, _, prompt, sampled, forced, think, logprob, _ in rows:
+        thinking, _, answer = text.removeprefix("<think>").partition("</think>")
+        # The mock's answer depends on the thinking that it was shown, to the letter.
+        assert answer == continuation(prompts[problem] + f"<think>{thinking}</think>", 0)
+        assert think == len(thinking) and prompt == len(prompts[problem]) + 1
+        # The letters, </think> where the model wrote it itself, the digit, the end.
+        assert sampled == len(thinking) + (1 - forced) + 2
+        assert logprob is None
+        if budget is not None:
+            assert think <= budget and forced == (think == budget)
+            cut += forced
+        else:
+            assert forced == 0
+    assert 0 < cut < len(rows)
+    results = list(csv.DictReader((tmp_path / "out" / "report" / "results.csv").open()))
+    assert {row["think_budget"] for row in results} == {"0", "2", "inf"}
+    assert all(row["flops_per_problem"] == "" for row in results)
+    assert "Tokens per problem" in page.read_text()
+    assert redraw(tmp_path / "out") == page
+
+
+def test_remote_text_is_data(tokenizer, tmp_path, capsys):
+    with MockServer() as server:
+        server.echo = "\x1b]0;owned\x07<script>alert(1)</script>\u202e\ud800"
+        page = sweep(config_of(server, tokenizer, tmp_path / "out"))
+        generate(GenerateConfig(("3+8=", "4*2="), server.url))
+    assert "<script" not in page.read_text()
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown and "\u202e" not in shown and "owned" in shown
+
+
+def everything(folder: Path) -> bytes:
+    return b"".join(path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file())
+
+
+def test_the_key_is_sent_and_stays_nowhere(tokenizer, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY + "\n")
+    with MockServer(key=KEY) as server:
+        server.echo = f" you said {KEY}"
+        sweep(config_of(server, tokenizer, tmp_path / "out"))
+        generate(GenerateConfig(("3+8=",), server.url))
+        server.status = 400
+        with pytest.raises(ValueError, match=r"refuses \(HTTP 400\): no such thing.*\[key\]") as e:
+            sweep(config_of(server, tokenizer, tmp_path / "refused"))
+        said = str(e.value)
+        assert "\x1b" not in said
+        server.key = "another"
+        with pytest.raises(ValueError, match="refuses the key in OPENAI_API_KEY") as e:
+            sweep(config_of(server, tokenizer, tmp_path / "other"))
+        said += str(e.value) + "".join(capfd.readouterr())
+    files = everything(tmp_path)
+    assert b"[key]" in files and b"you said" in files
+    for secret in (KEY, KEY[3:], json.dumps(KEY)[1:-1], KEY.replace("/", "\\/"), "planted"):
+        assert secret not in said and secret.encode() not in files
+
+
+FAULTS = ("drop", "late", "garble", "strange", "cut", "limit", "error")
+
+
+def test_a_third_of_all_answers_lost_loses_no_sample_and_stores_none_twice(
+    calm, tokenizer, tmp_path
+):
+    dice = random.Random(0)
+    hits: Counter[str] = Counter()
+
+    def fault(n: int) -> str | None:
+        kind = dice.choice(FAULTS) if dice.random() < 0.3 else None
+        hits[str(kind)] += 1
+        return kind
+
+    with MockServer(fault=fault) as wild:
+        options = ServerOptions(concurrency=8, timeout=0.5, retries=20)
+        sweep(config_of(wild, tokenizer, tmp_path / "wild", server=options))
+        asked = len(wild.requests)
+    assert all(hits[kind] for kind in FAULTS)
+    assert stored(tmp_path / "wild") == calm
+    # What was answered in time was not asked for again.
+    assert set(wild.answered.values()) == {1}
+    assert asked == sum(hits.values()) == wild.answered.total() + sum(hits.values()) - hits["None"]
+
+
+def test_what_a_failing_server_kept_back_is_drawn_by_resume(calm, tokenizer, tmp_path, capsys):
+    with MockServer(fault=lambda n: None if n % 3 else "error") as server:
+        options = ServerOptions(concurrency=4, timeout=20, retries=0)
+        config = config_of(server, tokenizer, tmp_path / "out", server=options)
+        with pytest.raises(Unfinished, match=r"\d+ samples did not arrive \(HTTP 503 \d+ times"):
+            sweep(config)
+        before = stored(config.out)
+        assert 0 < len(before) < 72
+        words = f"sweep --model {server.url} --tokenizer {tokenizer} --out {config.out} --samples 1"
+        words += " 3 --budgets 0 2 --problems 6 --server.retries 0 --resume"
+        assert run(words.split()) == 1
+        assert "ponder: " in capsys.readouterr().err
+        server.fault = lambda n: None
+        sweep(replace(config, resume=True))
+        assert stored(config.out) == calm
+        asked = len(server.requests)
+        sweep(replace(config, resume=True))
+        assert len(server.requests) == asked
+
+
+def test_a_server_that_goes_away_is_not_asked_for_the_rest(no_report, tokenizer, tmp_path):
+    with MockServer(fault=lambda n: "error" if n >= 30 else None) as server:
+        options = ServerOptions(concurrency=2, timeout=20, retries=1)
+        config = config_of(server, tokenizer, tmp_path / "out", problems=60, server=options)
+        with pytest.raises(Unfinished, match="samples did not arrive"):
+            sweep(config)
+        assert len(stored(config.out)) >= 10
+        assert len(server.requests) < 60  # of some 1,200
+
+
+@pytest.mark.parametrize("answers", [0, 1])
+def test_a_server_that_answers_next_to_nothing_loses_nothing(no_report, tmp_path, answers):
+    with MockServer(fault=lambda n: "error" if n >= answers else None) as server:
+        options = ServerOptions(concurrency=1, retries=0)
+        config = config_of(server, None, tmp_path / "out", server=options)
+        with pytest.raises(Unfinished, match=f"{24 - answers} samples did not arrive"):
+            sweep(config)
+        assert len(stored(config.out)) == answers
+
+
+def test_no_more_requests_at_once_than_allowed(server, no_report, tokenizer, tmp_path):
+    options = ServerOptions(concurrency=3, timeout=20)
+    sweep(config_of(server, tokenizer, tmp_path / "out", server=options))
+    assert 1 < server.most_at_once <= 3
+
+
+def ask(prompt: str = "3+8=", seed: int = 0, **params) -> Ask:
+    return Ask(prompt, SamplingParams(max_tokens=40, **params), seed, 0)
+
+
+def test_retry_after_is_honoured_by_every_request(server, monkeypatch):
+    server.fault = lambda n: "limit" if n == 0 else None  # Retry-After: 0.05
+    speaker = RemoteSpeaker(server.url, ServerOptions(retries=1))
+    waits: list[float] = []
+    monkeypatch.setattr(speaker.server, "_pause", waits.append)
+    (_,) = speaker.generate([ask()])
+    before, wait, again = waits
+    assert before <= 0 and wait == 0.05 and 0 < again <= 0.05
+    speaker.server.ask("/models", None, lambda answer: answer)
+    assert 0 < waits[-1] <= 0.05
+
+
+def test_retry_after_is_seconds_or_a_date():
+    assert server_module._retry_after("7") == 7.0
+    assert 50 < server_module._retry_after(formatdate(time.time() + 60, usegmt=True)) <= 60
+    for nothing in (None, "-3", "soon", "inf", "nan", formatdate(0)):
+        assert server_module._retry_after(nothing) == 0.0
+
+
+@pytest.mark.parametrize("reasoning", [True, False])
+def test_chat_is_spoken_where_there_are_no_budgets(no_report, server, tmp_path, reasoning):
+    server.reasoning = reasoning  # or the text holds <think> … </think>
+    sweep(config_of(server, None, tmp_path / "out", system="Be brief.", problems=3))
+    rows = stored(tmp_path / "out")
+    assert len(rows) == 3 * 4 and all(row[1] is None for row in rows)
+    for path, body in server.requests:
+        assert path == "/v1/chat/completions"
+        assert [m["role"] for m in body["messages"]] == ["system", "user"]
+        # Nothing that only some servers know, and no bound that nobody asked for.
+        assert set(body) == {"model", "messages", "temperature", "top_p", "seed"}
+    prompts = {body["messages"][1]["content"] for _, body in server.requests}
+    for row in rows:
+        texts = {
+            continuation(p + "<think>", b["seed"]) for p in prompts for _, b in server.requests
+        }
+        assert row[5].removeprefix("<think>") in texts
+        thinking = row[5].removeprefix("<think>").partition("</think>")[0]
+        assert row[11] == pytest.approx(len(thinking), abs=0 if reasoning else 2)
+
+
+@pytest.mark.parametrize("budget", [None, 0, 2])
+def test_a_streamed_sample_is_the_whole_one(server, tokenizer, budget):
+    speaker = RemoteSpeaker(server.url, ServerOptions(), tokenizer=tokenizer, budgets=True)
+    pieces: list[str] = []
+    (streamed,) = speaker.generate([ask(budget=budget)], watch=lambda _, text: pieces.append(text))
+    (whole,) = speaker.generate([ask(budget=budget)])
+    assert replace(streamed, seconds=0, ask=whole.ask) == replace(whole, seconds=0)
+    assert "".join(pieces) == whole.text
+    assert len(pieces) >= len(whole.text) - len("<think></think>")  # a character at a time
+    assert all(body["stream"] for _, body in server.requests[: len(server.requests) // 2])
+
+
+def test_a_streamed_chat_shows_its_thinking_between_tags(server):
+    speaker = RemoteSpeaker(server.url, ServerOptions())
+    pieces: list[str] = []
+    (streamed,) = speaker.generate([ask()], watch=lambda _, text: pieces.append(text))
+    (whole,) = speaker.generate([ask()])
+    assert "".join(pieces) == streamed.text == whole.text
+    assert streamed.sampled_tokens == whole.sampled_tokens
+
+
+def test_seconds_are_shared_among_the_answers_under_way(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(remote.time, "perf_counter", lambda: now)
+    clock = remote._Clock()
+    now = 5.0  # nobody's
+    first = clock.tick(+1)
+    now = 6.0
+    second = clock.tick(+1)
+    now = 10.0
+    assert clock.tick(-1) - first == 1 + 4 / 2
+    now = 11.0
+    assert clock.tick(-1) - second == 4 / 2 + 1
+
+
+def test_the_own_key_comes_first_and_a_redirect_gets_none(server, monkeypatch):
+    monkeypatch.setenv("PONDER_API_KEY", "own")
+    monkeypatch.setenv("OPENAI_API_KEY", "other")
+    server.key = "own"
+    RemoteSpeaker(server.url, ServerOptions())
+    with MockServer() as elsewhere:
+        get = server.get
+        server.get = lambda handler: server.send(handler, 302, b"", Location=elsewhere.url)
+        with pytest.raises(ValueError, match=r"sends its visitors elsewhere \(HTTP 302\)"):
+            RemoteSpeaker(server.url, ServerOptions())
+        server.get = get
+
+
+def test_a_placeholder_of_a_key_is_no_secret(server, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "EMPTY")
+    server.key = "EMPTY"
+    server.echo = " EMPTY"
+    (completion,) = RemoteSpeaker(server.url, ServerOptions()).generate([ask()])
+    assert completion.text.endswith(" EMPTY")
+
+
+def test_a_key_that_no_header_can_carry_is_not_shown(server, monkeypatch):
+    monkeypatch.setenv("PONDER_API_KEY", "planted\nkey")
+    with pytest.raises(ValueError, match="PONDER_API_KEY holds characters") as error:
+        RemoteSpeaker(server.url, ServerOptions())
+    assert "planted" not in str(error.value)
+
+
+@pytest.mark.parametrize("url", ["http://me:planted@host/v1", "http://host/v1?api-key=planted"])
+def test_a_url_with_a_secret_is_refused_without_saying_it(tmp_path, url):
+    with pytest.raises(ValueError, match="leave them out") as error:
+        sweep(SweepConfig(model=url, out=tmp_path / "out"))
+    assert "planted" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def down() -> str:
+    with MockServer() as server:
+        return server.url
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(model="down"), "no server answers at http://127.0.0.1:.*refused"),
+        (dict(model="http:///v1"), "a server is http://HOST:PORT/v1"),
+        (dict(path="/elsewhere"), r"refuses \(HTTP 404\)"),
+        (dict(key="needed"), "asks for a key .* PONDER_API_KEY or OPENAI_API_KEY"),
+        (dict(models=["a", "b"]), r"serves 2 models \(a, b\); say which, as in --model .*#NAME"),
+        (dict(models=[]), "serves 0 models"),
+        (dict(budgets=(2,)), "thinking budgets of mock need the chat template"),
+        (dict(tokenizer="nowhere"), "there is no folder nowhere with a tokenizer"),
+        (dict(tokenizer=True, context=None), "does not say how long the context of mock is"),
+        (dict(tokenizer=True, context=5), "the model's context of 5 leaves room for at most 4"),
+        (dict(tokenizer=True, max_tokens=60), "max_tokens is 60; after .* the context of 64"),
+        (dict(tokenizer=True, budgets=(70,)), "a budget of 70 does not fit"),
+        (dict(tokenizer=True, system="x"), "has no chat template to put it into"),
+        (dict(engine="transformers"), "a server is its own engine"),
+    ],
+)
+def test_a_server_that_cannot_be_swept_gets_one_sentence(
+    server, tokenizer, tmp_path, changes, message
+):
+    for name in ("key", "models", "context"):
+        if name in changes:
+            setattr(server, name, changes.pop(name))
+    changes["model"] = changes.get("model", server.url).replace("down", down())
+    changes["model"] = changes["model"].replace("/v1", changes.pop("path", "/v1"))
+    given = changes.pop("tokenizer", None)
+    given = tokenizer if given is True else given
+    with pytest.raises(ValueError, match=message) as error:
+        sweep(config_of(server, given, tmp_path / "out", **changes))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_dialect_gets_one_sentence(no_report, server, tmp_path):
+    server.get = lambda handler: server.send(handler, 200, b"<html>hello</html>")
+    with pytest.raises(ValueError, match="something else than a list of models"):
+        sweep(config_of(server, None, tmp_path / "out"))
+    del server.get
+    server.usage = False  # an answer that does not say what it cost
+    config = config_of(server, None, tmp_path / "out", server=ServerOptions(retries=1))
+    with pytest.raises(Unfinished, match=r"did not arrive \(a garbled answer"):
+        sweep(config)
+
+
+def test_a_server_without_a_list_of_models_is_asked_by_name(server):
+    server.get = lambda handler: server.send(handler, 404, b"")
+    speaker = RemoteSpeaker(server.url + "#mine", ServerOptions())
+    assert speaker.identity["model"] == "served as mine" and speaker.context is None
+    list(speaker.generate([ask()]))
+    assert server.requests[0][1]["model"] == "mine"
+
+
+def test_filters_are_sent_where_they_filter(server):
+    speaker = RemoteSpeaker(server.url, ServerOptions())
+    list(speaker.generate([ask(top_k=5, top_p=0.9, min_p=0.1)]))
+    list(speaker.generate([ask(top_k=5, top_p=0.9, min_p=0.1, temperature=0.0)]))
+    (_, hot), (_, greedy) = server.requests
+    assert (hot["top_k"], hot["top_p"], hot["min_p"]) == (5, 0.9, 0.1)
+    assert greedy["top_p"] == 1.0 and not {"top_k", "min_p"} & set(greedy)
+    assert hot["max_tokens"] == 40
+
+
+def test_a_thought_that_never_ends_is_cut(server, tokenizer):
+    speaker = RemoteSpeaker(server.url, ServerOptions(), tokenizer=tokenizer, budgets=True)
+    seeds = [Ask("3+8=", SamplingParams(max_tokens=1), seed, 0) for seed in range(8)]
+    cut = [c for c in speaker.generate(seeds) if "</think>" not in c.text]
+    assert cut
+    for completion in cut:
+        assert completion.finish == "length" and completion.sampled_tokens == 1
+        assert len(completion.text) == len("<think>") + 1 and completion.think_tokens == 1

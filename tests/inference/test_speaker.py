@@ -1,0 +1,65 @@
+"""The local speaker, where memory runs out."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from ponder.inference.engine import LocalEngine, SamplingParams
+from ponder.inference.speaker import Ask, LocalSpeaker, out_of_memory
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: not enough memory"),
+        MemoryError(),
+    ],
+)
+def test_out_of_memory_ends_in_fewer_slots_and_every_sample_once(model, monkeypatch, capsys, error):
+    asks = [Ask(f"{i % 4}+8=", SamplingParams(max_tokens=12), 0, i) for i in range(40)]
+    speaker = LocalSpeaker(str(model), slots=32, precision="fp32")
+    whole = {c.ask: c.text for c in speaker.generate(asks)}
+    generate = LocalEngine.generate
+    calls: list[int] = []
+
+    def failing(self, requests, *, watch=None):
+        calls.append(self.slots)
+        for n, sample in enumerate(generate(self, requests, watch=watch)):
+            if self.slots > 8 and n == 5:
+                raise error
+            yield sample
+
+    monkeypatch.setattr(LocalEngine, "generate", failing)
+    found = list(speaker.generate(iter(asks)))
+    assert calls == [32, 16, 8]
+    assert Counter(c.ask for c in found) == Counter(asks)
+    assert {c.ask: c.text for c in found} == whole
+    said = capsys.readouterr().err
+    assert "16 slots instead of 32" in said and "8 slots instead of 16" in said
+
+
+def test_where_nothing_helps_there_is_a_sentence_and_what_was_finished_stays(model, monkeypatch):
+    speaker = LocalSpeaker(str(model), slots=8, precision="fp32")
+    generate = LocalEngine.generate
+
+    def failing(self, requests, *, watch=None):
+        for n, sample in enumerate(generate(self, requests, watch=watch)):
+            if n == 3:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            yield sample
+
+    monkeypatch.setattr(LocalEngine, "generate", failing)
+    found = []
+    with pytest.raises(ValueError, match="the memory does not hold even 8 samples at once"):
+        for completion in speaker.generate(
+            [Ask("3+8=", SamplingParams(max_tokens=4), 0, i) for i in range(9)]
+        ):
+            found.append(completion)
+    assert len(found) == 3
+
+
+def test_other_faults_are_not_taken_for_it():
+    assert not out_of_memory(RuntimeError("shape mismatch"))
+    assert not out_of_memory(ValueError("not enough memory"))

@@ -1,0 +1,194 @@
+"""Any causal model of Transformers, against ponder's own engine and against plain forward calls."""
+
+import json
+import shutil
+import sqlite3
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models
+
+from ponder.inference.config import SweepConfig
+from ponder.inference.engine import SamplingParams
+from ponder.inference.speaker import Ask, LocalSpeaker
+from ponder.inference.sweep import sweep
+from ponder.inference.transformers_engine import TransformersSpeaker
+
+from .test_sweep import samples
+
+
+@pytest.fixture(scope="module")
+def theirs(model) -> TransformersSpeaker:
+    return TransformersSpeaker(str(model), slots=4, precision="fp32", budgets=True)
+
+
+def asks(prompts=("3+8=", "4*2-1="), n: int = 5) -> list[Ask]:
+    """Samples that differ in everything that a row may differ in."""
+    kinds = [
+        SamplingParams(temperature=0.0, max_tokens=20),
+        SamplingParams(temperature=1.0, max_tokens=20, budget=0),
+        SamplingParams(temperature=0.7, top_k=5, max_tokens=30, budget=3),
+        SamplingParams(temperature=1.3, top_p=0.9, max_tokens=9),
+        SamplingParams(temperature=1.0, min_p=0.05, max_tokens=20, budget=3),
+    ]
+    return [Ask(p, kinds[i], 7, i, key=(p, i)) for p in prompts for i in range(n)]
+
+
+def by_key(completions) -> dict:
+    return {c.ask.key: c for c in completions}
+
+
+def test_the_samples_are_those_of_ponders_engine(model, theirs):
+    ours = LocalSpeaker(str(model), slots=8, precision="fp32")
+    mine, other = by_key(ours.generate(asks())), by_key(theirs.generate(asks()))
+    assert mine.keys() == other.keys() and len(mine) == 10
+    for key, a in mine.items():
+        b = other[key]
+        assert b.logprob == pytest.approx(a.logprob, abs=1e-3)
+        assert replace(b, logprob=a.logprob, seconds=a.seconds) == a
+    assert theirs.shape == ours.shape and theirs.identity["model"] == ours.identity["model"]
+
+
+def test_a_sample_does_not_depend_on_its_neighbours(theirs):
+    together = by_key(theirs.generate(asks()))
+    for ask in (asks()[7], asks()[2]):
+        (alone,) = theirs.generate([ask])
+        assert replace(alone, seconds=0) == replace(together[ask.key], seconds=0)  # to the bit
+
+
+def test_running_out_of_memory_ends_in_smaller_batches_or_a_sentence(model, theirs, capsys):
+    expected = by_key(theirs.generate(asks()))
+    small = TransformersSpeaker(str(model), slots=4, precision="fp32", budgets=True)
+    forward = small.model.forward
+    most = 2
+
+    def forgetful(input_ids, **kwargs):
+        if len(input_ids) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(input_ids=input_ids, **kwargs)
+
+    small.model.forward = forgetful
+    found = by_key(small.generate(asks()))
+    assert {k: c.text for k, c in found.items()} == {k: c.text for k, c in expected.items()}
+    assert "out of memory; 2 slots instead of 4" in capsys.readouterr().err
+    most = 0
+    with pytest.raises(ValueError, match="does not hold even 1 samples at once"):
+        list(small.generate(asks()))
+
+
+def test_a_watched_sample_is_shown_as_it_grows(theirs):
+    pieces: list[str] = []
+    ask = asks()[2]
+    (whole,) = theirs.generate([ask], watch=lambda _, text: pieces.append(text))
+    assert "".join(pieces) == whole.text
+    assert len(pieces) == whole.sampled_tokens + whole.forced_tokens
+
+
+TEMPLATE = "{% for m in messages %}{{ m.content }}={% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory) -> str:
+    """A GPT-2 with a chat template, two ends of a text, and no <think>."""
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("gpt2")
+    vocabulary = {c: i for i, c in enumerate(["<eos>", "<end>", "<unk>", *"0123456789+-*=abcdef"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    tokenizer.add_special_tokens(["<eos>", "<end>", "<unk>"])
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>", chat_template=TEMPLATE
+    )
+    fast.save_pretrained(folder)
+    torch.manual_seed(1)
+    config = GPT2Config(
+        vocab_size=len(vocabulary),
+        n_positions=48,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        initializer_range=0.4,
+        eos_token_id=0,
+        bos_token_id=0,
+    )
+    net = GPT2LMHeadModel(config)
+    net.generation_config.eos_token_id = [0, 1]
+    net.save_pretrained(folder)
+    return str(folder)
+
+
+def test_greedy_is_what_transformers_generates(gpt2):
+    speaker = TransformersSpeaker(gpt2, slots=3, precision="fp32")
+    assert speaker.shape is None
+    prompts = [f"{a}+{b}" for a in range(5) for b in range(4)]
+    params = SamplingParams(temperature=0.0, max_tokens=25)
+    ends = Counter()
+    for completion in speaker.generate([Ask(p, params, 0, 0) for p in prompts]):
+        prompt = completion.ask.prompt + "="
+        ids = speaker.chat.tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+        with torch.inference_mode():
+            (whole,) = speaker.model.generate(
+                **ids, do_sample=False, max_new_tokens=25, pad_token_id=0
+            )
+        new = whole[len(prompt) :].tolist()
+        stopped = new[-1] in (0, 1)
+        ends[new[-1] if stopped else "length"] += 1
+        shown = new[:-1] if stopped else new
+        assert completion.text == "".join(speaker.chat.tokenizer.convert_ids_to_tokens(shown))
+        assert completion.finish == ("stop" if stopped else "length")
+        assert (completion.sampled_tokens, completion.think_tokens) == (len(new), 0)
+        assert completion.prompt_tokens == len(prompt)
+    assert len(ends) == 3  # both ends and neither were met
+
+
+def test_a_sweep_of_a_transformers_model_resumes_to_the_same_samples(gpt2, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("ponder.inference.sweep.write_report", lambda *a, **_: drawn.append(a[1]))
+    config = SweepConfig(
+        model=gpt2,
+        out=tmp_path,
+        engine="transformers",
+        samples=(1, 2),
+        budgets=(),
+        problems=3,
+        max_tokens=8,
+        slots=4,
+    )
+    sweep(config)
+    whole = samples(tmp_path)
+    assert len(whole) == 3 * 3
+    with sqlite3.connect(tmp_path / "sweep" / "samples.sqlite") as db:
+        db.execute("DELETE FROM sample WHERE rowid % 2")
+    sweep(replace(config, resume=True))
+    assert samples(tmp_path) == whole
+    configuration = json.loads((tmp_path / "run.json").read_text())["sweep"]["configuration"]
+    assert len(drawn) == 2 and all(np.isnan(row.flops_per_problem) for row in drawn[1])
+    assert configuration["engine"] == "transformers" and configuration["precision"] == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(model="nowhere"), "there is no folder nowhere"),
+        (dict(budgets=(2,)), "has no tokens <think> and </think>; leave budgets away"),
+        (dict(max_tokens=60), "max_tokens is 60; after .* the context of 48"),
+        (dict(task="permute"), "holds what the tokenizer of .* does not know"),
+    ],
+)
+def test_a_model_that_cannot_be_swept_gets_one_sentence(gpt2, tmp_path, changes, message):
+    settings = dict(model=gpt2, out=tmp_path / "out", engine="transformers", budgets=(), problems=3)
+    with pytest.raises(ValueError, match=message) as error:
+        sweep(SweepConfig(**settings | changes))
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_a_folder_without_safetensors_is_refused(gpt2, tmp_path):
+    shutil.copytree(gpt2, tmp_path / "pickled")
+    torch.save({}, tmp_path / "pickled" / "pytorch_model.bin")
+    (tmp_path / "pickled" / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="no model of .*pickled could be loaded"):
+        TransformersSpeaker(str(tmp_path / "pickled"), slots=1)
