@@ -191,7 +191,7 @@ def specializations(capability: int) -> Iterator[Specialization]:
         yield _specialization(name, 64, "fp16", capability)
         arguments = inspect.signature(KERNELS[name].fn).parameters
         for option, (needed, *_) in OPTIONS.items():
-            if needed in arguments:
+            if needed in arguments and capability == 90:  # all at once tell of the other chips
                 yield _specialization(name, 128, "bf16", capability, [option])
         yield _specialization(name, 64, "bf16", capability, head_dim_v=256)
         yield _specialization(name, 192, "bf16", capability, OPTIONS, head_dim_v=128)

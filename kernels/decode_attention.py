@@ -172,20 +172,23 @@ def _tile(head_dim: int, element_size: int, prefix: bool = False) -> Tile:
 def specializations(capability: int) -> Iterator[Specialization]:
     """How the launchers below can compile the kernels.
 
-    Every dtype and head dimension with no option; in bf16 and fp32 with every option at once, on
-    the row's own cache and on a prefix; each option alone where registers are fewest, in bf16 with
-    the widest heads. Pages of any size are one case.
+    Every head dimension in bf16 and fp32, with no option and with every option at once, on the
+    row's own cache and on a prefix; each option alone where registers are fewest, in bf16 with the
+    widest heads. Pages of any size are one case. fp16 takes bf16's tiles and the same instructions
+    but for the type, so it is here once.
     """
-    for dtype in TRITON_TYPE:
+    every = dict(WINDOW=True, SINKS=True)
+    for dtype in (torch.bfloat16, torch.float32):
         for head_dim in (32, 64, 128, 256):
             yield _combine(dtype, head_dim)
             yield _attend(dtype, head_dim)
             yield _attend(dtype, head_dim, PREFIX=True)
-            if dtype != torch.float16:
-                every = dict(WINDOW=True, SINKS=True)
-                yield _combine(dtype, head_dim, PREFIX=True, **every)
-                yield _attend(dtype, head_dim, PAGED=True, SOFTCAP=True, **every)
-                yield _attend(dtype, head_dim, PREFIX=True, SOFTCAP=True, WINDOW=True)
+            yield _combine(dtype, head_dim, PREFIX=True, **every)
+            yield _attend(dtype, head_dim, PAGED=True, SOFTCAP=True, **every)
+            yield _attend(dtype, head_dim, PREFIX=True, SOFTCAP=True, WINDOW=True)
+    yield _combine(torch.float16, 128)
+    for prefix in (False, True):
+        yield _attend(torch.float16, 128, PREFIX=prefix)
     for option in ("WINDOW", "SOFTCAP", "SINKS", "PAGED"):
         yield _attend(torch.bfloat16, MAX_HEAD_DIM, **{option: True})
         if option in ("WINDOW", "SOFTCAP"):

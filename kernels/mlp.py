@@ -261,20 +261,21 @@ def _tiles(device_capability: int, itemsize: int, backward: bool) -> Tiles:
 def specializations(capability: int) -> Iterator[Specialization]:
     """How the launchers below can compile the kernels.
 
-    Not the full product, which has thousands: every tile and dtype with gelu's gated epilogue, and
-    every tile again with Conv1D's weights; on the widest tile the other costly activations and the
-    plain epilogues; on a narrow one the rest. Biases and pre-activations stored come on top of
+    Not the full product, which has thousands: every tile in bf16 and fp32 with gelu's gated
+    epilogue, and again with Conv1D's weights (fp16 takes bf16's tiles, and is here once); on the
+    widest tile the other costly activations and the plain epilogues; on a narrow one the rest. Biases and pre-activations stored come on top of
     everything here (but for one), so that what does without them fits too.
     """
     for backward in (False, True):
         for dtype, itemsize in (("fp32", 4), ("fp16", 2), ("bf16", 2)):
             tiles = _tiles(capability, itemsize, backward)
             for tile in tiles:
-                unaligned = tile is tiles.unaligned
-                yield _specialization(backward, dtype, tile, True, "gelu", unaligned)
-                if dtype != "fp16":
+                if dtype == "fp16" and tile is not tiles.by_size[0]:
+                    continue
+                for conv1d in (False, True):
+                    unaligned = tile is tiles.unaligned
                     yield _specialization(
-                        backward, dtype, tile, True, "gelu", unaligned, conv1d=True
+                        backward, dtype, tile, True, "gelu", unaligned, conv1d=conv1d
                     )
         yield _specialization(backward, "bf16", tiles.by_size[0], False, "gelu")
         for lean in (False, True):
