@@ -263,8 +263,9 @@ def specializations(capability: int) -> Iterator[Specialization]:
 
     Not the full product, which has thousands: every tile in bf16 and fp32 with gelu's gated
     epilogue, and again with Conv1D's weights (fp16 takes bf16's tiles, and is here once); on the
-    widest tile the other costly activations and the plain epilogues; on a narrow one the rest. Biases and pre-activations stored come on top of
-    everything here (but for one), so that what does without them fits too.
+    widest tile the other costly activations and the plain epilogues; on a narrow one the rest.
+    Biases and pre-activations stored come on top of everything here (but for one), so that what
+    does without them fits too.
     """
     for backward in (False, True):
         for dtype, itemsize in (("fp32", 4), ("fp16", 2), ("bf16", 2)):
