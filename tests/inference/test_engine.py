@@ -4,6 +4,7 @@ import itertools
 import multiprocessing
 import random
 import time
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
@@ -306,7 +307,7 @@ def test_processes_and_restarts_do_not_matter():
     engine = LocalEngine(gpt(), slots=40, eos=EOS, think_end=END)
     wanted = results(engine, requests)
     halves = range(0, len(requests), 2), range(1, len(requests), 2)
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         first, second = pool.map(some_results, halves)
     assert first | second == wanted and len(first) + len(second) == len(wanted)
     cut = engine.generate(requests)
