@@ -27,6 +27,10 @@ class TrainConfig:
     """char, byte, bpe:SIZE (learned from the data), a tokenizer.json or its folder, or the
     OWNER/NAME of one on the Hub"""
 
+    init: str = ""
+    """a Hugging Face folder or id to go on training: its weights and shape, and its tokenizer
+    where `tokenizer` is char; "": a new model of the shape below"""
+
     context: int = 128
     """the longest sequence, in tokens"""
     n_layer: int = 4

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -35,6 +36,7 @@ from .processes import (
     whole_model,
 )
 from .samples import write_samples
+from .tokenizer import check_vocabulary
 from .trackers import check_trackers, start_trackers
 from .view import View
 
@@ -47,6 +49,16 @@ def model_config(config: TrainConfig, vocab_size: int) -> GPTConfig:
     names = "context n_layer n_head n_kv_head head_dim n_embd n_inner gated activation qk_norm"
     fields = {name: getattr(config, name) for name in (*names.split(), "tie_embeddings")}
     return GPTConfig(vocab_size=vocab_size, **fields)
+
+
+def _check_init(config: TrainConfig, data: Data, shape: GPTConfig) -> None:
+    """ValueError where the checkpoint does not take the data's tokens or lengths."""
+    check_vocabulary(data.tokenizer, shape.vocab_size, config.init)
+    if config.context > shape.context:
+        raise ValueError(
+            f"context is {config.context}; {config.init} has one of {shape.context}, so set it to "
+            "at most that"
+        )
 
 
 class Stop:
@@ -78,8 +90,13 @@ def train(config: TrainConfig, *, model_folder: Path | None = None) -> Path:
     """
     config.check()
     check_trackers(config.trackers)
+    given = hub.load_config(config.init) if config.init else None
+    if given and config.tokenizer == "char":
+        config = replace(config, tokenizer=config.init)
     data = load_data(config)
-    shape = model_config(config, data.vocabulary.size)
+    shape = model_config(config, data.vocabulary.size) if given is None else given
+    if given:
+        _check_init(config, data, given)
     with Stop() as stop:
         return _Run(config, data, shape, stop, model_folder or config.out).go()
 
@@ -130,7 +147,10 @@ class _Run:
         self.accelerator = build_accelerator(config, precision, cpu=cpu, sharded=sharded)
         self.sharded = self.accelerator.is_fsdp2
         set_seed(config.seed)
-        self.raw = GPT(shape)
+        if config.init and not state:
+            self.raw = hub.load(config.init, dtype=torch.float32).train()
+        else:
+            self.raw = GPT(shape)
         optimizer = build_optimizer(self.raw, config)
         if config.recompute:
             for block in self.raw.layers:

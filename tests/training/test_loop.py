@@ -309,3 +309,52 @@ def test_a_resumed_run_keeps_the_precision_that_was_measured(config, monkeypatch
     train(replace(config, resume=True))
     assert newest(out)["precision"] == "bf16"
     assert next(measured) == "fp32"  # nobody asked again
+
+
+@pytest.fixture(scope="module")
+def checkpoint(config, whole):
+    """A Llama of Transformers' own, with the tokenizer of the finished run."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    _, folder = config
+    path = folder.mktemp("checkpoint")
+    tokenizer = hub.load_tokenizer(whole)
+    torch.manual_seed(7)
+    shape = LlamaConfig(
+        vocab_size=tokenizer.get_vocab_size() + 3,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+    )
+    LlamaForCausalLM(shape).save_pretrained(path)
+    tokenizer.save(str(path / "tokenizer.json"))
+    return path
+
+
+def test_a_checkpoint_is_trained_further(config, checkpoint):
+    from transformers import AutoModelForCausalLM
+
+    config, folder = config
+    out = folder.mktemp("further")
+    config = replace(config, out=out, init=str(checkpoint), optimizer="sgd", warmup=0)
+    train(replace(config, steps=2, lr=1e-9))
+    before, after = (AutoModelForCausalLM.from_pretrained(p) for p in (checkpoint, out))
+    assert type(after) is type(before)
+    tokens = torch.arange(10)[None]
+    torch.testing.assert_close(after(tokens).logits, before(tokens).logits, rtol=1e-5, atol=1e-6)
+    train(replace(config, out=folder.mktemp("learned"), steps=60, lr=0.3))
+    learned = metrics(folder.getbasetemp() / "learned0")
+    assert learned[-1]["val_loss"] < 0.8 * learned[0]["train_loss"]
+
+
+def test_a_checkpoint_that_does_not_fit_is_named(config, checkpoint, tmp_path):
+    config, _ = config
+    config = replace(config, out=tmp_path / "out", init=str(checkpoint))
+    with pytest.raises(ValueError, match="context is 65; .* has one of 64"):
+        train(replace(config, context=65))
+    with pytest.raises(ValueError, match="the tokenizer has ids up to 2.. and .*checkpoint"):
+        train(replace(config, tokenizer="byte"))
+    with pytest.raises(ValueError, match="there is no folder nowhere"):
+        train(replace(config, init="nowhere"))
