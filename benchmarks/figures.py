@@ -10,10 +10,10 @@ from collections import defaultdict
 from pathlib import Path
 
 from ponder.benchmarks.measure import RESULTS
+from ponder.figures import CYCLE, GRID, INK, MUTED
 
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"
-INK, MUTED, GRID = "#1c2530", "#66717f", "#e4e7eb"
-COLOURS = ("#3b74ad", "#c2562d", "#2f7d60", "#8b5fa8", "#b08a2e", "#6f9cc9")
+COLOURS = (*CYCLE, "#8b5fa8", "#6f9cc9")
 TICKS = (
     *(x / 10 for x in (1, 2, 3, 5, 8)),
     1,
