@@ -7,12 +7,14 @@ ponder is. Right of 1 it is faster.
 import csv
 import re
 from collections import defaultdict
+from dataclasses import fields
 from pathlib import Path
 
-from ponder.benchmarks.measure import RESULTS
+from ponder.benchmarks.measure import RESULTS, Row
 from ponder.figures import CYCLE, GRID, INK, MUTED
 
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"
+COLUMNS = {column.name for column in fields(Row)}
 COLOURS = (*CYCLE, "#8b5fa8", "#6f9cc9")
 TICKS = (
     *(x / 10 for x in (1, 2, 3, 5, 8)),
@@ -104,7 +106,8 @@ def draw(results: Path = RESULTS, folder: Path = FIGURES) -> list[Path]:
         machines: dict[str, list[dict[str, str]]] = defaultdict(list)
         with open(source, newline="") as file:
             for row in csv.DictReader(file):
-                machines[row["gpu"]].append(row)
+                if row.keys() == COLUMNS:  # not the tables of another kind
+                    machines[row["gpu"]].append(row)
         for machine, rows in machines.items():
             name = re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
             path = folder / f"{source.stem}-{name}.png"

@@ -35,6 +35,7 @@ STAGES: dict[str, list[str]] = {
     "mlp": [*PYTHON, "ponder.benchmarks", "mlp"],
     "rest": [*PYTHON, "ponder.benchmarks", "losses", "pointwise", "decode", "overhead"],
     "train_step": [*PYTHON, "ponder.benchmarks", "train_step"],
+    "patch": [*PYTHON, "ponder.benchmarks.patch"],
     "profiles": [*PYTHON, "ponder.benchmarks.profiles"],
     "sampling": [*PYTHON, "ponder.benchmarks", "sampling"],
     "all-tests": [*PYTEST, "--ignore", str(ROOT / "tests" / "kernels"), str(ROOT / "tests")],
