@@ -170,14 +170,16 @@ def row(
 def write(measured: list[Row], folder: Path = RESULTS) -> None:
     """Put rows into the file of their benchmark, in place of this machine's of the same cases."""
     folder.mkdir(parents=True, exist_ok=True)
+    key = "gpu", "case", "dtype"
     for name in {found.benchmark: None for found in measured}:
         path = folder / f"{name}.csv"
         new = [asdict(found) for found in measured if found.benchmark == name]
-        replaced = {(found["gpu"], found["case"]) for found in new}
+        replaced = {tuple(found[k] for k in key) for found in new}
         kept: list[dict] = []
         if path.exists():
             with open(path, newline="") as file:
-                kept = [r for r in csv.DictReader(file) if (r["gpu"], r["case"]) not in replaced]
+                old = csv.DictReader(file)
+                kept = [r for r in old if tuple(r[k] for k in key) not in replaced]
         with open(path, "w", newline="") as file:
             writer = csv.DictWriter(file, [f.name for f in fields(Row)])
             writer.writeheader()

@@ -155,7 +155,8 @@ def _run(name: str, batch: int, each: int, peers, compiled: bool) -> list[Row]:
         counted.append(sample(model, prompts, dtype))
         synchronize()
 
-    case = f"{PROMPT}-token prompts, {NEW} new, batch {batch}, {each} of each prompt, {name}"
+    case = f"{PROMPT}-token prompts, {NEW} new, batch {batch}, {each} of each prompt"
+    label = f"{case}, {name}"
     works: dict[str, Callable[[], object]] = {"ponder": ours}
     for peer_name, work in _peers(peer, prompts, compiled).items():
         if peer_name.removesuffix(" compiled") not in peers:
@@ -169,10 +170,10 @@ def _run(name: str, batch: int, each: int, peers, compiled: bool) -> list[Row]:
         except Exception as reason:
             if who == "ponder":
                 raise
-            print(f"{case}: {who} cannot run here: {reason}")
+            print(f"{label}: {who} cannot run here: {reason}")
             del works[who]
         else:
-            print(f"{case}: {who}: first call {time.perf_counter() - begin:.1f} s", flush=True)
+            print(f"{label}: {who}: first call {time.perf_counter() - begin:.1f} s", flush=True)
     times = milliseconds(works, repeats=3, warmup=0)
     # A sample that drew <eos> ended early: ours is judged by the tokens that it did draw.
     tokens = dict.fromkeys(works, batch * NEW) | {"ponder": round(statistics.mean(counted))}
@@ -186,7 +187,7 @@ def _run(name: str, batch: int, each: int, peers, compiled: bool) -> list[Row]:
         rate, own = tokens[who] / seconds, tokens["ponder"] / statistics.median(times["ponder"])
         ratio = 1e3 * own / rate
         print(
-            f"{case}: {who:35} {rate:9,.0f} tokens/s, ponder's {ratio:5.2f}×, "
+            f"{label}: {who:35} {rate:9,.0f} tokens/s, ponder's {ratio:5.2f}×, "
             f"{more['roofline']:.1%} of the bandwidth, {more['peak_mib']} MiB",
             flush=True,
         )
