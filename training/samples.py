@@ -40,7 +40,7 @@ def greedy(model: GPT, prompts: list[list[int]], limit: int, eos: int | None) ->
 
 def _task(data: Data) -> Task | None:
     """The task that the data are of, or the first one where several are mixed."""
-    tasks = (getattr(source, "task", None) for source in getattr(data, "sources", (data,)))
+    tasks = (getattr(source, "task", None) for source in data.sources)
     return next((task for task in tasks if task is not None), None)
 
 
@@ -55,7 +55,7 @@ def write_samples(model: GPT, data: Data, count: int) -> list[dict[str, Any]]:
     if task is not None:
         problems = task.problems("val", count, 0)
         prompts = [tokenizer.encode(problem.prompt + "<think>").ids for problem in problems]
-        eos, limit = tokenizer.token_to_id("<eos>"), model.config.context
+        eos, limit = tokenizer.token_to_id(data.vocabulary.eos), model.config.context
     else:
         rows = next(iter(data.validation())).tokens[:count]
         prompts = rows[:, : max(1, rows.shape[1] // 4)].tolist()

@@ -23,7 +23,7 @@ import numpy as np
 
 import ponder
 from ponder import figures
-from ponder.inference.stats import maj_at_k, pass_at_k
+from ponder.inference.estimators import maj_at_k, pass_at_k
 
 plt.style.use(figures.STYLE)
 
@@ -32,7 +32,7 @@ shares = (0.4, *[0.15] * 4)  # right 40 % of the time, four wrong answers
 answers = rng.choice(5, p=shares, size=(400, 32))
 correct = answers == 0
 for k in (1, 4, 16, 32):
-    vote = maj_at_k(answers, correct, k, subsets=200).mean()
+    vote = maj_at_k(answers, correct, k).mean()
     print(f"{k:3} samples: vote {vote:.1%}, at least one right {pass_at_k(correct, k).mean():.1%}")
 
 # %% [markdown]

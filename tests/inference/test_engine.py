@@ -1,10 +1,11 @@
 """The engine, on a mock model whose right answers are known and on small GPTs."""
 
 import itertools
-import multiprocessing
+import pickle
 import random
+import subprocess
+import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
@@ -306,9 +307,12 @@ def test_processes_and_restarts_do_not_matter():
     requests = mixed_requests()
     engine = LocalEngine(gpt(), slots=40, eos=EOS, think_end=END)
     wanted = results(engine, requests)
-    halves = range(0, len(requests), 2), range(1, len(requests), 2)
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        first, second = pool.map(some_results, halves)
+    code = "import pickle, runpy, sys; part = range(*map(int, sys.argv[2:])); pickle.dump("
+    code += "runpy.run_path(sys.argv[1])['some_results'](part), sys.stdout.buffer)"
+    words = [sys.executable, "-c", code, __file__]
+    halves = [[str(first), str(len(requests)), "2"] for first in range(2)]
+    pipes = [subprocess.Popen(words + half, stdout=subprocess.PIPE) for half in halves]
+    first, second = (pickle.loads(pipe.communicate()[0]) for pipe in pipes)
     assert first | second == wanted and len(first) + len(second) == len(wanted)
     cut = engine.generate(requests)
     kept = {s.request.key for s in itertools.islice(cut, 17)}

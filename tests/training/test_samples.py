@@ -2,6 +2,7 @@
 
 import torch
 
+from ponder import tasks
 from ponder.models import GPT, GPTConfig
 from ponder.training import preset
 from ponder.training.data import load_data
@@ -68,8 +69,9 @@ class Answers(GPT):
 def test_a_task_s_samples_are_judged():
     config = preset("tiny")
     data = load_data(config)
-    problems = data.task.problems("val", 3, 0)
-    texts = [f"{data.task.trace(p)}</think>{p.answer}<eos>" for p in problems]
+    task = tasks.get("last_digit")
+    problems = task.problems("val", 3, 0)
+    texts = [f"{task.trace(p)}</think>{p.answer}<eos>" for p in problems]
     texts[1] = f"</think>{(int(problems[1].answer) + 1) % 10}<eos>"
     completions = [data.tokenizer.encode(text).ids for text in texts]
     vocab = data.tokenizer.get_vocab_size()
