@@ -26,7 +26,7 @@ from ..models.cache import LayerCache
 # 31 rows), and on some numbers of threads for every fourth row where the columns are not a multiple
 # of 4 (seen: 37, 54).
 ROWS, COLUMNS = 8, 16
-CPU_BLOCK = 32  # rows of an engine's blocks on a CPU, of which each is one thread's
+CPU_BLOCK = 64  # rows of an engine's blocks on a CPU, which threads take side by side
 # PyTorch hands a thread at least so many numbers of an elementwise operation, and treats what
 # remains of its share behind multiples of two vectors one by one, with another exponential.
 GRAIN, VECTORS = 32768, 64

@@ -54,7 +54,7 @@ class LocalEngine:
     """Samples from a model on this machine, `slots` of them at a time.
 
     model: a GPT, or anything with its `config`, `hidden` and `logits`. slots is rounded up to a
-    multiple of 8, on a CPU above 32 to one of 32. eos and think_end are the ids of <eos> and
+    multiple of 8, on a CPU above 64 to one of 64. eos and think_end are the ids of <eos> and
     </think>; without think_end no request may have a budget. device defaults to the model's own.
     So does dtype; on a CPU it is that of matrix products and of the cache (bf16 is about 1.5 times
     as fast where the CPU has such products, and slower elsewhere), and the rest is fp32. Weights
@@ -63,8 +63,8 @@ class LocalEngine:
     Throughput grows with the slots until the machine is busy, memory with slots × the longest
     running sequence; before anything starts the engine reckons what that takes, and has fewer slots
     where it does not fit. The numbers that a row gets do not depend on what the other rows hold,
-    but may differ in the last bit between two numbers of slots, on a CPU below 32 of them. With
-    `invariant` they do not: slots decode in blocks of a number of rows that never changes (32, on a
+    but may differ in the last bit between two numbers of slots, on a CPU below 64 of them. With
+    `invariant` they do not: slots decode in blocks of a number of rows that never changes (64, on a
     GPU 256), and are rounded up to a multiple of it.
     """
 

@@ -279,7 +279,7 @@ def test_order_and_neighbours_do_not_matter(threads, dtype, device, set_threads)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_slots_do_not_matter_where_invariant(dtype, device, set_threads):
-    """Bit for bit with the real model, on one thread or two; on a CPU from 32 slots on, always."""
+    """Bit for bit with the real model, on one thread or two; on a CPU from 64 slots on, always."""
     requests, model = mixed_requests(prompts=4), gpt(device)
     found = []
     for slots, threads in ((8, 1), (24, 1), (64, 2), (256, 1)):
@@ -291,8 +291,8 @@ def test_slots_do_not_matter_where_invariant(dtype, device, set_threads):
     assert len(found[0]) == len(requests)
     assert all(other == found[0] for other in found)
     if device == "cpu":
-        engine = LocalEngine(model, slots=40, eos=EOS, think_end=END, dtype=dtype)
-        assert engine.slots == 64 and results(engine, requests) == found[0]
+        engine = LocalEngine(model, slots=72, eos=EOS, think_end=END, dtype=dtype)
+        assert engine.slots == 128 and results(engine, requests) == found[0]
 
 
 def some_results(keys: range) -> dict:
