@@ -4,6 +4,7 @@ Started anew, each would spend four seconds on imports. They can be killed like 
 """
 
 import multiprocessing
+import random
 import socket
 import time
 from multiprocessing.process import BaseProcess
@@ -45,11 +46,19 @@ def start(
     return process
 
 
+def _free_port() -> int:
+    """A port that nobody has, below those that systems hand out (from 32768 on): one of those
+    could go to another test's server before our processes come to it."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 30_000)
+        with socket.socket() as free:
+            if free.connect_ex(("127.0.0.1", port)):
+                return port
+
+
 def run(*commands: list[str], ranks: int, folder: Path, timeout: float = 200.0) -> list[str]:
     """The commands on `ranks` processes that know each other; what each of them printed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = _free_port()
     processes, logs = [], [folder / f"{ranks}_{rank}.log" for rank in range(ranks)]
     for rank, log in enumerate(logs):
         environment = dict(
