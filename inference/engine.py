@@ -1,11 +1,11 @@
 """Engine: many samples of many prompts at once, each as if it had been drawn alone.
 
 A fixed number of slots decodes together; a slot whose sample has finished takes the next request.
-Each distinct prompt is prefilled once, and its keys and values are read once for every few of its
-samples. A sample depends on the model, its prompt, its parameters, its seed and its index, and on
-nothing else: every shape that the model sees is fixed (all slots are computed whether they are in
-use or not; prompts are prefilled in blocks of a size that their own length decides), and each
-sample draws from a random stream of its own.
+Each distinct prompt is prefilled once; the keys and values of a long one are read once for every
+few of its samples. A sample depends on the model, its prompt, its parameters, its seed and its
+index, and on nothing else: every shape that the model sees is fixed (all slots are computed whether
+they are in use or not; prompts are prefilled in blocks of a size that their own length decides),
+and each sample draws from a random stream of its own.
 """
 
 import copy
@@ -29,9 +29,13 @@ from .workers import Workers
 
 __all__ = ["Engine", "LocalEngine", "Request", "Sample", "SamplingParams", "stream_key"]
 
+MANY_SLOTS = 256  # from so many on a CPU's blocks are of twice the rows: 1.2 to 1.4 times as fast
 GPU_BLOCK = 256  # rows that decode together where the number of slots must not matter
 # Rows (samples × query heads of a key-value head) whose product with a shared prompt is one.
 CPU_GROUP, GPU_GROUP = 8, 64
+# Prompts of so many tokens are shared; a shorter one lies in front of each of its samples, whose
+# attention is then one product instead of two. On a GPU not yet measured.
+CPU_SHARED, GPU_SHARED = 256, 1
 
 
 class Engine(Protocol):
@@ -54,18 +58,19 @@ class LocalEngine:
     """Samples from a model on this machine, `slots` of them at a time.
 
     model: a GPT, or anything with its `config`, `hidden` and `logits`. slots is rounded up to a
-    multiple of 8, on a CPU above 64 to one of 64. eos and think_end are the ids of <eos> and
-    </think>; without think_end no request may have a budget. device defaults to the model's own.
-    So does dtype; on a CPU it is that of matrix products and of the cache (bf16 is about 1.5 times
-    as fast where the CPU has such products, and slower elsewhere), and the rest is fp32. Weights
-    are read anew by each `generate`.
+    multiple of 8, on a CPU above 64 to one of 64, from 256 on to one of 128. eos and think_end are
+    the ids of <eos> and </think>; without think_end no request may have a budget. device defaults
+    to the model's own. So does dtype; on a CPU it is that of matrix products and of the cache (bf16
+    is about 1.5 times as fast where the CPU has such products, and slower elsewhere), and the rest
+    is fp32. Weights are read anew by each `generate`.
 
     Throughput grows with the slots until the machine is busy, memory with slots × the longest
     running sequence; before anything starts the engine reckons what that takes, and has fewer slots
     where it does not fit. The numbers that a row gets do not depend on what the other rows hold,
-    but may differ in the last bit between two numbers of slots, on a CPU below 64 of them. With
-    `invariant` they do not: slots decode in blocks of a number of rows that never changes (64, on a
-    GPU 256), and are rounded up to a multiple of it.
+    but may differ in the last bit between two numbers of slots, on a CPU below 64 of them and
+    where they decode in blocks of 128, from 256 on. With `invariant` they do not: slots decode in
+    blocks of a number of rows that never changes (64, on a GPU 256), and are rounded up to a
+    multiple of it.
     """
 
     def __init__(
@@ -96,11 +101,13 @@ class LocalEngine:
         if gpu and invariant:
             self.rows = GPU_BLOCK
         elif self._decoder_fits():
-            self.rows = CPU_BLOCK if invariant else min(self.rows, CPU_BLOCK)
+            block = CPU_BLOCK if slots < MANY_SLOTS else 2 * CPU_BLOCK
+            self.rows = CPU_BLOCK if invariant else min(self.rows, block)
         elif invariant:
             raise ValueError("invariant is true; on a CPU it needs a GPT of the Llama kind")
         self.slots, self.invariant = round_up(slots, self.rows), invariant
         self.group = max(1, (GPU_GROUP if gpu else CPU_GROUP) * config.n_kv_head // config.n_head)
+        self.shared_from = GPU_SHARED if gpu else CPU_SHARED
         # On a GPU the host looks at the results of several steps at once, so as not to stall it.
         self.steps_per_look = 16 if gpu else 1
         # Several prefills at a time on a CPU's threads; products are as fast from 128 rows on.

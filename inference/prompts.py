@@ -29,6 +29,14 @@ class Place(NamedTuple):
     row: int
 
 
+def copy_rows(source: KVCache, target: KVCache | Prefix, pairs: list[tuple[int, int]]) -> None:
+    """Copy rows' keys and values, as far as both reach: (a row of source, one of target)."""
+    rows, targets = torch.tensor(pairs, device=source.keys.device).t()
+    n = min(source.capacity, target.capacity)
+    for old, new in ((source.keys, target.keys), (source.values, target.values)):
+        new[:, :, :, :n].index_copy_(1, targets, old[:, :, :, :n].index_select(1, rows))
+
+
 class Prompts:
     """The keys and values of the prompts that waiting requests need.
 
@@ -110,7 +118,8 @@ class Prompts:
 class Groups:
     """Which rows of a cache share a prompt, in groups of as many places as its prefix has.
 
-    A prompt may have several groups, and a group places that no row has; rows come and go.
+    A prompt may have several groups, and a group places that no row has; rows come and go. Those
+    that hold their prompt themselves are together under the empty one.
     """
 
     def __init__(self, prefix: Prefix):
@@ -142,8 +151,9 @@ class Groups:
             self.rows.append([None] * self.prefix.width)
             self.lengths.append(0)
         group = heapq.heappop(self.idle)
-        self.lengths[group] = len(prompt) - 1  # a row's own first token is the prompt's last
-        self.copies.setdefault(source.block, []).append((source.row, group))
+        if prompt:
+            self.lengths[group] = len(prompt) - 1  # a row's own first token is the prompt's last
+            self.copies.setdefault(source.block, []).append((source.row, group))
         return group
 
     def remove(self, row: int, prompt: Prompt) -> None:
@@ -163,7 +173,7 @@ class Groups:
     @torch.inference_mode()
     def update(self) -> None:
         """Tell the device."""
-        prefix, device = self.prefix, self.prefix.place.device
+        prefix = self.prefix
         while self.rows and not any(r is not None for r in self.rows[-1]):
             self.idle.remove(len(self.rows) - 1)
             self.rows.pop()
@@ -178,10 +188,7 @@ class Groups:
         lengths = self.lengths + [0] * (prefix.groups - len(self.lengths))
         prefix.lengths.copy_(torch.tensor(lengths))
         for block, pairs in self.copies.items():
-            source, target = torch.tensor(pairs, device=device).t()
-            n = min(block.capacity, prefix.capacity)
-            for old, new in ((block.keys, prefix.keys), (block.values, prefix.values)):
-                new[:, :, :, :n].index_copy_(1, target, old[:, :, :, :n].index_select(1, source))
+            copy_rows(block, prefix, pairs)
         self.copies.clear()
 
     def _fit(self) -> None:

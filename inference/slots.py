@@ -8,7 +8,7 @@ import torch
 from ..kernels import sample_tokens
 from ..models import KVCache, Prefix
 from .graphs import Graphed, capture
-from .prompts import LENGTH_STEP, Groups, Prompts, round_up
+from .prompts import LENGTH_STEP, Groups, Prompts, copy_rows, round_up
 from .request import Request, Sample, stream_key
 
 NEVER = 1 << 62
@@ -17,9 +17,10 @@ NEVER = 1 << 62
 class Run:
     """What the host knows of the sample in a slot."""
 
-    def __init__(self, request: Request, step: int, seconds: float):
+    def __init__(self, request: Request, step: int, own: int, seconds: float):
         self.request = request
         self.step = step  # of the slots' clock, at which it began
+        self.own = own  # tokens that the slot's cache held then
         self.seconds = seconds
         self.shown = 0  # tokens of the completion that a watcher has seen
 
@@ -51,7 +52,6 @@ class Slots:
         self.cache.lengths = self.length
         self.cache.empty = False
         self.prefix = Prefix(config, rows, LENGTH_STEP, engine.group, device=device, dtype=dtype)
-        self.cache.prefix = self.prefix
         self.groups = Groups(self.prefix)
         self.decode = Graphed(self._step, capture if device.type == "cuda" else None)
         self.peak = self.next_fit = 0
@@ -64,18 +64,29 @@ class Slots:
         """
         rows = [self.free.pop() for _ in batch]
         integers, numbers, most = [], [], 0
+        copies: dict[KVCache, list[tuple[int, int]]] = {}  # block → (its row, ours)
         for row, request in zip(rows, batch, strict=True):
             prompt, params = request.prompt, request.params
             source, owed = prompts.take(prompt)
-            self.groups.add(row, prompt, source)
             # The last token of the prompt is fed once more, for the logits behind it.
+            own, shared = 0, self._shared(prompt)
+            self.groups.add(row, shared, source)
+            if not shared:
+                own = len(prompt) - 1
+                copies.setdefault(source.block, []).append((source.row, row))
             force_at = NEVER if params.budget is None else params.budget
             seed = stream_key(prompt, request.seed, request.index)
-            integers.append((prompt[-1], 0, 0, force_at, params.max_tokens, seed, params.top_k))
+            integers.append((prompt[-1], own, 0, force_at, params.max_tokens, seed, params.top_k))
             numbers.append((params.temperature, params.top_p, params.min_p, 0.0))
             most = max(most, params.max_tokens)
-            self.running[row] = Run(request, self.steps, owed - seconds)
-        self.groups.update()
+            self.running[row] = Run(request, self.steps, own, owed - seconds)
+        self.cache.prefix = None
+        if any(self.groups.lengths):  # a prompt is shared
+            self.groups.update()
+            self.cache.prefix = self.prefix
+        self._fit(self.engine.steps_per_look)
+        for block, pairs in copies.items():
+            copy_rows(block, self.cache, pairs)
         device = self.engine.device
         index = torch.tensor(rows, device=device)
         self.integers.index_copy_(1, index, torch.tensor(integers, device=device).t())
@@ -92,7 +103,8 @@ class Slots:
         cache, prefix = self.cache, self.prefix
         moving = cache.keys, cache.values, self.tokens, prefix.keys, prefix.values
         moving += prefix.lengths, prefix.order, prefix.taken
-        self.decode(n, key=tuple((x.data_ptr(), x.shape) for x in moving))
+        key = tuple((x.data_ptr(), x.shape) for x in moving)
+        self.decode(n, key=(cache.prefix is None, key))
         self.steps += n
         finished = [row for row, done in enumerate(self.done.tolist()) if done]
         return [row for row in finished if row in self.running]
@@ -143,7 +155,7 @@ class Slots:
         samples = []
         for row, count, drawn, logprob in zip(rows, counts, tokens, logprobs, strict=True):
             run = self.running.pop(row)
-            self.groups.remove(row, run.request.prompt)
+            self.groups.remove(row, self._shared(run.request.prompt))
             drawn = tuple(drawn[:count])
             budget = run.request.params.budget
             forced = (
@@ -165,6 +177,10 @@ class Slots:
         self.free += rows[::-1]
         return samples
 
+    def _shared(self, prompt: tuple[int, ...]) -> tuple[int, ...]:
+        """The part of the prompt that its samples share: all or nothing."""
+        return prompt if len(prompt) >= self.engine.shared_from else ()
+
     def _fit(self, steps: int) -> None:
         """Keep the cache's capacity near what is needed: on a CPU every step reads all of it.
 
@@ -172,12 +188,13 @@ class Slots:
         only what is valid is read: there is room for the longest sample from the beginning, so that
         a captured step is of use for long.
         """
+        running = self.running.values()
         if self.engine.device.type == "cuda":
-            needed = max(run.request.params.max_tokens for run in self.running.values()) + steps
+            needed = max(run.own + run.request.params.max_tokens for run in running) + steps
             if needed > self.cache.capacity:
                 self.cache.resize(round_up(needed))
             return
-        needed = round_up(self.steps + steps - min(run.step for run in self.running.values()))
+        needed = round_up(self.steps + steps + max(run.own - run.step for run in running))
         self.peak = max(self.peak, needed)
         if needed > self.cache.capacity:
             self.cache.resize(needed)

@@ -257,12 +257,21 @@ def set_threads():
 
 
 @pytest.mark.parametrize(
-    "threads, dtype", [(1, torch.float32), (2, torch.float32), (1, torch.bfloat16)]
+    "threads, dtype, shared_from",
+    [
+        (1, torch.float32, 256),
+        (2, torch.float32, 4),
+        (1, torch.bfloat16, 4),
+        (1, torch.bfloat16, 1),
+        (1, torch.bfloat16, 256),
+    ],
 )
-def test_order_and_neighbours_do_not_matter(threads, dtype, device, set_threads):
-    """Bit for bit, log-probabilities included, with the real model: one block, or two at a time."""
+def test_order_and_neighbours_do_not_matter(threads, dtype, shared_from, device, set_threads):
+    """Bit for bit, log-probabilities included, with the real model: one block, or two at a time;
+    where no prompt is shared, some are, or all."""
     slots = 8 if threads == 1 else 64
     engine = LocalEngine(gpt(device), slots=slots, eos=EOS, think_end=END, dtype=dtype)
+    engine.shared_from = shared_from
     requests = mixed_requests(prompts=4)
     set_threads(threads)
     found = results(engine, requests)
