@@ -23,7 +23,7 @@ EOS, END = 0, 1
 @pytest.fixture(autouse=True)
 def no_interpreter(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    monkeypatch.setattr("ponder.inference.engine.CPU_SHARED", 1)  # else only long prompts are shared
+    monkeypatch.setattr("ponder.inference.engine.CPU_SHARED", 1)  # else long prompts alone
 
 
 def gpt(**changes) -> GPT:
