@@ -16,7 +16,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 
 from . import stats
 from .evaluation import SLACK, Result
-from .page import budget_order, duration, human, short_budget, visible, vote_text
+from .exchange import Line
+from .page import budget_order, duration, human, short_budget, spread, visible, vote_text
 from .policy import Policy
 from .store import Pool, Store
 
@@ -139,13 +140,6 @@ class Curves:
         return max(pairs, key=lambda pair: pair[0].accuracy - pair[1].accuracy)
 
 
-def spread(items: Sequence, count: int) -> list:
-    """At most `count` of the items, evenly spaced, first and last among them."""
-    if len(items) <= count:
-        return list(items)
-    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
-
-
 def _shades(items: Sequence, name: str) -> dict[Any, str]:
     """A shade for each of at most four items, the last the darkest."""
     return {item: COLOURS[f"{name}-{4 - len(items) + i + 1}"] for i, item in enumerate(items)}
@@ -154,18 +148,22 @@ def _shades(items: Sequence, name: str) -> dict[Any, str]:
 def png(results: Sequence[Result]) -> bytes:
     """The picture of accuracy against compute, as a PNG."""
     first = results[0]
-    title = visible(f"{first.task}: accuracy against compute spent at inference")
+    return picture(
+        draw_compute,
+        Curves.of(results),
+        columns=7,
+        title=visible(f"{first.task}: accuracy against compute spent at inference"),
+        note="Along a line the thinking budget grows; the small figures are its tokens. "
+        f"Bands: 95 % intervals over {first.problems:,} problems.",
+    )
+
+
+def picture(draw: Callable[..., None], *of: Any, note: str, **options: Any) -> bytes:
+    """A figure as a PNG, with a line of text below it."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8, 5.2), layout="constrained")
-        draw_compute(figure.add_subplot(), Curves.of(results), columns=7, title=title)
-        figure.supxlabel(
-            "Along a line the thinking budget grows; the small figures are its tokens. "
-            f"Bands: 95 % intervals over {first.problems:,} problems.",
-            x=0.01,
-            ha="left",
-            fontsize=8.5,
-            color=COLOURS["muted"],
-        )
+        draw(figure.add_subplot(), *of, **options)
+        figure.supxlabel(note, x=0.01, ha="left", fontsize=8.5, color=COLOURS["muted"])
         content = io.BytesIO()
         figure.savefig(content, format="png", dpi=180)
     return content.getvalue()
@@ -242,7 +240,11 @@ def _cost_axis(
 
 
 def draw_models(
-    axes: Axes, models: dict[str, list[Result]], best: Sequence[Result], unit: str
+    axes: Axes,
+    models: dict[str, list[Result]],
+    best: Sequence[Result],
+    unit: str,
+    title: str = "",
 ) -> None:
     """Accuracy against the compute of a problem: the Pareto frontier of each model."""
     axis, cost, tick = UNITS[unit]
@@ -253,7 +255,26 @@ def draw_models(
     _rings(axes, best, cost)
     rows = [r for of_one in models.values() for r in of_one]
     _cost_axis(axes, [cost(r) for r in rows], axis, tick)
-    _finish(axes, rows[0].guess_accuracy, 3)
+    _finish(axes, rows[0].guess_accuracy, 3, title)
+
+
+def draw_exchange(axes: Axes, lines: Sequence[Line], title: str = "") -> None:
+    """Lines of equal accuracy over the compute of training and that of a problem."""
+    shown = spread(lines, 4)
+    shades = _shades([line.accuracy for line in shown], "vote")
+    for line in shown:
+        training, inference = [p.training for p in line.points], [p.inference for p in line.points]
+        label = f"at least {100 * line.accuracy:.0f} %"
+        axes.plot(training, inference, "o-", color=shades[line.accuracy], label=label)
+    points = [point for line in shown for point in line.points]
+    _cost_axis(axes, [p.training for p in points], "FLOPs of training", human)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: human(y)))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_ylabel(UNITS["FLOPs"][0])
+    axes.tick_params(length=3)
+    _legend(axes, 4, title)
 
 
 def draw_policy(

@@ -9,8 +9,8 @@ import numpy as np
 
 from . import estimators, stats
 from .evaluation import Result
-from .figures import Curves, spread
-from .page import budget_order, vote_text
+from .figures import Curves
+from .page import budget_order, spread, vote_text
 from .policy import Policy, bins_of, compute_optimal
 from .store import Store
 

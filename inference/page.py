@@ -3,7 +3,7 @@
 import math
 import os
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jinja2
@@ -63,6 +63,13 @@ def write_files(folder: str | Path, files: Mapping[str, bytes]) -> Path:
         aside.write_bytes(content)
         os.replace(aside, folder / name)
     return folder
+
+
+def spread(items: Sequence, count: int) -> list:
+    """At most `count` of the items, evenly spaced, first and last among them."""
+    if len(items) <= count:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
 
 
 def budget_order(budget: int | None) -> float:

@@ -2,7 +2,8 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from .. import tasks
 from ..provenance import open_run, read_run
 from . import Unfinished
 from .chat import known_shape
+from .comparison import write_comparison
 from .config import SweepConfig
 from .engine import SamplingParams
-from .evaluation import evaluate
+from .evaluation import Result, evaluate
+from .exchange import training_flops
 from .report import write_report
 from .shards import Shard, joined, merge
 from .speaker import Ask, Completion, Speaker, open_speaker
@@ -192,6 +195,34 @@ def _wanted(
 
 def redraw(folder: Path) -> Path:
     """Write the report of a sweep again from its stored samples; returns its page."""
+    with _stored(folder) as (run, store, results):
+        return write_report(folder / "report", results, store, run=run)
+
+
+def compare(folders: Sequence[Path], out: Path) -> Path:
+    """Write a comparison of several sweeps, each of another model; returns its page.
+
+    A model is called as its sweep's folder is, or by the folder's path where two are called the
+    same.
+    """
+    names = [folder.resolve().name for folder in folders]
+    if len(set(names)) < len(names):
+        names = [str(folder) for folder in folders]
+    with ExitStack() as stack:
+        sweeps = [stack.enter_context(_stored(f, n)) for f, n in zip(folders, names, strict=True)]
+        runs, stores, results = zip(*sweeps, strict=True)
+        taken = [training_flops(run["configuration"]["model"]) for run in runs]
+        training = {name: flops for name, flops in zip(names, taken, strict=True) if flops}
+        return write_comparison(
+            out, results, stores, training=training if len(training) == len(names) else None
+        )
+
+
+@contextmanager
+def _stored(
+    folder: Path, name: str | None = None
+) -> Iterator[tuple[dict[str, Any], Store, list[Result]]]:
+    """A sweep's entry in run.json, its store, and what its samples say; name: its model's."""
     runs = read_run(folder)
     if "sweep" not in runs:
         raise ValueError(f"{folder} holds no sweep; its run.json knows {', '.join(runs)}")
@@ -203,9 +234,9 @@ def redraw(folder: Path) -> Path:
             shape=known_shape(model) if Path(model).is_dir() else None,
             samples=configuration["samples"],
             seed=configuration["seed"],
-            model=configuration["model"],
+            model=name or configuration["model"],
         )
-        return write_report(folder / "report", results, store, run=runs["sweep"])
+        yield runs["sweep"], store, results
 
 
 def _record(completion: Completion, task: tasks.Task, problems: list[tasks.Problem]) -> Record:

@@ -219,19 +219,38 @@ def names() -> list[str]:
     return [*_tasks(), *SOURCES]
 
 
+def _settings(name: str, text: str) -> dict[str, Any]:
+    """The settings in a task's name: whole numbers, LOW-HIGH for a range, or words."""
+    settings: dict[str, Any] = {}
+    for part in filter(None, text.split(",")):
+        field, equals, value = part.partition("=")
+        if not (field and equals and value):
+            raise ValueError(
+                f"task {name!r}: {part!r} is no setting; say NAME:SETTING=VALUE,… and a range as "
+                "LOW-HIGH"
+            )
+        numbers = [int(n) for n in value.split("-") if n.isdecimal()]
+        whole = "-".join(map(str, numbers)) == value
+        settings[field] = (tuple(numbers) if len(numbers) > 1 else numbers[0]) if whole else value
+    return settings
+
+
 def get(name: str, **settings: Any) -> Task:
     """The task of that name.
 
-    Settings are the fields of a built-in task's class, such as operands=(3, 8). `gsm8k:PATH` is a
-    data set from outside read from a local file, `gym:NAME` a task of reasoning-gym. Raises
-    ValueError for a name, a setting or a value that is not known.
+    Settings are the fields of a built-in task's class, such as operands=(3, 8); the name may carry
+    them: `multiply:digits=3-3`, `countdown:traces=path,size=3`. `gsm8k:PATH` is a data set from
+    outside read from a local file, `gym:NAME` a task of reasoning-gym. Raises ValueError for a
+    name, a setting or a value that is not known.
     """
     from .gym import Gym
     from .word_problems import SOURCES, WordProblems
 
     tasks = _tasks()
     kind, _, rest = name.partition(":")
-    if name in tasks:
+    if kind in tasks:
+        settings = _settings(name, rest) | settings
+        name = kind
         fields = list(getattr(tasks[name], "__dataclass_fields__", ()))
     elif kind in SOURCES or (kind == "gym" and rest):
         fields = []

@@ -257,3 +257,19 @@ def test_the_targets_of_a_small_space():
     assert prompts == {"1,1>2", "1,2>3", "2,2>4", "2,2>1"}
     drawn = {problem.prompt for problem in task.problems("train", 200, 0)}
     assert drawn == {p for p in prompts if tasks.split_of(p) == "train"}
+
+
+def test_paths_are_the_searches_without_their_dead_ends():
+    paths = tasks.get("countdown", traces="path")
+    dead = 0
+    for problem, searched in zip(paths.problems("train", 400, 0), PROBLEMS, strict=True):
+        assert (problem.prompt, problem.answer) == (searched.prompt, searched.answer)
+        path, search = paths.trace(problem), TASK.trace(searched)
+        steps = path.split(";")[:-1]
+        assert 1 <= len(steps) == problem.difficulty <= 3
+        assert all(paths.step_labels(problem, path)), "a step of a path leads nowhere"
+        assert f"={problem.data[1]}:" in steps[-1]
+        rest = iter(search.split(";"))
+        assert all(step in rest for step in steps), "the search takes other steps, or others first"
+        dead += search.count(";") - len(steps)
+    assert dead > 1000

@@ -253,6 +253,25 @@ def test_unknown_names_settings_and_values_are_named():
             tasks.get(name, **{field: value})
 
 
+def test_a_name_may_carry_settings():
+    for text, written in [
+        ("multiply:digits=3-3", tasks.get("multiply", digits=(3, 3))),
+        ("countdown:size=3,traces=path", tasks.get("countdown", size=3, traces="path")),
+        ("permute:length=2-4,", tasks.get("permute", length=(2, 4))),
+    ]:
+        assert tasks.get(text) == written
+    for text, message in [
+        ("multiply:digits", "task 'multiply:digits': 'digits' is no setting; say NAME:SETTING="),
+        ("multiply:=3", "'=3' is no setting"),
+        ("multiply:digits=3", "multiply: digits is 3; it must be"),
+        ("multiply:digits=-3-4", "multiply: digits is '-3-4'; it must be"),
+        ("multiply:colour=red", "multiply: unknown setting 'colour'; known: digits"),
+        ("countdown:traces=short", "countdown: traces is 'short'; it must be search or path"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            tasks.get(text)
+
+
 def test_unknown_splits_and_negative_counts_are_named(task):
     with pytest.raises(ValueError, match="unknown split 'dev'; known: train, val, test"):
         task.problems("dev", 1, 0)
