@@ -3,7 +3,7 @@
 import io
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -178,11 +178,11 @@ def draw_compute(
     for label, colour, rows in lines:
         _line(axes, [cost(r) for r in rows], rows, label, colour)
     before = None
-    for r in spread(curves.greedy or curves.votes.get(1, []), 9):
+    for r, label in _labels(curves.greedy or curves.votes.get(1, []), cost):
         # Clear of the line, which arrives from below, and of the ring around a point.
         level = before is not None and abs(r.accuracy - before.accuracy) < 0.05
         axes.annotate(
-            short_budget(r.think_budget),
+            label,
             (cost(r), r.accuracy),
             xytext=(8, 0) if level else (-8, 0),
             textcoords="offset points",
@@ -206,6 +206,26 @@ def draw_compute(
     _rings(axes, best, cost)
     _cost_axis(axes, [cost(r) for r in drawn + others], axis, tick)
     _finish(axes, curves.guess, columns, title)
+
+
+def _labels(
+    rows: Sequence[Result], cost: Callable[[Result], float]
+) -> Iterator[tuple[Result, str]]:
+    """Rows and their budgets; of budgets that come to the same, one row and both ends."""
+    groups: list[list[Result]] = []
+    for r in spread(rows, 9):
+        first = groups[-1][0] if groups else None
+        if (
+            first
+            and abs(cost(r) / cost(first) - 1) < SLACK
+            and abs(r.accuracy - first.accuracy) < SLACK
+        ):
+            groups[-1].append(r)
+        else:
+            groups.append([r])
+    for group in groups:
+        ends = dict.fromkeys(short_budget(r.think_budget) for r in (group[0], group[-1]))
+        yield group[-1], "–".join(ends)
 
 
 def _rings(axes: Axes, best: Sequence[Result], cost: Callable[[Result], float]) -> None:
