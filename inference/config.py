@@ -35,6 +35,10 @@ class SweepConfig:
     """most thinking tokens before </think> is forced; unlimited thinking is always measured too"""
     problems: int = 500
     """held-out problems"""
+    split: Literal["test", "val", "train"] = "test"
+    """the problems to sample; train: for a verifier to learn from"""
+    verifier: str | None = None
+    """a folder that `ponder train --verifier` left: it scores every sample, once, and chooses"""
     temperature: float = 1.0
     top_k: int = 0
     """0: off"""

@@ -7,6 +7,7 @@ import numpy as np
 
 from ..models import GPTConfig
 from . import stats
+from .scores import latest, scores_of
 from .store import Setting, Store
 from .strategies import STRATEGIES, Outcome, spend
 
@@ -39,6 +40,7 @@ class Result:
     seconds_per_problem: float
     guess_accuracy: float
     pareto: bool
+    verifier_flops_per_problem: float  # which flops_per_problem includes
     params: str
     seed: int
     oracle: bool
@@ -76,13 +78,15 @@ def evaluate(
 ) -> list[Result]:
     """Every strategy on every setting of the store, with 95 % bootstrap intervals.
 
-    shape: the model's configuration, for FLOPs. samples: the k of votes and of pass@k, by default
+    Where a verifier scored the samples, the last one to do so has its strategies. shape: the
+    model's configuration, for FLOPs. samples: the k of votes and of pass@k, by default
     the powers of two that are stored; a k that a setting cannot fill is left out. strategies:
     names, by default all. seed: needed where the store holds several. model and task: the names
     to print, by default those of the store's identity. Raises ValueError for an empty store, an
     unknown strategy, samples below 1, or several seeds.
     """
     settings = _settings(store, seed)
+    verifier = latest(store)
     unknown = [name for name in strategies or () if name not in STRATEGIES]
     if unknown:
         raise ValueError(f"unknown strategy {unknown[0]!r}; known are {', '.join(STRATEGIES)}")
@@ -97,6 +101,8 @@ def evaluate(
         pool = store.pool(budget=setting.budget, params=setting.params, seed=setting.seed)
         if not len(pool.problems):  # a sweep that was stopped in its first batches
             continue
+        if verifier is not None:
+            pool = replace(pool, scores=scores_of(store, pool, verifier))
         guess = stats.guess_accuracy([problems[i].answer for i in pool.problems])
         for name in strategies or STRATEGIES:
             strategy = STRATEGIES[name]
@@ -122,6 +128,7 @@ def evaluate(
                         seconds_per_problem=float(outcome.seconds.mean()),
                         guess_accuracy=guess,
                         pareto=False,
+                        verifier_flops_per_problem=float(outcome.verifier_flops.mean()),
                         params=setting.params,
                         seed=setting.seed,
                         oracle=strategy.oracle,

@@ -12,9 +12,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from .scores import Scores
 
 SCHEMA_VERSION = 1
 
@@ -129,6 +132,7 @@ class Pool:
     think_tokens: np.ndarray
     logprob: np.ndarray
     seconds: np.ndarray
+    scores: "Scores | None" = None  # a verifier's, where one read the samples
 
     @property
     def samples(self) -> int:
@@ -246,6 +250,12 @@ class Store:
             self._db.execute("ROLLBACK")
             raise
         self._db.execute("COMMIT")
+
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """The database, for tables that others keep in it; all that is done in here or nothing."""
+        with self._transaction():
+            yield self._db
 
     def close(self) -> None:
         self._db.close()

@@ -7,7 +7,7 @@ what that costs is the same sum for all of them. To add one, write a class with 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -18,10 +18,11 @@ from .store import Pool, parse_params
 
 class Choice(NamedTuple):
     """scores (P,) in [0, 1]: the chance of being right; drawn (P, N): how often each stored sample
-    is drawn, on average."""
+    is drawn, on average; verified: whether the verifier reads what is drawn."""
 
     scores: np.ndarray
     drawn: np.ndarray
+    verified: bool = False
 
 
 class Strategy(Protocol):
@@ -45,7 +46,7 @@ class Strategy(Protocol):
 @dataclass(frozen=True)
 class Outcome:
     """Scores in [0, 1] and costs of P problems, each array (P,); samples is how many were drawn,
-    flops is NaN where the model's shape is not known."""
+    flops is NaN where the model's shape is not known, and includes verifier_flops."""
 
     scores: np.ndarray
     samples: np.ndarray
@@ -54,6 +55,7 @@ class Outcome:
     forced_tokens: np.ndarray
     flops: np.ndarray
     seconds: np.ndarray
+    verifier_flops: np.ndarray
 
     @property
     def tokens(self) -> np.ndarray:
@@ -68,14 +70,18 @@ def spend(pool: Pool, choice: Choice, shape: GPTConfig | None) -> Outcome:
         new_tokens = pool.sampled_tokens + pool.forced_tokens
         decode = cost.sample_flops(shape, pool.prompt_tokens[:, None], new_tokens)
         flops = cost.prefill_flops(shape, pool.prompt_tokens) + (choice.drawn * decode).sum(1)
+    verifier_flops = np.zeros(len(flops))
+    if choice.verified and pool.scores is not None:
+        verifier_flops = (choice.drawn * pool.scores.flops).sum(1)
     return Outcome(
         scores=choice.scores,
         samples=choice.drawn.sum(1),
         prompt_tokens=pool.prompt_tokens,
         sampled_tokens=(choice.drawn * pool.sampled_tokens).sum(1),
         forced_tokens=(choice.drawn * pool.forced_tokens).sum(1),
-        flops=flops,
+        flops=flops + verifier_flops,
         seconds=(choice.drawn * pool.seconds).sum(1),
+        verifier_flops=verifier_flops,
     )
 
 
@@ -148,6 +154,18 @@ def self_confidence(pool: Pool) -> np.ndarray:
     return np.exp(mean_log_probability(pool)) / 0.1
 
 
+def verified(which: Literal["end", "last", "least"], *, log: bool = False) -> Confidence:
+    """A verifier's value of each sample (see `verifier.Score`), or its logarithm; NaN without."""
+
+    def confidence(pool: Pool) -> np.ndarray:
+        if pool.scores is None:
+            return np.full(pool.correct.shape, np.nan)
+        value = getattr(pool.scores, which)
+        return np.log(np.maximum(value, 1e-30)) if log else value
+
+    return confidence
+
+
 @dataclass(frozen=True)
 class WeightedVote:
     """The answer with the largest sum of exp(confidence) over k samples."""
@@ -155,6 +173,7 @@ class WeightedVote:
     name: str
     confidence: Confidence
     oracle: bool = False
+    verified: bool = False
 
     def sizes(self, pool: Pool, samples: Sequence[int]) -> list[int]:
         return several(pool, samples) if _finite(self.confidence(pool)) else []
@@ -162,7 +181,7 @@ class WeightedVote:
     def run(self, pool: Pool, k: int) -> Choice:
         weights = self.confidence(pool)
         scores = estimators.weighted_vote_at_k(pool.answers, pool.correct, weights, k)
-        return evenly(pool, scores, k)
+        return evenly(pool, scores, k)._replace(verified=self.verified)
 
 
 @dataclass(frozen=True)
@@ -172,13 +191,14 @@ class BestOfN:
     name: str
     confidence: Confidence
     oracle: bool = False
+    verified: bool = False
 
     def sizes(self, pool: Pool, samples: Sequence[int]) -> list[int]:
         return several(pool, samples) if _finite(self.confidence(pool)) else []
 
     def run(self, pool: Pool, k: int) -> Choice:
         scores = estimators.best_of_at_k(self.confidence(pool), pool.correct, k)
-        return evenly(pool, scores, k)
+        return evenly(pool, scores, k)._replace(verified=self.verified)
 
 
 def _finite(values: np.ndarray) -> bool:
@@ -272,6 +292,15 @@ STRATEGIES: dict[str, Strategy] = {
         WeightedVote("mean-probability-vote", mean_log_probability),
         WeightedVote("confidence-vote", self_confidence),
         BestOfN("best-of-n", mean_log_probability),
+        # By a trained verifier: its word on the whole solution, Cobbe et al. 2021; on the last
+        # step, Snell et al. 2024; on the worst step, Lightman et al. 2023, Wang et al. 2024
+        # (Math-Shepherd). The vote weighted by it: Li et al. 2023, "Making Language Models Better
+        # Reasoners with Step-Aware Verifier".
+        BestOfN("verifier-best-of-n", verified("end"), verified=True),
+        BestOfN("last-step-best-of-n", verified("last"), verified=True),
+        BestOfN("worst-step-best-of-n", verified("least"), verified=True),
+        WeightedVote("verifier-vote", verified("end", log=True), verified=True),
+        WeightedVote("last-step-vote", verified("last", log=True), verified=True),
         AdaptiveConsistency(),
         EarlyStopping(),
         CertainMode(),

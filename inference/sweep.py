@@ -20,15 +20,16 @@ from .engine import SamplingParams
 from .evaluation import Result, evaluate
 from .exchange import training_flops
 from .report import write_report
+from .scores import score
 from .shards import Shard, joined, merge
 from .speaker import Ask, Completion, Speaker, open_speaker
 from .store import Key, Record, Store, params_text
+from .verifier import open_verifier
 
-SPLIT = "test"
 GREEDY = SamplingParams(temperature=0.0)
 KEEP_EVERY_SECONDS = 2.0  # at most this much sampling is lost when a sweep is killed
 # What does not decide which samples there are.
-PRACTICAL = ("out", "resume", "slots", "server")
+PRACTICAL = ("out", "resume", "slots", "server", "verifier")
 
 
 def sweep(config: SweepConfig) -> Path:
@@ -46,8 +47,9 @@ def sweep(config: SweepConfig) -> Path:
 
 def _sweep(config: SweepConfig, shard: Shard) -> Path:
     task = tasks.get(config.task)
-    problems = task.problems(SPLIT, config.problems, config.seed)
+    problems = task.problems(config.split, config.problems, config.seed)
     budgets = [*config.budgets, None]
+    verifier = open_verifier(config.verifier) if config.verifier else None
 
     def opened(precision: str) -> tuple[Speaker, int]:
         speaker = open_speaker(
@@ -74,13 +76,15 @@ def _sweep(config: SweepConfig, shard: Shard) -> Path:
         identity = {k: v for k, v in asdict(config).items() if k not in PRACTICAL}
         if config.engine == "ponder":  # as before there were others
             del identity["engine"]
+        if config.split == "test":
+            del identity["split"]
         identity |= {
             "model_hash": speaker.identity["model"],
             "precision": speaker.identity["precision"],
         }
         open_run(config.out, "sweep", identity, resume=config.resume)
         folder.mkdir(exist_ok=True)
-        of_store = {**speaker.identity, "task": config.task, "split": SPLIT}
+        of_store = {**speaker.identity, "task": config.task, "split": config.split}
         with Store(folder / "samples.sqlite", identity=of_store) as store:
             merge(folder, store)  # what a killed run left
         return of_store
@@ -116,6 +120,8 @@ def _sweep(config: SweepConfig, shard: Shard) -> Path:
             merge(folder, store)
             lacking = len(_wanted(config, store, range(len(problems)), budgets))
             results = []
+            if verifier is not None:
+                score(store, verifier, say=True)
             if len(store):
                 results = evaluate(
                     store,

@@ -103,6 +103,7 @@ class WorkedTask(ABC):
 
     name: str
     alphabet: str
+    step_end: str = ""  # the text behind every step of a trace, where there is one
 
     @abstractmethod
     def draw(self, rng: random.Random) -> tuple | None:

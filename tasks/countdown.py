@@ -54,6 +54,12 @@ def _moves(state: State) -> Iterator[_Move]:
                 yield _Move(a, operation, b, result, tuple(sorted((*rest, result))))
 
 
+@lru_cache(maxsize=4096)
+def _options(state: State) -> dict[str, State]:
+    """Every step from a state as text, and the state after it."""
+    return {str(move): move.state for move in _moves(state)}
+
+
 def _gains(move: _Move) -> bool:
     """False for a result equal to one of its operands: that only throws the other one away."""
     return move.result != move.left and move.result != move.right
@@ -212,6 +218,7 @@ class Countdown(WorkedTask):
     traces: Literal["search", "path"] = "search"
 
     name = "countdown"
+    step_end = ";"
     alphabet = "0123456789+-*/=():;,>"
 
     def __post_init__(self):
@@ -273,6 +280,17 @@ class Countdown(WorkedTask):
     def steps(self, problem: Problem) -> Iterator[str]:
         return map(str, self._moves(problem.data))
 
+    def read(self, prompt: str) -> Problem:
+        """The problem that a prompt states; ValueError for any other text."""
+        try:
+            numbers, target = prompt.split(">")
+            statement = tuple(sorted(map(int, numbers.split(",")))), int(target)
+            if self.prompt(statement) != prompt:
+                raise ValueError
+        except ValueError:
+            raise ValueError(f"{self.name}: {prompt[:60]!r} is not a problem of it") from None
+        return self.solve(statement)
+
     def step_labels(self, problem: Problem, trace: str) -> list[bool]:
         """For each whole step of a trace: can the target still be reached from its state?
 
@@ -280,13 +298,13 @@ class Countdown(WorkedTask):
         reached before. A last step without its ";" has no label. Any string is allowed.
         """
         numbers, target = problem.data
-        allowed = {str(move): move.state for move in _moves(numbers)}
+        allowed = dict(_options(numbers))
         labels = []
         for step in trace.split(";")[:-1]:
             state = allowed.get(step + ";")
             labels.append(state is not None and _reachable(state, target))
             if state is not None:
-                allowed |= {str(move): move.state for move in _moves(state)}
+                allowed |= _options(state)
         return labels
 
     def answer(self, text: str) -> str | None:

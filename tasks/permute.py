@@ -40,6 +40,7 @@ class Permute(WorkedTask):
     length: tuple[int, int] = (2, 10)
 
     name = "permute"
+    step_end = ";"
     alphabet = LETTERS + "12345:,=;"
 
     def __post_init__(self):

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-DATA_KINDS = ("task", "text", "jsonl", "json", "parquet", "hub")
+DATA_KINDS = ("task", "text", "jsonl", "json", "parquet", "hub", "samples")
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,8 @@ class TrainConfig:
     data: str | tuple[str, ...] = "task:last_digit"
     """task:NAME, text:FILE, jsonl:FILES, parquet:FILES or hub:NAME; several are mixed. FILES is one
     or a pattern, NAME an id of the Hub (OWNER/NAME[/CONFIG]) or a folder; a :COLUMN behind it holds
-    the text where the columns are not text, prompt and completion, question and answer, messages"""
+    the text where the columns are not text, prompt and completion, question and answer, messages.
+    samples:FOLDER, of a sweep, is for a verifier"""
     weights: tuple[float, ...] = ()
     """how much of every batch each of `data` gives; none: all the same"""
     data_tokens: int = 0
@@ -30,6 +31,11 @@ class TrainConfig:
     init: str = ""
     """a Hugging Face folder or id to go on training: its weights and shape, and its tokenizer
     where `tokenizer` is char; "": a new model of the shape below"""
+
+    verifier: Literal["outcome", "value", "process"] | None = None
+    """train no writer but a judge of solutions, one number a token. outcome: the last token's is
+    whether samples: are right; value: every token's is; process: the end of each step's is whether
+    the step was, for samples: of a task that can tell (countdown), or task:NAME, its own traces"""
 
     context: int = 128
     """the longest sequence, in tokens"""
@@ -136,6 +142,14 @@ class TrainConfig:
                 faults.append(
                     f"data is {name!r}; it must be task:NAME, text:FILE, jsonl:FILES, "
                     "parquet:FILES or hub:NAME"
+                )
+            if self.verifier is None and kind == "samples":
+                faults.append(f"data is {name!r}; samples need --verifier")
+            if self.verifier and kind != "samples" and (kind, self.verifier) != ("task", "process"):
+                also = " or task:NAME" if self.verifier == "process" else ""
+                faults.append(
+                    f"data is {name!r}; a verifier of kind {self.verifier} learns from "
+                    f"samples:FOLDER{also}"
                 )
         if not self.sources:
             faults.append("data is empty; it must name one source at least")
