@@ -276,13 +276,16 @@ class LocalSpeaker:
             # Not in the handler: its traceback holds on to what filled the memory.
             self.engine = self._engine(halved(self.engine.slots, ROWS))
 
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of a completion, with <think> before it and without its <eos>."""
+        tokens = list(tokens[:-1] if tokens and tokens[-1] == self.eos else tokens)
+        return "<think>" + self.tokenizer.decode(tokens, skip_special_tokens=False)
+
     def _completion(self, sample: Sample) -> Completion:
-        tokens, end = list(sample.tokens), self.think_end
-        if tokens and tokens[-1] == self.eos:
-            tokens.pop()
+        end = self.think_end
         return Completion(
             ask=sample.request.key,
-            text="<think>" + self.tokenizer.decode(tokens, skip_special_tokens=False),
+            text=self.decode(sample.tokens),
             prompt_tokens=len(sample.request.prompt),
             sampled_tokens=sample.sampled_tokens,
             forced_tokens=sample.forced_tokens,

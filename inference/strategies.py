@@ -45,7 +45,9 @@ class Strategy(Protocol):
 @dataclass(frozen=True)
 class Outcome:
     """Scores in [0, 1] and costs of P problems, each array (P,); samples is how many were drawn,
-    flops is NaN where the model's shape is not known."""
+    flops is NaN where the model's shape is not known. Of the sampled and forced tokens
+    pruned_tokens are in no completion that was finished; of the flops judge_flops are a judge's.
+    """
 
     scores: np.ndarray
     samples: np.ndarray
@@ -54,6 +56,8 @@ class Outcome:
     forced_tokens: np.ndarray
     flops: np.ndarray
     seconds: np.ndarray
+    pruned_tokens: np.ndarray
+    judge_flops: np.ndarray
 
     @property
     def tokens(self) -> np.ndarray:
@@ -76,6 +80,8 @@ def spend(pool: Pool, choice: Choice, shape: GPTConfig | None) -> Outcome:
         forced_tokens=(choice.drawn * pool.forced_tokens).sum(1),
         flops=flops,
         seconds=(choice.drawn * pool.seconds).sum(1),
+        pruned_tokens=np.zeros(len(flops)),
+        judge_flops=np.zeros(len(flops)),
     )
 
 
