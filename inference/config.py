@@ -68,6 +68,11 @@ class SweepConfig:
     """sizes of the votes; the largest is drawn, the smaller ones are subsets of it"""
     budgets: tuple[int, ...] = (0, 2, 4, 6, 8)
     """most thinking tokens before </think> is forced; unlimited thinking is always measured too"""
+    extend: tuple[int, ...] = ()
+    """how many times the end of an unlimited thought is suppressed, and the cue put in its place;
+    the model should have been trained with retries"""
+    cue: str | None = None
+    """what takes a thought up again; None: the task's own"""
     problems: int = 500
     """held-out problems"""
     temperature: float = 1.0
@@ -102,6 +107,10 @@ class SweepConfig:
             faults.append(f"samples is {list(self.samples)}; each must be at least 1")
         if min(self.budgets, default=0) < 0:
             faults.append(f"budgets is {list(self.budgets)}; each must be at least 0")
+        if min(self.extend, default=1) < 1:
+            faults.append(f"extend is {list(self.extend)}; each must be at least 1")
+        if self.cue == "":
+            faults.append("cue is empty; it must hold a character at least")
         if self.problems < 1:
             faults.append(f"problems is {self.problems}; it must be at least 1")
         if not self.temperature > 0:

@@ -113,12 +113,14 @@ def evaluate(
         pool = store.pool(budget=setting.budget, params=setting.params, seed=setting.seed)
         if not len(pool.problems):  # a sweep that was stopped in its first batches
             continue
+        extend = f"{parse_params(setting.params).get('extend', 0):.0f}"
         for strategy in STRATEGIES.values():
             if strategies and strategy.name not in strategies:
                 continue
             for k in strategy.sizes(pool, sorted(set(samples))):
                 row = dict(strategy=strategy.name, samples=k, think_budget=setting.budget)
                 row |= dict(params=setting.params, seed=setting.seed, oracle=strategy.oracle)
+                row |= dict(setting="" if extend == "0" else f"extend={extend}")
                 outcome = spend(pool, strategy.run(pool, k), shape)
                 results.append(_result(pool.problems, outcome, answers, **names, **row))
     for found in searched(store, settings[0].seed):
@@ -138,7 +140,7 @@ def _result(
     """A row of these problems: its accuracy, its mean costs, and what else is known of it."""
     accuracy, low, high = stats.bootstrap(outcome.scores)
     return Result(
-        **dict(setting="") | row,
+        **row,
         params=params,
         temperature=parse_params(params)["temperature"],
         problems=len(ids),

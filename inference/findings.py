@@ -13,6 +13,7 @@ from .figures import Curves, spread
 from .page import budget_order, vote_text
 from .policy import Policy, bins_of, compute_optimal
 from .store import Store
+from .strategies import STRATEGIES
 
 
 def outcome_shares(curves: Curves, store: Store) -> dict[int | None, tuple[float, ...]]:
@@ -71,6 +72,54 @@ def control_rows(curves: Curves, store: Store) -> list[dict[str, Any]]:
             )
         )
     return rows
+
+
+@dataclass(frozen=True)
+class Rival:
+    """As many independent samples as cost what a search does: how many (`dearer` where even one
+    costs more, `fewer` where more than are stored would be needed), their accuracy, and the
+    search's own above it on the same problems."""
+
+    samples: int
+    accuracy: float
+    better: stats.Interval
+    dearer: bool
+    fewer: bool
+
+
+def search_rows(curves: Curves, store: Store) -> list[dict[str, Any]]:
+    """Every search and every extended thought beside a vote and the most confident of independent
+    samples that cost as much, at unlimited thinking: `r`, and a Rival for each of the two."""
+    shown = ("greedy", "sampling", "self-consistency")
+    rows = [r for r in curves.rows if r.setting and not r.oracle]
+    rows = [r for r in rows if not r.setting.startswith("extend=") or r.strategy in shown]
+    plain = [
+        r
+        for name in ("sampling", "self-consistency")
+        for r in curves.rows
+        if r.strategy == name and not r.setting and r.think_budget is None
+    ]
+    if not rows or len(plain) < 2:
+        return []
+    # k samples cost the prompt once and k times a sample, which two rows of k tell apart.
+    one, most = plain[0], max(plain, key=lambda r: r.samples)
+    slope = (most.cost - one.cost) / (most.samples - one.samples)
+    pool = store.pool(budget=None, params=one.params, seed=one.seed)
+
+    def rival(r: Result, name: str) -> Rival:
+        wanted = 1 + math.floor((r.cost - one.cost) / slope * (1 + 1e-9))
+        k = min(max(1, wanted), pool.samples)
+        scores = STRATEGIES[name if k > 1 else "sampling"].run(pool, k).scores
+        _, theirs, ours = np.intersect1d(pool.problems, r.ids, return_indices=True)
+        return Rival(
+            samples=k,
+            accuracy=float(scores[theirs].mean()),
+            better=stats.paired_difference(r.scores[ours], scores[theirs]),
+            dearer=wanted < 1,
+            fewer=wanted > pool.samples,
+        )
+
+    return [dict(r=r, vote=rival(r, "self-consistency"), best=rival(r, "best-of-n")) for r in rows]
 
 
 @dataclass(frozen=True)

@@ -141,12 +141,14 @@ class _Queue:
 
 
 def stream(
-    engine: Engine, searches: Iterable[Search], busy: float = math.inf
+    generate: Callable[[Iterable[Request]], Iterator[Sample]],
+    searches: Iterable[Search],
+    busy: float = math.inf,
 ) -> Iterator[tuple[int, Found]]:
     """The place and the outcome of each search, as they come to an end.
 
-    Another search begins where fewer than `busy` requests are under way, so that a caller who keeps
-    what is finished loses little when it is stopped.
+    generate: an engine's. Another search begins where fewer than `busy` requests are under way, so
+    that a caller who keeps what is finished loses little when it is stopped.
     """
     source = enumerate(searches)
     queue = _Queue()
@@ -173,7 +175,7 @@ def stream(
 
     begin()
     while queue.waiting:
-        for sample in engine.generate(queue):
+        for sample in generate(queue):
             place, i = sample.request.key
             search, samples = under_way[place]
             samples[i] = sample
@@ -189,7 +191,9 @@ def stream(
 
 def run(engine: Engine, searches: Iterable[Search]) -> list[Found]:
     """The outcomes of all searches, in their order."""
-    return [found for _, found in sorted(stream(engine, searches), key=lambda pair: pair[0])]
+    return [
+        found for _, found in sorted(stream(engine.generate, searches), key=lambda pair: pair[0])
+    ]
 
 
 @dataclass

@@ -33,7 +33,7 @@ class Judging:
     flops: Callable[[int], float] = lambda tokens: 0
 
 
-def judging(config: SweepConfig) -> Judging:
+def judging(config: SweepConfig, speaker: LocalSpeaker) -> Judging:
     """The judge of a sweep's searches, chosen here and nowhere else."""
     return Judging()
 
@@ -54,7 +54,7 @@ class Searches:
                     f"search is {' '.join(self.options.search)}; searches go on from tokens that "
                     "ponder's own engine drew: take a model of this machine and --engine ponder"
                 )
-            self.judging = judging(config)
+            self.judging = judging(config, speaker)
 
     def wanted(self, store: Store, problems: Iterable[int]) -> list[SearchKey]:
         """The searches of these problems that the store lacks."""
@@ -78,7 +78,10 @@ class Searches:
         speaker = self.speaker
         if not keys or not isinstance(speaker, LocalSpeaker):
             return
-        steps = Steps(self.params, self.options.step, self.seed, speaker.eos, speaker.think_end)
+        steps = Steps(
+            *(self.params, self.options.step, self.seed),
+            *(speaker.eos, speaker.think_end, speaker.cue),
+        )
         encode = lru_cache(maxsize=64)(speaker.encode)
 
         def search(key: SearchKey) -> Search:
@@ -88,7 +91,7 @@ class Searches:
 
         # Two fillings of the slots: enough to keep them busy, little to lose.
         busy = 2 * speaker.engine.slots
-        for place, found in stream(speaker.engine, map(search, keys), busy):
+        for place, found in stream(speaker.sample, map(search, keys), busy):
             key = keys[place]
             yield _record(key, found, speaker, self.judging, task, problems[key.problem])
 

@@ -159,7 +159,8 @@ class Pool:
 
 
 def params_text(params: Any) -> str:
-    """The canonical text of `.temperature`, `.top_k`, `.top_p` and `.min_p`: "temperature=0.7".
+    """The canonical text of `.temperature`, `.top_k`, `.top_p`, `.min_p` and `.extend`:
+    "temperature=0.7".
 
     Filters that filter nothing are left out, and all of them at temperature 0, so that equal
     distributions have equal texts.
@@ -172,7 +173,14 @@ def params_text(params: Any) -> str:
             parts.append(f"top_p={float(params.top_p)!r}")
         if params.min_p > 0:
             parts.append(f"min_p={float(params.min_p)!r}")
+    if params.extend > 0:
+        parts.append(f"extend={int(params.extend)}")
     return " ".join(parts)
+
+
+def without_extend(text: str) -> str:
+    """The canonical text of the same parameters with no extension."""
+    return text.partition(" extend=")[0]
 
 
 def parse_params(text: str) -> dict[str, float]:

@@ -21,7 +21,7 @@ from .report import write_report
 from .search_sweep import Searches
 from .shards import Shard, joined, merge
 from .speaker import Ask, Completion, Speaker, open_speaker
-from .store import Key, Record, Store, params_text
+from .store import Key, Record, Store, params_text, parse_params
 
 T = TypeVar("T")
 SPLIT = "test"
@@ -29,7 +29,7 @@ GREEDY = SamplingParams(temperature=0.0)
 KEEP_EVERY_SECONDS = 2.0  # at most this much sampling is lost when a sweep is killed
 # What does not decide which samples there are.
 PRACTICAL = ("out", "resume", "slots", "server")
-NEWER = {"engine": "ponder", "searches": SearchOptions()}
+NEWER = {"engine": "ponder", "searches": SearchOptions(), "extend": (), "cue": None}
 
 
 def sweep(config: SweepConfig) -> Path:
@@ -56,6 +56,7 @@ def _sweep(config: SweepConfig, shard: Shard) -> Path:
             slots=config.slots or (16 if config.engine == "transformers" else 512),
             precision=precision,
             budgets=bool(config.budgets),
+            cue=_cue(config, task),
         )
         prompts = [problem.prompt for problem in problems]
         most = speaker.fit(prompts, budgets=budgets, max_tokens=config.max_tokens)
@@ -182,10 +183,28 @@ def _sampled(config: SweepConfig) -> SamplingParams:
     )
 
 
+def _cue(config: SweepConfig, task: tasks.Task) -> str | None:
+    """What takes a thought up again; None where nothing asks for it."""
+    if not config.extend and "revise" not in config.searches.search:
+        return None
+    cue = config.cue or getattr(task, "cue", None)
+    if cue is None:
+        raise ValueError(
+            f"{task.name} has no cue of its own to take a thought up again with; say --cue TEXT, "
+            "one that the model was trained on"
+        )
+    return cue
+
+
 def _params(config: SweepConfig, key: Key, *, max_tokens: int) -> SamplingParams:
     """How the sample of that key is drawn."""
-    greedy = key.params == params_text(GREEDY)
-    return replace(GREEDY if greedy else _sampled(config), max_tokens=max_tokens, budget=key.budget)
+    known = parse_params(key.params)
+    return replace(
+        _sampled(config) if known["temperature"] else GREEDY,
+        max_tokens=max_tokens,
+        budget=key.budget,
+        extend=int(known.get("extend", 0)),
+    )
 
 
 def _wanted(
@@ -195,13 +214,14 @@ def _wanted(
     share one prefill."""
     keys = []
     for params, samples in ((GREEDY, 1), (_sampled(config), max(config.samples))):
-        keys += store.missing(
-            problems=problems,
-            budgets=budgets,
-            params=params_text(params),
-            seed=config.seed,
-            samples=samples,
-        )
+        for extend in (0, *dict.fromkeys(config.extend)):
+            keys += store.missing(
+                problems=problems,
+                budgets=[None] if extend else budgets,
+                params=params_text(replace(params, extend=extend)),
+                seed=config.seed,
+                samples=samples,
+            )
     return sorted(keys, key=lambda key: key.problem)
 
 

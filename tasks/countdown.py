@@ -208,6 +208,7 @@ class Countdown(WorkedTask):
 
     name = "countdown"
     alphabet = "0123456789+-*/=():;,>"
+    cue = ">"
 
     def __post_init__(self):
         check_range(self.name, "numbers", self.numbers, least=1)
@@ -259,6 +260,17 @@ class Countdown(WorkedTask):
 
     def steps(self, problem: Problem) -> Iterator[str]:
         return map(str, _search(*problem.data)[0])
+
+    def slip(self, problem: Problem, rng: random.Random) -> str:
+        """Operations at random on the way to one number, or till the target would be next."""
+        state, target = problem.data
+        text = ""
+        while True:
+            moves = [m for m in _moves(state) if _gains(m) and m.result != target]
+            if not moves:
+                return text
+            move = rng.choice(moves)
+            text, state = text + str(move), move.state
 
     def step_labels(self, problem: Problem, trace: str) -> list[bool]:
         """For each whole step of a trace: can the target still be reached from its state?

@@ -1,4 +1,6 @@
 import ast
+import random
+import re
 from collections import Counter
 from fractions import Fraction
 from itertools import combinations
@@ -257,3 +259,20 @@ def test_the_targets_of_a_small_space():
     assert prompts == {"1,1>2", "1,2>3", "2,2>4", "2,2>1"}
     drawn = {problem.prompt for problem in task.problems("train", 200, 0)}
     assert drawn == {p for p in prompts if tasks.split_of(p) == "train"}
+
+
+def test_a_slip_is_legal_and_misses_the_target():
+    rng = random.Random(0)
+    for problem in PROBLEMS:
+        numbers, target = problem.data
+        steps, hand = TASK.slip(problem, rng).split(";")[:-1], numbers
+        assert steps
+        for step in steps:
+            move, left = step.split(":")
+            expression, result = move.split("=")
+            used = sorted(map(int, re.findall(r"[0-9]+", expression)))
+            rest = Counter(hand) - Counter(used)
+            assert eval(expression) == int(result) != target
+            hand = tuple(map(int, left.split(",")))
+            assert Counter(hand) == rest + Counter([int(result)])
+            assert list(hand) == sorted(hand)
