@@ -19,7 +19,7 @@ from .evaluation import SLACK, Result
 from .exchange import Line
 from .page import budget_order, duration, human, short_budget, spread, visible, vote_text
 from .policy import Policy
-from .store import Pool, Store
+from .store import Pool, Store, without_extend
 
 # The PNG is drawn in these colours; in the page each becomes a CSS variable of its name, so that
 # the figures follow the reader's light or dark theme. No two are equal.
@@ -78,7 +78,7 @@ UNITS: dict[str, tuple[str, Callable[[Result], float], Callable[[float], str]]] 
 class Curves:
     """The results sorted for drawing: one sampling setting, the budgets, the sizes of the vote."""
 
-    rows: list[Result]  # all of this sampling setting, every strategy
+    rows: list[Result]  # all of this sampling setting, every strategy, search and extension
     greedy: list[Result]  # one for each budget
     votes: dict[int, list[Result]]  # by number of samples; 1 is a single sample
     oracle: dict[int, list[Result]]  # pass@k
@@ -87,13 +87,13 @@ class Curves:
 
     @classmethod
     def of(cls, results: Sequence[Result]) -> "Curves":
-        hot = [r.params for r in results if r.temperature > 0]
+        hot = [without_extend(r.params) for r in results if r.temperature > 0]
         params = max(dict.fromkeys(hot), key=hot.count) if hot else ""
 
-        shown = [r for r in results if r.temperature == 0 or r.params == params]
+        shown = [r for r in results if r.temperature == 0 or without_extend(r.params) == params]
 
         def rows(strategy: str) -> list[Result]:
-            chosen = [r for r in shown if r.strategy == strategy]
+            chosen = [r for r in shown if r.strategy == strategy and not r.setting]
             return sorted(chosen, key=lambda r: (r.samples, budget_order(r.think_budget)))
 
         votes: dict[int, list[Result]] = {}
@@ -267,15 +267,49 @@ def draw_models(
     title: str = "",
 ) -> None:
     """Accuracy against the compute of a problem: the Pareto frontier of each model."""
+    lines = {visible(model): rows for model, rows in models.items()}
+    _compare(axes, lines, best, unit, title=title)
+
+
+def draw_searches(axes: Axes, curves: Curves, unit: str, columns: int = 3) -> None:
+    """Accuracy against the compute of a problem: searches beside independent samples."""
+    lines: dict[str, list[Result]] = {"vote": [], "best-of-n": []}
+    for r in curves.rows:
+        if r.think_budget is not None or r.oracle:
+            continue
+        if r.setting.startswith("extend="):
+            if r.strategy in ("greedy", "sampling"):
+                lines.setdefault(f"{r.strategy}, extended", []).append(r)
+        elif r.strategy == "sampling":  # where both lines begin
+            lines["vote"].append(r)
+            lines["best-of-n"].append(r)
+        elif r.strategy in ("self-consistency", "best-of-n"):
+            lines["best-of-n" if r.strategy == "best-of-n" else "vote"].append(r)
+        elif r.setting and not r.strategy.endswith("-vote"):
+            lines.setdefault(r.strategy, []).append(r)
+    lines = {label: rows for label, rows in lines.items() if rows}
+    drawn = [r for rows in lines.values() for r in rows]
+    _compare(axes, lines, frontier(drawn, UNITS[unit][1]), unit, columns)
+
+
+def _compare(
+    axes: Axes,
+    lines: dict[str, list[Result]],
+    best: Sequence[Result],
+    unit: str,
+    columns: int = 3,
+    title: str = "",
+) -> None:
+    """A line of accuracy against cost for each label, and rings around the best rows."""
     axis, cost, tick = UNITS[unit]
     names = ("vote-4", "greedy", "budget-3", "outvoted", "vote-2", "budget-1", "never", "ink")
-    for i, (model, rows) in enumerate(models.items()):
+    for i, (label, rows) in enumerate(lines.items()):
         rows = sorted(rows, key=cost)
-        _line(axes, [cost(r) for r in rows], rows, visible(model), COLOURS[names[i % len(names)]])
+        _line(axes, [cost(r) for r in rows], rows, label, COLOURS[names[i % len(names)]])
     _rings(axes, best, cost)
-    rows = [r for of_one in models.values() for r in of_one]
+    rows = [r for of_one in lines.values() for r in of_one]
     _cost_axis(axes, [cost(r) for r in rows], axis, tick)
-    _finish(axes, rows[0].guess_accuracy, 3, title)
+    _finish(axes, rows[0].guess_accuracy, columns, title)
 
 
 def draw_exchange(axes: Axes, lines: Sequence[Line], title: str = "") -> None:

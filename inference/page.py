@@ -28,6 +28,16 @@ WORDS = {
     "certain-mode": "vote, stopped when the mode is proven",
     "pass@k": "any right (perfect verifier)",
     "vote-ceiling": "ceiling of voting",
+    "beam": "step beam search",
+    "dvts": "diverse tree search",
+    "rebase": "REBASE tree search",
+    "mcts": "Monte Carlo tree search",
+    "revise": "attempts in one chain",
+    "beam-vote": "step beam search, vote of its lines",
+    "dvts-vote": "diverse tree search, vote of its lines",
+    "rebase-vote": "REBASE tree search, vote of its lines",
+    "mcts-vote": "Monte Carlo tree search, vote of its lines",
+    "revise-vote": "attempts in one chain, their vote",
 }
 
 

@@ -46,7 +46,10 @@ class Strategy(Protocol):
 @dataclass(frozen=True)
 class Outcome:
     """Scores in [0, 1] and costs of P problems, each array (P,); samples is how many were drawn,
-    flops is NaN where the model's shape is not known, and includes verifier_flops."""
+    flops is NaN where the model's shape is not known. Of the sampled and forced tokens
+    pruned_tokens are in no completion that was finished; of the flops verifier_flops are a
+    verifier's, which chose among samples or judged a search's lines.
+    """
 
     scores: np.ndarray
     samples: np.ndarray
@@ -56,6 +59,7 @@ class Outcome:
     flops: np.ndarray
     seconds: np.ndarray
     verifier_flops: np.ndarray
+    pruned_tokens: np.ndarray
 
     @property
     def tokens(self) -> np.ndarray:
@@ -82,6 +86,7 @@ def spend(pool: Pool, choice: Choice, shape: GPTConfig | None) -> Outcome:
         flops=flops + verifier_flops,
         seconds=(choice.drawn * pool.seconds).sum(1),
         verifier_flops=verifier_flops,
+        pruned_tokens=np.zeros(len(flops)),
     )
 
 

@@ -98,12 +98,14 @@ class WorkedTask(ABC):
     """What the built-in tasks share: splits, draws, budgets and votes.
 
     A task says how a statement (the bare problem: a tuple) is drawn, written down and worked out
-    in steps.
+    in steps. cue is the character of the alphabet that takes a thought up again: behind it the
+    problem is worked from the beginning; no trace holds it.
     """
 
     name: str
     alphabet: str
     step_end: str = ""  # the text behind every step of a trace, where there is one
+    cue: str
 
     @abstractmethod
     def draw(self, rng: random.Random) -> tuple | None:
@@ -127,6 +129,10 @@ class WorkedTask(ABC):
     @abstractmethod
     def answer(self, text: str) -> str | None:
         """The canonical answer that a completion gives; None where it gives none."""
+
+    @abstractmethod
+    def slip(self, problem: Problem, rng: random.Random) -> str:
+        """An attempt at the trace in which a step goes wrong, as a model's may: never the trace."""
 
     def key(self, statement: tuple) -> str:
         """What decides the split: equal for statements that are the same problem in substance."""

@@ -220,6 +220,7 @@ class Countdown(WorkedTask):
     name = "countdown"
     step_end = ";"
     alphabet = "0123456789+-*/=():;,>"
+    cue = ">"
 
     def __post_init__(self):
         check_range(self.name, "numbers", self.numbers, least=1)
@@ -290,6 +291,17 @@ class Countdown(WorkedTask):
         except ValueError:
             raise ValueError(f"{self.name}: {prompt[:60]!r} is not a problem of it") from None
         return self.solve(statement)
+
+    def slip(self, problem: Problem, rng: random.Random) -> str:
+        """Operations at random on the way to one number, or till the target would be next."""
+        state, target = problem.data
+        text = ""
+        while True:
+            moves = [m for m in _moves(state) if _gains(m) and m.result != target]
+            if not moves:
+                return text
+            move = rng.choice(moves)
+            text, state = text + str(move), move.state
 
     def step_labels(self, problem: Problem, trace: str) -> list[bool]:
         """For each whole step of a trace: can the target still be reached from its state?

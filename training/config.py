@@ -82,6 +82,10 @@ class TrainConfig:
     """tasks, and questions with worked answers: the fraction with a whole chain of thought; the
     others are cut at random, so that budgets at inference are nothing new"""
 
+    retries: float = 0.0
+    """tasks: the fraction of chains of thought that take up the problem again, behind attempts that
+    may be wrong, so that thoughts can be drawn out at inference (sweep --extend)"""
+
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 where it is faster, measured at the start on a CPU"""
     compile: bool = False
@@ -125,7 +129,7 @@ class TrainConfig:
         for name in ("lr", "matrix_lr"):
             if not getattr(self, name) > 0:
                 faults.append(f"{name} is {getattr(self, name)}; it must be above 0")
-        for name in ("decay", "floor", "full_traces"):
+        for name in ("decay", "floor", "full_traces", "retries"):
             if not 0 <= getattr(self, name) <= 1:
                 faults.append(f"{name} is {getattr(self, name)}; it must be from 0 to 1")
         if not 0 <= self.ema < 1:
@@ -180,6 +184,8 @@ class TrainConfig:
     def identity(self) -> dict[str, Any]:
         """The fields that make it this run and no other: two runs of one folder agree in them."""
         free = "out keep trackers samples recompute shard resume"
+        if not self.retries:  # runs from before there were any go on
+            free += " retries"
         return {k: v for k, v in asdict(self).items() if k not in free.split()}
 
 

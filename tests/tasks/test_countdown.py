@@ -1,4 +1,6 @@
 import ast
+import random
+import re
 from collections import Counter
 from fractions import Fraction
 from itertools import combinations
@@ -273,3 +275,20 @@ def test_paths_are_the_searches_without_their_dead_ends():
         assert all(step in rest for step in steps), "the search takes other steps, or others first"
         dead += search.count(";") - len(steps)
     assert dead > 1000
+
+
+def test_a_slip_is_legal_and_misses_the_target():
+    rng = random.Random(0)
+    for problem in PROBLEMS:
+        numbers, target = problem.data
+        steps, hand = TASK.slip(problem, rng).split(";")[:-1], numbers
+        assert steps
+        for step in steps:
+            move, left = step.split(":")
+            expression, result = move.split("=")
+            used = sorted(map(int, re.findall(r"[0-9]+", expression)))
+            rest = Counter(hand) - Counter(used)
+            assert eval(expression) == int(result) != target
+            hand = tuple(map(int, left.split(",")))
+            assert Counter(hand) == rest + Counter([int(result)])
+            assert list(hand) == sorted(hand)

@@ -1,5 +1,7 @@
 """What holds for every task."""
 
+import random
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -293,3 +295,13 @@ def test_a_verifier_that_raises_is_named(task, monkeypatch):
         ValueError, match=rf"{task.name}: its verifier failed on .*KeyError: 'gone'"
     ):
         tasks.judge(task, problem, right)
+
+
+def test_a_slip_is_no_trace_and_neither_holds_the_cue(task):
+    assert len(task.cue) == 1 and task.cue in task.alphabet
+    for problem in task.problems("train", 200, 6):
+        slips = {task.slip(problem, random.Random(seed)) for seed in range(8)}
+        assert task.slip(problem, random.Random(0)) in slips  # the rng decides, nothing else
+        for text in (*slips, task.trace(problem)):
+            assert set(text) <= set(task.alphabet) - {task.cue}
+        assert task.trace(problem) not in slips and len(slips) > 1
