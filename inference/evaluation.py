@@ -40,7 +40,7 @@ class Result:
     seconds_per_problem: float
     guess_accuracy: float
     pareto: bool
-    verifier_flops_per_problem: float  # which flops_per_problem includes
+    judge_flops_per_problem: float  # a verifier's, which flops_per_problem includes
     params: str
     seed: int
     oracle: bool
@@ -128,7 +128,7 @@ def evaluate(
                         seconds_per_problem=float(outcome.seconds.mean()),
                         guess_accuracy=guess,
                         pareto=False,
-                        verifier_flops_per_problem=float(outcome.verifier_flops.mean()),
+                        judge_flops_per_problem=float(outcome.judge_flops.mean()),
                         params=setting.params,
                         seed=setting.seed,
                         oracle=strategy.oracle,

@@ -46,7 +46,8 @@ class Strategy(Protocol):
 @dataclass(frozen=True)
 class Outcome:
     """Scores in [0, 1] and costs of P problems, each array (P,); samples is how many were drawn,
-    flops is NaN where the model's shape is not known, and includes verifier_flops."""
+    flops is NaN where the model's shape is not known; of them judge_flops are a verifier's, whose
+    time seconds includes."""
 
     scores: np.ndarray
     samples: np.ndarray
@@ -55,7 +56,7 @@ class Outcome:
     forced_tokens: np.ndarray
     flops: np.ndarray
     seconds: np.ndarray
-    verifier_flops: np.ndarray
+    judge_flops: np.ndarray
 
     @property
     def tokens(self) -> np.ndarray:
@@ -64,24 +65,26 @@ class Outcome:
 
 def spend(pool: Pool, choice: Choice, shape: GPTConfig | None) -> Outcome:
     """What the samples of a choice cost: the prompt is read once, and each sample costs its own
-    tokens as often as it is drawn. shape None: FLOPs are unknown."""
+    tokens as often as it is drawn, and a verifier's reading where one chooses. shape None: FLOPs
+    are unknown."""
     flops = np.full(len(pool.problems), np.nan)
     if shape is not None:
         new_tokens = pool.sampled_tokens + pool.forced_tokens
         decode = cost.sample_flops(shape, pool.prompt_tokens[:, None], new_tokens)
         flops = cost.prefill_flops(shape, pool.prompt_tokens) + (choice.drawn * decode).sum(1)
-    verifier_flops = np.zeros(len(flops))
+    judge_flops, seconds = np.zeros(len(flops)), pool.seconds
     if choice.verified and pool.scores is not None:
-        verifier_flops = (choice.drawn * pool.scores.flops).sum(1)
+        judge_flops = (choice.drawn * pool.scores.flops).sum(1)
+        seconds = seconds + pool.scores.seconds
     return Outcome(
         scores=choice.scores,
         samples=choice.drawn.sum(1),
         prompt_tokens=pool.prompt_tokens,
         sampled_tokens=(choice.drawn * pool.sampled_tokens).sum(1),
         forced_tokens=(choice.drawn * pool.forced_tokens).sum(1),
-        flops=flops + verifier_flops,
-        seconds=(choice.drawn * pool.seconds).sum(1),
-        verifier_flops=verifier_flops,
+        flops=flops + judge_flops,
+        seconds=(choice.drawn * seconds).sum(1),
+        judge_flops=judge_flops,
     )
 
 
