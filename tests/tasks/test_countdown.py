@@ -257,3 +257,11 @@ def test_the_targets_of_a_small_space():
     assert prompts == {"1,1>2", "1,2>3", "2,2>4", "2,2>1"}
     drawn = {problem.prompt for problem in task.problems("train", 200, 0)}
     assert drawn == {p for p in prompts if tasks.split_of(p) == "train"}
+
+
+def test_a_prompt_says_which_problem_it_is():
+    for problem in PROBLEMS[:40]:
+        assert TASK.read(problem.prompt) == problem
+    for text in ("", "1,2,3,4", "1,2,3,4>x", "4,3,2,1>10", "1,2>3>4", "²,3>6"):
+        with pytest.raises(ValueError, match="is not a problem of it"):
+            TASK.read(text)
