@@ -22,7 +22,7 @@ class Result:
     """One row of results.csv; think_budget None is no limit, token counts are means per problem.
 
     samples is the most that may be drawn, or a search's size; `drawn` says how many were, on
-    average. pruned_tokens are some of the sampled and forced ones, verifier_flops_per_problem a
+    average. pruned_tokens are some of the sampled and forced ones, judge_flops_per_problem a
     part of flops_per_problem; setting is what else tells the row from others. Besides the columns
     it holds where the row came from (`params`, `seed`) and, by problem index (`ids`), the outcome,
     for pairing, for accuracy by difficulty and for policies.
@@ -45,7 +45,7 @@ class Result:
     seconds_per_problem: float
     guess_accuracy: float
     pareto: bool
-    verifier_flops_per_problem: float
+    judge_flops_per_problem: float
     pruned_tokens: float
     setting: str
     params: str
@@ -160,7 +160,7 @@ def _result(
         guess_accuracy=stats.guess_accuracy([answers[i] for i in ids]),
         pareto=False,
         pruned_tokens=float(outcome.pruned_tokens.mean()),
-        verifier_flops_per_problem=float(outcome.verifier_flops.mean()),
+        judge_flops_per_problem=float(outcome.judge_flops.mean()),
         ids=ids,
         outcome=outcome,
     )

@@ -41,7 +41,7 @@ COLUMNS = (
     *("task", "model", "strategy", "samples", "think_budget", "temperature", "problems"),
     *("accuracy", "ci_low", "ci_high", "prompt_tokens", "sampled_tokens", "forced_tokens"),
     *("flops_per_problem", "seconds_per_problem", "guess_accuracy", "pareto"),
-    *("pruned_tokens", "verifier_flops_per_problem", "setting"),
+    *("pruned_tokens", "judge_flops_per_problem", "setting"),
 )
 
 

@@ -29,7 +29,8 @@ CREATE TABLE IF NOT EXISTS score (
     end REAL,
     last REAL,
     least REAL,
-    flops INTEGER NOT NULL
+    flops INTEGER NOT NULL,
+    seconds REAL NOT NULL
 );
 CREATE UNIQUE INDEX IF NOT EXISTS score_key
     ON score (verifier, params, seed, ifnull(budget, -1), problem, sample)
@@ -52,6 +53,7 @@ class Scores:
     last: np.ndarray
     least: np.ndarray
     flops: np.ndarray
+    seconds: np.ndarray
 
 
 def score(store: Store, scorer: Scorer, *, say: bool = False) -> int:
@@ -86,7 +88,7 @@ def score(store: Store, scorer: Scorer, *, say: bool = False) -> int:
             ]
             with store.transaction() as db:
                 db.executemany(
-                    f"INSERT INTO score VALUES ({', '.join('?' * 10)}) ON CONFLICT DO NOTHING", rows
+                    f"INSERT INTO score VALUES ({', '.join('?' * 11)}) ON CONFLICT DO NOTHING", rows
                 )
             bar.update(len(batch))
     return len(missing)
@@ -115,12 +117,12 @@ def scores_of(store: Store, pool: Pool, verifier: str) -> Scores | None:
     """The scores of a pool; None where some of its samples have none yet."""
     with store.transaction() as db:
         rows = db.execute(
-            "SELECT problem, sample, end, last, least, flops FROM score WHERE verifier = ?"
+            "SELECT problem, sample, end, last, least, flops, seconds FROM score WHERE verifier = ?"
             " AND params = ? AND seed = ? AND ifnull(budget, -1) = ?",
             (verifier, pool.params, pool.seed, -1 if pool.budget is None else pool.budget),
         ).fetchall()
     place = {int(problem): i for i, problem in enumerate(pool.problems)}
-    table = np.full((4, len(pool.problems), pool.samples), np.nan)
+    table = np.full((5, len(pool.problems), pool.samples), np.nan)
     known = np.zeros(table.shape[1:], dtype=bool)
     for problem, sample, *values in rows:
         i = place.get(problem)

@@ -96,7 +96,7 @@ class Searched:
             flops=self.flops + self.judge_flops,
             seconds=self.seconds,
             pruned_tokens=self.pruned_tokens,
-            verifier_flops=self.judge_flops,
+            judge_flops=self.judge_flops,
         )
 
 

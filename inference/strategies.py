@@ -47,8 +47,8 @@ class Strategy(Protocol):
 class Outcome:
     """Scores in [0, 1] and costs of P problems, each array (P,); samples is how many were drawn,
     flops is NaN where the model's shape is not known. Of the sampled and forced tokens
-    pruned_tokens are in no completion that was finished; of the flops verifier_flops are a
-    verifier's, which chose among samples or judged a search's lines.
+    pruned_tokens are in no completion that was finished; of the flops judge_flops are a verifier's,
+    which chose among samples or judged a search's lines, and whose time seconds includes.
     """
 
     scores: np.ndarray
@@ -58,7 +58,7 @@ class Outcome:
     forced_tokens: np.ndarray
     flops: np.ndarray
     seconds: np.ndarray
-    verifier_flops: np.ndarray
+    judge_flops: np.ndarray
     pruned_tokens: np.ndarray
 
     @property
@@ -68,24 +68,26 @@ class Outcome:
 
 def spend(pool: Pool, choice: Choice, shape: GPTConfig | None) -> Outcome:
     """What the samples of a choice cost: the prompt is read once, and each sample costs its own
-    tokens as often as it is drawn. shape None: FLOPs are unknown."""
+    tokens as often as it is drawn, and a verifier's reading where one chooses. shape None: FLOPs
+    are unknown."""
     flops = np.full(len(pool.problems), np.nan)
     if shape is not None:
         new_tokens = pool.sampled_tokens + pool.forced_tokens
         decode = cost.sample_flops(shape, pool.prompt_tokens[:, None], new_tokens)
         flops = cost.prefill_flops(shape, pool.prompt_tokens) + (choice.drawn * decode).sum(1)
-    verifier_flops = np.zeros(len(flops))
+    judge_flops, seconds = np.zeros(len(flops)), pool.seconds
     if choice.verified and pool.scores is not None:
-        verifier_flops = (choice.drawn * pool.scores.flops).sum(1)
+        judge_flops = (choice.drawn * pool.scores.flops).sum(1)
+        seconds = seconds + pool.scores.seconds
     return Outcome(
         scores=choice.scores,
         samples=choice.drawn.sum(1),
         prompt_tokens=pool.prompt_tokens,
         sampled_tokens=(choice.drawn * pool.sampled_tokens).sum(1),
         forced_tokens=(choice.drawn * pool.forced_tokens).sum(1),
-        flops=flops + verifier_flops,
-        seconds=(choice.drawn * pool.seconds).sum(1),
-        verifier_flops=verifier_flops,
+        flops=flops + judge_flops,
+        seconds=(choice.drawn * seconds).sum(1),
+        judge_flops=judge_flops,
         pruned_tokens=np.zeros(len(flops)),
     )
 

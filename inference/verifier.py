@@ -1,5 +1,6 @@
 """A trained verifier at work: values of solutions, from 0 to 1, in batches, their cost counted."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,12 +22,13 @@ ROWS = {"cpu": 8, "cuda": 64}  # that are read at once
 class Score(NamedTuple):
     """What a verifier thinks of a completion; each a probability, None where it was not trained to
     tell. end: at its last token. last, least: at the ends of its steps, the last one and the lowest
-    of all; at its last token where no step is finished. flops: what reading it took."""
+    of all; at its last token where no step is finished. flops, seconds: what reading it took."""
 
     end: float | None
     last: float | None
     least: float | None
     flops: int
+    seconds: float
 
 
 class Scorer:
@@ -49,14 +51,18 @@ class Scorer:
         Raises ValueError for a text that the tokenizer does not know or the context does not hold.
         """
         texts = [(p, text, self.eos if whole else None) for p, text, whole in solutions]
+        begun = time.perf_counter()
         pairs = encode_solutions(self.tokenizer, texts)
         values = self.values([tuple(tokens) for tokens, _ in pairs])
+        seconds = (time.perf_counter() - begun) / max(1, sum(len(tokens) for tokens, _ in pairs))
         return [
-            self._score(tokens, start, of)
+            self._score(tokens, start, of, seconds * len(tokens))
             for (tokens, start), of in zip(pairs, values, strict=True)
         ]
 
-    def _score(self, tokens: Sequence[int], start: int, values: Sequence[float]) -> Score:
+    def _score(
+        self, tokens: Sequence[int], start: int, values: Sequence[float], seconds: float
+    ) -> Score:
         end = values[-1]
         steps = [values[i] for i in self.steps(tokens, start)] or [end]
         told = self.reading.steps
@@ -64,7 +70,8 @@ class Scorer:
             end=end if self.reading.end else None,
             last=steps[-1] if told else None,
             least=min(steps) if told else None,
-            flops=int(cost.verifier_flops(self.shape, len(tokens))),
+            flops=cost.verifier_flops(self.shape, len(tokens)),
+            seconds=seconds,
         )
 
     def steps(self, tokens: Sequence[int], start: int) -> list[int]:
@@ -138,7 +145,7 @@ class TokenJudge:
         rows = [(*prompt, *completion) for completion in completions]
         values = scorer.values(rows)
         self.tokens += sum(map(len, rows))
-        self.flops += sum(int(cost.verifier_flops(scorer.shape, len(row))) for row in rows)
+        self.flops += sum(cost.verifier_flops(scorer.shape, len(row)) for row in rows)
         return [self._of(row, start, of) for row, of in zip(rows, values, strict=True)]
 
     def _of(self, tokens: Tokens, start: int, values: Sequence[float]) -> float:

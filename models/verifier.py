@@ -168,7 +168,7 @@ def _reading(folder: Path) -> Reading:
         )
     try:
         reading = Reading(**said)
-    except TypeError:
+    except TypeError:  # no object, or one with other fields
         reading = None
     if reading is None or reading.labels not in get_args(Labels):
         raise ValueError(

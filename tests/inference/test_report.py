@@ -122,7 +122,7 @@ def test_results_csv(tmp_path):
         == tuple(
             "task,model,strategy,samples,think_budget,temperature,problems,accuracy,ci_low,ci_high,"
             "prompt_tokens,sampled_tokens,forced_tokens,flops_per_problem,seconds_per_problem,"
-            "guess_accuracy,pareto,pruned_tokens,verifier_flops_per_problem,setting".split(",")
+            "guess_accuracy,pareto,pruned_tokens,judge_flops_per_problem,setting".split(",")
         )
     )
     # Greedy, sampling and the ceiling once a budget; the rest with 2 and 4 samples, which is too

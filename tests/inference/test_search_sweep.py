@@ -75,7 +75,7 @@ def test_rows_stand_beside_those_of_samples(swept):
     for row in rows:
         whole = float(row["sampled_tokens"]) + float(row["forced_tokens"])
         assert 0 <= float(row["pruned_tokens"]) <= whole
-        assert float(row["verifier_flops_per_problem"]) == 0 < float(row["flops_per_problem"])
+        assert float(row["judge_flops_per_problem"]) == 0 < float(row["flops_per_problem"])
         assert (row["setting"] == "") == (row["strategy"].removesuffix("-vote") not in SEARCHES)
     (beam,) = [r for r in rows if r["strategy"] == "beam" and r["samples"] == "4"]
     assert beam["setting"] == "width=2 step=4 judge=confidence" and beam["think_budget"] == "inf"

@@ -292,3 +292,11 @@ def test_a_slip_is_legal_and_misses_the_target():
             hand = tuple(map(int, left.split(",")))
             assert Counter(hand) == rest + Counter([int(result)])
             assert list(hand) == sorted(hand)
+
+
+def test_a_prompt_says_which_problem_it_is():
+    for problem in PROBLEMS[:40]:
+        assert TASK.read(problem.prompt) == problem
+    for text in ("", "1,2,3,4", "1,2,3,4>x", "4,3,2,1>10", "1,2>3>4", "²,3>6"):
+        with pytest.raises(ValueError, match="is not a problem of it"):
+            TASK.read(text)
