@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import tyro
 
@@ -94,7 +94,7 @@ class SweepConfig:
     tokenizer: str | None = None
     """of a server's model: the folder or Hub id whose chat template renders the prompts, which
     budgets need; None: the model's own name"""
-    searches: Annotated[SearchOptions, tyro.conf.arg(prefix_name=False)] = SearchOptions()
+    searches: tyro.conf.OmitArgPrefixes[SearchOptions] = SearchOptions()
     server: ServerOptions = ServerOptions()
     slots: int | None = None
     """samples decoded at once; None: 512, or 16 with Transformers"""

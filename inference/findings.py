@@ -139,27 +139,31 @@ class Rival:
     fewer: bool
 
 
+RIVALS = ("self-consistency", "best-of-n")  # strategies that draw all of their k samples
+
+
 def search_rows(curves: Curves, store: Store) -> list[dict[str, Any]]:
-    """Every search and every extended thought beside a vote and the most confident of independent
-    samples that cost as much, at unlimited thinking: `r`, and a Rival for each of the two."""
+    """Every search and every extended thought beside independent samples that cost as much, at
+    unlimited thinking: `r`, and `rivals` by strategy. Empty where no vote is there to compare."""
     shown = ("greedy", "sampling", "self-consistency")
     rows = [r for r in curves.rows if r.setting and not r.oracle]
     rows = [r for r in rows if not r.setting.startswith("extend=") or r.strategy in shown]
-    plain = [
-        r
-        for name in ("sampling", "self-consistency")
-        for r in curves.rows
-        if r.strategy == name and not r.setting and r.think_budget is None
-    ]
-    if not rows or len(plain) < 2:
+    plain = {
+        r.strategy: r  # the one of the most samples comes last
+        for r in sorted(curves.rows, key=lambda r: r.samples)
+        if r.think_budget is None and not r.setting
+    }
+    rivals = {name: plain[name] for name in RIVALS if name in plain}
+    if not rows or not rivals or "sampling" not in plain:
         return []
     # k samples cost the prompt once and k times a sample, which two rows of k tell apart.
-    one, most = plain[0], max(plain, key=lambda r: r.samples)
-    slope = (most.cost - one.cost) / (most.samples - one.samples)
+    one, most = plain["sampling"], plain.get("self-consistency", next(iter(rivals.values())))
+    prompt = one.cost - (most.cost - one.cost) / (most.samples - 1)
     pool = store.pool(budget=None, params=one.params, seed=one.seed)
 
     def rival(r: Result, name: str) -> Rival:
-        wanted = 1 + math.floor((r.cost - one.cost) / slope * (1 + 1e-9))
+        of = rivals[name]
+        wanted = math.floor((r.cost - prompt) / (of.cost - prompt) * of.samples * (1 + 1e-9))
         k = min(max(1, wanted), pool.samples)
         scores = STRATEGIES[name if k > 1 else "sampling"].run(pool, k).scores
         _, theirs, ours = np.intersect1d(pool.problems, r.ids, return_indices=True)
@@ -171,7 +175,7 @@ def search_rows(curves: Curves, store: Store) -> list[dict[str, Any]]:
             fewer=wanted > pool.samples,
         )
 
-    return [dict(r=r, vote=rival(r, "self-consistency"), best=rival(r, "best-of-n")) for r in rows]
+    return [dict(r=r, rivals={name: rival(r, name) for name in rivals}) for r in rows]
 
 
 @dataclass(frozen=True)

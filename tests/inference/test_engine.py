@@ -611,7 +611,7 @@ def test_company_does_not_change_a_drawn_out_sample():
 
 
 def test_what_cannot_draw_a_thought_out_is_named():
-    ask = Request((2,), SamplingParams(extend=2), 0, 0)
+    ask = Request((2,), SamplingParams(max_tokens=9, extend=2), 0, 0)
     for known in ({}, {"think_end": END}, {"cue": (5,)}):
         with pytest.raises(ValueError, match="extend is 2, but the engine knows no cue"):
             list(LocalEngine(Mock(), eos=EOS, **known).generate([ask]))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ponder.inference import cost
-from ponder.inference.engine import Sample, SamplingParams
+from ponder.inference.engine import LocalEngine, Sample, SamplingParams
 from ponder.inference.search import (
     SEARCHES,
     BeamSearch,
@@ -21,6 +21,7 @@ from ponder.inference.search import (
 )
 
 from .test_cost import SMALL
+from .test_engine import Mock, random_table
 
 EOS, THINK_END, DEPTH = 99, 98, 3
 PROMPT = (7, 7)
@@ -281,3 +282,19 @@ def test_a_stream_begins_searches_as_there_is_room():
         assert len(begun) <= len(ended) + 2
     assert sorted(place for place, _ in ended) == begun == [*range(6)]
     assert {found.best.tokens for _, found in ended} == {found_by(beam).best.tokens}
+
+
+@pytest.mark.parametrize("slots", [8, 64])
+def test_costs_are_what_an_engine_spends(slots):
+    """What it prefilled is `read`, and what it drew the tokens."""
+    mock = Mock(table=random_table())
+    engine = LocalEngine(mock, slots=slots, eos=0)
+    steps = Steps(SamplingParams(max_tokens=12), step=3, seed=0, eos=0)
+    kinds = [make(4, 2) for make in SEARCHES.values()] * 4
+    found = run(engine, [kind.search((i + 1, 3), steps, None) for i, kind in enumerate(kinds)])
+    spent = [row for row in mock.prefilled if row[0]]  # the rest of a block is zeros
+    lengths = [len("".join(map(chr, row)).rstrip("\0")) for row in spent]
+    assert sorted(lengths) == sorted(n for f in found for n in f.read)
+    for f in found:
+        assert sum(n for _, n in f.drawn) == f.sampled_tokens + f.forced_tokens
+        assert all(start + n <= 14 for start, n in f.drawn)

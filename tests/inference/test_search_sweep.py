@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from ponder import tasks
+from ponder.inference import report
 from ponder.inference.chat import known_shape
 from ponder.inference.config import SearchOptions, SweepConfig
 from ponder.inference.engine import SamplingParams
@@ -44,7 +45,15 @@ def swept(model, tmp_path_factory) -> SweepConfig:
         precision="fp32",
         searches=SearchOptions(search=SEARCHES, lines=(2, 4), width=2, step=4),
     )
-    sweep(config)
+    with pytest.MonkeyPatch.context() as patch:  # of the figures only that of the searches
+        patch.setattr(report, "png", lambda results: b"")
+        drawn = report.svg
+        patch.setattr(
+            report,
+            "svg",
+            lambda draw, name, *of, **size: name == "searches" and drawn(draw, name, *of, **size),
+        )
+        sweep(config)
     return config
 
 
@@ -119,6 +128,7 @@ def test_redraw_knows_the_searches(swept, no_report):
 def test_the_page_sets_searches_beside_as_much_sampling(swept):
     page = (swept.out / "report" / "index.html").read_text()
     assert "Search and longer thoughts against independent samples" in page
+    assert page.count("<svg") == 1 and "dvts</" in page  # the figure and a line of it
     with Store(swept.out / "sweep" / "samples.sqlite", identity=None) as store:
         results = evaluate(store, shape=known_shape(swept.model), samples=(1, 4))
         rows = search_rows(Curves.of(results), store)
@@ -128,7 +138,7 @@ def test_the_page_sets_searches_beside_as_much_sampling(swept):
             for s, k in (("sampling", 1), ("self-consistency", 4))
         )
         for row in rows:
-            r, vote = row["r"], row["vote"]
+            r, vote = row["r"], row["rivals"]["self-consistency"]
             costs = one.cost + (four.cost - one.cost) * (vote.samples - 1) / 3
             assert (costs <= r.cost * (1 + 1e-6)) != vote.dearer
             assert vote.fewer == (r.cost >= one.cost + (four.cost - one.cost) * 4 / 3)
