@@ -17,7 +17,7 @@ commands:
   demo      train a small reasoning model, sweep samples and budgets, write the report
   train     train a model: ponder train [PRESET] [--data KIND:PLACE] ...
   sweep     measure accuracy against inference compute: samples × thinking budgets
-  report    draw a training run's curves, and a sweep's report from its stored samples
+  report    draw a training run's curves, a sweep's report, or a comparison of several sweeps
   scale     train a ladder of sizes and fit the scaling law: ponder scale [tiny|cpu|gpu] ...
   plan      memory, time and layout of a run before it starts: ponder plan [MODEL] ...
   generate  let a model answer prompts
@@ -82,10 +82,13 @@ def _sweep(arguments: list[str]) -> None:
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """Draw a run's report: a training run's curves, a sweep's from its stored samples."""
+    """Draw a run's report: a training run's curves, a sweep's from its stored samples; of several
+    sweeps, a comparison of their models."""
 
-    folder: Path
-    """the folder that `ponder train`, `ponder sweep` or `ponder demo` left"""
+    folders: tuple[Path, ...]
+    """folders that `ponder train`, `ponder sweep` or `ponder demo` left"""
+    out: Path = Path("runs/comparison")
+    """the folder that gets the comparison of several"""
 
 
 def _report(arguments: list[str]) -> None:
@@ -93,17 +96,25 @@ def _report(arguments: list[str]) -> None:
     from tyro.conf import PositionalRequiredArgs
 
     options = tyro.cli(PositionalRequiredArgs[ReportOptions], prog="ponder report", args=arguments)
+    if not options.folders:
+        raise ValueError("give a folder that a ponder command left, or several to compare them")
+    if len(options.folders) > 1:
+        from .inference.sweep import compare
+
+        print(f"comparison: {compare(options.folders, options.out)}")
+        return
     from .provenance import read_run
 
-    runs = read_run(options.folder)
-    if "train" in runs:
-        from .training.report import write_training_report
+    for folder in options.folders:
+        runs = read_run(folder)
+        if "train" in runs:
+            from .training.report import write_training_report
 
-        print(f"training: {write_training_report(options.folder)}")
-    if "sweep" in runs or "train" not in runs:
-        from .inference.sweep import redraw
+            print(f"training: {write_training_report(folder)}")
+        if "sweep" in runs or "train" not in runs:
+            from .inference.sweep import redraw
 
-        print(f"report: {redraw(options.folder)}")
+            print(f"report: {redraw(folder)}")
 
 
 def _generate(arguments: list[str]) -> None:

@@ -107,3 +107,10 @@ def open_run(out: Path, kind: str, configuration: dict[str, Any], *, resume: boo
     out.mkdir(parents=True, exist_ok=True)
     write_aside(file, json.dumps(runs, indent=1) + "\n")
     return before is not None
+
+
+def note(out: Path, kind: str, facts: dict[str, Any]) -> None:
+    """Add what a run found out to its part of `run.json`, in place of what it said before."""
+    runs = read_run(out)
+    runs[kind] |= facts
+    write_aside(out / "run.json", json.dumps(runs, indent=1) + "\n")

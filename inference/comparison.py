@@ -1,28 +1,36 @@
 """Several models on the same problems: which model, strategy and budget is worth its compute.
 
 The page shows each model's own Pareto frontier, the frontier of all together, and the
-compute-optimal policy that may choose among them.
+compute-optimal policy that may choose among them; where it is known what their training took, the
+exchange rate between that and thinking longer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .evaluation import Result, mark_pareto
-from .figures import UNITS, draw_models, draw_policy, frontier, svg
+from .exchange import duels, equal_accuracy
+from .figures import UNITS, draw_exchange, draw_models, draw_policy, frontier, picture, svg
 from .findings import policies
-from .page import environment, write_files
+from .page import environment, visible, write_files
 from .report import csv_text
 from .store import Store
 
 
 def write_comparison(
-    folder: str | Path, results: Sequence[Sequence[Result]], stores: Sequence[Store]
+    folder: str | Path,
+    results: Sequence[Sequence[Result]],
+    stores: Sequence[Store],
+    *,
+    training: Mapping[str, float] | None = None,
 ) -> Path:
-    """Writes results.csv (all rows, `pareto` over all models) and index.html; returns its path.
+    """Writes results.csv (all rows, `pareto` over all models), figures as PNG and index.html;
+    returns its path.
 
     results: what `evaluate(store)` gives for each store, each with a name of its model that no
-    other has. Raises ValueError for fewer than two models, for two of one name, for different
-    tasks, and for stores that do not hold the same problems.
+    other has; training: the FLOPs of training by that name, where all are known. Raises ValueError
+    for fewer than two models, for two of one name, for different tasks, and for stores that do not
+    hold the same problems.
     """
     _check(results, stores)
     rows = mark_pareto([r for of_one in results for r in of_one])
@@ -32,6 +40,8 @@ def write_comparison(
     models = {of_one[0].model: frontier(of_one, cost) for of_one in results}
     best = sorted(frontier(rows, cost), key=cost)
     policy = policies(rows, stores[0])
+    lines = equal_accuracy(results, training) if training and known else []
+    small = dict(width=4.8, height=3.7)
     page = environment().get_template("comparison.html")
     text = page.render(
         first=rows[0],
@@ -54,15 +64,32 @@ def write_comparison(
             policy.overall,
             policy.split,
             policy.unit,
-            width=4.8,
-            height=3.7,
+            **small,
         ),
+        duels=duels(results) if known else [],
+        lines=lines,
+        exchange=lines and svg(draw_exchange, "exchange", lines, **small),
     )
+    task, note = visible(rows[0].task), f"95 % intervals over {rows[0].problems:,} problems."
     files = {
         "results.csv": csv_text(rows).encode("utf-8", "replace"),
-        "index.html": text.encode(),
+        "frontier.png": picture(
+            draw_models,
+            models,
+            best,
+            unit,
+            title=f"{task}: the Pareto frontier of each model",
+            note=f"Bands: {note} A ring marks what no model beats.",
+        ),
     }
-    return write_files(folder, files) / "index.html"
+    if lines:
+        files["exchange.png"] = picture(
+            draw_exchange,
+            lines,
+            title=f"{task}: lines of equal accuracy",
+            note="Each point is a model, at its cheapest setting that reaches the accuracy.",
+        )
+    return write_files(folder, {**files, "index.html": text.encode()}) / "index.html"
 
 
 def _check(results: Sequence[Sequence[Result]], stores: Sequence[Store]) -> None:

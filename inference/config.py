@@ -19,6 +19,41 @@ class ServerOptions:
     """how often an answer that failed is asked for again, after longer and longer waits"""
 
 
+SearchName = Literal["beam", "dvts", "rebase", "mcts", "revise"]
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """Searches, which decide while they sample what to follow; each is one row for each size."""
+
+    search: tuple[SearchName, ...] = ()
+    """step beam search, diverse verifier tree search, REBASE, Monte Carlo tree search, attempts one
+    after the other in one chain of thought; thinking is unlimited, `temperature` the sweep's"""
+    lines: tuple[int, ...] = (4, 16)
+    """sizes: the lines of beam, dvts and rebase, the expansions of mcts, the attempts of revise"""
+    width: int = 4
+    """children of each line that is kept, of each leaf that is expanded; at most the size"""
+    step: int = 16
+    """tokens of a step, after which lines are judged"""
+
+    def faults(self) -> list[str]:
+        """What is wrong with the fields."""
+        faults = []
+        for name in ("width", "step"):
+            if getattr(self, name) < 1:
+                faults.append(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not self.lines or min(self.lines) < 1:
+            faults.append(f"lines is {list(self.lines)}; each must be at least 1")
+        elif self.width >= 1 and {"beam", "dvts"} & {*self.search}:
+            odd = [n for n in self.lines if n % min(n, self.width)]
+            if odd:
+                faults.append(
+                    f"lines is {list(self.lines)}; for beam and dvts each must be a multiple of "
+                    f"the width, {self.width}"
+                )
+        return faults
+
+
 @dataclass(frozen=True)
 class SweepConfig:
     """Sample a model on a task at several budgets and temperatures, and evaluate what it bought."""
@@ -33,8 +68,17 @@ class SweepConfig:
     """sizes of the votes; the largest is drawn, the smaller ones are subsets of it"""
     budgets: tuple[int, ...] = (0, 2, 4, 6, 8)
     """most thinking tokens before </think> is forced; unlimited thinking is always measured too"""
+    extend: tuple[int, ...] = ()
+    """how many times the end of an unlimited thought is suppressed, and the cue put in its place;
+    the model should have been trained with retries"""
+    cue: str | None = None
+    """what takes a thought up again; None: the task's own"""
     problems: int = 500
     """held-out problems"""
+    split: Literal["test", "val", "train"] = "test"
+    """the problems to sample; train: for a verifier to learn from"""
+    verifier: str | None = None
+    """a folder that `ponder train --verifier` left: it scores every sample, once, and chooses"""
     temperature: float = 1.0
     top_k: int = 0
     """0: off"""
@@ -50,6 +94,7 @@ class SweepConfig:
     tokenizer: str | None = None
     """of a server's model: the folder or Hub id whose chat template renders the prompts, which
     budgets need; None: the model's own name"""
+    searches: tyro.conf.OmitArgPrefixes[SearchOptions] = SearchOptions()
     server: ServerOptions = ServerOptions()
     slots: int | None = None
     """samples decoded at once; None: 512, or 16 with Transformers"""
@@ -66,6 +111,10 @@ class SweepConfig:
             faults.append(f"samples is {list(self.samples)}; each must be at least 1")
         if min(self.budgets, default=0) < 0:
             faults.append(f"budgets is {list(self.budgets)}; each must be at least 0")
+        if min(self.extend, default=1) < 1:
+            faults.append(f"extend is {list(self.extend)}; each must be at least 1")
+        if self.cue == "":
+            faults.append("cue is empty; it must hold a character at least")
         if self.problems < 1:
             faults.append(f"problems is {self.problems}; it must be at least 1")
         if not self.temperature > 0:
@@ -73,7 +122,7 @@ class SweepConfig:
                 f"temperature is {self.temperature}; votes need one above 0 "
                 "(greedy answers are always measured)"
             )
-        faults += common_faults(self)
+        faults += self.searches.faults() + common_faults(self)
         if faults:
             raise ValueError("; ".join(faults))
 

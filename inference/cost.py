@@ -37,6 +37,12 @@ def sample_flops(config: GPTConfig, prompt_tokens: Count, new_tokens: Count) -> 
     return decode_flops(config, prompt_tokens, fed * (fed > 0))
 
 
+def verifier_flops(config: GPTConfig, tokens: Count) -> Count:
+    """Operations of a verifier that reads `tokens` tokens, a problem and a completion, at once: its
+    layers, and one number a token. It reads the problem again with every completion."""
+    return _positions(config, 0, tokens) + 2 * config.n_embd * tokens
+
+
 def _positions(config: GPTConfig, start: Count, tokens: Count) -> Count:
     """All layers for tokens at positions start, start + 1, …; the one at p sees p + 1 of them."""
     seen = tokens * start + tokens * (tokens + 1) // 2

@@ -59,10 +59,11 @@ class LocalEngine:
 
     model: a GPT, or anything with its `config`, `hidden` and `logits`. slots is rounded up to a
     multiple of 8, on a CPU above 64 to one of 64, from 256 on to one of 128. eos and think_end are
-    the ids of <eos> and </think>; without think_end no request may have a budget. device defaults
-    to the model's own. So does dtype; on a CPU it is that of matrix products and of the cache (bf16
-    is about 1.5 times as fast where the CPU has such products, and slower elsewhere), and the rest
-    is fp32. Weights are read anew by each `generate`.
+    the ids of <eos> and </think>; without think_end no request may have a budget. cue holds the
+    tokens that `extend` puts in the place of a </think>. device defaults to the model's own. So
+    does dtype; on a CPU it is that of matrix products and of the cache (bf16 is about 1.5 times as
+    fast where the CPU has such products, and slower elsewhere), and the rest is fp32. Weights are
+    read anew by each `generate`.
 
     Throughput grows with the slots until the machine is busy, memory with slots × the longest
     running sequence; before anything starts the engine reckons what that takes, and has fewer slots
@@ -80,22 +81,25 @@ class LocalEngine:
         slots: int = 64,
         eos: int,
         think_end: int | None = None,
+        cue: tuple[int, ...] = (),
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         invariant: bool = False,
     ):
         vocabulary = model.config.vocab_size
-        for name, token in (("eos", eos), ("think_end", think_end)):
+        for name, token in (("eos", eos), ("think_end", think_end), *(("cue", t) for t in cue)):
             if token is not None and not 0 <= token < vocabulary:
                 raise ValueError(f"{name} is {token}; the model's tokens are 0 to {vocabulary - 1}")
         if eos == think_end:
             raise ValueError(f"eos and think_end are both {eos}; they must differ")
+        if {eos, think_end} & {*cue}:
+            raise ValueError(f"cue is {cue}; it may hold neither eos nor think_end")
         if slots < 1:
             raise ValueError(f"slots is {slots}; it must be at least 1")
         own = next(model.parameters(), torch.empty(0))
         self.device = own.device if device is None else torch.device(device)
         self.dtype = own.dtype if dtype is None else dtype
-        self.model, self.eos, self.think_end = model, eos, think_end
+        self.model, self.eos, self.think_end, self.cue = model, eos, think_end, cue
         config, gpu = model.config, self.device.type == "cuda"
         self.rows = round_up(slots, ROWS)  # of a block, that decodes together
         if gpu and invariant:
@@ -245,5 +249,10 @@ class LocalEngine:
             raise ValueError(
                 f"budget is {params.budget}, but the engine knows no </think> token to force; "
                 "give it think_end"
+            )
+        if params.extend and (self.think_end is None or not self.cue):
+            raise ValueError(
+                f"extend is {params.extend}, but the engine knows no cue to put in the place of "
+                "</think>; give it think_end and cue"
             )
         return request

@@ -1,13 +1,17 @@
-"""Every strategy on every setting of a store: the rows of results.csv."""
+"""Every strategy on every setting of a store, and its searches: the rows of results.csv."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
 from ..models import GPTConfig
 from . import stats
-from .store import Setting, Store
+from .scores import latest, scores_of
+from .search import SEARCHES
+from .search_table import parse_search, searched
+from .store import Setting, Store, parse_params
 from .strategies import STRATEGIES, Outcome, spend
 
 SLACK = 0.02  # costs that differ by less count as equal: a few tokens more or less are chance
@@ -17,9 +21,11 @@ SLACK = 0.02  # costs that differ by less count as equal: a few tokens more or l
 class Result:
     """One row of results.csv; think_budget None is no limit, token counts are means per problem.
 
-    samples is the most that may be drawn; `drawn` says how many were, on average. Besides the
-    columns it holds where the row came from (`params`, `seed`) and, by problem index (`ids`), the
-    outcome, for pairing, for accuracy by difficulty and for policies.
+    samples is the most that may be drawn, or a search's size; `drawn` says how many were, on
+    average. pruned_tokens are some of the sampled and forced ones, judge_flops_per_problem a
+    part of flops_per_problem; setting is what else tells the row from others. Besides the columns
+    it holds where the row came from (`params`, `seed`) and, by problem index (`ids`), the outcome,
+    for pairing, for accuracy by difficulty and for policies.
     """
 
     task: str
@@ -39,6 +45,9 @@ class Result:
     seconds_per_problem: float
     guess_accuracy: float
     pareto: bool
+    judge_flops_per_problem: float
+    pruned_tokens: float
+    setting: str
     params: str
     seed: int
     oracle: bool
@@ -74,62 +83,87 @@ def evaluate(
     model: str | None = None,
     task: str | None = None,
 ) -> list[Result]:
-    """Every strategy on every setting of the store, with 95 % bootstrap intervals.
+    """Every strategy on every setting of the store, and its searches, with 95 % bootstrap
+    intervals. A search gives its best line's answer, and as NAME-vote that of a vote of its
+    finished lines, weighted by their values.
 
-    shape: the model's configuration, for FLOPs. samples: the k of votes and of pass@k, by default
+    Where a verifier scored the samples, the last one to do so has its strategies. shape: the
+    model's configuration, for FLOPs. samples: the k of votes and of pass@k, by default
     the powers of two that are stored; a k that a setting cannot fill is left out. strategies:
     names, by default all. seed: needed where the store holds several. model and task: the names
     to print, by default those of the store's identity. Raises ValueError for an empty store, an
     unknown strategy, samples below 1, or several seeds.
     """
     settings = _settings(store, seed)
-    unknown = [name for name in strategies or () if name not in STRATEGIES]
+    verifier = latest(store)
+    known = [*STRATEGIES, *(name + suffix for name in SEARCHES for suffix in ("", "-vote"))]
+    unknown = [name for name in strategies or () if name not in known]
     if unknown:
-        raise ValueError(f"unknown strategy {unknown[0]!r}; known are {', '.join(STRATEGIES)}")
+        raise ValueError(f"unknown strategy {unknown[0]!r}; known are {', '.join(known)}")
     if samples is None:
         most = max(setting.samples for setting in settings)
         samples = [1 << i for i in range(most.bit_length())]
     if not samples or min(samples) < 1:
         raise ValueError(f"samples are {list(samples)}; each must be at least 1")
-    problems = store.problems()
+    answers = {i: problem.answer for i, problem in store.problems().items()}
+    name_of = store.identity.get
+    names = dict(
+        task=str(name_of("task", "")) if task is None else task,
+        model=str(name_of("model", "")) if model is None else model,
+    )
     results = []
     for setting in settings:
         pool = store.pool(budget=setting.budget, params=setting.params, seed=setting.seed)
         if not len(pool.problems):  # a sweep that was stopped in its first batches
             continue
-        guess = stats.guess_accuracy([problems[i].answer for i in pool.problems])
-        for name in strategies or STRATEGIES:
-            strategy = STRATEGIES[name]
+        if verifier is not None:
+            pool = replace(pool, scores=scores_of(store, pool, verifier))
+        extend = f"{parse_params(setting.params).get('extend', 0):.0f}"
+        for strategy in STRATEGIES.values():
+            if strategies and strategy.name not in strategies:
+                continue
             for k in strategy.sizes(pool, sorted(set(samples))):
+                row = dict(strategy=strategy.name, samples=k, think_budget=setting.budget)
+                row |= dict(params=setting.params, seed=setting.seed, oracle=strategy.oracle)
+                row |= dict(setting="" if extend == "0" else f"extend={extend}")
                 outcome = spend(pool, strategy.run(pool, k), shape)
-                accuracy, low, high = stats.bootstrap(outcome.scores)
-                results.append(
-                    Result(
-                        task=str(store.identity.get("task", "")) if task is None else task,
-                        model=str(store.identity.get("model", "")) if model is None else model,
-                        strategy=strategy.name,
-                        samples=k,
-                        think_budget=setting.budget,
-                        temperature=pool.temperature,
-                        problems=len(pool.problems),
-                        accuracy=accuracy,
-                        ci_low=low,
-                        ci_high=high,
-                        prompt_tokens=float(outcome.prompt_tokens.mean()),
-                        sampled_tokens=float(outcome.sampled_tokens.mean()),
-                        forced_tokens=float(outcome.forced_tokens.mean()),
-                        flops_per_problem=float(outcome.flops.mean()),
-                        seconds_per_problem=float(outcome.seconds.mean()),
-                        guess_accuracy=guess,
-                        pareto=False,
-                        params=setting.params,
-                        seed=setting.seed,
-                        oracle=strategy.oracle,
-                        ids=pool.problems,
-                        outcome=outcome,
-                    )
-                )
+                results.append(_result(pool.problems, outcome, answers, **names, **row))
+    for found in searched(store, settings[0].seed):
+        name, lines, setting = parse_search(found.search)
+        for suffix, scores in (("", found.best()), ("-vote", found.vote())):
+            if name + suffix in (strategies or known) and (lines > 1 or not suffix):
+                row = dict(strategy=name + suffix, samples=lines, think_budget=None)
+                row |= dict(params=found.params, seed=found.seed, oracle=False, setting=setting)
+                outcome = found.outcome(scores)
+                results.append(_result(found.problems, outcome, answers, **names, **row))
     return mark_pareto(results)
+
+
+def _result(
+    ids: np.ndarray, outcome: Outcome, answers: dict[int, str], *, params: str, **row: Any
+) -> Result:
+    """A row of these problems: its accuracy, its mean costs, and what else is known of it."""
+    accuracy, low, high = stats.bootstrap(outcome.scores)
+    return Result(
+        **row,
+        params=params,
+        temperature=parse_params(params)["temperature"],
+        problems=len(ids),
+        accuracy=accuracy,
+        ci_low=low,
+        ci_high=high,
+        prompt_tokens=float(outcome.prompt_tokens.mean()),
+        sampled_tokens=float(outcome.sampled_tokens.mean()),
+        forced_tokens=float(outcome.forced_tokens.mean()),
+        flops_per_problem=float(outcome.flops.mean()),
+        seconds_per_problem=float(outcome.seconds.mean()),
+        guess_accuracy=stats.guess_accuracy([answers[i] for i in ids]),
+        pareto=False,
+        pruned_tokens=float(outcome.pruned_tokens.mean()),
+        judge_flops_per_problem=float(outcome.judge_flops.mean()),
+        ids=ids,
+        outcome=outcome,
+    )
 
 
 def mark_pareto(results: Sequence[Result]) -> list[Result]:

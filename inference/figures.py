@@ -3,7 +3,7 @@
 import io
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,9 +16,10 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 
 from . import stats
 from .evaluation import SLACK, Result
-from .page import budget_order, duration, human, short_budget, visible, vote_text
+from .exchange import Line
+from .page import budget_order, duration, human, short_budget, spread, visible, vote_text
 from .policy import Policy
-from .store import Pool, Store
+from .store import Pool, Store, without_extend
 
 # The PNG is drawn in these colours; in the page each becomes a CSS variable of its name, so that
 # the figures follow the reader's light or dark theme. No two are equal.
@@ -77,7 +78,7 @@ UNITS: dict[str, tuple[str, Callable[[Result], float], Callable[[float], str]]] 
 class Curves:
     """The results sorted for drawing: one sampling setting, the budgets, the sizes of the vote."""
 
-    rows: list[Result]  # all of this sampling setting, every strategy
+    rows: list[Result]  # all of this sampling setting, every strategy, search and extension
     greedy: list[Result]  # one for each budget
     votes: dict[int, list[Result]]  # by number of samples; 1 is a single sample
     oracle: dict[int, list[Result]]  # pass@k
@@ -86,13 +87,13 @@ class Curves:
 
     @classmethod
     def of(cls, results: Sequence[Result]) -> "Curves":
-        hot = [r.params for r in results if r.temperature > 0]
+        hot = [without_extend(r.params) for r in results if r.temperature > 0]
         params = max(dict.fromkeys(hot), key=hot.count) if hot else ""
 
-        shown = [r for r in results if r.temperature == 0 or r.params == params]
+        shown = [r for r in results if r.temperature == 0 or without_extend(r.params) == params]
 
         def rows(strategy: str) -> list[Result]:
-            chosen = [r for r in shown if r.strategy == strategy]
+            chosen = [r for r in shown if r.strategy == strategy and not r.setting]
             return sorted(chosen, key=lambda r: (r.samples, budget_order(r.think_budget)))
 
         votes: dict[int, list[Result]] = {}
@@ -139,13 +140,6 @@ class Curves:
         return max(pairs, key=lambda pair: pair[0].accuracy - pair[1].accuracy)
 
 
-def spread(items: Sequence, count: int) -> list:
-    """At most `count` of the items, evenly spaced, first and last among them."""
-    if len(items) <= count:
-        return list(items)
-    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
-
-
 def _shades(items: Sequence, name: str) -> dict[Any, str]:
     """A shade for each of at most four items, the last the darkest."""
     return {item: COLOURS[f"{name}-{4 - len(items) + i + 1}"] for i, item in enumerate(items)}
@@ -154,18 +148,22 @@ def _shades(items: Sequence, name: str) -> dict[Any, str]:
 def png(results: Sequence[Result]) -> bytes:
     """The picture of accuracy against compute, as a PNG."""
     first = results[0]
-    title = visible(f"{first.task}: accuracy against compute spent at inference")
+    return picture(
+        draw_compute,
+        Curves.of(results),
+        columns=7,
+        title=visible(f"{first.task}: accuracy against compute spent at inference"),
+        note="Along a line the thinking budget grows; the small figures are its tokens. "
+        f"Bands: 95 % intervals over {first.problems:,} problems.",
+    )
+
+
+def picture(draw: Callable[..., None], *of: Any, note: str, **options: Any) -> bytes:
+    """A figure as a PNG, with a line of text below it."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8, 5.2), layout="constrained")
-        draw_compute(figure.add_subplot(), Curves.of(results), columns=7, title=title)
-        figure.supxlabel(
-            "Along a line the thinking budget grows; the small figures are its tokens. "
-            f"Bands: 95 % intervals over {first.problems:,} problems.",
-            x=0.01,
-            ha="left",
-            fontsize=8.5,
-            color=COLOURS["muted"],
-        )
+        draw(figure.add_subplot(), *of, **options)
+        figure.supxlabel(note, x=0.01, ha="left", fontsize=8.5, color=COLOURS["muted"])
         content = io.BytesIO()
         figure.savefig(content, format="png", dpi=180)
     return content.getvalue()
@@ -180,11 +178,11 @@ def draw_compute(
     for label, colour, rows in lines:
         _line(axes, [cost(r) for r in rows], rows, label, colour)
     before = None
-    for r in spread(curves.greedy or curves.votes.get(1, []), 9):
+    for r, label in _labels(curves.greedy or curves.votes.get(1, []), cost):
         # Clear of the line, which arrives from below, and of the ring around a point.
         level = before is not None and abs(r.accuracy - before.accuracy) < 0.05
         axes.annotate(
-            short_budget(r.think_budget),
+            label,
             (cost(r), r.accuracy),
             xytext=(8, 0) if level else (-8, 0),
             textcoords="offset points",
@@ -208,6 +206,26 @@ def draw_compute(
     _rings(axes, best, cost)
     _cost_axis(axes, [cost(r) for r in drawn + others], axis, tick)
     _finish(axes, curves.guess, columns, title)
+
+
+def _labels(
+    rows: Sequence[Result], cost: Callable[[Result], float]
+) -> Iterator[tuple[Result, str]]:
+    """Rows and their budgets; of budgets that come to the same, one row and both ends."""
+    groups: list[list[Result]] = []
+    for r in spread(rows, 9):
+        first = groups[-1][0] if groups else None
+        if (
+            first
+            and abs(cost(r) / cost(first) - 1) < SLACK
+            and abs(r.accuracy - first.accuracy) < SLACK
+        ):
+            groups[-1].append(r)
+        else:
+            groups.append([r])
+    for group in groups:
+        ends = dict.fromkeys(short_budget(r.think_budget) for r in (group[0], group[-1]))
+        yield group[-1], "–".join(ends)
 
 
 def _rings(axes: Axes, best: Sequence[Result], cost: Callable[[Result], float]) -> None:
@@ -242,18 +260,75 @@ def _cost_axis(
 
 
 def draw_models(
-    axes: Axes, models: dict[str, list[Result]], best: Sequence[Result], unit: str
+    axes: Axes,
+    models: dict[str, list[Result]],
+    best: Sequence[Result],
+    unit: str,
+    title: str = "",
 ) -> None:
     """Accuracy against the compute of a problem: the Pareto frontier of each model."""
+    lines = {visible(model): rows for model, rows in models.items()}
+    _compare(axes, lines, best, unit, title=title)
+
+
+def draw_searches(axes: Axes, curves: Curves, unit: str, columns: int = 3) -> None:
+    """Accuracy against the compute of a problem: searches beside independent samples."""
+    lines: dict[str, list[Result]] = {"vote": [], "best-of-n": []}
+    for r in curves.rows:
+        if r.think_budget is not None or r.oracle:
+            continue
+        if r.setting.startswith("extend="):
+            if r.strategy in ("greedy", "sampling"):
+                lines.setdefault(f"{r.strategy}, extended", []).append(r)
+        elif r.strategy == "sampling":  # where both lines begin
+            lines["vote"].append(r)
+            lines["best-of-n"].append(r)
+        elif r.strategy in ("self-consistency", "best-of-n"):
+            lines["best-of-n" if r.strategy == "best-of-n" else "vote"].append(r)
+        elif r.setting and not r.strategy.endswith("-vote"):
+            lines.setdefault(r.strategy, []).append(r)
+    lines = {label: rows for label, rows in lines.items() if rows}
+    drawn = [r for rows in lines.values() for r in rows]
+    _compare(axes, lines, frontier(drawn, UNITS[unit][1]), unit, columns)
+
+
+def _compare(
+    axes: Axes,
+    lines: dict[str, list[Result]],
+    best: Sequence[Result],
+    unit: str,
+    columns: int = 3,
+    title: str = "",
+) -> None:
+    """A line of accuracy against cost for each label, and rings around the best rows."""
     axis, cost, tick = UNITS[unit]
     names = ("vote-4", "greedy", "budget-3", "outvoted", "vote-2", "budget-1", "never", "ink")
-    for i, (model, rows) in enumerate(models.items()):
+    for i, (label, rows) in enumerate(lines.items()):
         rows = sorted(rows, key=cost)
-        _line(axes, [cost(r) for r in rows], rows, visible(model), COLOURS[names[i % len(names)]])
+        _line(axes, [cost(r) for r in rows], rows, label, COLOURS[names[i % len(names)]])
     _rings(axes, best, cost)
-    rows = [r for of_one in models.values() for r in of_one]
+    rows = [r for of_one in lines.values() for r in of_one]
     _cost_axis(axes, [cost(r) for r in rows], axis, tick)
-    _finish(axes, rows[0].guess_accuracy, 3)
+    _finish(axes, rows[0].guess_accuracy, columns, title)
+
+
+def draw_exchange(axes: Axes, lines: Sequence[Line], title: str = "") -> None:
+    """Lines of equal accuracy over the compute of training and that of a problem."""
+    shown = spread(lines, 4)
+    shades = _shades([line.accuracy for line in shown], "vote")
+    for line in shown:
+        training, inference = [p.training for p in line.points], [p.inference for p in line.points]
+        label = f"at least {100 * line.accuracy:.0f} %"
+        axes.plot(training, inference, "o-", color=shades[line.accuracy], label=label)
+    points = [point for line in shown for point in line.points]
+    _cost_axis(axes, [p.training for p in points], "FLOPs of training", human)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: human(y)))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_ylabel(UNITS["FLOPs"][0])
+    axes.tick_params(length=3)
+    _legend(axes, 4, title)
 
 
 def draw_policy(

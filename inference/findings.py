@@ -9,10 +9,11 @@ import numpy as np
 
 from . import estimators, stats
 from .evaluation import Result
-from .figures import Curves, spread
-from .page import budget_order, vote_text
+from .figures import Curves
+from .page import budget_order, spread, vote_text
 from .policy import Policy, bins_of, compute_optimal
-from .store import Store
+from .store import Pool, Store
+from .strategies import STRATEGIES
 
 
 def outcome_shares(curves: Curves, store: Store) -> dict[int | None, tuple[float, ...]]:
@@ -28,6 +29,58 @@ def outcome_shares(curves: Curves, store: Store) -> dict[int | None, tuple[float
         found = pool.correct.any(1).mean()
         shares[budget] = (float(mode), float(found - mode), float(1 - found))
     return shares
+
+
+@dataclass(frozen=True)
+class Ways:
+    """How many ways there are to be right, over the problems with two right samples or more: the
+    right samples of a problem, and the different texts among them, at the mean. agreement: of all
+    problems, those whose most common answer is the greedy one (NaN where there is no greedy one).
+
+    Where one text alone is right, the most common answer is that of the most probable text, which
+    is what greedy decoding looks for: a vote then only undoes what sampling spoilt. Source of what
+    a vote is for: Wang et al. 2022, "Self-Consistency", section 2 (several paths to one answer).
+    """
+
+    budget: int | None
+    right: float
+    texts: float
+    agreement: float
+
+
+def ways(curves: Curves, store: Store) -> Ways | None:
+    """The ways to be right at the budget where the vote gains most; None where no problem has two
+    right samples."""
+    gain = curves.best_gain()
+    pool = curves.pool(store, gain[0].think_budget) if gain else None
+    if gain is None or pool is None:
+        return None
+    several = pool.correct.sum(1) > 1
+    if not several.any():
+        return None
+    texts = [
+        len(set(row[right].tolist()))
+        for row, right in zip(pool.texts[several], pool.correct[several], strict=True)
+    ]
+    agreement = math.nan
+    for r in curves.greedy:
+        if r.think_budget == pool.budget:
+            greedy = store.pool(budget=pool.budget, params=r.params, seed=r.seed)
+            agreement = _agreement(pool, greedy)
+    right = pool.correct[several].sum(1).mean()
+    return Ways(pool.budget, float(right), float(np.mean(texts)), agreement)
+
+
+def _agreement(pool: Pool, greedy: Pool) -> float:
+    said = dict(zip(greedy.problems.tolist(), greedy.answers[:, 0].tolist(), strict=True))
+    words = (*greedy.answer_texts, None)  # the code of no answer, -1, is the last
+    agree = []
+    for problem, answers in zip(pool.problems.tolist(), pool.answers, strict=True):
+        if problem in said:
+            codes, counts = np.unique(answers[answers >= 0], return_counts=True)
+            leaders = [pool.answer_texts[c] for c in codes[counts == counts.max(initial=0)]]
+            agree.append(words[said[problem]] in leaders)
+    return float(np.mean(agree)) if agree else math.nan
 
 
 def coverage_rows(curves: Curves, store: Store) -> list[dict[str, Any]]:
@@ -71,6 +124,58 @@ def control_rows(curves: Curves, store: Store) -> list[dict[str, Any]]:
             )
         )
     return rows
+
+
+@dataclass(frozen=True)
+class Rival:
+    """As many independent samples as cost what a search does: how many (`dearer` where even one
+    costs more, `fewer` where more than are stored would be needed), their accuracy, and the
+    search's own above it on the same problems."""
+
+    samples: int
+    accuracy: float
+    better: stats.Interval
+    dearer: bool
+    fewer: bool
+
+
+RIVALS = ("self-consistency", "best-of-n")  # strategies that draw all of their k samples
+
+
+def search_rows(curves: Curves, store: Store) -> list[dict[str, Any]]:
+    """Every search and every extended thought beside independent samples that cost as much, at
+    unlimited thinking: `r`, and `rivals` by strategy. Empty where no vote is there to compare."""
+    shown = ("greedy", "sampling", "self-consistency")
+    rows = [r for r in curves.rows if r.setting and not r.oracle]
+    rows = [r for r in rows if not r.setting.startswith("extend=") or r.strategy in shown]
+    plain = {
+        r.strategy: r  # the one of the most samples comes last
+        for r in sorted(curves.rows, key=lambda r: r.samples)
+        if r.think_budget is None and not r.setting
+    }
+    rivals = {name: plain[name] for name in RIVALS if name in plain}
+    if not rows or not rivals or "sampling" not in plain:
+        return []
+    # k samples cost the prompt once and k times a sample, which two rows of k tell apart.
+    one, most = plain["sampling"], plain.get("self-consistency", next(iter(rivals.values())))
+    prompt = one.cost - (most.cost - one.cost) / (most.samples - 1)
+    pool = store.pool(budget=None, params=one.params, seed=one.seed)
+
+    def rival(r: Result, name: str) -> Rival:
+        of = rivals[name]
+        wanted = math.floor((r.cost - prompt) / (of.cost - prompt) * of.samples * (1 + 1e-9))
+        k = min(max(1, wanted), pool.samples)
+        scores = STRATEGIES[name if k > 1 else "sampling"].run(pool, k).scores
+        _, theirs, ours = np.intersect1d(pool.problems, r.ids, return_indices=True)
+        return Rival(
+            samples=k,
+            accuracy=float(scores[theirs].mean()),
+            better=stats.paired_difference(r.scores[ours], scores[theirs]),
+            dearer=wanted < 1,
+            fewer=wanted > pool.samples,
+        )
+
+    return [dict(r=r, rivals={name: rival(r, name) for name in rivals}) for r in rows]
 
 
 @dataclass(frozen=True)

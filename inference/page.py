@@ -3,7 +3,7 @@
 import math
 import os
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jinja2
@@ -18,11 +18,26 @@ WORDS = {
     "mean-probability-vote": "vote weighted by mean token probability",
     "confidence-vote": "vote weighted by self-confidence",
     "best-of-n": "the most probable per token",
+    "verifier-best-of-n": "the verifier's best",
+    "last-step-best-of-n": "the verifier's best last step",
+    "worst-step-best-of-n": "the verifier's best worst step",
+    "verifier-vote": "vote weighted by the verifier",
+    "last-step-vote": "vote weighted by the verifier's last step",
     "adaptive-consistency": "vote, stopped when likely decided (Beta)",
     "early-stopping": "vote, stopped by a unanimous window",
     "certain-mode": "vote, stopped when the mode is proven",
     "pass@k": "any right (perfect verifier)",
     "vote-ceiling": "ceiling of voting",
+    "beam": "step beam search",
+    "dvts": "diverse tree search",
+    "rebase": "REBASE tree search",
+    "mcts": "Monte Carlo tree search",
+    "revise": "attempts in one chain",
+    "beam-vote": "step beam search, vote of its lines",
+    "dvts-vote": "diverse tree search, vote of its lines",
+    "rebase-vote": "REBASE tree search, vote of its lines",
+    "mcts-vote": "Monte Carlo tree search, vote of its lines",
+    "revise-vote": "attempts in one chain, their vote",
 }
 
 
@@ -63,6 +78,13 @@ def write_files(folder: str | Path, files: Mapping[str, bytes]) -> Path:
         aside.write_bytes(content)
         os.replace(aside, folder / name)
     return folder
+
+
+def spread(items: Sequence, count: int) -> list:
+    """At most `count` of the items, evenly spaced, first and last among them."""
+    if len(items) <= count:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
 
 
 def budget_order(budget: int | None) -> float:

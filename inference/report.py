@@ -21,6 +21,7 @@ from .figures import (
     draw_outcomes,
     draw_policy,
     draw_samples,
+    draw_searches,
     png,
     svg,
 )
@@ -30,6 +31,8 @@ from .findings import (
     difficulty_tables,
     outcome_shares,
     policies,
+    search_rows,
+    ways,
 )
 from .page import budget_phrase, environment, percent, points, vote_text, write_files
 from .store import Store
@@ -38,6 +41,7 @@ COLUMNS = (
     *("task", "model", "strategy", "samples", "think_budget", "temperature", "problems"),
     *("accuracy", "ci_low", "ci_high", "prompt_tokens", "sampled_tokens", "forced_tokens"),
     *("flops_per_problem", "seconds_per_problem", "guess_accuracy", "pareto"),
+    *("pruned_tokens", "judge_flops_per_problem", "setting"),
 )
 
 
@@ -100,6 +104,8 @@ def html(
     pool = curves.pool(store)
     shares = outcome_shares(curves, store) if pool else {}
     policy = policies(results, store)
+    searches = search_rows(curves, store) if pool else []
+    unit = "FLOPs" if math.isfinite(results[0].flops_per_problem) else "Tokens"
     return (
         environment()
         .get_template("report.html")
@@ -120,7 +126,12 @@ def html(
             by_budget=len(curves.budgets) > 1 and svg(draw_budgets, "budgets", curves, **small),
             by_samples=len(curves.votes) > 1 and svg(draw_samples, "samples", curves, **small),
             choosing=choosing(curves),
+            searches=searches,
+            unit=unit,
+            by_search=searches
+            and svg(draw_searches, "searches", curves, unit, width=8.6, height=4.3, columns=5),
             coverage=coverage_rows(curves, store) if pool else [],
+            ways=ways(curves, store) if pool else None,
             outcomes=shares
             and svg(draw_outcomes, "outcomes", shares, width=4.8, height=1.6 + 0.34 * len(shares)),
             policy=policy,
@@ -181,6 +192,7 @@ def choosing(curves: Curves) -> list[dict[str, Any]]:
         r
         for r in curves.rows
         if r.think_budget == vote.think_budget
+        and not r.setting
         and (r.samples == vote.samples or r.strategy in ("greedy", "sampling", "vote-ceiling"))
     ]
     return [dict(r=r, better=None if r is vote else paired_difference(r, vote)) for r in rows]

@@ -12,8 +12,10 @@ class SamplingParams:
     """How one sample is drawn. temperature 0 is greedy; top_k 0, top_p 1, min_p 0 filter nothing.
 
     max_tokens bounds the completion, forced tokens and <eos> included. budget is the number of
-    tokens that may be sampled as thinking before </think> is forced; None never forces it, 0
-    forces it at once. Raises ValueError for values out of range.
+    tokens that a thought may have before </think> is forced; None never forces it, 0 forces it at
+    once. extend is how many times the model may not close its thought: the engine's cue is put in
+    the place of its </think>, and it goes on, as far as the budget. Raises ValueError for values
+    out of range.
     """
 
     temperature: float = 1.0
@@ -22,6 +24,7 @@ class SamplingParams:
     min_p: float = 0.0
     max_tokens: int = 256
     budget: int | None = None
+    extend: int = 0
 
     def __post_init__(self):
         for name, value, valid, rule in (
@@ -31,6 +34,7 @@ class SamplingParams:
             ("min_p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1"),
             ("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1"),
             ("budget", self.budget, self.budget is None or self.budget >= 0, "at least 0 or None"),
+            ("extend", self.extend, self.extend >= 0, "at least 0"),
         ):
             if not valid:
                 raise ValueError(f"{name} is {value}; it must be {rule}")
@@ -56,8 +60,8 @@ class Sample:
     """A finished completion.
 
     tokens holds the whole completion: sampled_tokens of them drawn from the model and
-    forced_tokens (a forced </think>) put in; it ends with <eos> where finish is "stop", and was
-    cut at max_tokens where it is "length". logprob is the sum of the sampled tokens' natural
+    forced_tokens (a forced </think>, cues) put in; it ends with <eos> where finish is "stop", and
+    was cut at max_tokens where it is "length". logprob is the sum of the sampled tokens' natural
     log-probabilities under the model itself (temperature 1, no filter). seconds is the sample's
     share of the wall-clock time: every step is divided among the samples then alive, and every
     prefill among the first requests that wait for it.

@@ -1,35 +1,45 @@
 """Search: strategies that decide while sampling, step by step, which lines of thought to follow.
 
 A step is a fixed number of tokens. A search is a generator: it yields the requests that it wants
-sampled and is sent their samples, so that `run` can advance the searches of many problems
-together, one batch of the engine a round. A judge says how promising a completion so far is. To
-add a search, write a class with `name` and `search`, and put it into SEARCHES.
+sampled and is sent their samples, so that `stream` can advance the searches of many problems
+together, all on one run of the engine. A judge says how promising a completion so far is. To add a
+search, write a class with `name` and `search`, and put it into SEARCHES.
 """
 
 import math
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
 
+from ..models import GPTConfig
+from . import cost
 from .engine import Engine, Request, Sample, SamplingParams
 
 Tokens = tuple[int, ...]
 # The value of each completion so far, higher is better: (prompt, completions) -> numbers in [0, 1].
+# In a judge's place None stands for `Node.confidence`, which costs nothing.
 Judge = Callable[[Tokens, Sequence[Tokens]], Sequence[float]]
 
 
 @dataclass(frozen=True)
 class Node:
     """A completion so far: its tokens, how many of them were forced, whether it has ended, the sum
-    of the sampled ones' log-probabilities, and the judge's value."""
+    of the log-probabilities of `sampled` tokens of it, and the judge's value."""
 
     tokens: Tokens = ()
     forced: int = 0
     ended: bool = False
     logprob: float = 0.0
+    sampled: int = 0
     value: float = 0.0
+
+    @property
+    def confidence(self) -> float:
+        """The probability of a sampled token, at the (geometric) mean."""
+        return math.exp(self.logprob / max(1, self.sampled))
 
 
 @dataclass(frozen=True)
@@ -37,7 +47,10 @@ class Found:
     """What a search comes to: the best completion, and what all of them cost.
 
     sampled_tokens and forced_tokens count every token of every branch once; pruned_tokens, of
-    both, are those that no finished completion holds. judged counts the judge's verdicts.
+    both, are those that no finished completion holds. read: the lengths of what was read before
+    anything was drawn, the prompt and, as each step begins from text alone, the prefixes of all
+    later steps; drawn: of every sample the tokens before it and its own; judged: the lengths, the
+    prompt included, of what the judge read.
     """
 
     best: Node
@@ -45,20 +58,34 @@ class Found:
     sampled_tokens: int
     forced_tokens: int
     pruned_tokens: int
-    judged: int
+    read: tuple[int, ...]
+    drawn: tuple[tuple[int, int], ...]
+    judged: tuple[int, ...]
     seconds: float
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(self.read)
+
+    def flops(self, shape: GPTConfig) -> int:
+        """Operations of the model, what it read several times counted as often."""
+        return sum(cost.prefill_flops(shape, n) for n in self.read) + sum(
+            cost.sample_flops(shape, start, n) for start, n in self.drawn
+        )
 
 
 @dataclass(frozen=True)
 class Steps:
     """How every search samples: params of a completion (max_tokens, and the thinking budget, over
-    the whole of it), the tokens of a step, the seed, and the ids that end a thought and a text."""
+    the whole of it), the tokens of a step, the seed, the ids that end a text and a thought, and
+    the cue with which a thought is taken up again."""
 
     params: SamplingParams
     step: int
     seed: int
     eos: int
     think_end: int | None = None
+    cue: Tokens = ()
 
     def __post_init__(self):
         if self.step < 1:
@@ -83,6 +110,7 @@ class Steps:
             forced=node.forced + sample.forced_tokens,
             ended=sample.finish == "stop" or len(tokens) >= self.params.max_tokens,
             logprob=node.logprob + sample.logprob,
+            sampled=node.sampled + sample.sampled_tokens,
         )
 
 
@@ -93,32 +121,79 @@ class Searcher(Protocol):
     @property
     def name(self) -> str: ...
 
-    def search(self, prompt: Tokens, steps: Steps, judge: Judge) -> Search: ...
+    def search(self, prompt: Tokens, steps: Steps, judge: Judge | None) -> Search: ...
+
+
+class _Queue:
+    """Requests for an engine that asks for them as its slots fall free. It may run dry and be
+    filled again, which an engine that asks once more gets to see."""
+
+    def __init__(self):
+        self.waiting: deque[Request] = deque()
+
+    def __iter__(self) -> Iterator[Request]:
+        return self
+
+    def __next__(self) -> Request:
+        if not self.waiting:
+            raise StopIteration
+        return self.waiting.popleft()
+
+
+def stream(
+    generate: Callable[[Iterable[Request]], Iterator[Sample]],
+    searches: Iterable[Search],
+    busy: float = math.inf,
+) -> Iterator[tuple[int, Found]]:
+    """The place and the outcome of each search, as they come to an end.
+
+    generate: an engine's. Another search begins where fewer than `busy` requests are under way, so
+    that a caller who keeps what is finished loses little when it is stopped.
+    """
+    source = enumerate(searches)
+    queue = _Queue()
+    under_way: dict[int, tuple[Search, list[Sample | None]]] = {}
+    owed = 0  # samples that searches wait for
+
+    def advance(place: int, search: Search, samples: list[Sample] | None) -> Found | None:
+        nonlocal owed
+        try:
+            requests = next(search) if samples is None else search.send(samples)
+            while not requests:
+                requests = search.send([])
+        except StopIteration as stop:
+            return stop.value
+        under_way[place] = search, [None] * len(requests)
+        owed += len(requests)
+        queue.waiting += [replace(r, key=(place, i)) for i, r in enumerate(requests)]
+        return None
+
+    def begin() -> None:
+        while owed < busy and (one := next(source, None)):
+            found = advance(*one, None)
+            assert found is None, "a search draws something"
+
+    begin()
+    while queue.waiting:
+        for sample in generate(queue):
+            place, i = sample.request.key
+            search, samples = under_way[place]
+            samples[i] = sample
+            owed -= 1
+            whole = [s for s in samples if s is not None]
+            if len(whole) == len(samples):
+                del under_way[place]
+                found = advance(place, search, whole)
+                if found is not None:
+                    yield place, found
+            begin()
 
 
 def run(engine: Engine, searches: Iterable[Search]) -> list[Found]:
-    """The outcomes of all searches, in their order: each round's requests of all of them are one
-    batch of the engine."""
-    searches = list(searches)
-    found: list[Found | None] = [None] * len(searches)
-    waiting: dict[int, list[Sample] | None] = dict.fromkeys(range(len(searches)))
-    while True:
-        asked: dict[int, list[Request]] = {}
-        for i, samples in waiting.items():
-            try:
-                asked[i] = next(searches[i]) if samples is None else searches[i].send(samples)
-            except StopIteration as stop:
-                found[i] = stop.value
-        if not asked:
-            break
-        requests = [
-            replace(request, key=(i, j))
-            for i, of_one in asked.items()
-            for j, request in enumerate(of_one)
-        ]
-        by_key = {sample.request.key: sample for sample in engine.generate(requests)}
-        waiting = {i: [by_key[i, j] for j in range(len(of))] for i, of in asked.items()}
-    return [f for f in found if f is not None]
+    """The outcomes of all searches, in their order."""
+    return [
+        found for _, found in sorted(stream(engine.generate, searches), key=lambda pair: pair[0])
+    ]
 
 
 @dataclass
@@ -127,10 +202,11 @@ class _Ledger:
 
     prompt: Tokens
     steps: Steps
-    judge: Judge
+    judge: Judge | None
     drawn: list[tuple[Node, Node]] = field(default_factory=list)  # (parent, child)
     seconds: float = 0.0
-    judged: int = 0
+    read: list[int] = field(default_factory=list)
+    judged: list[int] = field(default_factory=list)
     asked: dict[Tokens, int] = field(default_factory=dict)
 
     def grow(self, parents: Sequence[Node]) -> Generator[list[Request], list[Sample], list[Node]]:
@@ -142,10 +218,15 @@ class _Ledger:
             requests.append(self.steps.request(self.prompt, parent, index))
         samples = yield requests
         children = [self.steps.extend(p, s) for p, s in zip(parents, samples, strict=True)]
-        values = self.judge(self.prompt, [child.tokens for child in children])
+        if self.judge is None:
+            values = [child.confidence for child in children]
+        else:
+            values = self.judge(self.prompt, [child.tokens for child in children])
+            self.judged += [len(self.prompt) + len(child.tokens) for child in children]
         children = [replace(c, value=float(v)) for c, v in zip(children, values, strict=True)]
         self.drawn += zip(parents, children, strict=True)
-        self.judged += len(children)
+        # An engine reads a prompt once for all the samples that are asked of it together.
+        self.read += [len(prompt) for prompt in {r.prompt: None for r in requests}]
         self.seconds += sum(sample.seconds for sample in samples)
         return children
 
@@ -164,7 +245,12 @@ class _Ledger:
             sampled_tokens=sum(new) - forced,
             forced_tokens=forced,
             pruned_tokens=sum(new) - kept,
-            judged=self.judged,
+            read=tuple(self.read),
+            drawn=tuple(
+                (len(self.prompt) + len(parent.tokens), n)
+                for n, (parent, _) in zip(new, self.drawn, strict=True)
+            ),
+            judged=tuple(self.judged),
             seconds=self.seconds,
         )
 
@@ -185,7 +271,7 @@ class BeamSearch:
     def __post_init__(self):
         _check(self.name, self.beams, self.width)
 
-    def search(self, prompt: Tokens, steps: Steps, judge: Judge) -> Search:
+    def search(self, prompt: Tokens, steps: Steps, judge: Judge | None) -> Search:
         ledger = _Ledger(prompt, steps, judge)
         lines = yield from ledger.grow([Node()] * self.beams)
         while not all(line.ended for line in lines):
@@ -214,7 +300,7 @@ class DiverseTreeSearch:
     def __post_init__(self):
         _check(self.name, self.beams, self.width)
 
-    def search(self, prompt: Tokens, steps: Steps, judge: Judge) -> Search:
+    def search(self, prompt: Tokens, steps: Steps, judge: Judge | None) -> Search:
         ledger = _Ledger(prompt, steps, judge)
         roots = [Node()] * (self.beams // self.width)
         while not all(root.ended for root in roots):
@@ -242,7 +328,7 @@ class Rebase:
     def __post_init__(self):
         _check(self.name, self.beams, 1)
 
-    def search(self, prompt: Tokens, steps: Steps, judge: Judge) -> Search:
+    def search(self, prompt: Tokens, steps: Steps, judge: Judge | None) -> Search:
         ledger = _Ledger(prompt, steps, judge)
         ended: list[Node] = []
         lines = yield from ledger.grow([Node()] * self.beams)
@@ -302,7 +388,7 @@ class TreeSearch:
     def __post_init__(self):
         _check(self.name, self.expansions * self.width, self.width)
 
-    def search(self, prompt: Tokens, steps: Steps, judge: Judge) -> Search:
+    def search(self, prompt: Tokens, steps: Steps, judge: Judge | None) -> Search:
         ledger = _Ledger(prompt, steps, judge)
         root = _Branch(Node())
         finished: list[Node] = []
@@ -336,6 +422,35 @@ class TreeSearch:
         return ledger.found(finished)
 
 
+@dataclass(frozen=True)
+class Revision:
+    """One chain of thought with several attempts in it: where it closes, the answer is noted, the
+    cue is put in the place of </think>, and the model tries again with all of it in view.
+
+    Ends before `attempts` where no room is left. An attempt's confidence is of its own tokens.
+    Source: Snell et al. 2024, section 6 (sequential revisions against parallel samples).
+    """
+
+    attempts: int = 8
+    name: str = "revise"
+
+    def __post_init__(self):
+        _check(self.name, self.attempts, 1)
+
+    def search(self, prompt: Tokens, steps: Steps, judge: Judge | None) -> Search:
+        most = steps.params.max_tokens
+        ledger = _Ledger(prompt, replace(steps, step=most), judge)
+        start, finished = Node(), []
+        while len(finished) < self.attempts and len(start.tokens) < most:
+            (line,) = yield from ledger.grow([start])
+            finished.append(line)
+            if steps.think_end not in line.tokens:
+                break
+            thought = line.tokens[: line.tokens.index(steps.think_end)]
+            start = Node(thought + steps.cue, forced=start.forced + len(steps.cue))
+        return ledger.found(finished)
+
+
 def _check(name: str, beams: int, width: int) -> None:
     if width < 1 or beams < width or beams % width:
         raise ValueError(
@@ -344,7 +459,11 @@ def _check(name: str, beams: int, width: int) -> None:
         )
 
 
-SEARCHES: dict[str, Searcher] = {
-    searcher.name: searcher
-    for searcher in (BeamSearch(), DiverseTreeSearch(), Rebase(), TreeSearch())
+# Each of so many lines, expansions or attempts, and so many children of a line that is grown.
+SEARCHES: dict[str, Callable[[int, int], Searcher]] = {
+    "beam": BeamSearch,
+    "dvts": DiverseTreeSearch,
+    "rebase": lambda size, width: Rebase(size),
+    "mcts": TreeSearch,
+    "revise": lambda size, width: Revision(size),
 }

@@ -7,11 +7,10 @@ import torch
 
 from ..kernels import sample_tokens
 from ..models import KVCache, Prefix
+from .forcing import Forcing
 from .graphs import Graphed, capture
 from .prompts import LENGTH_STEP, Groups, Prompts, copy_rows, round_up
 from .request import Request, Sample, stream_key
-
-NEVER = 1 << 62
 
 
 class Run:
@@ -37,16 +36,14 @@ class Slots:
         self.running: dict[int, Run] = {}
         self.free = list(range(rows))[::-1]  # adjacent rows for adjacent requests
         self.steps = 0
-        self.integers = torch.zeros(7, rows, dtype=torch.int64, device=device)
+        self.integers = torch.zeros(6, rows, dtype=torch.int64, device=device)
         self.numbers = torch.zeros(4, rows, device=device)
-        # token: the next one to feed; count: tokens of the completion so far; force_at: the count
-        # at which </think> is forced; most: max_tokens.
-        self.token, self.length, self.count, self.force_at, self.most, self.seed, self.top_k = (
-            self.integers
-        )
+        # token: the next one to feed; count: tokens of the completion so far; most: max_tokens.
+        self.token, self.length, self.count, self.most, self.seed, self.top_k = self.integers
         self.temperature, self.top_p, self.min_p, self.logprob = self.numbers
         self.top_p.fill_(1.0)  # sample_tokens looks at idle rows too
         self.done = torch.ones(rows, dtype=torch.bool, device=device)
+        self.forcing = Forcing(rows, think_end=engine.think_end, cue=engine.cue, device=device)
         self.tokens = torch.zeros(rows, 1, dtype=torch.int64, device=device)
         self.cache = KVCache(config, rows, 0, device=device, dtype=dtype)
         self.cache.lengths = self.length
@@ -74,9 +71,8 @@ class Slots:
             if not shared:
                 own = len(prompt) - 1
                 copies.setdefault(source.block, []).append((source.row, row))
-            force_at = NEVER if params.budget is None else params.budget
             seed = stream_key(prompt, request.seed, request.index)
-            integers.append((prompt[-1], own, 0, force_at, params.max_tokens, seed, params.top_k))
+            integers.append((prompt[-1], own, 0, params.max_tokens, seed, params.top_k))
             numbers.append((params.temperature, params.top_p, params.min_p, 0.0))
             most = max(most, params.max_tokens)
             self.running[row] = Run(request, self.steps, own, owed - seconds)
@@ -91,6 +87,7 @@ class Slots:
         index = torch.tensor(rows, device=device)
         self.integers.index_copy_(1, index, torch.tensor(integers, device=device).t())
         self.numbers.index_copy_(1, index, torch.tensor(numbers, device=device).t())
+        self.forcing.start(index, [request.params for request in batch])
         self.done.index_fill_(0, index, False)
         if most >= self.tokens.shape[1]:
             self.tokens = torch.nn.functional.pad(self.tokens, (0, most + 1 - self.tokens.shape[1]))
@@ -119,7 +116,7 @@ class Slots:
                 watch(run.request, new)
 
     def _step(self) -> None:
-        think_end, network = self.engine.think_end, self.network
+        network = self.network
         hidden = network.hidden(self.token[:, None], self.cache)
         token, logprob = sample_tokens(
             network.logits(hidden[:, -1]),
@@ -130,13 +127,8 @@ class Slots:
             seeds=self.seed,
             positions=self.count,
         )
-        idle = self.done
-        if think_end is not None:
-            forced = self.count == self.force_at
-            token.masked_fill_(forced, think_end)
-            self.force_at.masked_fill_(token == think_end, NEVER)
-            idle = idle | forced
-        self.logprob += logprob.masked_fill_(idle, 0.0)
+        forced = self.forcing(token, self.count, self.done)
+        self.logprob += logprob.masked_fill_(self.done | forced, 0.0)
         self.tokens.scatter_(1, self.count[:, None], token[:, None])
         self.count += ~self.done  # a finished row writes behind its tokens
         self.done |= (token == self.engine.eos) | (self.count == self.most)
@@ -153,22 +145,19 @@ class Slots:
         tokens = self.tokens[index, : max(counts)].tolist()
         logprobs = self.logprob[index].tolist()
         samples = []
-        for row, count, drawn, logprob in zip(rows, counts, tokens, logprobs, strict=True):
+        forced_counts = self.forcing.forced[index].tolist()
+        for row, count, drawn, logprob, forced in zip(
+            rows, counts, tokens, logprobs, forced_counts, strict=True
+        ):
             run = self.running.pop(row)
             self.groups.remove(row, self._shared(run.request.prompt))
             drawn = tuple(drawn[:count])
-            budget = run.request.params.budget
-            forced = (
-                budget is not None
-                and budget < count
-                and (self.engine.think_end not in drawn[:budget])
-            )
             samples.append(
                 Sample(
                     request=run.request,
                     tokens=drawn,
                     sampled_tokens=count - forced,
-                    forced_tokens=int(forced),
+                    forced_tokens=forced,
                     logprob=logprob,
                     finish="stop" if drawn[-1] == self.engine.eos else "length",
                     seconds=run.seconds + seconds,

@@ -45,9 +45,9 @@ class Ask:
 class Completion:
     """A finished sample. Its text begins with <think> where the model thought, and has no <eos>.
 
-    sampled_tokens were drawn from the model, forced_tokens (a forced </think>) put in; think_tokens
-    of both lie inside the thinking. logprob is the natural log-probability of what was sampled,
-    None where the speaker does not know it; seconds is the sample's share of the time.
+    sampled_tokens were drawn from the model, forced_tokens (a forced </think>, cues) put in;
+    think_tokens of both lie inside the thinking. logprob is the natural log-probability of what was
+    sampled, None where the speaker does not know it; seconds is the sample's share of the time.
     """
 
     ask: Ask
@@ -89,10 +89,21 @@ class Speaker(Protocol):
 
 
 def open_speaker(
-    config: SweepConfig | GenerateConfig, *, slots: int, precision: str = "auto", budgets: bool
+    config: SweepConfig | GenerateConfig,
+    *,
+    slots: int,
+    precision: str = "auto",
+    budgets: bool,
+    cue: str | None = None,
 ) -> Speaker:
-    """The speaker that the configuration names; budgets tells whether its thinking gets any."""
+    """The speaker that the configuration names; budgets tells whether its thinking gets any, cue
+    what takes a closed thought up again, where that is wanted."""
     if config.model.startswith(("http://", "https://")):
+        if cue is not None:
+            raise ValueError(
+                "a server does not let thoughts be drawn out (--extend) or taken up again: that "
+                "needs a model of this machine"
+            )
         from .remote import RemoteSpeaker
 
         return RemoteSpeaker(
@@ -106,14 +117,19 @@ def open_speaker(
         from .transformers_engine import TransformersSpeaker
 
         return TransformersSpeaker(
-            config.model, slots=slots, precision=precision, system=config.system, budgets=budgets
+            config.model,
+            slots=slots,
+            precision=precision,
+            system=config.system,
+            budgets=budgets,
+            cue=cue,
         )
     if config.system is not None:
         raise ValueError(
             f"system is {config.system!r}; ponder's engine has no chat template to put it into: "
             "take --engine transformers"
         )
-    return LocalSpeaker(config.model, slots=slots, precision=precision)
+    return LocalSpeaker(config.model, slots=slots, precision=precision, cue=cue)
 
 
 def room(
@@ -191,10 +207,11 @@ class LocalSpeaker:
     """A model of this machine on ponder's engine, with its tokenizer and its special tokens.
 
     precision is fp32, bf16, or auto: bf16 on a GPU, and on a CPU where it is measured to be faster.
-    Where memory runs out it goes on with half the slots.
+    cue: what `extend` puts in the place of a </think>. Where memory runs out it goes on with half
+    the slots.
     """
 
-    def __init__(self, path: str, *, slots: int, precision: str = "auto"):
+    def __init__(self, path: str, *, slots: int, precision: str = "auto", cue: str | None = None):
         self.folder = Path(path)
         on = device()
         self.model: GPT = hub.load(path, device=on, dtype=torch.float32)
@@ -209,6 +226,7 @@ class LocalSpeaker:
         self.think = self._token("<think>")
         self.think_end = self._token("</think>")
         self.eos = self._token("<eos>")
+        self.cue = () if cue is None else self._known(cue, "cue")
         self.shape: GPTConfig | None = self.model.config
         self.identity = {"model": model_hash(local_folder(path)), "precision": precision}
         self.failures: Counter[str] = Counter()
@@ -216,7 +234,12 @@ class LocalSpeaker:
 
     def _engine(self, slots: int) -> LocalEngine:
         return LocalEngine(
-            self.model, slots=slots, eos=self.eos, think_end=self.think_end, dtype=self.dtype
+            self.model,
+            slots=slots,
+            eos=self.eos,
+            think_end=self.think_end,
+            cue=self.cue,
+            dtype=self.dtype,
         )
 
     def _token(self, text: str) -> int:
@@ -232,15 +255,19 @@ class LocalSpeaker:
         """The prompt with <think> behind it; ValueError for what the vocabulary cannot say."""
         if not prompt:
             raise ValueError("the prompt is empty; there is nothing to answer")
-        encoding = self.tokenizer.encode(prompt)
+        return (*self._known(prompt, "prompt"), self.think)
+
+    def _known(self, text: str, what: str) -> tuple[int, ...]:
+        """The text's tokens; ValueError for what the vocabulary cannot say."""
+        encoding = self.tokenizer.encode(text)
         unknown = self.tokenizer.token_to_id("<unk>")
         if unknown in encoding.ids:
             start, end = encoding.offsets[encoding.ids.index(unknown)]
             raise ValueError(
-                f"the prompt has {prompt[start:end]!r}, which the tokenizer of {self.folder} "
+                f"the {what} has {text[start:end]!r}, which the tokenizer of {self.folder} "
                 "does not know"
             )
-        return (*encoding.ids, self.think)
+        return tuple(encoding.ids)
 
     def fit(
         self, prompts: Sequence[str], *, budgets: Sequence[int | None], max_tokens: int | None
@@ -253,22 +280,32 @@ class LocalSpeaker:
         )
 
     def generate(self, asks: Iterable[Ask], *, watch: Watch | None = None) -> Iterator[Completion]:
-        source = iter(asks)
         encode = lru_cache(maxsize=64)(self.encode)
-        unfinished: dict[int, Ask] = {}
+        requests = (Request(encode(a.prompt), a.params, a.seed, a.index, key=a) for a in asks)
+        yield from map(self._completion, self.sample(requests, watch=watch))
 
-        def requests(again: list[Ask]) -> Iterator[Request]:
-            for ask in chain(again, source):
-                unfinished[id(ask)] = ask
-                yield Request(encode(ask.prompt), ask.params, ask.seed, ask.index, key=ask)
+    def sample(
+        self, requests: Iterable[Request], *, watch: Watch | None = None
+    ) -> Iterator[Sample]:
+        """As the engine's `generate`; where memory runs out it goes on with half the slots. watch:
+        where every request's key is an Ask."""
+        source = iter(requests)
+        unfinished: dict[int, Request] = {}
+
+        def noted(request: Request) -> Request:
+            unfinished[id(request)] = request
+            return request
 
         while True:
             watcher = watch and _TokenWatch(self, watch)
+            again = list(unfinished.values())
             try:
-                again = list(unfinished.values())
-                for sample in self.engine.generate(requests(again), watch=watcher):
-                    del unfinished[id(sample.request.key)]
-                    yield self._completion(sample)
+                # A chain, once at its end, would not see what a source has to give later.
+                for sample in self.engine.generate(
+                    map(noted, chain(again, source) if again else source), watch=watcher
+                ):
+                    del unfinished[id(sample.request)]
+                    yield sample
                 return
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
@@ -276,13 +313,16 @@ class LocalSpeaker:
             # Not in the handler: its traceback holds on to what filled the memory.
             self.engine = self._engine(halved(self.engine.slots, ROWS))
 
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of a completion, with <think> before it and without its <eos>."""
+        tokens = list(tokens[:-1] if tokens and tokens[-1] == self.eos else tokens)
+        return "<think>" + self.tokenizer.decode(tokens, skip_special_tokens=False)
+
     def _completion(self, sample: Sample) -> Completion:
-        tokens, end = list(sample.tokens), self.think_end
-        if tokens and tokens[-1] == self.eos:
-            tokens.pop()
+        end = self.think_end
         return Completion(
             ask=sample.request.key,
-            text="<think>" + self.tokenizer.decode(tokens, skip_special_tokens=False),
+            text=self.decode(sample.tokens),
             prompt_tokens=len(sample.request.prompt),
             sampled_tokens=sample.sampled_tokens,
             forced_tokens=sample.forced_tokens,

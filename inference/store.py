@@ -8,13 +8,16 @@ then lists what a grid still lacks.
 
 import json
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from .scores import Scores
 
 SCHEMA_VERSION = 1
 
@@ -47,6 +50,25 @@ CREATE TABLE sample (
 );
 CREATE UNIQUE INDEX sample_key ON sample (params, seed, ifnull(budget, -1), problem, sample);
 PRAGMA user_version = {SCHEMA_VERSION};
+"""
+# Made on opening: stores from before there were searches are as good as new ones.
+SEARCHES = """
+CREATE TABLE IF NOT EXISTS search (
+    problem INTEGER NOT NULL REFERENCES problem (id),
+    search TEXT NOT NULL,
+    params TEXT NOT NULL,
+    seed INTEGER NOT NULL,
+    text TEXT NOT NULL,
+    lines TEXT NOT NULL,
+    prompt_tokens INTEGER NOT NULL,
+    sampled_tokens INTEGER NOT NULL,
+    forced_tokens INTEGER NOT NULL,
+    pruned_tokens INTEGER NOT NULL,
+    flops REAL,
+    judge_flops REAL,
+    seconds REAL NOT NULL,
+    PRIMARY KEY (problem, search, params, seed)
+)
 """
 
 
@@ -129,6 +151,7 @@ class Pool:
     think_tokens: np.ndarray
     logprob: np.ndarray
     seconds: np.ndarray
+    scores: "Scores | None" = None  # a verifier's, where one read the samples
 
     @property
     def samples(self) -> int:
@@ -140,7 +163,8 @@ class Pool:
 
 
 def params_text(params: Any) -> str:
-    """The canonical text of `.temperature`, `.top_k`, `.top_p` and `.min_p`: "temperature=0.7".
+    """The canonical text of `.temperature`, `.top_k`, `.top_p`, `.min_p` and `.extend`:
+    "temperature=0.7".
 
     Filters that filter nothing are left out, and all of them at temperature 0, so that equal
     distributions have equal texts.
@@ -153,7 +177,14 @@ def params_text(params: Any) -> str:
             parts.append(f"top_p={float(params.top_p)!r}")
         if params.min_p > 0:
             parts.append(f"min_p={float(params.min_p)!r}")
+    if params.extend > 0:
+        parts.append(f"extend={int(params.extend)}")
     return " ".join(parts)
+
+
+def without_extend(text: str) -> str:
+    """The canonical text of the same parameters with no extension."""
+    return text.partition(" extend=")[0]
 
 
 def parse_params(text: str) -> dict[str, float]:
@@ -208,6 +239,7 @@ class Store:
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = FULL")  # a batch outlives a power cut, too
         self._db.execute("PRAGMA foreign_keys = ON")
+        self._db.execute(SEARCHES)
         rows = self._db.execute("SELECT name, value FROM identity")
         self.identity: dict[str, Any] = {name: json.loads(value) for name, value in rows}
         if identity is not None:
@@ -247,6 +279,12 @@ class Store:
             raise
         self._db.execute("COMMIT")
 
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """The database, for tables that others keep in it; all that is done in here or nothing."""
+        with self._transaction():
+            yield self._db
+
     def close(self) -> None:
         self._db.close()
 
@@ -262,7 +300,7 @@ class Store:
         Raises ValueError where another problem already has that index.
         """
         rows = [
-            (i, _storable(p.prompt), _storable(p.answer), int(p.difficulty))
+            (i, storable(p.prompt), storable(p.answer), int(p.difficulty))
             for i, p in enumerate(problems, first)
         ]
         with self._transaction():
@@ -285,7 +323,7 @@ class Store:
         """Keeps a batch of finished samples in one transaction; those already there stay."""
         rows = [
             (
-                *(*r.key, _storable(r.text), r.answer and _storable(r.answer), r.correct),
+                *(*r.key, storable(r.text), r.answer and storable(r.answer), r.correct),
                 *(r.prompt_tokens, r.sampled_tokens, r.forced_tokens, r.think_tokens),
                 *(r.logprob, r.finish, r.seconds),
             )
@@ -327,6 +365,10 @@ class Store:
                     "INSERT INTO main.sample SELECT * FROM other.sample WHERE true"
                     " ON CONFLICT (params, seed, ifnull(budget, -1), problem, sample) DO NOTHING"
                 )
+                self._db.execute(
+                    "INSERT INTO main.search SELECT * FROM other.search WHERE true"
+                    " ON CONFLICT DO NOTHING"
+                )
         finally:
             self._db.execute("DETACH other")
 
@@ -356,6 +398,20 @@ class Store:
             for sample in range(samples)
             if (problem, budget, sample) not in done
         ]
+
+    def insert(self, table: str, rows: Sequence[tuple]) -> None:
+        """Puts whole rows into a table in one transaction; those whose keys are there stay."""
+        if not rows:
+            return
+        marks = ", ".join("?" * len(rows[0]))
+        with self._transaction():
+            self._db.executemany(
+                f"INSERT INTO {table} VALUES ({marks}) ON CONFLICT DO NOTHING", rows
+            )
+
+    def rows(self, query: str, *values: Any) -> list[tuple]:
+        """What an SQL query finds."""
+        return self._db.execute(query, values).fetchall()
 
     def __len__(self) -> int:
         return self._db.execute("SELECT count(*) FROM sample").fetchone()[0]
@@ -430,7 +486,7 @@ class Store:
         return [Record(Key(*row[:5]), row[5], row[6], bool(row[7]), *row[8:]) for row in rows]
 
 
-def _storable(text: str) -> str:
+def storable(text: str) -> str:
     """The text without lone surrogates, which a server's JSON may hold and UTF-8 cannot."""
     return text.encode("utf-8", "replace").decode("utf-8")
 

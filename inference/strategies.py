@@ -7,7 +7,7 @@ what that costs is the same sum for all of them. To add one, write a class with 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -18,10 +18,11 @@ from .store import Pool, parse_params
 
 class Choice(NamedTuple):
     """scores (P,) in [0, 1]: the chance of being right; drawn (P, N): how often each stored sample
-    is drawn, on average."""
+    is drawn, on average; verified: whether the verifier reads what is drawn."""
 
     scores: np.ndarray
     drawn: np.ndarray
+    verified: bool = False
 
 
 class Strategy(Protocol):
@@ -45,7 +46,10 @@ class Strategy(Protocol):
 @dataclass(frozen=True)
 class Outcome:
     """Scores in [0, 1] and costs of P problems, each array (P,); samples is how many were drawn,
-    flops is NaN where the model's shape is not known."""
+    flops is NaN where the model's shape is not known. Of the sampled and forced tokens
+    pruned_tokens are in no completion that was finished; of the flops judge_flops are a verifier's,
+    which chose among samples or judged a search's lines, and whose time seconds includes.
+    """
 
     scores: np.ndarray
     samples: np.ndarray
@@ -54,6 +58,8 @@ class Outcome:
     forced_tokens: np.ndarray
     flops: np.ndarray
     seconds: np.ndarray
+    judge_flops: np.ndarray
+    pruned_tokens: np.ndarray
 
     @property
     def tokens(self) -> np.ndarray:
@@ -62,20 +68,27 @@ class Outcome:
 
 def spend(pool: Pool, choice: Choice, shape: GPTConfig | None) -> Outcome:
     """What the samples of a choice cost: the prompt is read once, and each sample costs its own
-    tokens as often as it is drawn. shape None: FLOPs are unknown."""
+    tokens as often as it is drawn, and a verifier's reading where one chooses. shape None: FLOPs
+    are unknown."""
     flops = np.full(len(pool.problems), np.nan)
     if shape is not None:
         new_tokens = pool.sampled_tokens + pool.forced_tokens
         decode = cost.sample_flops(shape, pool.prompt_tokens[:, None], new_tokens)
         flops = cost.prefill_flops(shape, pool.prompt_tokens) + (choice.drawn * decode).sum(1)
+    judge_flops, seconds = np.zeros(len(flops)), pool.seconds
+    if choice.verified and pool.scores is not None:
+        judge_flops = (choice.drawn * pool.scores.flops).sum(1)
+        seconds = seconds + pool.scores.seconds
     return Outcome(
         scores=choice.scores,
         samples=choice.drawn.sum(1),
         prompt_tokens=pool.prompt_tokens,
         sampled_tokens=(choice.drawn * pool.sampled_tokens).sum(1),
         forced_tokens=(choice.drawn * pool.forced_tokens).sum(1),
-        flops=flops,
-        seconds=(choice.drawn * pool.seconds).sum(1),
+        flops=flops + judge_flops,
+        seconds=(choice.drawn * seconds).sum(1),
+        judge_flops=judge_flops,
+        pruned_tokens=np.zeros(len(flops)),
     )
 
 
@@ -148,6 +161,18 @@ def self_confidence(pool: Pool) -> np.ndarray:
     return np.exp(mean_log_probability(pool)) / 0.1
 
 
+def verified(which: Literal["end", "last", "least"], *, log: bool = False) -> Confidence:
+    """A verifier's value of each sample (see `verifier.Score`), or its logarithm; NaN without."""
+
+    def confidence(pool: Pool) -> np.ndarray:
+        if pool.scores is None:
+            return np.full(pool.correct.shape, np.nan)
+        value = getattr(pool.scores, which)
+        return np.log(np.maximum(value, 1e-30)) if log else value
+
+    return confidence
+
+
 @dataclass(frozen=True)
 class WeightedVote:
     """The answer with the largest sum of exp(confidence) over k samples."""
@@ -155,6 +180,7 @@ class WeightedVote:
     name: str
     confidence: Confidence
     oracle: bool = False
+    verified: bool = False
 
     def sizes(self, pool: Pool, samples: Sequence[int]) -> list[int]:
         return several(pool, samples) if _finite(self.confidence(pool)) else []
@@ -162,7 +188,7 @@ class WeightedVote:
     def run(self, pool: Pool, k: int) -> Choice:
         weights = self.confidence(pool)
         scores = estimators.weighted_vote_at_k(pool.answers, pool.correct, weights, k)
-        return evenly(pool, scores, k)
+        return evenly(pool, scores, k)._replace(verified=self.verified)
 
 
 @dataclass(frozen=True)
@@ -172,13 +198,14 @@ class BestOfN:
     name: str
     confidence: Confidence
     oracle: bool = False
+    verified: bool = False
 
     def sizes(self, pool: Pool, samples: Sequence[int]) -> list[int]:
         return several(pool, samples) if _finite(self.confidence(pool)) else []
 
     def run(self, pool: Pool, k: int) -> Choice:
         scores = estimators.best_of_at_k(self.confidence(pool), pool.correct, k)
-        return evenly(pool, scores, k)
+        return evenly(pool, scores, k)._replace(verified=self.verified)
 
 
 def _finite(values: np.ndarray) -> bool:
@@ -272,6 +299,15 @@ STRATEGIES: dict[str, Strategy] = {
         WeightedVote("mean-probability-vote", mean_log_probability),
         WeightedVote("confidence-vote", self_confidence),
         BestOfN("best-of-n", mean_log_probability),
+        # By a trained verifier: its word on the whole solution, Cobbe et al. 2021; on the last
+        # step, Snell et al. 2024; on the worst step, Lightman et al. 2023, Wang et al. 2024
+        # (Math-Shepherd). The vote weighted by it: Li et al. 2023, "Making Language Models Better
+        # Reasoners with Step-Aware Verifier".
+        BestOfN("verifier-best-of-n", verified("end"), verified=True),
+        BestOfN("last-step-best-of-n", verified("last"), verified=True),
+        BestOfN("worst-step-best-of-n", verified("least"), verified=True),
+        WeightedVote("verifier-vote", verified("end", log=True), verified=True),
+        WeightedVote("last-step-vote", verified("last", log=True), verified=True),
         AdaptiveConsistency(),
         EarlyStopping(),
         CertainMode(),

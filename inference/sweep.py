@@ -2,30 +2,44 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from .. import tasks
 from ..provenance import open_run, read_run
-from . import Unfinished
+from . import Unfinished, search_table
 from .chat import known_shape
-from .config import SweepConfig
+from .comparison import write_comparison
+from .config import SearchOptions, SweepConfig
 from .engine import SamplingParams
-from .evaluation import evaluate
+from .evaluation import Result, evaluate
+from .exchange import training_flops
 from .report import write_report
+from .scores import score
+from .search_sweep import Searches
 from .shards import Shard, joined, merge
 from .speaker import Ask, Completion, Speaker, open_speaker
-from .store import Key, Record, Store, params_text
+from .store import Key, Record, Store, params_text, parse_params
+from .verifier import open_verifier
 
-SPLIT = "test"
+T = TypeVar("T")
 GREEDY = SamplingParams(temperature=0.0)
 KEEP_EVERY_SECONDS = 2.0  # at most this much sampling is lost when a sweep is killed
 # What does not decide which samples there are.
-PRACTICAL = ("out", "resume", "slots", "server")
+PRACTICAL = ("out", "resume", "slots", "server", "verifier")
+NEWER = {
+    "engine": "ponder",
+    "searches": SearchOptions(),
+    "extend": (),
+    "cue": None,
+    "split": "test",
+}
 
 
 def sweep(config: SweepConfig) -> Path:
@@ -43,21 +57,25 @@ def sweep(config: SweepConfig) -> Path:
 
 def _sweep(config: SweepConfig, shard: Shard) -> Path:
     task = tasks.get(config.task)
-    problems = task.problems(SPLIT, config.problems, config.seed)
+    problems = task.problems(config.split, config.problems, config.seed)
     budgets = [*config.budgets, None]
+    verifier = open_verifier(config.verifier) if config.verifier else None
 
-    def opened(precision: str) -> tuple[Speaker, int]:
+    def opened(precision: str) -> tuple[Speaker, int, Searches]:
         speaker = open_speaker(
             config,
             slots=config.slots or (16 if config.engine == "transformers" else 512),
             precision=precision,
             budgets=bool(config.budgets),
+            cue=_cue(config, task),
         )
         prompts = [problem.prompt for problem in problems]
-        return speaker, speaker.fit(prompts, budgets=budgets, max_tokens=config.max_tokens)
+        most = speaker.fit(prompts, budgets=budgets, max_tokens=config.max_tokens)
+        params = replace(_sampled(config), max_tokens=most)
+        return speaker, most, Searches(config, speaker, params, verifier)
 
     folder = config.out / "sweep"
-    found: list[tuple[Speaker, int]] = []  # the first process's, which it need not open twice
+    found: list[tuple[Speaker, int, Searches]] = []  # the first process's, not to be opened twice
 
     def begin() -> dict[str, Any]:
         """Claim the folder; the identity of its store."""
@@ -66,26 +84,29 @@ def _sweep(config: SweepConfig, shard: Shard) -> Path:
             # What was measured when the sweep began, not what a busier moment would say.
             before = read_run(config.out).get("sweep", {}).get("configuration", {})
             precision = before.get("precision", "auto")
-        speaker, most = opened(precision)
-        found.append((speaker, most))
+        found.append(opened(precision))
+        speaker = found[0][0]
         identity = {k: v for k, v in asdict(config).items() if k not in PRACTICAL}
-        if config.engine == "ponder":  # as before there were others
-            del identity["engine"]
+        for name, default in NEWER.items():  # a sweep from before goes on as what it was
+            if getattr(config, name) == default:
+                del identity[name]
         identity |= {
             "model_hash": speaker.identity["model"],
             "precision": speaker.identity["precision"],
         }
         open_run(config.out, "sweep", identity, resume=config.resume)
         folder.mkdir(exist_ok=True)
-        of_store = {**speaker.identity, "task": config.task, "split": SPLIT}
+        of_store = {**speaker.identity, "task": config.task, "split": config.split}
         with Store(folder / "samples.sqlite", identity=of_store) as store:
             merge(folder, store)  # what a killed run left
         return of_store
 
     identity = shard.agreed(begin)
-    speaker, most = found[0] if found else opened(identity["precision"])
+    speaker, most, searches = found[0] if found else opened(identity["precision"])
     with Store(folder / "samples.sqlite", identity=identity) as whole:
-        wanted = _wanted(config, whole, shard.problems(len(problems)), budgets)
+        mine = shard.problems(len(problems))
+        wanted = _wanted(config, whole, mine, budgets)
+        keys = searches.wanted(whole, mine)
     with Store(shard.store(folder), identity=identity) as store:
         store.add_problems(problems)
         asks = (
@@ -99,10 +120,10 @@ def _sweep(config: SweepConfig, shard: Shard) -> Path:
             for key in wanted
         )
         records = (_record(c, task, problems) for c in speaker.generate(asks))
-        with tqdm(
-            total=len(wanted), unit="sample", dynamic_ncols=True, disable=not shard.first
-        ) as bar:
-            _keep(records, store, bar)
+        _keep(records, store.add, _bar(len(wanted), "sample", shard))
+        if keys:
+            add = partial(search_table.add, store)
+            _keep(searches.run(keys, task, problems), add, _bar(len(keys), "search", shard))
     failures = sum(map(Counter, shard.gathered(speaker.failures)), Counter[str]())
 
     page = config.out / "report" / "index.html"
@@ -113,6 +134,8 @@ def _sweep(config: SweepConfig, shard: Shard) -> Path:
             merge(folder, store)
             lacking = len(_wanted(config, store, range(len(problems)), budgets))
             results = []
+            if verifier is not None:
+                score(store, verifier, say=True)
             if len(store):
                 results = evaluate(
                     store,
@@ -138,13 +161,17 @@ def _sweep(config: SweepConfig, shard: Shard) -> Path:
     return page
 
 
-def _keep(records: Iterator[Record], store: Store, bar: tqdm) -> None:
+def _bar(total: int, unit: str, shard: Shard) -> tqdm:
+    return tqdm(total=total, unit=unit, dynamic_ncols=True, disable=not shard.first)
+
+
+def _keep(records: Iterable[T], add: Callable[[list[T]], None], bar: tqdm) -> None:
     """Put the records into the store as they come, a batch every few seconds."""
-    batch: list[Record] = []
+    batch: list[T] = []
     kept = time.monotonic()
 
     def keep() -> None:
-        store.add(batch)
+        add(batch)
         bar.update(len(batch))
         batch.clear()
 
@@ -156,6 +183,7 @@ def _keep(records: Iterator[Record], store: Store, bar: tqdm) -> None:
                 kept = time.monotonic()
     finally:  # also when sampling was interrupted: what is finished is kept
         keep()
+        bar.close()
 
 
 def _sampled(config: SweepConfig) -> SamplingParams:
@@ -167,10 +195,28 @@ def _sampled(config: SweepConfig) -> SamplingParams:
     )
 
 
+def _cue(config: SweepConfig, task: tasks.Task) -> str | None:
+    """What takes a thought up again; None where nothing asks for it."""
+    if not config.extend and "revise" not in config.searches.search:
+        return None
+    cue = config.cue or getattr(task, "cue", None)
+    if cue is None:
+        raise ValueError(
+            f"{task.name} has no cue of its own to take a thought up again with; say --cue TEXT, "
+            "one that the model was trained on"
+        )
+    return cue
+
+
 def _params(config: SweepConfig, key: Key, *, max_tokens: int) -> SamplingParams:
     """How the sample of that key is drawn."""
-    greedy = key.params == params_text(GREEDY)
-    return replace(GREEDY if greedy else _sampled(config), max_tokens=max_tokens, budget=key.budget)
+    known = parse_params(key.params)
+    return replace(
+        _sampled(config) if known["temperature"] else GREEDY,
+        max_tokens=max_tokens,
+        budget=key.budget,
+        extend=int(known.get("extend", 0)),
+    )
 
 
 def _wanted(
@@ -180,18 +226,47 @@ def _wanted(
     share one prefill."""
     keys = []
     for params, samples in ((GREEDY, 1), (_sampled(config), max(config.samples))):
-        keys += store.missing(
-            problems=problems,
-            budgets=budgets,
-            params=params_text(params),
-            seed=config.seed,
-            samples=samples,
-        )
+        for extend in (0, *dict.fromkeys(config.extend)):
+            keys += store.missing(
+                problems=problems,
+                budgets=[None] if extend else budgets,
+                params=params_text(replace(params, extend=extend)),
+                seed=config.seed,
+                samples=samples,
+            )
     return sorted(keys, key=lambda key: key.problem)
 
 
 def redraw(folder: Path) -> Path:
     """Write the report of a sweep again from its stored samples; returns its page."""
+    with _stored(folder) as (run, store, results):
+        return write_report(folder / "report", results, store, run=run)
+
+
+def compare(folders: Sequence[Path], out: Path) -> Path:
+    """Write a comparison of several sweeps, each of another model; returns its page.
+
+    A model is called as its sweep's folder is, or by the folder's path where two are called the
+    same.
+    """
+    names = [folder.resolve().name for folder in folders]
+    if len(set(names)) < len(names):
+        names = [str(folder) for folder in folders]
+    with ExitStack() as stack:
+        sweeps = [stack.enter_context(_stored(f, n)) for f, n in zip(folders, names, strict=True)]
+        runs, stores, results = zip(*sweeps, strict=True)
+        taken = [training_flops(run["configuration"]["model"]) for run in runs]
+        training = {name: flops for name, flops in zip(names, taken, strict=True) if flops}
+        return write_comparison(
+            out, results, stores, training=training if len(training) == len(names) else None
+        )
+
+
+@contextmanager
+def _stored(
+    folder: Path, name: str | None = None
+) -> Iterator[tuple[dict[str, Any], Store, list[Result]]]:
+    """A sweep's entry in run.json, its store, and what its samples say; name: its model's."""
     runs = read_run(folder)
     if "sweep" not in runs:
         raise ValueError(f"{folder} holds no sweep; its run.json knows {', '.join(runs)}")
@@ -203,9 +278,9 @@ def redraw(folder: Path) -> Path:
             shape=known_shape(model) if Path(model).is_dir() else None,
             samples=configuration["samples"],
             seed=configuration["seed"],
-            model=configuration["model"],
+            model=name or configuration["model"],
         )
-        return write_report(folder / "report", results, store, run=runs["sweep"])
+        yield runs["sweep"], store, results
 
 
 def _record(completion: Completion, task: tasks.Task, problems: list[tasks.Problem]) -> Record:

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..kernels import sample_tokens
 from .chat import THINK, THINK_END, ChatTokenizer, first_line, known_shape, thoughtful
 from .engine import stream_key
+from .forcing import NEVER, Forcing
 from .speaker import (
     DTYPE,
     Ask,
@@ -33,15 +34,14 @@ from .speaker import (
     room,
 )
 
-NEVER = 1 << 62
-
 
 class TransformersSpeaker:
     """A model of `AutoModelForCausalLM` with its tokenizer and chat template.
 
     path: a folder or a Hub id; no code of the checkpoint's own is run. slots: the rows of a batch,
     halved where memory runs out. precision auto is bf16 on a GPU and fp32 on a CPU. With budgets
-    every prompt ends in <think>, which, like </think>, must then be one token.
+    every prompt ends in <think>, which, like </think>, must then be one token. cue: what `extend`
+    puts in the place of a </think>.
     """
 
     def __init__(
@@ -52,6 +52,7 @@ class TransformersSpeaker:
         precision: str = "auto",
         system: str | None = None,
         budgets: bool = False,
+        cue: str | None = None,
     ):
         from transformers import AutoModelForCausalLM
 
@@ -72,6 +73,11 @@ class TransformersSpeaker:
                 f"the tokenizer of {path} has no tokens <think> and </think>; leave budgets away "
                 "(--budgets with no number), or take a model that thinks"
             )
+        self.cue: tuple[int, ...] = ()
+        if cue is not None:
+            if self.think_end is None:
+                raise ValueError(f"the tokenizer of {path} has no token </think> to put a cue for")
+            self.cue = tuple(self.chat.tokenizer.encode(cue, add_special_tokens=False))
         self.ends = self._ends()
         self._keeps_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         self.shape = known_shape(path)
@@ -141,7 +147,8 @@ class TransformersSpeaker:
         top_k = column(p.top_k for p in params)
         seeds = column(stream_key(prompt, ask.seed, ask.index) for ask in rows)
         most = column(p.max_tokens for p in params)
-        force_at = column(NEVER if p.budget is None else p.budget for p in params)
+        forcing = Forcing(len(rows), think_end=self.think_end, cue=self.cue, device=self.device)
+        forcing.start(column(range(len(rows))), params)
         count = torch.zeros_like(most)
         done = column((i >= len(asks) for i in range(len(rows))), torch.bool)
         logprob = torch.zeros_like(temperature)
@@ -159,10 +166,7 @@ class TransformersSpeaker:
                 seeds=seeds,
                 positions=torch.full_like(seeds, len(columns)),
             )
-            forced = force_at == len(columns)
-            if self.think_end is not None:
-                token.masked_fill_(forced, self.think_end)
-                force_at.masked_fill_(token == self.think_end, NEVER)
+            forced = forcing(token, torch.full_like(count, len(columns)), done)
             logprob += chosen.masked_fill(done | forced, 0.0)
             columns.append(token)
             count += ~done
@@ -177,9 +181,10 @@ class TransformersSpeaker:
         drawn = torch.stack(columns, 1)[: len(asks)].tolist()
         seconds = (time.perf_counter() - start) / len(asks)
         return [
-            self._completion(ask, len(prompt), opened, tokens[:n], total, seconds)
-            for ask, tokens, n, total in zip(
-                asks, drawn, count.tolist(), logprob.tolist(), strict=False
+            self._completion(ask, len(prompt), opened, tokens[:n], put, total, seconds)
+            for ask, tokens, n, put, total in zip(
+                *(asks, drawn, count.tolist(), forcing.forced.tolist(), logprob.tolist()),
+                strict=False,
             )
         ]
 
@@ -201,13 +206,10 @@ class TransformersSpeaker:
         prompt_tokens: int,
         opened: bool,
         tokens: list[int],
+        forced: int,
         logprob: float,
         seconds: float,
     ) -> Completion:
-        budget = ask.params.budget
-        forced = (
-            budget is not None and budget < len(tokens) and self.think_end not in tokens[:budget]
-        )
         text = self._text(tokens, opened)
         thinking = 0
         if text.startswith(THINK):
@@ -218,7 +220,7 @@ class TransformersSpeaker:
             text=text,
             prompt_tokens=prompt_tokens,
             sampled_tokens=len(tokens) - forced,
-            forced_tokens=int(forced),
+            forced_tokens=forced,
             think_tokens=thinking,
             logprob=logprob,
             finish="stop" if tokens[-1] in self.ends.tolist() else "length",

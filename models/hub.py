@@ -53,17 +53,7 @@ def load(
     with torch.device("meta"):
         model = GPT(config)
     expected = {n: t.shape for n, t in layout.to_checkpoint(kind, model.state_dict()).items()}
-    files = _weight_files(folder)
-    names, stored = _check(folder, files, expected, config)
-    dtype = stored if dtype is None else dtype
-    state = {}
-    for file in files:
-        with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():
-                if (
-                    names[name] in expected
-                ):  # a copy: what get_tensor gives stays a view of the file
-                    state[names[name]] = tensors.get_tensor(name).to(device, dtype, copy=True)
+    state = read_tensors(folder, expected, config, dtype=dtype, device=device)
     embedding = state[layout.embedding(kind)]
     if config.tie_embeddings and not torch.equal(state.get(layout.HEAD, embedding), embedding):
         raise ValueError(
@@ -78,11 +68,37 @@ def load(
     return model
 
 
+def read_tensors(
+    folder: Path,
+    expected: Mapping[str, torch.Size],
+    config: GPTConfig,
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+) -> dict[str, Tensor]:
+    """The tensors of a folder under their standard names, every name and shape checked first.
+
+    expected: the shapes by name. dtype None: what the embedding is stored in; errors as `load`'s.
+    """
+    files = _weight_files(folder)
+    names, stored = _check(folder, files, expected, config)
+    dtype = stored if dtype is None else dtype
+    state = {}
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():
+                if (
+                    names[name] in expected
+                ):  # a copy: what get_tensor gives stays a view of the file
+                    state[names[name]] = tensors.get_tensor(name).to(device, dtype, copy=True)
+    return state
+
+
 def load_config(path: str | os.PathLike[str]) -> GPTConfig:
     """The shape of the GPT in a Hugging Face folder, from its config.json; errors as `load`'s."""
     source = _folder(path, ["config.json"]) / "config.json"
     try:
-        return from_fields(_read_json(source))
+        return from_fields(read_json(source))
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
 
@@ -122,7 +138,7 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError("there is no such file")
     try:
@@ -148,7 +164,7 @@ def _weight_files(folder: Path) -> list[Path]:
             )
         raise ValueError(f"there is neither {WEIGHTS} nor {INDEX} in {folder}")
     try:
-        shards = _read_json(index).get("weight_map")
+        shards = read_json(index).get("weight_map")
         if not isinstance(shards, dict) or not shards:
             raise ValueError("it holds no weight_map")
         names = {str(name) for name in shards.values()}
@@ -226,35 +242,11 @@ def save(
     Raises ValueError for a tokenizer with more tokens than the model, or a wrapped model.
     """
     path = Path(path)
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"{path} is a file; a checkpoint is a folder")
     if not isinstance(model, GPT):
         raise ValueError(f"only a GPT can be saved, not a {type(model).__name__}: unwrap it first")
     config = model.config
-    if tokenizer is not None and tokenizer.get_vocab_size() > config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.get_vocab_size()} tokens; the model has only "
-            f"{config.vocab_size}"
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Inside a folder that exists, which may be a mount: a rename does not cross file systems.
-    aside = (path if path.is_dir() else path.parent) / f".{path.name}.saving"
-    shutil.rmtree(aside, ignore_errors=True)  # of a save that was killed
-    aside.mkdir()
-    try:
-        _write_weights(aside, _checkpoint(model, dtype), shard_bytes, path)
-        _write_settings(aside, config, dtype, tokenizer, eos)
-        for file in aside.iterdir():
-            # safetensors makes files that only their owner can read
-            shutil.copymode(aside / "config.json", file)
-            with file.open("rb+") as handle:
-                os.fsync(handle.fileno())
-        if path.is_dir():
-            _move(aside, path)
-        else:
-            aside.rename(path)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    state = _checkpoint(model, dtype)
+    write_folder(path, state, config, to_fields(config), tokenizer, eos, shard_bytes=shard_bytes)
     kind = model_type(config)
     if kind == "ponder":
         return (
@@ -266,6 +258,46 @@ def save(
         # Transformers 5 sets its own splitting of text for this type, whatever is in the folder.
         said += "; PreTrainedTokenizerFast opens the tokenizer (AutoTokenizer takes it for Qwen2's)"
     return said
+
+
+def write_folder(
+    path: Path,
+    state: dict[str, Tensor],
+    config: GPTConfig,
+    fields: Mapping[str, Any],
+    tokenizer: Tokenizer | None,
+    eos: str,
+    *,
+    shard_bytes: int,
+) -> None:
+    """Write tensors, `fields` as config.json, and the tokenizer aside, then rename; see `save`."""
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file; a checkpoint is a folder")
+    if tokenizer is not None and tokenizer.get_vocab_size() > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.get_vocab_size()} tokens; the model has only "
+            f"{config.vocab_size}"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Inside a folder that exists, which may be a mount: a rename does not cross file systems.
+    aside = (path if path.is_dir() else path.parent) / f".{path.name}.saving"
+    shutil.rmtree(aside, ignore_errors=True)  # of a save that was killed
+    aside.mkdir()
+    dtype = next(iter(state.values())).dtype
+    try:
+        _write_weights(aside, state, shard_bytes, path)
+        _write_settings(aside, config, fields, dtype, tokenizer, eos)
+        for file in aside.iterdir():
+            # safetensors makes files that only their owner can read
+            shutil.copymode(aside / "config.json", file)
+            with file.open("rb+") as handle:
+                os.fsync(handle.fileno())
+        if path.is_dir():
+            _move(aside, path)
+        else:
+            aside.rename(path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _checkpoint(model: GPT, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -293,7 +325,12 @@ def _write_weights(aside: Path, state: dict[str, Tensor], shard_bytes: int, path
 
 
 def _write_settings(
-    aside: Path, config: GPTConfig, dtype: torch.dtype, tokenizer: Tokenizer | None, eos: str
+    aside: Path,
+    config: GPTConfig,
+    fields: Mapping[str, Any],
+    dtype: torch.dtype,
+    tokenizer: Tokenizer | None,
+    eos: str,
 ) -> None:
     """config.json, generation_config.json, and the tokenizer's files where there is one."""
     end = None
@@ -315,7 +352,7 @@ def _write_settings(
         )
     tokens = dict(bos_token_id=None, eos_token_id=end, pad_token_id=end)
     name = str(dtype).removeprefix("torch.")
-    _write_json(aside / "config.json", to_fields(config) | tokens | dict(dtype=name))
+    _write_json(aside / "config.json", dict(fields) | tokens | dict(dtype=name))
     _write_json(aside / "generation_config.json", tokens | dict(do_sample=False))
 
 

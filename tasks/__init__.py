@@ -98,11 +98,14 @@ class WorkedTask(ABC):
     """What the built-in tasks share: splits, draws, budgets and votes.
 
     A task says how a statement (the bare problem: a tuple) is drawn, written down and worked out
-    in steps.
+    in steps. cue is the character of the alphabet that takes a thought up again: behind it the
+    problem is worked from the beginning; no trace holds it.
     """
 
     name: str
     alphabet: str
+    step_end: str = ""  # the text behind every step of a trace, where there is one
+    cue: str
 
     @abstractmethod
     def draw(self, rng: random.Random) -> tuple | None:
@@ -126,6 +129,10 @@ class WorkedTask(ABC):
     @abstractmethod
     def answer(self, text: str) -> str | None:
         """The canonical answer that a completion gives; None where it gives none."""
+
+    @abstractmethod
+    def slip(self, problem: Problem, rng: random.Random) -> str:
+        """An attempt at the trace in which a step goes wrong, as a model's may: never the trace."""
 
     def key(self, statement: tuple) -> str:
         """What decides the split: equal for statements that are the same problem in substance."""
@@ -219,19 +226,38 @@ def names() -> list[str]:
     return [*_tasks(), *SOURCES]
 
 
+def _settings(name: str, text: str) -> dict[str, Any]:
+    """The settings in a task's name: whole numbers, LOW-HIGH for a range, or words."""
+    settings: dict[str, Any] = {}
+    for part in filter(None, text.split(",")):
+        field, equals, value = part.partition("=")
+        if not (field and equals and value):
+            raise ValueError(
+                f"task {name!r}: {part!r} is no setting; say NAME:SETTING=VALUE,… and a range as "
+                "LOW-HIGH"
+            )
+        numbers = [int(n) for n in value.split("-") if n.isdecimal()]
+        whole = "-".join(map(str, numbers)) == value
+        settings[field] = (tuple(numbers) if len(numbers) > 1 else numbers[0]) if whole else value
+    return settings
+
+
 def get(name: str, **settings: Any) -> Task:
     """The task of that name.
 
-    Settings are the fields of a built-in task's class, such as operands=(3, 8). `gsm8k:PATH` is a
-    data set from outside read from a local file, `gym:NAME` a task of reasoning-gym. Raises
-    ValueError for a name, a setting or a value that is not known.
+    Settings are the fields of a built-in task's class, such as operands=(3, 8); the name may carry
+    them: `multiply:digits=3-3`, `countdown:traces=path,size=3`. `gsm8k:PATH` is a data set from
+    outside read from a local file, `gym:NAME` a task of reasoning-gym. Raises ValueError for a
+    name, a setting or a value that is not known.
     """
     from .gym import Gym
     from .word_problems import SOURCES, WordProblems
 
     tasks = _tasks()
     kind, _, rest = name.partition(":")
-    if name in tasks:
+    if kind in tasks:
+        settings = _settings(name, rest) | settings
+        name = kind
         fields = list(getattr(tasks[name], "__dataclass_fields__", ()))
     elif kind in SOURCES or (kind == "gym" and rest):
         fields = []

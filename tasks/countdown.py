@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations_with_replacement
 from math import prod
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from . import Problem, WorkedTask, check_range, final_text
 
@@ -52,6 +52,12 @@ def _moves(state: State) -> Iterator[_Move]:
             rest = state[:j] + state[j + 1 : i] + state[i + 1 :]
             for operation, result in _results(a, b):
                 yield _Move(a, operation, b, result, tuple(sorted((*rest, result))))
+
+
+@lru_cache(maxsize=4096)
+def _options(state: State) -> dict[str, State]:
+    """Every step from a state as text, and the state after it."""
+    return {str(move): move.state for move in _moves(state)}
 
 
 def _gains(move: _Move) -> bool:
@@ -197,6 +203,10 @@ class Countdown(WorkedTask):
     numbers then in hand, ascending. The search goes back without a word to the last state that
     has moves left. The answer is one expression, and any right one is accepted.
 
+    traces: "search" writes every state that is visited (55 characters at the median, 1,500 at the
+    most), "path" those alone that lead to the target (at most 3 steps): a model of paths guesses,
+    and searches by being sampled often.
+
     numbers: the least and the greatest number to start from; targets: the least and the greatest
     target; size: how many numbers, 2 to 4. The target is what a random walk that uses all the
     numbers ends in, so that every problem has a solution; it is none of the numbers.
@@ -205,15 +215,20 @@ class Countdown(WorkedTask):
     numbers: tuple[int, int] = (1, 25)
     targets: tuple[int, int] = (10, 100)
     size: int = 4
+    traces: Literal["search", "path"] = "search"
 
     name = "countdown"
+    step_end = ";"
     alphabet = "0123456789+-*/=():;,>"
+    cue = ">"
 
     def __post_init__(self):
         check_range(self.name, "numbers", self.numbers, least=1)
         check_range(self.name, "targets", self.targets, least=1)
         if self.size not in (2, 3, 4):
             raise ValueError(f"{self.name}: size is {self.size!r}; it must be 2, 3 or 4")
+        if self.traces not in ("search", "path"):
+            raise ValueError(f"{self.name}: traces is {self.traces!r}; it must be search or path")
 
     def _fits(self, numbers: State, target: int) -> bool:
         return self.targets[0] <= target <= self.targets[1] and target not in numbers
@@ -247,7 +262,7 @@ class Countdown(WorkedTask):
 
     def solve(self, statement: tuple) -> Problem:
         numbers, target = statement
-        visited, path = _search(numbers, target)
+        path = _search(numbers, target)[1]
         hand = [_Expression(number, "") for number in numbers]
         for move in path:
             left, right = (
@@ -255,10 +270,38 @@ class Countdown(WorkedTask):
                 for value in (move.left, move.right)
             )
             hand.append(_combine(move.operation, left, right))
-        return Problem(self.name, self.prompt(statement), str(hand[-1]), len(visited), statement)
+        steps = len(self._moves(statement))
+        return Problem(self.name, self.prompt(statement), str(hand[-1]), steps, statement)
+
+    def _moves(self, statement: tuple) -> list[_Move]:
+        """Those that a trace tells."""
+        visited, path = _search(*statement)
+        return path if self.traces == "path" else visited
 
     def steps(self, problem: Problem) -> Iterator[str]:
-        return map(str, _search(*problem.data)[0])
+        return map(str, self._moves(problem.data))
+
+    def read(self, prompt: str) -> Problem:
+        """The problem that a prompt states; ValueError for any other text."""
+        try:
+            numbers, target = prompt.split(">")
+            statement = tuple(sorted(map(int, numbers.split(",")))), int(target)
+            if self.prompt(statement) != prompt:
+                raise ValueError
+        except ValueError:
+            raise ValueError(f"{self.name}: {prompt[:60]!r} is not a problem of it") from None
+        return self.solve(statement)
+
+    def slip(self, problem: Problem, rng: random.Random) -> str:
+        """Operations at random on the way to one number, or till the target would be next."""
+        state, target = problem.data
+        text = ""
+        while True:
+            moves = [m for m in _moves(state) if _gains(m) and m.result != target]
+            if not moves:
+                return text
+            move = rng.choice(moves)
+            text, state = text + str(move), move.state
 
     def step_labels(self, problem: Problem, trace: str) -> list[bool]:
         """For each whole step of a trace: can the target still be reached from its state?
@@ -267,13 +310,13 @@ class Countdown(WorkedTask):
         reached before. A last step without its ";" has no label. Any string is allowed.
         """
         numbers, target = problem.data
-        allowed = {str(move): move.state for move in _moves(numbers)}
+        allowed = dict(_options(numbers))
         labels = []
         for step in trace.split(";")[:-1]:
             state = allowed.get(step + ";")
             labels.append(state is not None and _reachable(state, target))
             if state is not None:
-                allowed |= {str(move): move.state for move in _moves(state)}
+                allowed |= _options(state)
         return labels
 
     def answer(self, text: str) -> str | None:

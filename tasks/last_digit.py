@@ -48,6 +48,7 @@ class LastDigit(WorkedTask):
 
     name = "last_digit"
     alphabet = DIGITS + "+-*="
+    cue = "="
 
     def __post_init__(self):
         check_range(self.name, "operands", self.operands, least=2)
@@ -75,6 +76,18 @@ class LastDigit(WorkedTask):
         for term in terms:
             value = _NEXT[term][value]
             yield value
+
+    def slip(self, problem: Problem, rng: random.Random) -> str:
+        """A wrong digit somewhere, and the chain carried on from it."""
+        value, *terms = problem.data
+        wrong = rng.randrange(len(terms))
+        text = ""
+        for i, term in enumerate(terms):
+            value = _NEXT[term][value]
+            if i == wrong:
+                value = rng.choice(DIGITS.replace(value, ""))
+            text += value
+        return text
 
     def answer(self, text: str) -> str | None:
         """The digit that a completion answers with."""

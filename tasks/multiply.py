@@ -33,6 +33,7 @@ class Multiply(WorkedTask):
 
     name = "multiply"
     alphabet = "0123456789*+="
+    cue = "*"
 
     def __post_init__(self):
         check_range(self.name, "digits", self.digits, least=1)
@@ -60,12 +61,25 @@ class Multiply(WorkedTask):
         return Problem(self.name, self.prompt(statement), _reversed(a * b), len(str(b)), statement)
 
     def steps(self, problem: Problem) -> Iterator[str]:
-        a, b = problem.data
+        return self._steps(*problem.data)
+
+    def _steps(self, a: int, b: int, wrong: int = -1, by: int = 0) -> Iterator[str]:
+        """The steps, with a partial product at the place `wrong`, before its zeros, off by `by`."""
         total = 0
         for place, digit in enumerate(_reversed(b)):
             partial = a * int(digit) * 10**place
+            if place == wrong:
+                partial += by * 10**place
             total += partial
             yield f"+{_reversed(partial)}={_reversed(total)}"
+
+    def slip(self, problem: Problem, rng: random.Random) -> str:
+        """A partial product that is off in one of its digits, and the sums that follow from it."""
+        a, b = problem.data
+        wrong = rng.randrange(len(str(b)))
+        product = a * int(_reversed(b)[wrong])
+        off = 10 ** rng.randrange(len(str(product)))
+        return "".join(self._steps(a, b, wrong, off if product < off else rng.choice((-off, off))))
 
     def answer(self, text: str) -> str | None:
         """The product that a completion answers with, least significant digit first."""

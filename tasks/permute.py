@@ -40,7 +40,9 @@ class Permute(WorkedTask):
     length: tuple[int, int] = (2, 10)
 
     name = "permute"
+    step_end = ";"
     alphabet = LETTERS + "12345:,=;"
+    cue = "="
 
     def __post_init__(self):
         check_range(self.name, "length", self.length, least=1)
@@ -67,6 +69,18 @@ class Permute(WorkedTask):
         for permutation in problem.data:
             word = _apply(permutation, word)
             yield word + ";"
+
+    def slip(self, problem: Problem, rng: random.Random) -> str:
+        """Two letters of a word exchanged somewhere, and the chain carried on from it."""
+        word, wrong = LETTERS, rng.randrange(len(problem.data))
+        text = ""
+        for i, permutation in enumerate(problem.data):
+            word = _apply(permutation, word)
+            if i == wrong:
+                a, b = rng.sample(LETTERS, 2)
+                word = word.translate(str.maketrans(a + b, b + a))
+            text += word + ";"
+        return text
 
     def answer(self, text: str) -> str | None:
         """The word that a completion answers with, a rearrangement of abcde."""

@@ -68,6 +68,8 @@ class WordProblems:
     name: str
     path: str | None = None
 
+    step_end = "\n"
+
     def __post_init__(self):
         if self.path is not None:
             path = Path(self.path)

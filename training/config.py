@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-DATA_KINDS = ("task", "text", "jsonl", "json", "parquet", "hub")
+DATA_KINDS = ("task", "text", "jsonl", "json", "parquet", "hub", "samples")
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,8 @@ class TrainConfig:
     data: str | tuple[str, ...] = "task:last_digit"
     """task:NAME, text:FILE, jsonl:FILES, parquet:FILES or hub:NAME; several are mixed. FILES is one
     or a pattern, NAME an id of the Hub (OWNER/NAME[/CONFIG]) or a folder; a :COLUMN behind it holds
-    the text where the columns are not text, prompt and completion, question and answer, messages"""
+    the text where the columns are not text, prompt and completion, question and answer, messages.
+    samples:FOLDER, of a sweep, is for a verifier"""
     weights: tuple[float, ...] = ()
     """how much of every batch each of `data` gives; none: all the same"""
     data_tokens: int = 0
@@ -30,6 +31,11 @@ class TrainConfig:
     init: str = ""
     """a Hugging Face folder or id to go on training: its weights and shape, and its tokenizer
     where `tokenizer` is char; "": a new model of the shape below"""
+
+    verifier: Literal["outcome", "value", "process"] | None = None
+    """train no writer but a judge of solutions, one number a token. outcome: the last token's is
+    whether samples: are right; value: every token's is; process: the end of each step's is whether
+    the step was, for samples: of a task that can tell (countdown), or task:NAME, its own traces"""
 
     context: int = 128
     """the longest sequence, in tokens"""
@@ -76,6 +82,10 @@ class TrainConfig:
     """tasks, and questions with worked answers: the fraction with a whole chain of thought; the
     others are cut at random, so that budgets at inference are nothing new"""
 
+    retries: float = 0.0
+    """tasks: the fraction of chains of thought that take up the problem again, behind attempts that
+    may be wrong, so that thoughts can be drawn out at inference (sweep --extend)"""
+
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 where it is faster, measured at the start on a CPU"""
     compile: bool = False
@@ -119,7 +129,7 @@ class TrainConfig:
         for name in ("lr", "matrix_lr"):
             if not getattr(self, name) > 0:
                 faults.append(f"{name} is {getattr(self, name)}; it must be above 0")
-        for name in ("decay", "floor", "full_traces"):
+        for name in ("decay", "floor", "full_traces", "retries"):
             if not 0 <= getattr(self, name) <= 1:
                 faults.append(f"{name} is {getattr(self, name)}; it must be from 0 to 1")
         if not 0 <= self.ema < 1:
@@ -136,6 +146,14 @@ class TrainConfig:
                 faults.append(
                     f"data is {name!r}; it must be task:NAME, text:FILE, jsonl:FILES, "
                     "parquet:FILES or hub:NAME"
+                )
+            if self.verifier is None and kind == "samples":
+                faults.append(f"data is {name!r}; samples need --verifier")
+            if self.verifier and kind != "samples" and (kind, self.verifier) != ("task", "process"):
+                also = " or task:NAME" if self.verifier == "process" else ""
+                faults.append(
+                    f"data is {name!r}; a verifier of kind {self.verifier} learns from "
+                    f"samples:FOLDER{also}"
                 )
         if not self.sources:
             faults.append("data is empty; it must name one source at least")
@@ -166,6 +184,8 @@ class TrainConfig:
     def identity(self) -> dict[str, Any]:
         """The fields that make it this run and no other: two runs of one folder agree in them."""
         free = "out keep trackers samples recompute shard resume"
+        if not self.retries:  # runs from before there were any go on
+            free += " retries"
         return {k: v for k, v in asdict(self).items() if k not in free.split()}
 
 

@@ -15,6 +15,7 @@ from .cache import digest
 from .config import TrainConfig
 from .documents import Documents
 from .problems import Problems
+from .solutions import Solutions, SolverTraces
 from .text import LongText
 from .tokenizer import Vocabulary, load_vocabulary
 
@@ -79,6 +80,10 @@ class Data:
 def open_corpus(config: TrainConfig, name: str) -> Corpus:
     """What KIND:PLACE names, before any of it is read."""
     kind, _, place = name.partition(":")
+    if kind == "samples":
+        return Solutions(config, name, place)
+    if kind == "task" and config.verifier:
+        return SolverTraces(config, place)
     if kind == "task":
         return Problems(config, place)
     if kind == "text" and not any(c in place for c in "*?["):

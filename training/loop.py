@@ -10,15 +10,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from ..models import GPT, GPTConfig, hub
-from ..provenance import open_run
+from ..models.verifier import Verifier, save_verifier, verifier_loss
+from ..provenance import note, open_run
+from .calibration import calibrate
 from .checkpoint import Checkpoints
 from .config import TrainConfig
 from .data import IGNORE, Batch, Data, load_data
@@ -36,6 +39,7 @@ from .processes import (
     whole_model,
 )
 from .samples import write_samples
+from .solutions import reading
 from .tokenizer import check_vocabulary
 from .trackers import check_trackers, start_trackers
 from .view import View
@@ -148,9 +152,9 @@ class _Run:
         self.sharded = self.accelerator.is_fsdp2
         set_seed(config.seed)
         if config.init and not state:
-            self.raw = hub.load(config.init, dtype=torch.float32).train()
+            self.raw = self._model(hub.load(config.init, dtype=torch.float32).train())
         else:
-            self.raw = GPT(shape)
+            self.raw = self._model(GPT(shape))
         optimizer = build_optimizer(self.raw, config)
         if config.recompute:
             for block in self.raw.layers:
@@ -165,6 +169,7 @@ class _Run:
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         # The loss since the last row of metrics, and that row's step.
         self.loss_sum, self.logged = torch.zeros((), device=self.accelerator.device), 0
+        self.calibrated = -1  # the step that a verifier was last calibrated after
         if state:
             self._restore(state)
         self.first_step = self.step
@@ -175,6 +180,10 @@ class _Run:
         self.flops = 3 * shape.flops_per_token(config.context)  # backward costs two forwards
         self.first_bad = torch.tensor(config.steps + 1, device=self.accelerator.device)
         start_trackers(self.accelerator, config, self.step)
+
+    def _model(self, gpt: GPT) -> GPT | Verifier:
+        """What is trained: a GPT, or the verifier that it becomes."""
+        return Verifier(gpt, reading(self.data.sources)) if self.config.verifier else gpt
 
     def _claim(self) -> dict[str, Any] | None:
         """Claim the folder; the state to go on from, or None where the run begins."""
@@ -330,22 +339,41 @@ class _Run:
         """The weights that are evaluated and saved as the model: the averaged ones, if any."""
         return nullcontext() if self.average is None else self.average.shown()
 
-    def _whole(self) -> GPT | None:
-        return whole_model(self.raw, self.shape, sharded=self.sharded, main=self.main)
+    def _whole(self) -> Any:
+        """The model with every weight, on the main process; None elsewhere."""
+
+        def blank() -> GPT | Verifier:
+            return self._model(GPT(self.shape))
+
+        return whole_model(self.raw, blank, sharded=self.sharded, main=self.main)
 
     @torch.no_grad()
-    def _evaluate(self) -> float:
-        """Mean loss over the validation tokens, in nats."""
+    def _evaluate(self) -> dict[str, float | None]:
+        """{"val_loss": mean over the validation tokens, in nats}, and how good a verifier is."""
         self.model.eval()
         sums = torch.zeros(2, device=self.accelerator.device, dtype=torch.float64)
+        judged: list[tuple[float, int, int]] = []  # logit, label, batch
         with self._shown():
-            for batch in self.data.validation():
+            for number, batch in enumerate(self.data.validation()):
                 part = self._share(batch)
-                sums[0] += self.model(*part, reduction="sum").double()
-                sums[1] += (part.targets != IGNORE).sum()
+                there = part.targets != IGNORE
+                sums[1] += there.sum()
+                if self.config.verifier:
+                    logits = self.model(part.tokens)
+                    sums[0] += verifier_loss(logits, part.targets).double()
+                    pairs = zip(logits[there].tolist(), part.targets[there].tolist(), strict=True)
+                    judged += [(logit, label, number) for logit, label in pairs]
+                else:
+                    sums[0] += self.model(*part, reduction="sum").double()
         self.model.train()
         total, count = self._total(sums).tolist()
-        return total / count
+        figures: dict[str, float | None] = {"val_loss": total / count}
+        if self.config.verifier:
+            logits, labels, number = np.array(gather_object(judged)).T
+            self.calibration = calibrate(logits, labels, number % 2 == 0)
+            self.calibrated = self.step
+            figures |= {"auc": self.calibration.auc, "calibration_error": self.calibration.error}
+        return figures
 
     def _sample(self) -> None:
         """Let the model write; train/samples.jsonl keeps it."""
@@ -369,7 +397,7 @@ class _Run:
             "tokens": self.tokens,
             "seconds": round(self.seconds, 3),
             "train_loss": self.loss_sum.item() / (self.step - self.logged),
-            "val_loss": self._evaluate() if evaluate else None,
+            **(self._evaluate() if evaluate else {"val_loss": None}),
             "lr": self.optimizer.param_groups[0]["lr"],
             "grad_norm": norm.item(),
             "tokens_per_second": round(rate, 1),
@@ -379,19 +407,18 @@ class _Run:
         self.logged = self.step
         self._write(lambda: append_rows(self.metrics, [row]))
         self.view.row(row)
-        if evaluate and self.config.samples:
+        if evaluate and self.config.samples and not self.config.verifier:
             self._sample()
         self.accelerator.log({k: v for k, v in row.items() if v is not None}, step=self.step)
 
     def _save(self) -> None:
         """The model's folder, then the checkpoint: killed between them, the run does both again."""
         average = None
+        if self.config.verifier and self.calibrated != self.step:
+            self._evaluate()
         with self._shown():
-            model = cast(GPT, self._whole())  # used by the main process, which has it
-            words = self.data.vocabulary
-            self._write(
-                lambda: hub.save(model, self.model_folder, tokenizer=words.tokenizer, eos=words.eos)
-            )
+            model = self._whole()  # used by the main process, which has it
+            self._write(lambda: self._save_model(model))
             if self.average is not None:
                 average = {name: w.clone() for name, w in gather_weights(self.raw).items()}
         scaler = self.accelerator.scaler
@@ -406,6 +433,22 @@ class _Run:
             "logged": self.logged,
         }
         self._write(lambda: self.checkpoints.save(self.step, state))
+
+    def _save_model(self, model: Any) -> None:
+        words = self.data.vocabulary
+        if not self.config.verifier:
+            hub.save(model, self.model_folder, tokenizer=words.tokenizer, eos=words.eos)
+            return
+        scale, shift = self.calibration.platt
+        save_verifier(
+            model,
+            self.model_folder,
+            tokenizer=words.tokenizer,
+            eos=words.eos,
+            scale=scale,
+            shift=shift,
+        )
+        note(self.out, "train", {"verifier": {"step": self.step} | self.calibration.facts()})
 
     def _write(self, action: Callable[[], Any]) -> None:
         """Let the main process write; where it cannot, all processes end with one sentence."""

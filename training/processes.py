@@ -5,6 +5,7 @@ number of processes, sharded or not, goes on from it.
 """
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,11 +25,13 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from ..models import GPT, GPTConfig
+from ..models import GPT
+from ..models.verifier import Verifier
 from .config import TrainConfig
 from .optimizer import Together
 
 DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+Model = GPT | Verifier
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -84,23 +87,23 @@ def build_accelerator(
     return accelerator
 
 
-def gather_weights(model: GPT) -> dict[str, Any]:
+def gather_weights(model: Model) -> dict[str, Any]:
     """The weights by name, whole and on the CPU, on the main process alone; all must call it."""
     return get_model_state_dict(model, options=WHOLE)
 
 
-def scatter_weights(model: GPT, weights: dict[str, Any]) -> None:
+def scatter_weights(model: Model, weights: dict[str, Any]) -> None:
     """Put back what `gather_weights` gave; every process must hold it."""
     set_model_state_dict(model, weights, options=WHOLE)
 
 
-def gather(model: GPT, optimizer: Together) -> dict[str, Any]:
+def gather(model: Model, optimizer: Together) -> dict[str, Any]:
     """{"model", "optimizer"}, whole and on the CPU, on the main process alone; all must call it."""
     state = get_optimizer_state_dict(model, optimizer.parts, options=WHOLE)
     return {"model": gather_weights(model), "optimizer": state}
 
 
-def scatter(model: GPT, optimizer: Together, state: dict[str, Any]) -> None:
+def scatter(model: Model, optimizer: Together, state: dict[str, Any]) -> None:
     """Put back what `gather` gave, on every process, however many there are now."""
     # In this order: an optimizer makes room for its state with a step of zero length.
     set_optimizer_state_dict(model, optimizer.parts, state["optimizer"], options=WHOLE)
@@ -108,10 +111,11 @@ def scatter(model: GPT, optimizer: Together, state: dict[str, Any]) -> None:
     scatter_weights(model, state["model"])
 
 
-def whole_model(model: GPT, shape: GPTConfig, *, sharded: bool, main: bool) -> GPT | None:
+def whole_model(model: Model, blank: Callable[[], Model], *, sharded: bool, main: bool) -> Any:
     """The model with every weight whole, on the main process; None elsewhere.
 
-    Every process must call it. Sharded weights are gathered on the CPU, others stay where they are.
+    Every process must call it. blank makes another of the same shape. Sharded weights are gathered
+    on the CPU, others stay where they are.
     """
     if not sharded:
         return model if main else None
@@ -119,9 +123,10 @@ def whole_model(model: GPT, shape: GPTConfig, *, sharded: bool, main: bool) -> G
     if not main:
         return None
     with torch.device("meta"):
-        copy = GPT(shape)
+        copy = blank()
     copy.load_state_dict(state, assign=True)
-    if shape.tie_embeddings:
+    body = copy.model if isinstance(copy, Verifier) else copy
+    if body.config.tie_embeddings and isinstance(copy, GPT):
         copy.lm_head.weight = copy.embed_tokens.weight
-    copy.rotary.reset("cpu")
+    body.rotary.reset("cpu")
     return copy

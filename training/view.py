@@ -49,7 +49,10 @@ class View:
             f"{row['tokens_per_second']:,.0f} tokens/s · MFU {row['mfu']:.1%}"
         )
         if row["val_loss"] is not None:
-            self.say(f"step {row['step']}: val loss {row['val_loss']:.4f}, {row['seconds']:.0f} s")
+            ranks = f", AUC {row['auc']:.3f}" if row.get("auc") is not None else ""
+            self.say(
+                f"step {row['step']}: val loss {row['val_loss']:.4f}{ranks}, {row['seconds']:.0f} s"
+            )
         if self.live:
             self.bar.set_description_str(figures)
         elif time.monotonic() - self.said > QUIET_SECONDS:

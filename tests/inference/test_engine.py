@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -70,14 +71,19 @@ def random_table(vocabulary=11, rows=97):
     return torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(0))
 
 
-def right_answer(request: Request, vocabulary=11) -> tuple[tuple[int, ...], int]:
+def right_answer(request: Request, vocabulary=11, cue=()) -> tuple[tuple[int, ...], int]:
     """The certain mock's completion of a request, and the number of its forced tokens."""
     sequence, tokens, forced = list(request.prompt), [], 0
-    params = request.params
+    params, left, pending = request.params, request.params.extend, []
     while len(tokens) < params.max_tokens and EOS not in tokens[-1:]:
         token = sum((i + 1) * t for i, t in enumerate(sequence)) % vocabulary
         if len(tokens) == params.budget and END not in tokens:
-            token, forced = END, 1
+            token, forced, pending = END, forced + 1, []
+        elif pending:
+            token, forced = pending.pop(0), forced + 1
+        elif token == END and END not in tokens and left:
+            token, *pending = cue
+            left, forced = left - 1, forced + 1
         tokens.append(token)
         sequence.append(token)
     return tuple(tokens), forced
@@ -568,3 +574,59 @@ def test_an_engine_that_cannot_be_is_told_at_once():
         LocalEngine(Mock(), eos=0, think_end=-1)
     with pytest.raises(ValueError, match="both 3; they must differ"):
         LocalEngine(Mock(), eos=3, think_end=3)
+
+
+@pytest.mark.parametrize("cue", [(5,), (5, 7, 3)])
+def test_a_thought_is_drawn_out_by_the_cue(cue):
+    """On a mock that is certain: </think> gives way to the whole cue as often as asked, unless the
+    budget or the length ends the thought before; what follows depends on the cue."""
+    prompts = [(2, last) for last in range(2, 10)]
+    requests = [
+        Request(prompt, SamplingParams(0.0, max_tokens=40, budget=b, extend=e), 0, 0, (i, b, e))
+        for i, prompt in enumerate(prompts)
+        for b in (None, 0, 5, 12)
+        for e in (0, 1, 2, 5)
+    ]
+    found = results(LocalEngine(Mock(), slots=16, eos=EOS, think_end=END, cue=cue), requests)
+    drawn_out = cut_inside = 0
+    for request in requests:
+        tokens, forced = right_answer(request, cue=cue)
+        assert found[request.key][:3] == (tokens, len(tokens) - forced, forced)
+        budget = request.params.budget
+        at_budget = budget is not None and END in tokens and tokens.index(END) == budget
+        drawn_out += forced > at_budget
+        cut_inside += (forced - at_budget) % len(cue) > 0  # by the budget, amid a cue
+    assert drawn_out > 30 and (cut_inside > 3 or len(cue) == 1)
+
+
+def test_company_does_not_change_a_drawn_out_sample():
+    """To the last bit: in another order, among other requests, and with no cue to be put in."""
+    engine = LocalEngine(gpt(), slots=16, eos=EOS, think_end=END, cue=(5, 7))
+    requests = mixed_requests()
+    longer = [
+        replace(r, params=replace(r.params, extend=3), key=(r.key, "longer")) for r in requests
+    ]
+    together = results(engine, requests + longer)
+    apart = results(engine, longer[::-1]) | results(engine, requests[::-1])
+    assert together == apart
+    plain = LocalEngine(gpt(), slots=16, eos=EOS, think_end=END)
+    assert results(plain, requests) == {r.key: together[r.key] for r in requests}
+    differ = [r for r in requests if together[r.key][0] != together[r.key, "longer"][0]]
+    assert differ
+    for r in differ:  # the same up to the first cue, by the same random stream
+        short, long = together[r.key][0], together[r.key, "longer"][0]
+        place = short.index(END)
+        assert long[:place] == short[:place] and long[place] == 5
+
+
+def test_what_cannot_draw_a_thought_out_is_named():
+    ask = Request((2,), SamplingParams(max_tokens=9, extend=2), 0, 0)
+    for known in ({}, {"think_end": END}, {"cue": (5,)}):
+        with pytest.raises(ValueError, match="extend is 2, but the engine knows no cue"):
+            list(LocalEngine(Mock(), eos=EOS, **known).generate([ask]))
+    with pytest.raises(ValueError, match="cue is .5, 1.; it may hold neither eos nor think_end"):
+        LocalEngine(Mock(), eos=EOS, think_end=END, cue=(5, END))
+    with pytest.raises(ValueError, match="cue is 11; the model's tokens are 0 to 10"):
+        LocalEngine(Mock(), eos=EOS, think_end=END, cue=(11,))
+    with pytest.raises(ValueError, match="extend is -1; it must be at least 0"):
+        SamplingParams(extend=-1)

@@ -7,7 +7,7 @@ from ponder.inference import cost
 from ponder.inference.browser import problem_groups
 from ponder.inference.evaluation import evaluate
 from ponder.inference.figures import Curves
-from ponder.inference.findings import control_rows, coverage_rows, outcome_shares, policies
+from ponder.inference.findings import control_rows, coverage_rows, outcome_shares, policies, ways
 
 from .test_cost import SMALL
 from .test_strategies import make_store
@@ -26,6 +26,17 @@ def store(tmp_path):
 def test_where_the_right_answer_stands(store):
     shares = outcome_shares(Curves.of(evaluate(store)), store)
     assert shares == {2: (0.5, 0.25, 0.25), 8: (1, 0, 0)}
+
+
+def test_the_ways_to_be_right(tmp_path):
+    # Texts are the answers: one way to be right. 0 and 3 have two right samples or more.
+    store = make_store(tmp_path / "s", [*POOL, "----"], greedy="bba-" + "-")
+    found = ways(Curves.of(evaluate(store)), store)
+    assert (found.budget, found.right, found.texts) == (8, 3.5, 1)
+    # The most common answers are a, b, b, a and none; greedy decoding says b, b, a, none, none.
+    assert found.agreement == 1 / 5
+    never = make_store(tmp_path / "n", ["bbbb"], greedy="b")
+    assert ways(Curves.of(evaluate(never)), never) is None
 
 
 def test_coverage_rows(store):

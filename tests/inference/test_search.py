@@ -5,17 +5,23 @@ from itertools import product
 import numpy as np
 import pytest
 
-from ponder.inference.engine import Sample, SamplingParams
+from ponder.inference import cost
+from ponder.inference.engine import LocalEngine, Sample, SamplingParams
 from ponder.inference.search import (
     SEARCHES,
     BeamSearch,
     DiverseTreeSearch,
     Node,
     Rebase,
+    Revision,
     Steps,
     TreeSearch,
     run,
+    stream,
 )
+
+from .test_cost import SMALL
+from .test_engine import Mock, random_table
 
 EOS, THINK_END, DEPTH = 99, 98, 3
 PROMPT = (7, 7)
@@ -76,7 +82,7 @@ def test_beam_search_keeps_the_best():
     found = found_by(BeamSearch(beams=6, width=3))
     assert found.best.tokens == (*max(lines, key=value), EOS)
     assert {f.tokens[:-1] for f in found.finished} == set(lines)
-    assert found.sampled_tokens == drawn + 6 and found.judged == drawn  # six ends of a text
+    assert found.sampled_tokens == drawn + 6 and len(found.judged) == drawn  # six ends of a text
     # Four of six are dropped after each of the first two steps; the last six are all finished.
     assert found.pruned_tokens == 8
     assert found.seconds == drawn * 0.5 and found.best.logprob == -3
@@ -114,7 +120,7 @@ def test_rebase_divides_by_value():
         lines = [(*line, i) for line, n in zip(lines, shares, strict=True) for i in range(n)]
     found = found_by(rebase)
     assert {f.tokens[:-1] for f in found.finished} == set(lines)
-    assert found.judged == 30
+    assert len(found.judged) == 30
 
 
 def test_tree_search_with_enough_expansions_finds_the_best_of_all():
@@ -153,9 +159,9 @@ def test_searches_of_many_problems_share_their_rounds():
 
 def test_a_stream_of_its_own_for_every_step():
     tree = Tree()
-    for searcher in SEARCHES.values():
+    for make in SEARCHES.values():
         tree.requests.clear()
-        run(tree, [searcher.search(PROMPT, STEPS, judge)])
+        run(tree, [make(8, 4).search(PROMPT, STEPS, judge)])
         streams = [(r.prompt, r.seed, r.index) for r in tree.requests]
         assert len(set(streams)) == len(streams) and streams
 
@@ -174,8 +180,8 @@ def test_budget_and_length_are_of_the_whole_completion():
 
 def test_a_line_that_never_ends_is_cut():
     steps = Steps(SamplingParams(max_tokens=4), step=1, seed=0, eos=EOS)
-    for searcher in SEARCHES.values():
-        (found,) = run(Tree(depth=100), [searcher.search(PROMPT, steps, judge)])
+    for name in ("beam", "dvts", "rebase", "mcts"):  # a tree gives one token at a time
+        (found,) = run(Tree(depth=100), [SEARCHES[name](8, 4).search(PROMPT, steps, judge)])
         assert all(len(node.tokens) == 4 for node in found.finished)
 
 
@@ -186,3 +192,109 @@ def test_shapes_that_cannot_be_are_named(beams, width):
             kind(beams=beams, width=width)
     with pytest.raises(ValueError, match="a step of 0 tokens"):
         Steps(SamplingParams(), 0, 0, EOS)
+
+
+def test_costs_count_what_is_read_again():
+    """Two beams of width two, three steps: the prompt once, then the one kept line of each step."""
+    found = found_by(BeamSearch(beams=2, width=2))
+    n = len(PROMPT)
+    assert found.read == (n, n + 1, n + 2) and found.prompt_tokens == 3 * n + 3
+    assert found.drawn == ((n, 1), (n, 1), (n + 1, 1), (n + 1, 1), (n + 2, 2), (n + 2, 2))
+    assert found.judged == (n + 1, n + 1, n + 2, n + 2, n + 4, n + 4)
+    by_hand = sum(cost.prefill_flops(SMALL, length) for length in (n, n + 1, n + 2))
+    # A sample's last token is not fed; of the last step's two the first is.
+    assert found.flops(SMALL) == by_hand + 2 * cost.decode_flops(SMALL, n + 2, 1)
+
+
+def test_a_line_that_is_asked_twice_is_read_once():
+    found = found_by(DiverseTreeSearch(beams=6, width=3))
+    assert found.read[0] == len(PROMPT) and len(found.read) == 1 + 2 * (DEPTH - 1)
+
+
+def test_confidence_is_of_sampled_tokens_and_costs_no_judge():
+    assert Node((1, 2, 3), forced=1, logprob=-3.0, sampled=2).confidence == np.exp(-1.5)
+    (found,) = run(Tree(), [BeamSearch(4, 2).search(PROMPT, STEPS, None)])
+    assert found.judged == ()
+    # Every request has log-probability -1: the end of a text comes with its last token.
+    assert found.best.value == pytest.approx(np.exp(-3 / (DEPTH + 1)))
+
+
+class Chain:
+    """An engine whose attempts are 50 + (number of cues so far), </think>, an answer, <eos>."""
+
+    CUE = (40, 41)
+
+    def __init__(self):
+        self.requests = []
+
+    def generate(self, requests):
+        for request in requests:
+            self.requests.append(request)
+            attempt = request.prompt.count(self.CUE[0])
+            tokens = (50 + attempt, THINK_END, 60 + attempt, EOS)[: request.params.max_tokens]
+            finish = "stop" if tokens[-1] == EOS else "length"
+            yield Sample(request, tokens, len(tokens), 0, -1.0 - attempt, finish, 0.5)
+
+
+def revised(attempts, most=100, judge=judge):
+    engine = Chain()
+    steps = Steps(SamplingParams(max_tokens=most), 2, 0, EOS, THINK_END, Chain.CUE)
+    (found,) = run(engine, [Revision(attempts).search(PROMPT, steps, judge)])
+    return found, engine.requests
+
+
+def test_revision_takes_one_chain_up_again():
+    found, requests = revised(3)
+    chain = (50, 40, 41, 51, 40, 41)
+    assert [r.prompt for r in requests] == [PROMPT + chain[:n] for n in (0, 3, 6)]
+    assert [r.params.max_tokens for r in requests] == [100, 97, 94]
+    lines = [node.tokens for node in found.finished]
+    assert lines == [(*chain[: 3 * i], 50 + i, THINK_END, 60 + i, EOS) for i in range(3)]
+    assert found.best.tokens == max(lines, key=value)
+    assert (found.sampled_tokens, found.forced_tokens, found.pruned_tokens) == (12, 0, 0)
+    assert found.read == (2, 5, 8) and found.seconds == 1.5
+    assert [node.forced for node in found.finished] == [0, 2, 4]  # the cues
+    # An attempt's confidence is of its own four tokens, not of the chain before it.
+    assert [n.confidence for n in found.finished] == [np.exp(-(i + 1) / 4) for i in range(3)]
+
+
+def test_revision_ends_where_there_is_no_room():
+    found, requests = revised(9, most=7)
+    assert [r.params.max_tokens for r in requests] == [7, 4, 1]
+    assert found.finished[-1].tokens == (50, 40, 41, 51, 40, 41, 52)  # a thought that never closed
+    assert len(found.finished) == 3
+
+
+def test_a_stream_begins_searches_as_there_is_room():
+    """With at most a few requests under way the first searches end before the last begin, and come
+    to the same."""
+    beam, tree = BeamSearch(beams=4, width=2), Tree()
+    begun = []
+
+    def searches():
+        for i in range(6):
+            begun.append(i)
+            yield beam.search((i, i), STEPS, lambda _, lines: [value(line) for line in lines])
+
+    ended = []
+    for place, found in stream(tree.generate, searches(), busy=5):
+        ended.append((place, found))
+        assert len(begun) <= len(ended) + 2
+    assert sorted(place for place, _ in ended) == begun == [*range(6)]
+    assert {found.best.tokens for _, found in ended} == {found_by(beam).best.tokens}
+
+
+@pytest.mark.parametrize("slots", [8, 64])
+def test_costs_are_what_an_engine_spends(slots):
+    """What it prefilled is `read`, and what it drew the tokens."""
+    mock = Mock(table=random_table())
+    engine = LocalEngine(mock, slots=slots, eos=0)
+    steps = Steps(SamplingParams(max_tokens=12), step=3, seed=0, eos=0)
+    kinds = [make(4, 2) for make in SEARCHES.values()] * 4
+    found = run(engine, [kind.search((i + 1, 3), steps, None) for i, kind in enumerate(kinds)])
+    spent = [row for row in mock.prefilled if row[0]]  # the rest of a block is zeros
+    lengths = [len("".join(map(chr, row)).rstrip("\0")) for row in spent]
+    assert sorted(lengths) == sorted(n for f in found for n in f.read)
+    for f in found:
+        assert sum(n for _, n in f.drawn) == f.sampled_tokens + f.forced_tokens
+        assert all(start + n <= 14 for start, n in f.drawn)

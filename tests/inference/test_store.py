@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ponder.inference.store import Key, Record, Store, params_text, parse_params
+from ponder.inference.store import Key, Record, Store, params_text, parse_params, without_extend
 
 IDENTITY = {"model": "sha256:aa", "task": "last_digit", "config": {"n_layer": 2}}
 HOT = "temperature=1.0"
@@ -249,7 +249,8 @@ def test_several_writers_at_once(tmp_path):
 
 
 def sampling(**changes):
-    return SimpleNamespace(**({"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0} | changes))
+    plain = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0, "extend": 0}
+    return SimpleNamespace(**(plain | changes))
 
 
 def test_params_text_is_canonical():
@@ -257,6 +258,9 @@ def test_params_text_is_canonical():
     assert params_text(sampling(temperature=0, top_k=5)) == "temperature=0.0"
     full = params_text(sampling(temperature=0.1 + 0.2, top_k=40, top_p=0.95, min_p=0.05))
     assert full == "temperature=0.30000000000000004 top_k=40 top_p=0.95 min_p=0.05"
+    drawn_out = params_text(sampling(temperature=0, top_k=5, extend=2))
+    assert drawn_out == "temperature=0.0 extend=2"
+    assert without_extend(drawn_out) == "temperature=0.0" and without_extend(full) == full
     assert parse_params(full)["temperature"] == 0.1 + 0.2
 
 

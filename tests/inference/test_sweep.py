@@ -1,14 +1,14 @@
 import csv
 import json
-import os
+import multiprocessing
 import shutil
 import signal
 import sqlite3
-import subprocess
-import sys
 import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ import tyro
 from tokenizers import Tokenizer, models
 
 from ponder import tasks
+from ponder.inference import sweep as module
 from ponder.inference.config import SweepConfig
 from ponder.inference.sweep import redraw, sweep
 from ponder.models import hub
@@ -74,41 +75,57 @@ def test_what_is_stored_agrees_with_the_verifier(config):
         assert row[6] == task.answer(row[5])
 
 
-def test_a_killed_sweep_goes_on_and_ends_with_the_same_samples(config, model, tmp_path):
-    config = replace(config, problems=24, samples=(8,), slots=16)
+def stored(out: Path) -> int:
+    """How many samples there are; none before the first process has made the table."""
+    try:
+        with closing(sqlite3.connect(out / "sweep" / "samples.sqlite")) as db:
+            return db.execute("SELECT count(*) FROM sample").fetchone()[0]
+    except sqlite3.OperationalError:
+        return 0
+
+
+def rows(out: Path) -> list[dict[str, str]]:
+    """results.csv, timings aside."""
+    with (out / "report" / "results.csv").open(newline="") as file:
+        return [row | {"seconds_per_problem": ""} for row in csv.DictReader(file)]
+
+
+def sweep_in_small_batches(config: SweepConfig) -> None:
+    module.KEEP_EVERY_SECONDS = 0.02
     sweep(config)
-    words = (
-        f"sweep --model {model} --out {tmp_path / 'killed'} --samples 8 --budgets 0 2 "
-        "--problems 24 --slots 16 --precision fp32"
-    ).split()
-    code = (
-        "import sys, ponder.inference.sweep as s; s.KEEP_EVERY_SECONDS = 0.05\n"
-        "from ponder.cli import run; sys.exit(run(sys.argv[1:]))"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *words],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    path = tmp_path / "killed" / "sweep" / "samples.sqlite"
-    deadline = time.monotonic() + 120
-    count = 0
-    while count < 20:
-        assert process.poll() is None and time.monotonic() < deadline
-        try:
-            count = len(samples(tmp_path / "killed"))
-        except sqlite3.OperationalError:
-            time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert path.exists()
-    before = len(samples(tmp_path / "killed"))
-    assert 20 <= before < len(samples(config.out)), "it was to be killed half-way"
+
+
+def test_a_sweep_killed_twenty_times_ends_with_the_same_samples(config, tmp_path):
+    """Killed with SIGKILL at a random moment between two stored batches, or within one."""
+    kills = 20
+    config = replace(config, problems=24, samples=(2, 8), slots=16)
+    sweep(config)
+    whole = samples(config.out)
+    killed = replace(config, out=tmp_path / "killed", resume=True)
+    # Forked from a process that has imported what takes long: 20 starts take the time of one.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ponder.inference.sweep", "torch._dynamo"])
+    random = Random(0)
+    deadline = time.monotonic() + 240
+    before = 0
+    for left in range(kills, 0, -1):
+        process = context.Process(target=sweep_in_small_batches, args=[killed])
+        process.start()
+        target = before + random.randint(0, (len(whole) - before) // (left + 1))
+        while stored(killed.out) < target:
+            assert process.is_alive() and time.monotonic() < deadline, process.exitcode
+            time.sleep(0.01)
+        time.sleep(random.uniform(0, 0.03))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        before = stored(killed.out)
+    assert 0 < before < len(whole), "it was to be killed half-way"
     with pytest.raises(ValueError, match="say --resume"):
-        sweep(replace(config, out=tmp_path / "killed"))
-    sweep(replace(config, out=tmp_path / "killed", resume=True))
-    assert samples(tmp_path / "killed") == samples(config.out)
+        sweep(replace(killed, resume=False))
+    sweep(killed)
+    assert samples(killed.out) == whole
+    assert rows(killed.out) == rows(config.out)
 
 
 def test_a_resumed_sweep_keeps_the_precision_that_was_measured(config, monkeypatch):

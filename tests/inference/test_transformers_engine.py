@@ -22,10 +22,10 @@ from .test_sweep import samples
 
 @pytest.fixture(scope="module")
 def theirs(model) -> TransformersSpeaker:
-    return TransformersSpeaker(str(model), slots=4, precision="fp32", budgets=True)
+    return TransformersSpeaker(str(model), slots=4, precision="fp32", budgets=True, cue="=-")
 
 
-def asks(prompts=("3+8=", "4*2-1="), n: int = 5) -> list[Ask]:
+def asks(prompts=("3+8=", "4*2-1="), n: int = 6) -> list[Ask]:
     """Samples that differ in everything that a row may differ in."""
     kinds = [
         SamplingParams(temperature=0.0, max_tokens=20),
@@ -33,6 +33,7 @@ def asks(prompts=("3+8=", "4*2-1="), n: int = 5) -> list[Ask]:
         SamplingParams(temperature=0.7, top_k=5, max_tokens=30, budget=3),
         SamplingParams(temperature=1.3, top_p=0.9, max_tokens=9),
         SamplingParams(temperature=1.0, min_p=0.05, max_tokens=20, budget=3),
+        SamplingParams(temperature=1.0, max_tokens=40, extend=2),
     ]
     return [Ask(p, kinds[i], 7, i, key=(p, i)) for p in prompts for i in range(n)]
 
@@ -42,9 +43,10 @@ def by_key(completions) -> dict:
 
 
 def test_the_samples_are_those_of_ponders_engine(model, theirs):
-    ours = LocalSpeaker(str(model), slots=8, precision="fp32")
+    ours = LocalSpeaker(str(model), slots=8, precision="fp32", cue="=-")
     mine, other = by_key(ours.generate(asks())), by_key(theirs.generate(asks()))
-    assert mine.keys() == other.keys() and len(mine) == 10
+    assert mine.keys() == other.keys() and len(mine) == 12
+    assert {mine[p, 5].forced_tokens for p, _ in mine} & {2, 4}  # a cue, or two
     for key, a in mine.items():
         b = other[key]
         assert b.logprob == pytest.approx(a.logprob, abs=1e-3)
@@ -61,7 +63,7 @@ def test_a_sample_does_not_depend_on_its_neighbours(theirs):
 
 def test_running_out_of_memory_ends_in_smaller_batches_or_a_sentence(model, theirs, capsys):
     expected = by_key(theirs.generate(asks()))
-    small = TransformersSpeaker(str(model), slots=4, precision="fp32", budgets=True)
+    small = TransformersSpeaker(str(model), slots=4, precision="fp32", budgets=True, cue="=-")
     forward = small.model.forward
     most = 2
 

@@ -1,4 +1,6 @@
 import ast
+import random
+import re
 from collections import Counter
 from fractions import Fraction
 from itertools import combinations
@@ -257,3 +259,44 @@ def test_the_targets_of_a_small_space():
     assert prompts == {"1,1>2", "1,2>3", "2,2>4", "2,2>1"}
     drawn = {problem.prompt for problem in task.problems("train", 200, 0)}
     assert drawn == {p for p in prompts if tasks.split_of(p) == "train"}
+
+
+def test_paths_are_the_searches_without_their_dead_ends():
+    paths = tasks.get("countdown", traces="path")
+    dead = 0
+    for problem, searched in zip(paths.problems("train", 400, 0), PROBLEMS, strict=True):
+        assert (problem.prompt, problem.answer) == (searched.prompt, searched.answer)
+        path, search = paths.trace(problem), TASK.trace(searched)
+        steps = path.split(";")[:-1]
+        assert 1 <= len(steps) == problem.difficulty <= 3
+        assert all(paths.step_labels(problem, path)), "a step of a path leads nowhere"
+        assert f"={problem.data[1]}:" in steps[-1]
+        rest = iter(search.split(";"))
+        assert all(step in rest for step in steps), "the search takes other steps, or others first"
+        dead += search.count(";") - len(steps)
+    assert dead > 1000
+
+
+def test_a_slip_is_legal_and_misses_the_target():
+    rng = random.Random(0)
+    for problem in PROBLEMS:
+        numbers, target = problem.data
+        steps, hand = TASK.slip(problem, rng).split(";")[:-1], numbers
+        assert steps
+        for step in steps:
+            move, left = step.split(":")
+            expression, result = move.split("=")
+            used = sorted(map(int, re.findall(r"[0-9]+", expression)))
+            rest = Counter(hand) - Counter(used)
+            assert eval(expression) == int(result) != target
+            hand = tuple(map(int, left.split(",")))
+            assert Counter(hand) == rest + Counter([int(result)])
+            assert list(hand) == sorted(hand)
+
+
+def test_a_prompt_says_which_problem_it_is():
+    for problem in PROBLEMS[:40]:
+        assert TASK.read(problem.prompt) == problem
+    for text in ("", "1,2,3,4", "1,2,3,4>x", "4,3,2,1>10", "1,2>3>4", "²,3>6"):
+        with pytest.raises(ValueError, match="is not a problem of it"):
+            TASK.read(text)

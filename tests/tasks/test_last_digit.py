@@ -1,3 +1,4 @@
+import random
 import re
 from collections import Counter
 
@@ -57,3 +58,17 @@ def test_exactly_uniform_over_a_whole_space():
     task = tasks.get("last_digit", operands=(3, 3))
     answers = Counter(task.solve(statement).answer for statement in task.every())
     assert set(answers.values()) == {529}
+
+
+def test_a_slip_goes_on_from_one_wrong_digit():
+    rng, places = random.Random(0), Counter()
+    for problem in TASK.problems("train", 500, 3):
+        text, terms = TASK.slip(problem, rng), re.findall(r"[-+*][0-9]", problem.prompt)
+        assert len(text) == len(terms) == problem.difficulty
+        before = problem.prompt[0] + text
+        wrong = [
+            i for i, term in enumerate(terms) if eval(before[i] + term) % 10 != int(before[i + 1])
+        ]
+        assert len(wrong) == 1
+        places[wrong[0] / (len(terms) - 1) > 0.5] += 1
+    assert min(places.values()) > 100  # early and late

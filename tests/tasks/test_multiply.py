@@ -1,3 +1,4 @@
+import random
 from collections import Counter
 
 from ponder import tasks
@@ -49,3 +50,19 @@ def test_padding_is_no_answer():
     assert TASK.answer("804") == "804"
     for text in ("8040", "80 4", "", "0", "+804", "8,04"):
         assert TASK.answer(text) is None
+
+
+def test_a_slip_is_one_digit_off_and_the_sums_follow():
+    rng = random.Random(0)
+    for problem in TASK.problems("train", 500, 3):
+        a, b = problem.data
+        total, wrong = 0, []
+        for place, step in enumerate(TASK.slip(problem, rng).split("+")[1:]):
+            partial, running = (int(text[::-1]) for text in step.split("="))
+            total += partial
+            assert running == total
+            off = partial - a * int(str(b)[-1 - place]) * 10**place
+            if off:
+                wrong.append((place, abs(off)))
+        ((place, off),) = wrong
+        assert off in [10 ** (place + i) for i in range(len(str(a)) + 1)]

@@ -1,3 +1,4 @@
+import random
 from collections import Counter
 
 from ponder import tasks
@@ -45,3 +46,16 @@ def test_only_rearrangements_are_answers():
     assert TASK.answer("x</think> edcba\n") == "edcba"
     for text in ("abcd", "abcdd", "abcdef", "ABCDE", "abcde;", "abcde abcde"):
         assert TASK.answer(text) is None
+
+
+def test_a_slip_goes_on_from_two_letters_that_changed_places():
+    rng = random.Random(0)
+    for problem in TASK.problems("train", 300, 3):
+        found = TASK.slip(problem, rng).rstrip(";").split(";")
+        assert len(found) == problem.difficulty
+        wrong, before = 0, "abcde"
+        for permutation, word in zip(problem.data, found, strict=True):
+            right = "".join(before[int(digit) - 1] for digit in permutation)
+            wrong += sum(a != b for a, b in zip(right, word, strict=True))
+            before = word
+        assert wrong == 2

@@ -1,5 +1,7 @@
 """What holds for every task."""
 
+import random
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -253,6 +255,25 @@ def test_unknown_names_settings_and_values_are_named():
             tasks.get(name, **{field: value})
 
 
+def test_a_name_may_carry_settings():
+    for text, written in [
+        ("multiply:digits=3-3", tasks.get("multiply", digits=(3, 3))),
+        ("countdown:size=3,traces=path", tasks.get("countdown", size=3, traces="path")),
+        ("permute:length=2-4,", tasks.get("permute", length=(2, 4))),
+    ]:
+        assert tasks.get(text) == written
+    for text, message in [
+        ("multiply:digits", "task 'multiply:digits': 'digits' is no setting; say NAME:SETTING="),
+        ("multiply:=3", "'=3' is no setting"),
+        ("multiply:digits=3", "multiply: digits is 3; it must be"),
+        ("multiply:digits=-3-4", "multiply: digits is '-3-4'; it must be"),
+        ("multiply:colour=red", "multiply: unknown setting 'colour'; known: digits"),
+        ("countdown:traces=short", "countdown: traces is 'short'; it must be search or path"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            tasks.get(text)
+
+
 def test_unknown_splits_and_negative_counts_are_named(task):
     with pytest.raises(ValueError, match="unknown split 'dev'; known: train, val, test"):
         task.problems("dev", 1, 0)
@@ -274,3 +295,13 @@ def test_a_verifier_that_raises_is_named(task, monkeypatch):
         ValueError, match=rf"{task.name}: its verifier failed on .*KeyError: 'gone'"
     ):
         tasks.judge(task, problem, right)
+
+
+def test_a_slip_is_no_trace_and_neither_holds_the_cue(task):
+    assert len(task.cue) == 1 and task.cue in task.alphabet
+    for problem in task.problems("train", 200, 6):
+        slips = {task.slip(problem, random.Random(seed)) for seed in range(8)}
+        assert task.slip(problem, random.Random(0)) in slips  # the rng decides, nothing else
+        for text in (*slips, task.trace(problem)):
+            assert set(text) <= set(task.alphabet) - {task.cue}
+        assert task.trace(problem) not in slips and len(slips) > 1

@@ -1,17 +1,21 @@
 """Batches as functions of the step: from a text, from tasks, and mixed."""
 
 import hashlib
+import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
 
+from ponder import tasks
 from ponder.training import TrainConfig, preset
 from ponder.training.batch import Batch
 from ponder.training.data import IGNORE, Data, load_data
-from ponder.training.tokenizer import Vocabulary, character_tokenizer
+from ponder.training.tokenizer import SPECIAL, Vocabulary, character_tokenizer
 
 TEXT = "To be, or not to be: that is the question.\n" * 40
 
@@ -191,3 +195,62 @@ def test_fingerprints_tell_data_apart(text, tmp_path):
         ]
     ]
     assert prints[0] == prints[1] and len(set(prints)) == 3
+
+
+@pytest.mark.parametrize("name", ["last_digit", "permute", "multiply", "countdown"])
+def test_retries_show_attempts_and_teach_the_right_ones(name):
+    config = preset("tiny", data=f"task:{name}", batch_size=96, context=4096, retries=0.5)
+    data, task = load_data(config), tasks.get(name)
+    tokens, targets, _ = data.batch(0)
+    plain = kinds = noticed = 0
+    for row, target in zip(tokens.tolist(), targets.tolist(), strict=True):
+        text = data.tokenizer.decode(row, skip_special_tokens=False)
+        prompt, _, completion = text.partition("<think>")
+        thought, _, answer = completion.partition("</think>")
+        *attempts, last = thought.split(task.cue)
+        if not attempts:
+            plain += 1
+            continue
+        wanted = ""
+        for attempt in attempts:
+            wrong = attempt != last
+            kinds += wrong
+            noticed += not wrong
+            wanted += task.cue if wrong else attempt
+        wanted += f"{last}</think>{answer.split('<eos>')[0]}<eos>"
+        learned = [t for t in target if t != IGNORE]
+        assert data.tokenizer.decode(learned, skip_special_tokens=False) == wanted
+        # Every target is the token behind its own.
+        assert all(t in (IGNORE, after) for t, after in zip(target, row[1:], strict=False))
+    assert 30 < plain < 66 and kinds > 20 and noticed > 20
+
+
+def test_retries_keep_to_the_context_and_to_tasks_that_know_some(tmp_path, monkeypatch):
+    longest = max(
+        len(p.prompt) + p.difficulty for p in tasks.get("last_digit").problems("train", 999, 0)
+    )
+    data = load_data(preset("tiny", data="task:last_digit", context=longest + 12, retries=1.0))
+    several = 0
+    for step in range(20):
+        tokens = data.batch(step).tokens
+        assert tokens.shape[1] <= -(-(longest + 12) // 8) * 8  # padded
+        thoughts = data.tokenizer.decode(tokens.flatten().tolist(), skip_special_tokens=False)
+        several += len(re.findall("<think>[0-9]*=", thoughts))
+    assert several
+    ids = {token: i for i, token in enumerate([*"0123456789+-*=", "=1", *SPECIAL])}
+    joined = Tokenizer(models.BPE(ids, [("=", "1")], unk_token="<unk>"))
+    joined.add_special_tokens(list(SPECIAL))
+    joined.save(str(tmp_path / "tokenizer.json"))
+    config = preset("tiny", data="task:last_digit", tokenizer=str(tmp_path), retries=1.0)
+    with pytest.raises(
+        ValueError, match="joins the cue with its neighbours: take --tokenizer char"
+    ):
+        load_data(config).batch(0)
+    outside = SimpleNamespace(name="outside", alphabet="ab")
+    monkeypatch.setattr("ponder.training.problems.tasks.get", lambda name: outside)
+    with pytest.raises(ValueError, match="retries is 1.0; outside has no wrong attempts to show"):
+        load_data(preset("tiny", data="task:outside", tokenizer="byte", retries=1.0))
+    with pytest.raises(ValueError, match="retries is 2.0; it must be from 0 to 1"):
+        preset("tiny", retries=2.0).check()
+    assert "retries" not in preset("tiny").identity()  # a run from before goes on
+    assert preset("tiny", retries=0.1).identity()["retries"] == 0.1

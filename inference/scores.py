@@ -1,0 +1,132 @@
+"""What verifiers think of a store's samples: computed once, kept in tables of their own.
+
+A score is named by the verifier's hash and the sample's key.
+"""
+
+import json
+import time
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from tqdm import tqdm
+
+from .store import Pool, Store
+from .verifier import Scorer
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS verifier (
+    hash TEXT PRIMARY KEY,
+    facts TEXT NOT NULL,
+    used REAL NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS score (
+    verifier TEXT NOT NULL REFERENCES verifier (hash),
+    problem INTEGER NOT NULL,
+    budget INTEGER,
+    params TEXT NOT NULL,
+    seed INTEGER NOT NULL,
+    sample INTEGER NOT NULL,
+    end REAL,
+    last REAL,
+    least REAL,
+    flops INTEGER NOT NULL,
+    seconds REAL NOT NULL
+);
+CREATE UNIQUE INDEX IF NOT EXISTS score_key
+    ON score (verifier, params, seed, ifnull(budget, -1), problem, sample)
+"""
+SAME = (
+    "score.verifier = ? AND score.params = sample.params AND score.seed = sample.seed"
+    " AND ifnull(score.budget, -1) = ifnull(sample.budget, -1)"
+    " AND score.problem = sample.problem AND score.sample = sample.sample"
+)
+BATCH = 256  # samples that are scored and kept at once
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A verifier's scores of a pool's samples, each (P, N), NaN where it does not tell; see
+    `verifier.Score`."""
+
+    verifier: str
+    end: np.ndarray
+    last: np.ndarray
+    least: np.ndarray
+    flops: np.ndarray
+    seconds: np.ndarray
+
+
+def score(store: Store, scorer: Scorer, *, say: bool = False) -> int:
+    """Scores the samples that this verifier has not scored yet; returns how many those were.
+
+    What is finished is kept, a batch at a time. Raises ValueError for samples that the verifier
+    cannot read.
+    """
+    with store.transaction() as db:
+        for statement in SCHEMA.split(";"):
+            db.execute(statement)
+        facts = json.dumps(asdict(scorer.reading))
+        db.execute(
+            "INSERT INTO verifier VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET used = excluded.used",
+            (scorer.hash, facts, time.time()),
+        )
+        missing = [
+            row
+            for (row,) in db.execute(
+                f"SELECT rowid FROM sample WHERE NOT EXISTS (SELECT 1 FROM score WHERE {SAME})",
+                (scorer.hash,),
+            )
+        ]
+    with tqdm(total=len(missing), unit="score", dynamic_ncols=True, disable=not say) as bar:
+        for first in range(0, len(missing), BATCH):
+            batch = _samples(store, missing[first : first + BATCH])
+            scores = scorer.score(
+                [(prompt, text, end == "stop") for *_, prompt, text, end in batch]
+            )
+            rows = [
+                (scorer.hash, *key, *s) for (*key, _, _, _), s in zip(batch, scores, strict=True)
+            ]
+            with store.transaction() as db:
+                db.executemany(
+                    f"INSERT INTO score VALUES ({', '.join('?' * 11)}) ON CONFLICT DO NOTHING", rows
+                )
+            bar.update(len(batch))
+    return len(missing)
+
+
+def _samples(store: Store, rows: list[int]) -> list[tuple]:
+    """(problem, budget, params, seed, sample, prompt, text, finish) of each."""
+    with store.transaction() as db:
+        return db.execute(
+            "SELECT problem, budget, params, seed, sample, prompt, text, finish"
+            " FROM sample JOIN problem ON problem.id = problem"
+            f" WHERE sample.rowid IN ({', '.join(map(str, rows))})"
+        ).fetchall()
+
+
+def latest(store: Store) -> str | None:
+    """The hash of the verifier that scored this store last; None where none did."""
+    with store.transaction() as db:
+        if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'verifier'").fetchone():
+            return None
+        row = db.execute("SELECT hash FROM verifier ORDER BY used DESC LIMIT 1").fetchone()
+    return row and row[0]
+
+
+def scores_of(store: Store, pool: Pool, verifier: str) -> Scores | None:
+    """The scores of a pool; None where some of its samples have none yet."""
+    with store.transaction() as db:
+        rows = db.execute(
+            "SELECT problem, sample, end, last, least, flops, seconds FROM score WHERE verifier = ?"
+            " AND params = ? AND seed = ? AND ifnull(budget, -1) = ?",
+            (verifier, pool.params, pool.seed, -1 if pool.budget is None else pool.budget),
+        ).fetchall()
+    place = {int(problem): i for i, problem in enumerate(pool.problems)}
+    table = np.full((5, len(pool.problems), pool.samples), np.nan)
+    known = np.zeros(table.shape[1:], dtype=bool)
+    for problem, sample, *values in rows:
+        i = place.get(problem)
+        if i is not None and sample < pool.samples:
+            table[:, i, sample] = [np.nan if value is None else value for value in values]
+            known[i, sample] = True
+    return Scores(verifier, *table) if known.all() else None

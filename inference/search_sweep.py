@@ -1,0 +1,137 @@
+"""A sweep's searches: which are wanted, how they run on the model, what is kept of each."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+from .. import tasks
+from . import cost
+from .config import SearchName, SweepConfig
+from .engine import SamplingParams
+from .search import SEARCHES, Found, Judge, Node, Search, Steps, stream
+from .search_table import Line, SearchKey, SearchRecord, missing, parse_search
+from .speaker import LocalSpeaker, Speaker
+from .store import Store, params_text
+from .verifier import Scorer
+
+# Which of the options beside its size a search depends on.
+SETTINGS: dict[SearchName, tuple[str, ...]] = {
+    "beam": ("width", "step"),
+    "dvts": ("width", "step"),
+    "rebase": ("step",),
+    "mcts": ("width", "step"),
+    "revise": (),
+}
+
+
+@dataclass(frozen=True)
+class Judging:
+    """A judge, what it is called in the store, and the operations that it takes to read so many
+    tokens (NaN: unknown)."""
+
+    name: str = "confidence"
+    judge: Judge | None = None
+    flops: Callable[[int], float] = lambda tokens: 0
+
+
+def judging(verifier: Scorer | None, speaker: LocalSpeaker) -> Judging:
+    """The judge of a sweep's searches, chosen here and nowhere else."""
+    if verifier is None:
+        return Judging()
+    return Judging(
+        name=verifier.hash,
+        judge=verifier.judge(speaker.tokenizer),
+        flops=lambda tokens: int(cost.verifier_flops(verifier.shape, tokens)),
+    )
+
+
+class Searches:
+    """The searches that a sweep's configuration names, on its model.
+
+    params: how tokens are drawn, max_tokens of a whole completion; verifier: what judges lines,
+    their own confidence where there is none. Raises ValueError where there
+    are searches, and the speaker is not ponder's own engine.
+    """
+
+    def __init__(
+        self,
+        config: SweepConfig,
+        speaker: Speaker,
+        params: SamplingParams,
+        verifier: Scorer | None = None,
+    ):
+        self.options, self.seed, self.params = config.searches, config.seed, params
+        self.speaker = speaker
+        if self.options.search:
+            if not isinstance(speaker, LocalSpeaker):
+                raise ValueError(
+                    f"search is {' '.join(self.options.search)}; searches go on from tokens that "
+                    "ponder's own engine drew: take a model of this machine and --engine ponder"
+                )
+            self.judging = judging(verifier, speaker)
+
+    def wanted(self, store: Store, problems: Iterable[int]) -> list[SearchKey]:
+        """The searches of these problems that the store lacks."""
+        searches = []
+        for name in dict.fromkeys(self.options.search):
+            settings = "".join(f" {s}={getattr(self.options, s)}" for s in SETTINGS[name])
+            for lines in sorted({*self.options.lines}):
+                searches.append(f"{name} lines={lines}{settings} judge={self.judging.name}")
+        return missing(
+            store,
+            problems=problems,
+            searches=searches,
+            params=params_text(self.params),
+            seed=self.seed,
+        )
+
+    def run(
+        self, keys: list[SearchKey], task: tasks.Task, problems: list[tasks.Problem]
+    ) -> Iterator[SearchRecord]:
+        """The search of each key, as they come to an end."""
+        speaker = self.speaker
+        if not keys or not isinstance(speaker, LocalSpeaker):
+            return
+        steps = Steps(
+            *(self.params, self.options.step, self.seed),
+            *(speaker.eos, speaker.think_end, speaker.cue),
+        )
+        encode = lru_cache(maxsize=64)(speaker.encode)
+
+        def search(key: SearchKey) -> Search:
+            name, size, _ = parse_search(key.search)
+            searcher = SEARCHES[name](size, min(size, self.options.width))
+            return searcher.search(encode(problems[key.problem].prompt), steps, self.judging.judge)
+
+        # Two fillings of the slots: enough to keep them busy, little to lose.
+        busy = 2 * speaker.engine.slots
+        for place, found in stream(speaker.sample, map(search, keys), busy):
+            key = keys[place]
+            yield _record(key, found, speaker, self.judging, task, problems[key.problem])
+
+
+def _record(
+    key: SearchKey,
+    found: Found,
+    speaker: LocalSpeaker,
+    chosen: Judging,
+    task: tasks.Task,
+    problem: tasks.Problem,
+) -> SearchRecord:
+    def line(node: Node) -> Line:
+        return Line(*tasks.judge(task, problem, speaker.decode(node.tokens)), node.value)
+
+    others = [node for node in found.finished if node is not found.best]
+    return SearchRecord(
+        key=key,
+        text=speaker.decode(found.best.tokens),
+        lines=tuple(map(line, [found.best, *others])),
+        prompt_tokens=found.prompt_tokens,
+        sampled_tokens=found.sampled_tokens,
+        forced_tokens=found.forced_tokens,
+        pruned_tokens=found.pruned_tokens,
+        flops=math.nan if speaker.shape is None else found.flops(speaker.shape),
+        judge_flops=sum(map(chosen.flops, found.judged)),
+        seconds=found.seconds,
+    )

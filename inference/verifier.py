@@ -1,0 +1,164 @@
+"""A trained verifier at work: values of solutions, from 0 to 1, in batches, their cost counted."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from tokenizers import Tokenizer
+
+from ..models import hub
+from ..models.verifier import Verifier, encode_solutions, load_verifier, step_ends
+from . import cost
+from .prompts import LENGTH_STEP, round_up
+from .speaker import device, model_hash
+
+Tokens = tuple[int, ...]
+ROWS = {"cpu": 8, "cuda": 64}  # that are read at once
+
+
+class Score(NamedTuple):
+    """What a verifier thinks of a completion; each a probability, None where it was not trained to
+    tell. end: at its last token. last, least: at the ends of its steps, the last one and the lowest
+    of all; at its last token where no step is finished. flops, seconds: what reading it took."""
+
+    end: float | None
+    last: float | None
+    least: float | None
+    flops: int
+    seconds: float
+
+
+class Scorer:
+    """A verifier, its tokenizer, and what it can tell.
+
+    Every completion is read in a block of a fixed shape that its own length decides, so that its
+    values do not depend on its companions.
+    """
+
+    def __init__(self, verifier: Verifier, tokenizer: Tokenizer, *, eos: int | None, hash: str):
+        self.verifier, self.tokenizer, self.eos, self.hash = verifier.eval(), tokenizer, eos, hash
+        self.reading, self.shape = verifier.reading, verifier.config
+        self.device = verifier.score.weight.device
+        self.think_end = tokenizer.token_to_id("</think>")
+        self.step_ends = step_ends(tokenizer, self.reading.step_end)
+
+    def score(self, solutions: Sequence[tuple[str, str, bool]]) -> list[Score]:
+        """The scores of completions: (prompt, text, whether it came to its end) each.
+
+        Raises ValueError for a text that the tokenizer does not know or the context does not hold.
+        """
+        texts = [(p, text, self.eos if whole else None) for p, text, whole in solutions]
+        begun = time.perf_counter()
+        pairs = encode_solutions(self.tokenizer, texts)
+        values = self.values([tuple(tokens) for tokens, _ in pairs])
+        seconds = (time.perf_counter() - begun) / max(1, sum(len(tokens) for tokens, _ in pairs))
+        return [
+            self._score(tokens, start, of, seconds * len(tokens))
+            for (tokens, start), of in zip(pairs, values, strict=True)
+        ]
+
+    def _score(
+        self, tokens: Sequence[int], start: int, values: Sequence[float], seconds: float
+    ) -> Score:
+        end = values[-1]
+        steps = [values[i] for i in self.steps(tokens, start)] or [end]
+        told = self.reading.steps
+        return Score(
+            end=end if self.reading.end else None,
+            last=steps[-1] if told else None,
+            least=min(steps) if told else None,
+            flops=cost.verifier_flops(self.shape, len(tokens)),
+            seconds=seconds,
+        )
+
+    def steps(self, tokens: Sequence[int], start: int) -> list[int]:
+        """Where the steps of a completion end that begins at `start`; none after </think>."""
+        ends = []
+        for place in range(start, len(tokens)):
+            if tokens[place] == self.think_end:
+                break
+            if tokens[place] in self.step_ends:
+                ends.append(place)
+        return ends
+
+    @torch.inference_mode()
+    def values(self, rows: Sequence[Tokens]) -> list[list[float]]:
+        """The value after each token of each row, (T,) numbers."""
+        context = self.shape.context
+        longest = max(map(len, rows), default=0)
+        if longest > context:
+            raise ValueError(
+                f"a problem and its completion have {longest} tokens; the verifier has a context "
+                f"of {context}"
+            )
+        by_width: dict[int, list[int]] = {}
+        for i, row in enumerate(rows):
+            by_width.setdefault(min(round_up(len(row), LENGTH_STEP), context), []).append(i)
+        found: list[list[float]] = [[] for _ in rows]
+        most = ROWS.get(self.device.type, ROWS["cuda"])
+        for width, places in by_width.items():
+            for first in range(0, len(places), most):
+                block = places[first : first + most]
+                padded = [rows[i] + (0,) * (width - len(rows[i])) for i in block]
+                padded += [(0,) * width] * (most - len(block))
+                logits = self.verifier(torch.tensor(padded, device=self.device))
+                for i, values in zip(block, logits.sigmoid().tolist(), strict=False):
+                    found[i] = values[: len(rows[i])]
+        return found
+
+    def judge(
+        self, tokenizer: Tokenizer | None = None, *, by: Literal["last", "least"] = "last"
+    ) -> "TokenJudge":
+        """A `search.Judge` with a cost of its own.
+
+        tokenizer: the generator's; ValueError unless it writes the verifier's tokens. by: what a
+        process verifier's values of the steps so far come to (see `TokenJudge`).
+        """
+        if tokenizer is not None and tokenizer.get_vocab() != self.tokenizer.get_vocab():
+            raise ValueError(
+                "the verifier's tokenizer is not the model's; train the verifier with --init MODEL"
+            )
+        return TokenJudge(self, by)
+
+
+@dataclass
+class TokenJudge:
+    """The value of each completion so far, from 0 to 1: (prompt, completions) → numbers.
+
+    A verifier of outcomes or of values is asked at the last token. A process verifier is asked at
+    its last token when that ends the text, else at the ends of steps: the last (Snell et al. 2024,
+    "Scaling LLM Test-Time Compute Optimally", section 5.1) or the lowest (Wang et al. 2024,
+    "Math-Shepherd", section 3.4); at the last token before the first. flops and tokens add up what
+    was read, every completion as a whole each time.
+    """
+
+    scorer: Scorer
+    by: Literal["last", "least"] = "last"
+    flops: int = field(default=0, init=False)
+    tokens: int = field(default=0, init=False)
+
+    def __call__(self, prompt: Tokens, completions: Sequence[Tokens]) -> list[float]:
+        scorer, start = self.scorer, len(prompt)
+        rows = [(*prompt, *completion) for completion in completions]
+        values = scorer.values(rows)
+        self.tokens += sum(map(len, rows))
+        self.flops += sum(cost.verifier_flops(scorer.shape, len(row)) for row in rows)
+        return [self._of(row, start, of) for row, of in zip(rows, values, strict=True)]
+
+    def _of(self, tokens: Tokens, start: int, values: Sequence[float]) -> float:
+        reading, ended = self.scorer.reading, tokens[-1] == self.scorer.eos
+        if reading.labels != "process" or (ended and reading.end):
+            return values[-1]
+        steps = [values[i] for i in self.scorer.steps(tokens, start)] or [values[-1]]
+        return steps[-1] if self.by == "last" else min(steps)
+
+
+def open_verifier(path: str | Path, *, on: str | None = None) -> Scorer:
+    """The verifier in a folder that `ponder train --verifier` left; ValueError for any other."""
+    folder = Path(path)
+    verifier = load_verifier(folder, device=on or device())
+    eos = hub.read_json(folder / "config.json").get("eos_token_id")
+    return Scorer(verifier, hub.load_tokenizer(folder), eos=eos, hash=model_hash(folder))

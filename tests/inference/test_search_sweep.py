@@ -1,0 +1,251 @@
+"""Searches as part of a sweep: kept, resumed, evaluated on the same axes as samples."""
+
+import csv
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ponder import tasks
+from ponder.inference import report
+from ponder.inference.chat import known_shape
+from ponder.inference.config import SearchOptions, SweepConfig
+from ponder.inference.engine import SamplingParams
+from ponder.inference.evaluation import evaluate
+from ponder.inference.figures import Curves
+from ponder.inference.findings import search_rows
+from ponder.inference.report import csv_text
+from ponder.inference.search_sweep import Searches
+from ponder.inference.search_table import Line, Searched
+from ponder.inference.store import Store
+from ponder.inference.sweep import redraw, sweep
+
+SEARCHES = ("beam", "dvts", "rebase", "mcts", "revise")
+
+
+@pytest.fixture(scope="module")
+def swept(model, tmp_path_factory) -> SweepConfig:
+    """A small sweep with every search, done."""
+    config = SweepConfig(
+        model=str(model),
+        out=tmp_path_factory.mktemp("searched") / "out",
+        samples=(1, 4),
+        budgets=(),
+        problems=5,
+        slots=8,
+        max_tokens=14,
+        precision="fp32",
+        searches=SearchOptions(search=SEARCHES, lines=(2, 4), width=2, step=4),
+    )
+    with pytest.MonkeyPatch.context() as patch:  # of the figures only that of the searches
+        patch.setattr(report, "png", lambda results: b"")
+        drawn = report.svg
+        patch.setattr(
+            report,
+            "svg",
+            lambda draw, name, *of, **size: name == "searches" and drawn(draw, name, *of, **size),
+        )
+        sweep(config)
+    return config
+
+
+def stored(out: Path, columns="problem, search, params, seed, text, lines, pruned_tokens, flops"):
+    with sqlite3.connect(out / "sweep" / "samples.sqlite") as db:
+        return db.execute(f"SELECT {columns} FROM search ORDER BY 1, 2").fetchall()
+
+
+def rows_of(out: Path) -> list[dict]:
+    with open(out / "report" / "results.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_search_of_the_grid_is_kept(swept):
+    found = stored(swept.out)
+    assert len(found) == 5 * len(SEARCHES) * 2
+    task, problems = tasks.get("last_digit"), tasks.get("last_digit").problems("test", 5, 0)
+    for problem, _, params, seed, text, lines, _, _ in found:
+        assert (params, seed) == ("temperature=1.0", 0) and text.startswith("<think>")
+        best = json.loads(lines)[0]
+        assert best[:2] == [task.answer(text), task.verify(problems[problem], text)]
+        assert best[2] == max(value for *_, value in json.loads(lines))
+
+
+def test_rows_stand_beside_those_of_samples(swept):
+    rows = rows_of(swept.out)
+    assert {row["strategy"] for row in rows} >= {"self-consistency", "beam", "beam-vote", *SEARCHES}
+    for row in rows:
+        whole = float(row["sampled_tokens"]) + float(row["forced_tokens"])
+        assert 0 <= float(row["pruned_tokens"]) <= whole
+        assert float(row["judge_flops_per_problem"]) == 0 < float(row["flops_per_problem"])
+        assert (row["setting"] == "") == (row["strategy"].removesuffix("-vote") not in SEARCHES)
+    (beam,) = [r for r in rows if r["strategy"] == "beam" and r["samples"] == "4"]
+    assert beam["setting"] == "width=2 step=4 judge=confidence" and beam["think_budget"] == "inf"
+    kept = [row for row in stored(swept.out) if row[1].startswith("beam lines=4 ")]
+    assert float(beam["accuracy"]) == sum(json.loads(r[5])[0][1] for r in kept) / 5
+    assert float(beam["pruned_tokens"]) == pytest.approx(sum(r[6] for r in kept) / 5, rel=1e-5)
+    assert float(beam["flops_per_problem"]) == pytest.approx(sum(r[7] for r in kept) / 5, rel=1e-5)
+
+
+@pytest.fixture
+def no_report(monkeypatch):
+    """Figures take seconds; `results` is what they would have been drawn of."""
+    drawn = []
+    monkeypatch.setattr(
+        "ponder.inference.sweep.write_report",
+        lambda folder, results, store, run: drawn.append(results),
+    )
+    return drawn
+
+
+def test_slots_and_company_change_no_search(swept, no_report, tmp_path):
+    """Another number of slots, other searches beside them, another order: the same bits."""
+    alone = replace(
+        swept,
+        out=tmp_path,
+        slots=64,
+        searches=replace(swept.searches, search=("rebase", "beam"), lines=(4,)),
+    )
+    sweep(alone)
+    mine = stored(tmp_path)
+    names = {row[1] for row in mine}
+    assert mine == [row for row in stored(swept.out) if row[1] in names] and len(mine) == 10
+
+
+def test_redraw_knows_the_searches(swept, no_report):
+    redraw(swept.out)
+    (results,) = no_report
+    assert csv_text(results) == (swept.out / "report" / "results.csv").read_text()
+
+
+def test_the_page_sets_searches_beside_as_much_sampling(swept):
+    page = (swept.out / "report" / "index.html").read_text()
+    assert "Search and longer thoughts against independent samples" in page
+    assert page.count("<svg") == 1 and "dvts</" in page  # the figure and a line of it
+    with Store(swept.out / "sweep" / "samples.sqlite", identity=None) as store:
+        results = evaluate(store, shape=known_shape(swept.model), samples=(1, 4))
+        rows = search_rows(Curves.of(results), store)
+        assert len(rows) == 2 * 2 * len(SEARCHES)  # sizes, and the vote of the lines
+        one, four = (
+            next(r for r in results if r.strategy == s and r.samples == k and r.temperature)
+            for s, k in (("sampling", 1), ("self-consistency", 4))
+        )
+        for row in rows:
+            r, vote = row["r"], row["rivals"]["self-consistency"]
+            costs = one.cost + (four.cost - one.cost) * (vote.samples - 1) / 3
+            assert (costs <= r.cost * (1 + 1e-6)) != vote.dearer
+            assert vote.fewer == (r.cost >= one.cost + (four.cost - one.cost) * 4 / 3)
+            assert vote.better.mean == pytest.approx(r.accuracy - vote.accuracy)
+            if vote.samples == 4:
+                assert vote.accuracy == pytest.approx(four.accuracy)
+
+
+def test_a_killed_search_goes_on_and_draws_none_twice(swept, no_report, tmp_path):
+    words = (
+        f"sweep --model {swept.model} --out {tmp_path} --samples 1 4 --budgets --problems 5 "
+        "--slots 8 --max-tokens 14 --precision fp32 --search beam dvts rebase mcts revise "
+        "--lines 2 4 --width 2 --step 4"
+    ).split()
+    code = (
+        "import sys, ponder.inference.sweep as s; s.KEEP_EVERY_SECONDS = 0\n"
+        "from ponder.cli import run; sys.exit(run(sys.argv[1:]))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *words],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline, count = time.monotonic() + 120, 0
+    while count < 8:
+        assert process.poll() is None and time.monotonic() < deadline
+        try:
+            count = len(stored(tmp_path))
+        except sqlite3.OperationalError:
+            time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = stored(tmp_path, "problem, search, seconds")
+    assert 8 <= len(before) < 50, "it was to be killed half-way"
+    sweep(replace(swept, out=tmp_path, resume=True))
+    assert stored(tmp_path) == stored(swept.out)
+    assert set(before) <= set(stored(tmp_path, "problem, search, seconds"))  # not drawn again
+
+
+def test_extended_thoughts_are_rows_of_their_own(swept, no_report, tmp_path):
+    config = replace(swept, out=tmp_path, searches=SearchOptions(), extend=(1, 3), cue="=")
+    sweep(config)
+    with sqlite3.connect(tmp_path / "sweep" / "samples.sqlite") as db:
+        kept = db.execute(
+            "SELECT params, problem, sample, text, forced_tokens FROM sample"
+        ).fetchall()
+    texts = {(*row[:3],): row[3] for row in kept}
+    extended = 0
+    for params, problem, sample, text, forced in kept:
+        most = {"extend=1": 1, "extend=3": 3}.get(params.partition(" ")[2], 0)
+        assert 0 <= forced <= most
+        thought = text.removeprefix("<think>").partition("</think>")[0]
+        assert forced <= thought.count("=")
+        plain = texts[params.partition(" ")[0], problem, sample]
+        if forced:  # the plain sample up to where it would have closed its thought
+            extended += 1
+            assert text.startswith(plain.partition("</think>")[0] + "=")
+        else:
+            assert text == plain
+    assert extended > 10
+    (results,) = no_report
+    names = {(r.strategy, r.setting) for r in results}
+    for setting in ("", "extend=1", "extend=3"):
+        assert names >= {("greedy", setting), ("sampling", setting), ("self-consistency", setting)}
+    curves = Curves.of(results)  # drawn are the plain ones
+    assert len(curves.greedy) == 1 and all(r.setting == "" for r in curves.votes[4])
+
+
+def test_what_cannot_be_searched_or_extended_is_named(swept, tmp_path):
+    wrong = replace(swept, out=tmp_path)
+    with pytest.raises(ValueError, match="lines is .2, 3.; for beam and dvts each must be a mult"):
+        replace(wrong, searches=replace(swept.searches, lines=(2, 3))).check()
+    with pytest.raises(ValueError, match="width is 0; .*step is 0; it must be at least 1"):
+        replace(wrong, searches=SearchOptions(width=0, step=0)).check()
+    with pytest.raises(ValueError, match="extend is .0.; each must be at least 1; cue is empty"):
+        replace(wrong, extend=(0,), cue="").check()
+    with pytest.raises(ValueError, match="the cue has 'W', which the tokenizer of"):
+        sweep(replace(wrong, extend=(1,), cue="Wait"))
+    with pytest.raises(ValueError, match="a server does not let thoughts be drawn out"):
+        sweep(replace(wrong, model="http://localhost:1/v1", precision="auto", extend=(1,)))
+    config = replace(wrong, searches=replace(swept.searches, search=("beam",)))
+    with pytest.raises(ValueError, match="search is beam; searches go on from tokens that pond"):
+        Searches(config, object(), SamplingParams())
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_sweep_from_before_goes_on(swept, no_report, tmp_path):
+    """One whose run.json and store know of no searches."""
+    config = replace(swept, out=tmp_path, searches=SearchOptions())
+    sweep(config)
+    run = json.loads((tmp_path / "run.json").read_text())["sweep"]["configuration"]
+    assert not {"searches", "extend", "cue", "engine"} & {*run}
+    with sqlite3.connect(tmp_path / "sweep" / "samples.sqlite") as db:
+        db.execute("DROP TABLE search")
+    sweep(replace(config, resume=True))
+    assert stored(tmp_path) == []
+
+
+def test_the_vote_of_the_lines_is_weighted_by_value():
+    def score(*lines):
+        of_one = tuple(Line(*answer, value) for answer, value in lines)
+        return Searched("", "", 0, np.zeros(1), (of_one,), *[np.zeros(1)] * 7).vote()[0]
+
+    a, b, none = ("a", True), ("b", False), (None, False)
+    assert score((b, 0.9), (a, 0.5), (a, 0.5)) == 1.0
+    assert score((b, 0.9), (a, 0.5), (a, 0.3)) == 0.0
+    assert score((b, 0.8), (a, 0.5), (a, 0.3)) == 0.5  # a tie
+    assert score((none, 0.9), (a, 0.1)) == 1.0
+    assert score((none, 0.9)) == 0.0
