@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ponder import kernels
-from ponder.benchmarks.comparison import Case, Inputs, peer, tensor
+from ponder.benchmarks.comparison import Case, Inputs, compiled, peer, tensor
 from ponder.benchmarks.measure import DEVICE
 
 
@@ -55,7 +55,7 @@ def _flash(causal: bool, window: int | None = None) -> dict[str, Callable[..., T
 def _compiled_flex():
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention)
+    return compiled(flex_attention)
 
 
 def _flex(visible: Callable | None, length: int) -> Callable[..., Tensor]:

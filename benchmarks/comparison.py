@@ -141,6 +141,14 @@ def peer(module: str, name: str) -> Any | None:
         return None
 
 
+def compiled(f: Callable, **options: Any) -> Callable:
+    """`torch.compile` for each shape anew: after eight of them, it would go on uncompiled."""
+    from torch._dynamo import config
+
+    config.recompile_limit, config.accumulated_recompile_limit = 1000, 10000
+    return torch.compile(f, dynamic=False, **options)
+
+
 def tensor(*shape: int, scale: float = 1.0, grad: bool = True) -> Tensor:
     """Normal bf16 numbers on the device."""
     x = torch.randn(shape, device=DEVICE) * scale

@@ -22,7 +22,7 @@ WORKERS = max(1, min(8, (os.cpu_count() or 1) // 2))
 def pytest_command(path: Path) -> list[str]:
     words = [sys.executable, "-m", "pytest", "-q", "--maxfail=10", "-p", "no:cacheprovider"]
     if importlib.util.find_spec("pytest_timeout"):
-        words += ["--timeout=120"]
+        words += ["--timeout=300"]
     return [*words, str(path)]
 
 

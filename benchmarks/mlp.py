@@ -8,12 +8,11 @@ product: forward, and all of them backward.
 
 from collections.abc import Callable, Iterator
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ponder import kernels
-from ponder.benchmarks.comparison import Case, peer, tensor
+from ponder.benchmarks.comparison import Case, compiled, peer, tensor
 from ponder.benchmarks.measure import milliseconds
 
 
@@ -72,9 +71,9 @@ def _cases(benchmark: str, smoke: bool) -> Iterator[Case]:
                     own = implementations["ponder"]
                     implementations = {"ponder": own}
                     if not smoke:
-                        implementations["torch.compile"] = torch.compile(eager, mode=mode)
+                        implementations["torch.compile"] = compiled(eager, mode=mode)
                 elif not smoke:
-                    implementations["torch.compile"] = torch.compile(eager)
+                    implementations["torch.compile"] = compiled(eager)
                 if gated and swiglu:
                     implementations["liger"] = lambda x, g, u, d: F.linear(
                         swiglu(F.linear(x, g), F.linear(x, u)), d

@@ -6,7 +6,7 @@ in DIR/results, and what it measured of attention's tiles in DIR/tiles.json, whi
 it adopt. A stage that fails, runs out of time or lacks a package does not stop the rest. A stage
 that succeeded is not run again into the same DIR, and one that was cut short keeps the cases that
 it has: so what does not fit into N seconds follows in the next call. The last thing printed is a
-table of the stages; DIR/summary.md has that and the results, DIR/on_gpu.tar.gz all of it in one file.
+table of the stages; DIR/summary.md has that and the results, DIR/on_gpu.tar.gz all in one file.
 
 `--adopt DIR` copies the rows of such a run into benchmarks/results/ and draws the figures.
 """
@@ -29,7 +29,8 @@ TESTS = ROOT / "tests"
 PYTHON = [sys.executable, "-u", "-m"]
 BENCHMARKS = [*PYTHON, "ponder.benchmarks", "--out", "OUT/results", "--resume"]
 TESTED = [*PYTHON, "ponder.benchmarks.isolated"]
-SANITIZER = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
+SANITIZER = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1"]
+SANITIZER += ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
 EVERY_KERNEL = [*PYTHON, "ponder.benchmarks.every_kernel"]
 
 
@@ -44,6 +45,7 @@ class Stage:
 # What the others rest on first: right results, then the tiles, then what README shows first.
 STAGES = {
     "machine": Stage([*PYTHON, "ponder.benchmarks.machine"], 120, 20, smoke=True),
+    "every-kernel": Stage(EVERY_KERNEL, 240, 30),
     "kernel-tests": Stage([*TESTED, str(TESTS / "kernels")], 420),
     "tiles": Stage(
         [*PYTHON, "ponder.benchmarks.tiles", "--out", "OUT/tiles.json"], 420, smoke=True
@@ -54,8 +56,8 @@ STAGES = {
     "losses": Stage([*BENCHMARKS, "losses", "pointwise"], 240, smoke=True),
     "decode": Stage([*BENCHMARKS, "decode", "overhead"], 120, 30, smoke=True),
     "train_step": Stage([*BENCHMARKS, "train_step"], 240, smoke=True),
-    "memcheck": Stage([*SANITIZER, "memcheck", *EVERY_KERNEL], 300),
-    "racecheck": Stage([*SANITIZER, "racecheck", *EVERY_KERNEL]),
+    "memcheck": Stage([*SANITIZER, "memcheck", *EVERY_KERNEL, "bf16"], 300),
+    "racecheck": Stage([*SANITIZER, "racecheck", *EVERY_KERNEL, "bf16"]),
     "sampling": Stage([*BENCHMARKS, "sampling"], 360, smoke=True),
     "patch": Stage([*PYTHON, "ponder.benchmarks.patch", "--out", "OUT/results/patch.csv"], 300),
     "profiles": Stage([*PYTHON, "ponder.benchmarks.profiles"], 240),
@@ -128,18 +130,16 @@ def keep(out: Path, state: dict[str, dict]) -> None:
                 archive.add(path, str(path.relative_to(out)))
 
 
-def adopt(out: Path) -> None:
-    """The rows of a run into benchmarks/results/, in place of the same machine's; figures anew."""
-    from ponder.benchmarks.figures import draw
-    from ponder.benchmarks.measure import RESULTS, read, write
+def adopt(out: Path, folder: Path) -> None:
+    """The rows of a run into a folder of results, in place of the same machine's."""
+    from ponder.benchmarks.measure import read, write
 
     for path in sorted((out / "results").glob("*.csv")):
         found = read(path)
         if found is None:  # a table of another kind
-            shutil.copy(path, RESULTS / path.name)
+            shutil.copy(path, folder / path.name)
         else:
-            write(found)
-    draw()
+            write(found, folder)
 
 
 def main() -> None:
@@ -153,7 +153,12 @@ def main() -> None:
     parser.add_argument("--adopt", type=Path, metavar="DIR")
     args = parser.parse_args()
     if args.adopt:
-        return adopt(args.adopt)
+        from ponder.benchmarks.figures import draw
+        from ponder.benchmarks.measure import RESULTS
+
+        adopt(args.adopt, RESULTS)
+        draw()
+        return
     if not args.out:
         parser.error("--out DIR is needed")
     end = time.monotonic() + args.seconds

@@ -18,7 +18,7 @@ def table(rows: list[Row]) -> str:
     for row in rows:
         cases[row.case, row.dtype][row.implementation] = row
     lines = [
-        "| case | ponder, ms | fastest peer | its ms | ratio | TFLOP/s or GB/s | of roofline | MiB |",
+        "| case | ponder, ms | fastest peer | its ms | ratio | TFLOP/s, GB/s | of roofline | MiB |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for (case, dtype), found in cases.items():

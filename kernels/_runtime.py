@@ -140,6 +140,15 @@ def operation(name: str) -> Callable[[Callable], Operation]:
     return functools.partial(Operation, name)
 
 
+def check_device(name: str, x: Tensor, **others: Tensor | None) -> None:
+    """Raise ValueError unless all are on x's device: a kernel would read another's addresses."""
+    for argument, other in others.items():
+        if other is not None and other.device != x.device:
+            raise ValueError(
+                f"{name}: {argument} is on {other.device}; it must be on {x.device}, as the first"
+            )
+
+
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors in autocast's dtype where autocast is on, as torch's matrix products do."""
     first = next(t for t in tensors if t is not None)

@@ -48,6 +48,7 @@ from ._runtime import (
     autocast,
     capability,
     cdiv,
+    check_device,
     grid,
     interpreting,
     operation,
@@ -639,6 +640,7 @@ def attention(  # pyright: ignore[reportInconsistentOverload]  (options are spel
         raise ValueError(
             f"attention: q has {n_heads} heads; they must be a multiple of k's {k.shape[1]}"
         )
+    check_device("attention", q, k=k, v=v)
     q, k, v = autocast(q, k, v)  # pyright: ignore[reportAssignmentType]
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"attention: q is {q.dtype}, k {k.dtype}, v {v.dtype}; they must be alike")

@@ -31,6 +31,7 @@ from ._runtime import (
     Specialization,
     autocast,
     cdiv,
+    check_device,
     next_power_of_2,
     operation,
     use_triton,
@@ -506,6 +507,18 @@ def decode_attention(
     prefix = None if k_prefix is None or v_prefix is None else (k_prefix, v_prefix)
     _check(q, k_cache, v_cache, lengths, block_table)
     _check_options(q, k_cache.shape[1], window, softcap, sinks, prefix, prefix_lengths)
+    check_device(
+        "decode_attention",
+        q,
+        k_cache=k_cache,
+        v_cache=v_cache,
+        lengths=lengths,
+        sinks=sinks,
+        k_prefix=k_prefix,
+        v_prefix=v_prefix,
+        prefix_lengths=prefix_lengths,
+        block_table=block_table,
+    )
     if not use_triton(q):
         return decode_attention_reference(
             q,
