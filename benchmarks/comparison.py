@@ -134,10 +134,13 @@ def copy_ceiling() -> float:
 
 
 def peer(module: str, name: str) -> Any | None:
-    """A function of a package that a user may have; None where it is not installed here."""
+    """A function of a package that a user may have; None where it is not, or not usable here."""
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError):
+        return None
+    except Exception as error:  # of a package that is there and does not fit the rest
+        print(f"{module} cannot be imported here: {type(error).__name__} {error}")
         return None
 
 
