@@ -98,7 +98,8 @@ def run_stage(name: str, out: Path, seconds: float, smoke: bool) -> dict:
     stage = STAGES[name]
     words = [word.replace("OUT", str(out)) for word in stage.words] + ["--smoke"] * smoke
     tiles = out / "tiles.json"
-    adopted = {"PONDER_TILES": str(tiles)} if tiles.exists() and name != "tiles" else {}
+    adopts = tiles.exists() and name != "tiles" and "ponder.benchmarks.isolated" not in words
+    adopted = {"PONDER_TILES": str(tiles)} if adopts else {}
     start = time.monotonic()
     verdict, _ = run_group(words, min(stage.limit, seconds), out / f"{name}.log", **adopted)
     return {"verdict": verdict, "seconds": round(time.monotonic() - start)}

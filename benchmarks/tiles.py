@@ -1,9 +1,10 @@
-"""Which tiles attention's kernels should take on this GPU.
+"""Which tiles the kernels of attention and of the MLPs should take on this GPU.
 
 `python -m ponder.benchmarks.tiles --out FILE` tries other tiles for one kernel at a time, and the
 kernels for Hopper, against what _attention_tiles.py says, on causal and on full attention over 4096
-tokens in bf16. FILE (JSON) then holds what was faster by more than the noise; with
-PONDER_TILES=FILE in the environment ponder takes these, until a person has put them in the table.
+tokens in bf16; then mlp_tiles.py does the same. FILE (JSON) holds what was faster by more than the
+noise; with PONDER_TILES=FILE in the environment ponder takes these, until a person has put them in
+the tables.
 
 Each candidate first runs in a process of its own and must give the right result there: one that
 never ends, or writes where it must not, would take everything after it along.
@@ -18,13 +19,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ponder.benchmarks import mlp_tiles
 from ponder.benchmarks.measure import DEVICE, _machine, milliseconds
 from ponder.kernels import _attention_tiles
 from ponder.kernels._attention_tiles import SPECIALIZED_TILES, Tiles
@@ -111,17 +113,32 @@ def error_of(name: str, dim: int, tiles: Tiles, smoke: bool) -> float:
     return worst
 
 
-def attempt(trial: tuple[str, int, Tiles], smoke: bool) -> str:
+def attempt(what: str, trial: list, smoke: bool) -> str:
     """What is wrong with a candidate, found in a process of its own; empty if nothing is."""
-    name, dim, tiles = trial
     words = [sys.executable, "-m", "ponder.benchmarks.tiles", "--smoke"][: 3 + smoke]
-    words += ["--try", json.dumps([name, dim, asdict(tiles)])]
+    words += ["--try", json.dumps([what, *trial])]
     try:
         run = subprocess.run(words, capture_output=True, text=True, timeout=120)
     except subprocess.TimeoutExpired:
         return "did not end"
     last = ((run.stdout + run.stderr).strip().splitlines() or [""])[-1]
     return "" if run.returncode == 0 else last[:120] or f"exit {run.returncode}"
+
+
+def right(what: str, trials: list[tuple], smoke: bool) -> list[tuple]:
+    """Those of the candidates whose results are right."""
+    plain = [[asdict(x) if is_dataclass(x) else x for x in trial] for trial in trials]
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
+        faults = list(pool.map(lambda trial: attempt(what, trial, smoke), plain))
+    for trial, fault in zip(trials, faults, strict=True):
+        if fault:
+            print(f"left out: {what} {' '.join(map(str, trial))}: {fault}", flush=True)
+    return [trial for trial, fault in zip(trials, faults, strict=True) if not fault]
+
+
+def keep(path: Path | None, found: dict) -> None:
+    if path:
+        path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def label(tiles: Tiles) -> str:
@@ -187,30 +204,31 @@ def main() -> int:
         "--try", dest="trial", help="one candidate: [kernel, head dimension, tiles]"
     )
     args = parser.parse_args()
-    os.environ.pop("PONDER_TILES", None)
     if DEVICE == "cpu":
         if not args.smoke:
             print("tiles: no GPU here, so there is nothing to compare")
             return 0
         os.environ["TRITON_INTERPRET"] = "1"
     if args.trial:
-        name, dim, fields = json.loads(args.trial)
-        error = error_of(name, dim, Tiles(**fields), args.smoke)
+        what, name, *rest, fields = json.loads(args.trial)
+        if what == "mlp":
+            error = mlp_tiles.error_of(name, mlp_tiles.Tile(**fields), args.smoke)
+        else:
+            error = error_of(name, *rest, Tiles(**fields), args.smoke)
         print(f"relative error {error:.1e}")
         return int(not error <= ERROR)
-    trials = list(candidates(args.smoke))
-    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
-        faults = list(pool.map(lambda trial: attempt(trial, args.smoke), trials))
-    for (name, dim, tiles), fault in zip(trials, faults, strict=True):
-        if fault:
-            print(f"left out: {name} D{dim} {label(tiles)}: {fault}")
-    found = best([t for t, fault in zip(trials, faults, strict=True) if not fault], args.smoke)
     chip = module.capability(torch.device(DEVICE))
-    attention = [[name, dim, asdict(tiles)] for (name, dim), tiles in found.items()]
-    text = json.dumps({**_machine(), "capability": chip, "attention": attention}, indent=1)
-    print(text)
-    if args.out:
-        args.out.write_text(text + "\n")
+    found: dict = {**_machine(), "capability": chip}
+    trials = right("attention", list(candidates(args.smoke)), args.smoke)
+    found["attention"] = [[*key, asdict(tiles)] for key, tiles in best(trials, args.smoke).items()]
+    keep(args.out, found)  # what there is if the rest does not end
+    products = right("mlp", list(mlp_tiles.candidates(args.smoke)), args.smoke)
+    found["mlp"] = [
+        [backward, asdict(tile)]
+        for backward, tile in mlp_tiles.best(products, args.smoke, GAIN).items()
+    ]
+    keep(args.out, found)
+    print(json.dumps(found, indent=1))
     return 0
 
 

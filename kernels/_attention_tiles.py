@@ -1,13 +1,10 @@
 """How the attention kernels cut their work, by kernel, chip, number type and head dimension."""
 
 import functools
-import json
-import os
 from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
 
-from ._runtime import next_power_of_2
+from ._runtime import next_power_of_2, tiles_file
 
 
 @dataclass(frozen=True)
@@ -117,13 +114,12 @@ SPECIALIZED_TILES = {
 
 @functools.cache
 def measured() -> tuple[int, dict[tuple[str, int], Tiles]]:
-    """(capability, tiles) of the file that PONDER_TILES names, as `benchmarks tiles` writes it."""
-    path = os.environ.get("PONDER_TILES")
-    if not path:
-        return -1, {}
-    found = json.loads(Path(path).read_text())
-    tiles = {(name, int(block)): Tiles(**fields) for name, block, fields in found["attention"]}
-    return found["capability"], tiles
+    """(capability, tiles) of what was measured on this machine, see `tiles_file`."""
+    found = tiles_file()
+    tiles = {
+        (name, int(block)): Tiles(**fields) for name, block, fields in found.get("attention", ())
+    }
+    return found.get("capability", -1), tiles
 
 
 def block_d(head_dim: int) -> int:

@@ -7,9 +7,11 @@ works where Triton does not exist (macOS, Windows): there every function takes P
 import contextvars
 import functools
 import importlib.util
+import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -173,6 +175,14 @@ def capability(device: torch.device) -> int:
         return 0
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+@functools.cache
+def tiles_file() -> dict[str, Any]:
+    """The tiles that `python -m ponder.benchmarks.tiles` found on this machine, from the file that
+    PONDER_TILES names: {"capability", "attention", "mlp"}. Empty where it names none."""
+    path = os.environ.get("PONDER_TILES")
+    return json.loads(Path(path).read_text()) if path else {}
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:

@@ -1,6 +1,7 @@
 """The benchmarks' own code, on tiny shapes; no time is asserted."""
 
 import csv
+import importlib
 import json
 import subprocess
 import sys
@@ -17,8 +18,10 @@ from ponder.benchmarks.comparison import measure as measure_case
 from ponder.benchmarks.figures import draw, ratios
 from ponder.benchmarks.tables import tables
 from ponder.kernels import _attention_tiles
+from ponder.kernels._runtime import tiles_file
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+mlp = importlib.import_module("ponder.kernels.mlp")
 
 
 @pytest.fixture
@@ -172,18 +175,26 @@ def test_a_file_that_dies_is_a_failure(tmp_path, monkeypatch, capsys):
 
 
 @pytest.fixture
-def tiles_file(tmp_path, monkeypatch):
+def own_file(tmp_path, monkeypatch):
     path = tmp_path / "tiles.json"
     monkeypatch.setenv("PONDER_TILES", str(path))
-    _attention_tiles.measured.cache_clear()
+    caches = tiles_file, _attention_tiles.measured, mlp._measured
+    for cache in caches:
+        cache.cache_clear()
     yield path
-    _attention_tiles.measured.cache_clear()
+    for cache in caches:
+        cache.cache_clear()
 
 
-def test_tiles_of_a_file_are_taken_where_they_were_measured(tiles_file):
+def test_tiles_of_a_file_are_taken_where_they_were_measured(own_file):
     own = _attention_tiles.Tiles(64, 64, 4, 3)
     attention = [["forward", 64, vars(own)], ["backward", 64, vars(own)]]
-    tiles_file.write_text(json.dumps({"capability": 90, "attention": attention}))
+    wide = mlp.Tile(128, 128, 64, num_warps=4, num_stages=4, tma=True)
+    found = {"capability": 90, "attention": attention, "mlp": [[True, vars(wide)]]}
+    own_file.write_text(json.dumps(found))
+    assert mlp._tiles(90, 2, True).by_size == (wide, *mlp._HOPPER_BACKWARD.by_size[1:])
+    assert mlp._tiles(90, 2, False) is mlp._HOPPER_FORWARD
+    assert mlp._tiles(100, 2, True) is mlp._HOPPER_BACKWARD
     choose = _attention_tiles.choose
     assert choose("forward", 64, "bf16", 90, []) == choose("backward", 50, "fp16", 90, []) == own
     table = _attention_tiles.TILES["forward", "large"]
@@ -199,7 +210,7 @@ def test_tiles_are_found_in_the_interpreter(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("the interpreter is for where there is no GPU")
     words = [sys.executable, "-m", "ponder.benchmarks.tiles", "--smoke", "--try"]
-    good = ["backward", 64, vars(_attention_tiles.SPECIALIZED_TILES["backward", 64])]
+    good = ["attention", "backward", 64, vars(_attention_tiles.SPECIALIZED_TILES["backward", 64])]
     run = subprocess.run([*words, json.dumps(good)], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     assert run.stdout.startswith("relative error")
