@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from datetime import date
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,7 @@ class Row:
     date: str
 
 
+@cache  # nvidia-smi and git take a while, and rows are many
 def _machine() -> dict[str, str]:
     versions = provenance.versions()
     facts = provenance.machine()
