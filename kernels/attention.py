@@ -213,9 +213,8 @@ def specializations(capability: int) -> Iterator[Specialization]:
     if capability == 90:
         for (name, block), tiles in SPECIALIZED_TILES.items():
             for head_dim in (block, block - 16):
-                yield _specialization(name, head_dim, "bf16", capability, tiles=tiles)
-            if name == "delta":
-                yield _specialization(name, block, "bf16", capability, ["lse"], tiles=tiles)
+                options = ["lse"] if name == "delta" and head_dim < block else []
+                yield _specialization(name, head_dim, "bf16", capability, options, tiles=tiles)
 
 
 def _aligned(x: Tensor) -> Tensor:

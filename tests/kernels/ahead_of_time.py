@@ -29,14 +29,14 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
 def compile_ahead(spec, target: GPUTarget, *, ones: bool = False):
-    """ones: with the constant 1 for each number of which Triton compiles that as another kernel."""
+    """ones: with the constant 1 in the place of each number in `_may_be_one`."""
     fn = getattr(spec.kernel, "compiled", spec.kernel)  # jit replaces itself once used
     signature, constants, attrs = {}, dict(spec.constexprs), {}
     for i, parameter in enumerate(fn.params):
         name = parameter.name
         assert (name in spec.signature) != (name in spec.constexprs), f"{fn.__name__}: {name}"
         kind = spec.signature.get(name, "constexpr")
-        if ones and kind.startswith("i32") and not parameter.do_not_specialize:
+        if ones and name in _may_be_one(spec):
             kind, constants[name] = "constexpr", 1
         if kind.endswith(":16"):
             kind = kind.removesuffix(":16")
@@ -45,6 +45,13 @@ def compile_ahead(spec, target: GPUTarget, *, ones: bool = False):
     source = ASTSource(fn, signature, constants, attrs)
     options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
     return triton.compile(source, target=target, options=options)
+
+
+def _may_be_one(spec) -> set[str]:
+    """The numbers of which Triton compiles another kernel where they are 1."""
+    fn = getattr(spec.kernel, "compiled", spec.kernel)
+    free = {x.name for x in fn.params if not x.do_not_specialize}
+    return {name for name, kind in spec.signature.items() if kind == "i32"} & free
 
 
 def resources(asm: dict) -> tuple[int, int]:
@@ -128,7 +135,7 @@ def main() -> None:
             print(f"FAULT {label}: {value} is a 32-bit product in an address")
         if spec.matrix and args.chip == "90" and "wgmma" not in kernel.asm["ptx"]:
             print(f"FAULT {label}: no wgmma")
-        if not spec.constexprs.get("TMA"):  # its rows are longer
+        if _may_be_one(spec):
             last[spec.kernel.__name__] = spec
     for spec in last.values():
         compile_ahead(spec, target, ones=True)
