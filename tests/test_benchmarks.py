@@ -116,7 +116,7 @@ def test_tables_say_what_the_rows_say(tmp_path):
 
 
 def stage(code, **more):
-    return on_gpu.Stage([sys.executable, "-c", code], **more)
+    return on_gpu.Stage([sys.executable, "-c", code], **{"least": 0, **more})
 
 
 def test_stages_fail_and_end_one_by_one(tmp_path, monkeypatch, capsys):
@@ -127,7 +127,7 @@ def test_stages_fail_and_end_one_by_one(tmp_path, monkeypatch, capsys):
         "good": stage("import os; print('seen', os.environ.get('PONDER_TILES'))"),
         "bad": stage("print('reason'); raise SystemExit(3)"),
         "endless": stage(child.format(late.replace("'", '"')), limit=1.0),
-        "absent": on_gpu.Stage(["no-such-program"]),
+        "absent": on_gpu.Stage(["no-such-program"], least=0),
         "last": stage("open('OUT/results/x.csv', 'w').write('a,b\\n')"),
         "long": stage("", least=1e9),
     }
