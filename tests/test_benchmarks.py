@@ -205,7 +205,7 @@ def test_tiles_of_a_file_are_taken_where_they_were_measured(own_file):
     assert choose("backward", 128, "bf16", 90, []) is None
 
 
-def test_tiles_are_found_in_the_interpreter(tmp_path):
+def test_a_candidate_is_proven_in_a_process_of_its_own(tmp_path):
     pytest.importorskip("triton", reason="Triton is not installed here")
     if torch.cuda.is_available():
         pytest.skip("the interpreter is for where there is no GPU")
