@@ -31,12 +31,12 @@ HOPPER = [
 INTERPRETED = [Tile(32, 64, 32, num_warps=4, num_stages=1, tma=True)]
 
 
-def take(backward: bool, tile: Tile | None) -> None:
-    """Let the kernel take this tile where the table has its widest."""
+def take(direction: bool, tile: Tile | None) -> None:
+    """Let the kernel, of the backward or not, take this tile where the table has its widest."""
 
-    def tiles(capability: int, itemsize: int, back: bool) -> Tiles:
-        found = _table(capability, itemsize, back)
-        if tile is None or back != backward:
+    def tiles(device_capability: int, itemsize: int, backward: bool) -> Tiles:
+        found = _table(device_capability, itemsize, backward)
+        if tile is None or backward != direction:
             return found
         return Tiles((tile, *found.by_size[1:]), found.unaligned)
 
