@@ -18,11 +18,12 @@ check: .venv/.installed-dev
 bench: .venv/.installed-dev
 	$(BIN)/python -m ponder.benchmarks
 
-# Every kernel configuration, compiled for sm_80, sm_90 and sm_100 by each Triton that is supported.
+# Every kernel configuration, compiled for each chip by each Triton that is supported.
 TRITONS ?= 3.6.0 3.7.1 3.8.0 3.9.0
+CHIPS ?= 80 90 100 120 gfx942
 compile: $(TRITONS:%=.venv/triton-%)
 	for version in $(TRITONS); do echo "Triton $$version"; PYTHONPATH=.venv/triton-$$version \
-	  $(BIN)/python -m pytest -q -n auto tests/kernels/test_compile.py || exit 1; done
+	  CHIPS="$(CHIPS)" $(BIN)/python -m pytest -q -n auto tests/kernels/test_compile.py || exit 1; done
 
 .venv/triton-%: | .venv/.installed-dev
 	$(BIN)/python -m pip install -q --no-deps --target $@ triton==$*

@@ -1,8 +1,9 @@
 """`python -m ponder.benchmarks [GROUP ...] [--only TEXT]`: what this machine can compare.
 
 Kernels are compared on a GPU alone: on a CPU the functions are PyTorch's own. Rows land in
-benchmarks/results/ case by case, so that a run that is cut short keeps what it has; then the
-figures in docs/figures/ are drawn anew. --smoke tries the code on tiny shapes and keeps nothing.
+benchmarks/results/ (or --out) case by case, so that a run that is cut short keeps what it has, and
+with --resume goes on there; then the figures in docs/figures/ are drawn anew. --smoke tries the
+code on tiny shapes and keeps nothing.
 """
 
 import argparse
@@ -18,35 +19,49 @@ from ponder.benchmarks import (
     overhead,
     pointwise,
     sampling,
-    tiles,
     train_step,
 )
 from ponder.benchmarks.comparison import measure
 from ponder.benchmarks.figures import draw
-from ponder.benchmarks.measure import DEVICE, RESULTS, WRONG, Row, write
+from ponder.benchmarks.measure import DEVICE, RESULTS, WRONG, Row, read, write
 
 CASES = {
     module.__name__.rpartition(".")[2]: module.cases
-    for module in (attention, mlp, losses, pointwise, decode, tiles)
+    for module in (attention, mlp, losses, pointwise, decode)
 }
+CASES["mlp_autotuned"] = mlp.autotuned
 RUNS = {"overhead": overhead.run}
-WHOLE = {"train_step": train_step.run, "sampling": sampling.run}
+WHOLE = ("train_step", "sampling")
 GROUPS = [*CASES, *RUNS, *WHOLE]
-BY_NAME_ALONE = ("tiles",)  # compares our kernels with themselves
+BY_NAME_ALONE = ("mlp_autotuned",)  # minutes of compiling for each case
 
 
-def results(group: str, only: str, smoke: bool) -> Iterator[list[Row]]:
-    """The rows of a group, as they come."""
+def measured(folder: Path) -> set[tuple[str, str]]:
+    """(benchmark, case) of every row that is there."""
+    found = [read(path) or [] for path in folder.glob("*.csv")]
+    return {(row.benchmark, row.case) for rows in found for row in rows}
+
+
+def results(
+    group: str, only: str, smoke: bool, done: set[tuple[str, str]] | None = None
+) -> Iterator[list[Row]]:
+    """The rows of a group, as they come, but for those of `done`."""
+    done = done or set()
     if group in WHOLE:
-        if not smoke:
-            yield WHOLE[group]()
+        if smoke:
+            return
+        if group == "sampling":
+            yield from sampling.run(done={case for benchmark, case in done if benchmark == group})
+        elif group not in {benchmark for benchmark, _ in done}:
+            yield train_step.run()
     elif DEVICE == "cpu" and not smoke:
         print(f"{group}: no GPU here, so there is nothing to compare")
     elif group in RUNS:
         yield list(RUNS[group](smoke))
     else:
         for case in CASES[group](smoke):
-            if only in case.name:
+            cases = {(case.benchmark, f"{case.name} {mode}") for mode in case.modes}
+            if only in case.name and not cases <= done:
                 yield list(measure(case, repeats=2 if smoke else 20))
 
 
@@ -56,12 +71,14 @@ def main() -> int:
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name has it")
     parser.add_argument("--smoke", action="store_true", help="try the code, keep nothing")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the folder of the CSV files")
+    parser.add_argument("--resume", action="store_true", help="leave out cases that --out has")
     args = parser.parse_args()
     unknown = set(args.groups) - set(GROUPS)
     if unknown:
         parser.error(f"no group is named {', '.join(unknown)}; there are {', '.join(GROUPS)}")
     for group in args.groups or [g for g in GROUPS if g not in BY_NAME_ALONE]:
-        for rows in results(group, args.only, args.smoke):
+        done = measured(args.out) if args.resume else set()
+        for rows in results(group, args.only, args.smoke, done):
             if not args.smoke:
                 write(rows, args.out)
     if not args.smoke and args.out == RESULTS:

@@ -13,8 +13,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ponder import kernels
-from ponder.benchmarks.comparison import Case, Inputs, peer, tensor
+from ponder.benchmarks.comparison import Case, Inputs, compiled, peer, tensor
 from ponder.benchmarks.measure import DEVICE
+from ponder.kernels._attention_tiles import choose
+from ponder.kernels._runtime import capability
 
 
 def _first_head(inputs: Inputs) -> Inputs:
@@ -55,7 +57,7 @@ def _flash(causal: bool, window: int | None = None) -> dict[str, Callable[..., T
 def _compiled_flex():
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention)
+    return compiled(flex_attention)
 
 
 def _flex(visible: Callable | None, length: int) -> Callable[..., Tensor]:
@@ -80,12 +82,17 @@ def cases(smoke: bool) -> Iterator[Case]:
                     "sdpa cudnn": _sdpa(SDPBackend.CUDNN_ATTENTION, causal),
                     **_flash(causal),
                 }
+                ours = {"ponder": lambda q, k, v, c=causal: kernels.attention(q, k, v, causal=c)}
+                if choose("backward", dim, "bf16", capability(torch.device(DEVICE)), ()):
+                    ours["ponder, one pass"] = lambda q, k, v, c=causal: kernels.attention(
+                        q, k, v, causal=c, deterministic=False
+                    )
                 visible = (lambda b, h, i, j: i >= j) if causal else None
                 yield Case(
                     "attention",
                     f"B{batch} H{heads} T{length} D{dim} {'causal' if causal else 'full'}",
                     {
-                        "ponder": lambda q, k, v, c=causal: kernels.attention(q, k, v, causal=c),
+                        **ours,
                         **({} if smoke else flash | {"flex_attention": _flex(visible, length)}),
                     },
                     [tensor(*shape) for _ in range(3)],

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ponder.benchmarks.measure import DEVICE, Row, milliseconds, rows
+from ponder.benchmarks.measure import DEVICE, Row, left_out, milliseconds, rows
 
 BF16 = torch.bfloat16
 MODES = ("forward", "forward+backward")
@@ -36,12 +36,19 @@ class Case:
 
 def measure(case: Case, *, repeats: int = 20) -> Iterator[Row]:
     """The rows of a case; what is wrong gets none."""
-    errors = {name: _error(case, f) for name, f in case.implementations.items()}
+    errors: dict[str, float] = {}
+    for name, f in case.implementations.items():
+        try:
+            errors[name] = _error(case, f)
+        except Exception as error:  # a peer that cannot run here must not end the comparison
+            reason = str(error).strip().partition("\n")[0][:120]
+            kind = type(error).__name__
+            left_out(name, f"{case.benchmark} {case.name}: {name} fails: {kind} {reason}")
     for mode in case.modes:
         # Inputs of their own: some implementations write over theirs.
         works = {
-            name: _work(f, [_leaf(x, x.dtype) for x in case.inputs], mode)
-            for name, f in case.implementations.items()
+            name: _work(case.implementations[name], [_leaf(x, x.dtype) for x in case.inputs], mode)
+            for name in errors
         }
         flops = case.flops * (1.0 if mode == "forward" else 1.0 + case.backward)
         nbytes = case.nbytes.get(mode)
@@ -127,11 +134,22 @@ def copy_ceiling() -> float:
 
 
 def peer(module: str, name: str) -> Any | None:
-    """A function of a package that a user may have; None where it is not installed here."""
+    """A function of a package that a user may have; None where it is not, or not usable here."""
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError):
         return None
+    except Exception as error:  # of a package that is there and does not fit the rest
+        print(f"{module} cannot be imported here: {type(error).__name__} {error}")
+        return None
+
+
+def compiled(f: Callable, **options: Any) -> Callable:
+    """`torch.compile` for each shape anew: after eight of them, it would go on uncompiled."""
+    from torch._dynamo import config
+
+    config.recompile_limit, config.accumulated_recompile_limit = 1000, 10000
+    return torch.compile(f, dynamic=False, **options)
 
 
 def tensor(*shape: int, scale: float = 1.0, grad: bool = True) -> Tensor:

@@ -1,10 +1,13 @@
 """Every kernel once, forward and backward, on shapes with remainders: work for a memory checker.
 
-`compute-sanitizer --tool memcheck python -m ponder.benchmarks.every_kernel`, or racecheck or
-initcheck. Small, as a checker makes a kernel tens of times slower; what it computes is the tests'
-matter.
+`PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m
+ponder.benchmarks.every_kernel [DTYPE ...]`, or racecheck. (PyTorch's allocator hands out parts of
+large blocks, and a checker sees no step from one part into the next.) Small, as a checker makes a
+kernel tens of times slower; what it computes is the tests' matter. With PONDER_TILES the kernels of
+that file are among them.
 """
 
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -13,7 +16,7 @@ from torch import Tensor
 from ponder import kernels
 from ponder.benchmarks.measure import DEVICE, synchronize
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def calls(dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -28,6 +31,11 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
 
     for head_dim in (32, 64, 80, 128, 256):
         yield f"attention {head_dim}", attention(head_dim, causal=head_dim != 80)
+    for head_dim in (64, 128):  # the lengths that the kernels for Hopper take
+        q, k, v = (tensor(2, 2, 196, head_dim) for _ in range(3))
+        yield f"attention {head_dim}, two passes", kernels.attention(q, k, v)
+        once = kernels.attention(q, k, v, deterministic=False)
+        yield f"attention {head_dim}, one pass", once
     documents = torch.arange(197, device=DEVICE).expand(2, -1) // 50
     options = dict(window=70, segment_ids=documents, softcap=20.0, sinks=tensor(4))
     slopes = torch.rand(4, device=DEVICE)
@@ -78,7 +86,7 @@ def without_gradient(dtype: torch.dtype) -> None:
 
 
 def main() -> None:
-    for dtype in DTYPES:
+    for dtype in [DTYPES[name] for name in sys.argv[1:] or DTYPES]:
         for name, output in calls(dtype):
             output.float().square().sum().backward()
             synchronize()

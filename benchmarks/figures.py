@@ -102,7 +102,7 @@ def figure(benchmark: str, machine: str, rows: list[dict[str, str]], path: Path)
 def draw(results: Path = RESULTS, folder: Path = FIGURES) -> list[Path]:
     """Every figure that the result files allow; their paths."""
     drawn = []
-    for source in sorted(set(results.glob("*.csv")) - {results / "tiles.csv"}):
+    for source in sorted(results.glob("*.csv")):
         machines: dict[str, list[dict[str, str]]] = defaultdict(list)
         with open(source, newline="") as file:
             for row in csv.DictReader(file):

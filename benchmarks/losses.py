@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from ponder import kernels
-from ponder.benchmarks.comparison import Case, peer, tensor
+from ponder.benchmarks.comparison import Case, compiled, peer, tensor
 from ponder.benchmarks.measure import DEVICE
 
 
@@ -26,7 +26,7 @@ def cases(smoke: bool) -> Iterator[Case]:
             "eager": eager,
         }
         if not smoke:
-            implementations["torch.compile"] = torch.compile(eager)
+            implementations["torch.compile"] = compiled(eager)
         if own:
             implementations["torch linear_cross_entropy"] = lambda x, w, t=targets: own(x, w, t)
         if liger:

@@ -1,11 +1,13 @@
 """Timing side by side, and the rows of benchmarks/results/*.csv."""
 
 import csv
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from datetime import date
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +44,7 @@ class Row:
     date: str
 
 
+@cache  # nvidia-smi and git take a while, and rows are many
 def _machine() -> dict[str, str]:
     versions = provenance.versions()
     facts = provenance.machine()
@@ -56,7 +59,8 @@ def _machine() -> dict[str, str]:
         "driver": driver,
         "torch": versions["torch"],
         "triton": versions.get("triton", ""),
-        "commit": provenance.commit()[:12],
+        # A copy without .git is told which commit it is.
+        "commit": provenance.commit()[:12] or os.environ.get("PONDER_COMMIT", "")[:12],
         "date": date.today().isoformat(),
     }
 
@@ -105,6 +109,13 @@ def peak_mib(work: Callable[[], object]) -> float | str:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
+def left_out(name: str, fault: str) -> None:
+    """Say what gets no row; ponder's own fault is remembered."""
+    print(fault, flush=True)
+    if name == "ponder":
+        WRONG.append(fault)
+
+
 def rows(
     benchmark: str,
     case: str,
@@ -130,10 +141,7 @@ def rows(
     for name, work in implementations.items():
         error = errors.get(name, 0.0)
         if allowed is not None and not error <= allowed:
-            fault = f"{benchmark} {case}: {name} is wrong by {error:.2e} and left out"
-            print(fault)
-            if name == "ponder":
-                WRONG.append(fault)
+            left_out(name, f"{benchmark} {case}: {name} is wrong by {error:.2e} and left out")
             continue
         good[name] = work
     times = milliseconds(good, repeats=repeats, warmup=warmup)
@@ -165,6 +173,15 @@ def row(
     p20, p50, p80 = np.quantile(times, (0.2, 0.5, 0.8)).round(4).tolist()
     more = dict.fromkeys(("tflops", "gb_per_s", "roofline", "peak_mib", "error"), "") | more
     return Row(benchmark, case, dtype, implementation, p20, p50, p80, **more, **_machine())
+
+
+def read(path: Path) -> list[Row] | None:
+    """The rows of a file of `write`; None if it is a table of another kind."""
+    with open(path, newline="") as file:
+        table = csv.DictReader(file)
+        if list(table.fieldnames or []) != [f.name for f in fields(Row)]:
+            return None
+        return [Row(**line) for line in table]  # type: ignore[arg-type]  (numbers as text)
 
 
 def write(measured: list[Row], folder: Path = RESULTS) -> None:

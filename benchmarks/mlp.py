@@ -1,17 +1,18 @@
 """gated_mlp and mlp against eager PyTorch, torch.compile and Liger.
 
+`autotuned` has torch.compile's "max-autotune" instead, which compiles for a minute and more a case.
+
 The ceiling of the roofline column is the FLOP/s of the same products alone, by torch's own matrix
 product: forward, and all of them backward.
 """
 
 from collections.abc import Callable, Iterator
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ponder import kernels
-from ponder.benchmarks.comparison import Case, peer, tensor
+from ponder.benchmarks.comparison import Case, compiled, peer, tensor
 from ponder.benchmarks.measure import milliseconds
 
 
@@ -41,10 +42,18 @@ def _products(inputs: list[Tensor]) -> Callable[[], None]:
 
 
 def cases(smoke: bool) -> Iterator[Case]:
+    return _cases("mlp", smoke)
+
+
+def autotuned(smoke: bool) -> Iterator[Case]:
+    return _cases("mlp_autotuned", smoke)
+
+
+def _cases(benchmark: str, smoke: bool) -> Iterator[Case]:
     swiglu = peer("liger_kernel.transformers.functional", "liger_swiglu")
     relu2 = peer("liger_kernel.transformers.functional", "liger_relu_squared")
-    for width in (64,) if smoke else (768, 1024, 2048, 4096):
-        for tokens in (128,) if smoke else (8192, 65536):
+    for tokens in (128,) if smoke else (8192, 65536):
+        for width in (64,) if smoke else (768, 1024, 2048, 4096):
             for gated in (True, False):
                 inner = width * 8 // 3 // 128 * 128 if gated else 4 * width
                 shapes = [(inner, width)] * (1 + gated) + [(width, inner)]
@@ -57,9 +66,14 @@ def cases(smoke: bool) -> Iterator[Case]:
                     else lambda x, u, d: kernels.mlp(x, u, d, activation="relu2"),
                     "eager": eager,
                 }
-                if not smoke:
+                if benchmark == "mlp_autotuned":
                     mode = "max-autotune-no-cudagraphs"
-                    implementations["torch.compile"] = torch.compile(eager, mode=mode)
+                    own = implementations["ponder"]
+                    implementations = {"ponder": own}
+                    if not smoke:
+                        implementations["torch.compile"] = compiled(eager, mode=mode)
+                elif not smoke:
+                    implementations["torch.compile"] = compiled(eager)
                 if gated and swiglu:
                     implementations["liger"] = lambda x, g, u, d: F.linear(
                         swiglu(F.linear(x, g), F.linear(x, u)), d
@@ -69,7 +83,7 @@ def cases(smoke: bool) -> Iterator[Case]:
                 flops = 2 * tokens * width * inner * len(shapes)
                 times = milliseconds({"products": _products(inputs)}, repeats=10)["products"]
                 yield Case(
-                    "mlp",
+                    benchmark,
                     f"{'gated silu' if gated else 'relu2'} M{tokens} C{width} F{inner}",
                     implementations,
                     inputs,

@@ -1,80 +1,186 @@
 """Everything that only a GPU can tell, in one command, stage by stage.
 
-`python -m ponder.benchmarks.on_gpu --out DIR [--stage NAME ...]` runs each stage as a process of
-its own with a time limit, keeps its log as DIR/NAME.log and copies the CSV files of
-benchmarks/results/ to DIR. A stage that succeeded is not run again into the same DIR; the last
-thing printed is a table of the stages.
+`python -m ponder.benchmarks.on_gpu --out DIR [--seconds N] [--stage NAME ...]` runs each stage as a
+process of its own with a time limit and keeps its log as DIR/NAME.log, the rows of its benchmarks
+in DIR/results, and what it measured of attention's tiles in DIR/tiles.json, which the stages after
+it adopt. A stage that fails, runs out of time or lacks a package does not stop the rest. A stage
+that succeeded is not run again into the same DIR, and one that was cut short keeps the cases that
+it has: so what does not fit into N seconds follows in the next call. The last thing printed is a
+table of the stages; DIR/summary.md has that and the results, DIR/on_gpu.tar.gz all in one file.
+
+`--adopt DIR` copies the rows of such a run into benchmarks/results/ and draws the figures.
 """
 
 import argparse
-import importlib.util
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import tarfile
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parents[1]
-FIGURES = ROOT / "docs" / "figures"
-LIMIT = 480  # seconds a stage
+TESTS = ROOT / "tests"
+PYTHON = [sys.executable, "-u", "-m"]
+BENCHMARKS = [*PYTHON, "ponder.benchmarks", "--out", "OUT/results", "--resume"]
+TESTED = [*PYTHON, "ponder.benchmarks.isolated"]
+SANITIZER = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1"]
+SANITIZER += ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
+EVERY_KERNEL = [*PYTHON, "ponder.benchmarks.every_kernel"]
 
-PYTHON = [sys.executable, "-m"]
-PYTEST = [*PYTHON, "pytest", "-q", "--maxfail=20"]
-if importlib.util.find_spec("xdist"):
-    PYTEST += ["-n", "8"]  # Triton compiles for minutes
-SANITIZER = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
-STAGES: dict[str, list[str]] = {
-    "kernel-tests": [*PYTEST, str(ROOT / "tests" / "kernels")],
-    "memcheck": [*SANITIZER, "memcheck", *PYTHON, "ponder.benchmarks.every_kernel"],
-    "racecheck": [*SANITIZER, "racecheck", *PYTHON, "ponder.benchmarks.every_kernel"],
-    "attention-64": [*PYTHON, "ponder.benchmarks", "attention", "--only", "D64"],
-    "attention-128": [*PYTHON, "ponder.benchmarks", "attention", "--only", "D128"],
-    "tiles": [*PYTHON, "ponder.benchmarks", "tiles"],
-    "mlp": [*PYTHON, "ponder.benchmarks", "mlp"],
-    "rest": [*PYTHON, "ponder.benchmarks", "losses", "pointwise", "decode", "overhead"],
-    "train_step": [*PYTHON, "ponder.benchmarks", "train_step"],
-    "patch": [*PYTHON, "ponder.benchmarks.patch"],
-    "profiles": [*PYTHON, "ponder.benchmarks.profiles"],
-    "sampling": [*PYTHON, "ponder.benchmarks", "sampling"],
-    "all-tests": [*PYTEST, "--ignore", str(ROOT / "tests" / "kernels"), str(ROOT / "tests")],
-    "demo": [*PYTHON, "ponder", "demo", "--out", "OUT/demo"],
+
+@dataclass(frozen=True)
+class Stage:
+    words: Sequence[str]
+    limit: float = 480  # seconds
+    least: float = 60  # seconds below which it is not worth a start
+    smoke: bool = False  # knows --smoke
+
+
+# What the others rest on first: right results, then the tiles, then what README shows first.
+STAGES = {
+    "machine": Stage([*PYTHON, "ponder.benchmarks.machine"], 120, 20, smoke=True),
+    "every-kernel": Stage([*EVERY_KERNEL, "bf16"], 180, 30),
+    "kernel-tests": Stage([*TESTED, str(TESTS / "kernels")], 360),
+    "tiles": Stage(
+        [*PYTHON, "ponder.benchmarks.tiles", "--out", "OUT/tiles.json"], 360, smoke=True
+    ),
+    "attention-64": Stage([*BENCHMARKS, "attention", "--only", "D64"], 300, smoke=True),
+    "attention-128": Stage([*BENCHMARKS, "attention", "--only", "D128"], 300, smoke=True),
+    "mlp": Stage([*BENCHMARKS, "mlp"], 300, smoke=True),
+    "losses": Stage([*BENCHMARKS, "losses", "pointwise"], 240, smoke=True),
+    "decode": Stage([*BENCHMARKS, "decode", "overhead"], 120, 30, smoke=True),
+    "train_step": Stage([*BENCHMARKS, "train_step"], 240, smoke=True),
+    "memcheck": Stage([*SANITIZER, "memcheck", *EVERY_KERNEL, "bf16"], 300),
+    "racecheck": Stage([*SANITIZER, "racecheck", *EVERY_KERNEL, "bf16"]),
+    "sampling": Stage([*BENCHMARKS, "sampling"], 360, smoke=True),
+    "patch": Stage([*PYTHON, "ponder.benchmarks.patch", "--out", "OUT/results/patch.csv"], 300),
+    "profiles": Stage([*PYTHON, "ponder.benchmarks.profiles"], 240),
+    "demo": Stage([*PYTHON, "ponder", "demo", "--out", "OUT/demo"]),
+    "all-tests": Stage([*TESTED, "--skip", str(TESTS / "kernels"), str(TESTS)]),
+    "mlp-autotuned": Stage([*BENCHMARKS, "mlp_autotuned"], smoke=True),
 }
 
 
-def run_stage(name: str, out: Path) -> dict:
-    words = [word.replace("OUT", str(out)) for word in STAGES[name]]
+def run_group(
+    words: Sequence[str], seconds: float, log: Path | None = None, **environment: str
+) -> tuple[str, str]:
+    """(verdict, output) of a command whose child processes, too, end at its time limit."""
+    try:
+        process = subprocess.Popen(
+            words,
+            stdout=open(log, "w") if log else subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            errors="replace",
+            env=os.environ | environment,
+            start_new_session=True,
+        )
+    except FileNotFoundError:
+        return f"no {words[0]}", ""
+    try:
+        output = process.communicate(timeout=seconds)[0]
+        verdict = "ok" if process.returncode == 0 else f"exit {process.returncode}"
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output = process.communicate()[0]
+        verdict = f"over {seconds:.0f} s"
+    return verdict, output or ""
+
+
+def run_stage(name: str, out: Path, seconds: float, smoke: bool) -> dict:
+    stage = STAGES[name]
+    words = [word.replace("OUT", str(out)) for word in stage.words] + ["--smoke"] * smoke
+    tiles = out / "tiles.json"
+    adopts = tiles.exists() and name != "tiles" and "ponder.benchmarks.isolated" not in words
+    adopted = {"PONDER_TILES": str(tiles)} if adopts else {}
     start = time.monotonic()
-    with open(out / f"{name}.log", "w") as log:
-        try:
-            status = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT, timeout=LIMIT)
-            verdict = "ok" if status.returncode == 0 else f"exit {status.returncode}"
-        except subprocess.TimeoutExpired:
-            verdict = f"over {LIMIT} s"
-        except FileNotFoundError:
-            verdict = f"no {words[0]}"
-    for path in (*RESULTS.glob("*.csv"), *FIGURES.glob("*.png")):
-        shutil.copy(path, out / path.name)
+    verdict, _ = run_group(words, min(stage.limit, seconds), out / f"{name}.log", **adopted)
     return {"verdict": verdict, "seconds": round(time.monotonic() - start)}
+
+
+def stage_table(state: dict[str, dict]) -> str:
+    return "\n".join(
+        f"{name:14} {found['verdict']:12} {found['seconds']:5} s" for name, found in state.items()
+    )
+
+
+def keep(out: Path, state: dict[str, dict]) -> None:
+    """Write down how far it came, so that a run that is killed has all that came before."""
+    from ponder.benchmarks.tables import tables
+
+    (out / "stages.json").write_text(json.dumps(state, indent=1))
+    machine = out / "machine.log"
+    parts = ["# Stages", f"```\n{stage_table(state)}\n```"]
+    if machine.exists():
+        parts += ["# Machine", f"```\n{machine.read_text().strip()}\n```"]
+    (out / "summary.md").write_text("\n\n".join([*parts, tables(out / "results")]) + "\n")
+    packed = out / "on_gpu.tar.gz"
+    with tarfile.open(packed, "w:gz") as archive:
+        for path in sorted(out.iterdir()):
+            if path != packed and path.name != "demo":
+                archive.add(path, path.name)
+        for path in (out / "demo" / "report", out / "demo" / "train" / "metrics.jsonl"):
+            if path.exists():
+                archive.add(path, str(path.relative_to(out)))
+
+
+def adopt(out: Path, folder: Path) -> None:
+    """The rows of a run into a folder of results, in place of the same machine's."""
+    from ponder.benchmarks.measure import read, write
+
+    for path in sorted((out / "results").glob("*.csv")):
+        found = read(path)
+        if found is None:  # a table of another kind
+            shutil.copy(path, folder / path.name)
+        else:
+            write(found, folder)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--stage", choices=STAGES, nargs="*", default=list(STAGES))
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="of all stages")
+    parser.add_argument(
+        "--smoke", action="store_true", help="what has tiny shapes, to try the code"
+    )
+    parser.add_argument("--adopt", type=Path, metavar="DIR")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    state_file = args.out / "stages.json"
+    if args.adopt:
+        from ponder.benchmarks.figures import draw
+        from ponder.benchmarks.measure import RESULTS
+
+        adopt(args.adopt, RESULTS)
+        draw()
+        return
+    if not args.out:
+        parser.error("--out DIR is needed")
+    end = time.monotonic() + args.seconds
+    out = args.out.resolve()
+    (out / "results").mkdir(parents=True, exist_ok=True)
+    state_file = out / "stages.json"
     state = json.loads(state_file.read_text()) if state_file.exists() else {}
-    for name in args.stage:
-        if state.get(name, {}).get("verdict") != "ok":
-            state[name] = run_stage(name, args.out)
-            state_file.write_text(json.dumps(state, indent=1))
-            if state[name]["verdict"] != "ok":
-                print("\n".join((args.out / f"{name}.log").read_text().splitlines()[-15:]))
-    for name, found in state.items():
-        print(f"{name:14} {found['verdict']:12} {found['seconds']:5} s")
+    for name in [n for n in args.stage if not args.smoke or STAGES[n].smoke]:
+        left = end - time.monotonic() - 10  # for packing
+        if state.get(name, {}).get("verdict") == "ok":
+            continue
+        if left < STAGES[name].least:
+            state.setdefault(name, {"verdict": "not started", "seconds": 0})
+            continue
+        state[name] = run_stage(name, out, left, args.smoke)
+        keep(out, state)
+        print(f"{name}: {state[name]['verdict']}, {state[name]['seconds']} s", flush=True)
+        if state[name]["verdict"] != "ok":
+            print("\n".join((out / f"{name}.log").read_text().splitlines()[-15:]), flush=True)
+    keep(out, state)
+    print(stage_table(state))
 
 
 if __name__ == "__main__":

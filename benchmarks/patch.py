@@ -189,6 +189,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     if options.table:
         return print(table())
@@ -215,7 +216,7 @@ def main() -> None:
                 dict(model=kind, implementation=name) | own | measured.get(name, {}) | facts
             )
         print(rows[-len(implementations)])
-    with RESULTS.open("w", newline="") as file:
+    with options.out.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="")
         writer.writeheader()
         writer.writerows(rows)

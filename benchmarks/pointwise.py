@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ponder import kernels
-from ponder.benchmarks.comparison import Case, peer, tensor
+from ponder.benchmarks.comparison import Case, compiled, peer, tensor
 from ponder.benchmarks.measure import DEVICE
 
 LIGER = "liger_kernel.transformers.functional"
@@ -29,7 +29,7 @@ def _case(
     """passes: how often the first input's bytes move in the forward, and in the backward pass."""
     implementations = {"ponder": ours, "eager": eager}
     if not smoke:
-        implementations["torch.compile"] = torch.compile(eager)
+        implementations["torch.compile"] = compiled(eager)
     if liger:
         implementations["liger"] = liger
     forward, backward = (count * inputs[0].nbytes for count in passes)

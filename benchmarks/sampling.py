@@ -14,8 +14,9 @@ bandwidth, and peak_mib on a CPU what the process grew by. --profile prints wher
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -29,8 +30,9 @@ from ponder.models import GPT
 
 PROMPT, NEW = 64, 64
 EOS = CONFIG.vocab_size - 1
-BATCHES = (64, 256) if DEVICE == "cpu" else (1, 16, 64, 256, 1024, 4096)
+BATCHES = (64, 256) if DEVICE == "cpu" else (64, 1024, 16, 256, 4096, 1)  # most telling first
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+USUAL_DTYPES = tuple(DTYPES) if DEVICE == "cpu" else ("bf16",)
 PEERS = ("generate", "generate static", "generate_batch")
 # On a CPU `generate_batch` took 7 GB and did not end in two minutes: only where it is asked for.
 USUAL = PEERS[:2] if DEVICE == "cpu" else PEERS
@@ -128,17 +130,22 @@ def _compiled(peer):
     return torch.compile(type(peer).forward.__get__(peer), dynamic=False)
 
 
+def case_of(batch: int, each: int) -> str:
+    return f"{PROMPT}-token prompts, {NEW} new, batch {batch}, {each} of each prompt"
+
+
 def run(
-    batches=BATCHES, eachs=(1, 16), dtypes=tuple(DTYPES), peers=USUAL, compiled: bool = False
-) -> list[Row]:
-    return [
-        found
-        for name in dtypes
-        for batch in batches
-        for each in eachs
-        if each <= batch
-        for found in _run(name, batch, each, peers, compiled)
-    ]
+    batches=BATCHES,
+    eachs=(1, 16),
+    dtypes=USUAL_DTYPES,
+    peers=USUAL,
+    compiled: bool = False,
+    done: Collection[str] = (),
+) -> Iterator[list[Row]]:
+    """The rows of each case, as they come, but for the cases of `done`."""
+    for name, batch, each in product(dtypes, batches, eachs):
+        if each <= batch and case_of(batch, each) not in done:
+            yield _run(name, batch, each, peers, compiled)
 
 
 def _run(name: str, batch: int, each: int, peers, compiled: bool) -> list[Row]:
@@ -155,7 +162,7 @@ def _run(name: str, batch: int, each: int, peers, compiled: bool) -> list[Row]:
         counted.append(sample(model, prompts, dtype))
         synchronize()
 
-    case = f"{PROMPT}-token prompts, {NEW} new, batch {batch}, {each} of each prompt"
+    case = case_of(batch, each)
     label = f"{case}, {name}"
     works: dict[str, Callable[[], object]] = {"ponder": ours}
     for peer_name, work in _peers(peer, prompts, compiled).items():
@@ -222,7 +229,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--batch", type=int, nargs="+", default=BATCHES)
     parser.add_argument("--each", type=int, nargs="+", default=(1, 16))
-    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=tuple(DTYPES))
+    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=USUAL_DTYPES)
     parser.add_argument("--peer", choices=PEERS, nargs="*", default=USUAL)
     parser.add_argument("--compiled", action="store_true", help="compile the static cache's peer")
     parser.add_argument("--profile", action="store_true", help="print ours by operation instead")
@@ -231,7 +238,8 @@ def main() -> None:
         for name in args.dtype:
             profile(args.batch[0], args.each[0], name)
     else:
-        write(run(args.batch, args.each, args.dtype, args.peer, args.compiled))
+        for rows in run(args.batch, args.each, args.dtype, args.peer, args.compiled):
+            write(rows)
 
 
 if __name__ == "__main__":

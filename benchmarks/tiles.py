@@ -1,22 +1,38 @@
-"""The tiles of attention's kernels against each other: how _attention_tiles.py is to be chosen.
+"""Which tiles the kernels of attention and of the MLPs should take on this GPU.
 
-`python -m ponder.benchmarks tiles`, on a GPU. In each case one kernel takes other tiles and the
-rest keep theirs; "ponder" is what the table says today. To be looked at by a person, who then
-changes the table: a tile that wins by less than the noise is no reason to.
+`python -m ponder.benchmarks.tiles --out FILE` tries other tiles for one kernel at a time, and the
+kernels for Hopper, against what _attention_tiles.py says, on causal and on full attention over 4096
+tokens in bf16; then mlp_tiles.py does the same. FILE (JSON) holds what was faster by more than the
+noise; with PONDER_TILES=FILE in the environment ponder takes these, until a person has put them in
+the tables.
+
+Each candidate first runs in a process of its own and must give the right result there: one that
+never ends, or writes where it must not, would take everything after it along.
 """
 
+import argparse
 import importlib
+import json
+import os
+import statistics
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ponder import kernels
-from ponder.benchmarks.comparison import Case, tensor
+from ponder.benchmarks import mlp_tiles
+from ponder.benchmarks.measure import DEVICE, _machine, milliseconds
+from ponder.kernels import _attention_tiles
 from ponder.kernels._attention_tiles import SPECIALIZED_TILES, Tiles
 
 module = importlib.import_module("ponder.kernels.attention")
+Found = dict[tuple[str, int], Tiles]
 
 PLAIN = [
     Tiles(*numbers)
@@ -30,72 +46,193 @@ PLAIN = [
         (64, 64, 4, 3),
     )
 ]
-SPECIALIZED = {
-    "forward": [
-        Tiles(*shape, 4, stages, specialized=True)
-        for shape in ((128, 128), (128, 64))
-        for stages in (2, 3)
-    ],
-    "backward_kv": [Tiles(64, 128, 4, stages, specialized=True) for stages in (2, 3)],
+HOPPER = {
+    "forward": [(128, 128, 4, 2), (128, 128, 4, 3), (128, 64, 4, 2), (128, 64, 4, 3)],
+    "backward_q": [(128, 128, 4, 2), (128, 64, 4, 2), (128, 64, 4, 3), (64, 64, 4, 3)],
+    "backward_kv": [(64, 128, 4, 2), (64, 128, 4, 3)],
+    "backward": [(64, 128, 8, 2), (64, 128, 8, 3), (64, 64, 8, 2), (128, 128, 8, 2)],
 }
-_choose = module.choose
-_taken: dict[str, Tiles] = {}
+GAIN = 0.98  # of the time before: what is less than 2 % faster is not worth a change
+ERROR = 2e-2  # relative, in norm, of bf16 against fp32
 
 
-def _chosen(name: str, *rest) -> Tiles:
-    return _taken.get(name) or _choose(name, *rest)
+def take(found: Found) -> None:
+    """Let the kernels take these tiles, and those of the table where there is none."""
+    chip = module.capability(torch.device(DEVICE))
+    _attention_tiles.measured = lambda: (chip, found)
 
 
-def _attention(causal: bool, taken: dict[str, Tiles]) -> Callable[..., Tensor]:
-    def call(q, k, v):
-        _taken.clear()
-        _taken.update(taken)  # for the backward pass too, which follows at once
-        return kernels.attention(q, k, v, causal=causal)
+def tensors(dim: int, smoke: bool) -> list[Tensor]:
+    """q, k, v and the gradient of the output."""
+    torch.manual_seed(0)
+    shape = (1, 1, 128, dim) if smoke else (4, 16, 4096, dim)
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter has no bf16
+    return [torch.randn(shape, device=DEVICE).to(dtype) for _ in range(4)]
 
-    return call
+
+def forward(inputs: list[Tensor], causal: bool, deterministic: bool = True):
+    q, k, v, _ = inputs
+    rules = None, None, None, causal, None, None, q.shape[-1] ** -0.5, deterministic
+    out, lse = module._attention(q, k, v, None, *rules)
+    return out, lse, rules
 
 
-def _fits(call: Callable, inputs: list[Tensor]) -> bool:
-    """Whether the kernels compile and find room on this GPU."""
+def backward(inputs: list[Tensor], causal: bool, deterministic: bool) -> Callable:
+    """The backward pass alone, as a call."""
+    q, k, v, dout = inputs
+    out, lse, rules = forward(inputs, causal, deterministic)
+    return lambda: module._attention_backward(dout, None, q, k, v, out, lse, *rules)
+
+
+def candidates(smoke: bool) -> Iterator[tuple[str, int, Tiles]]:
+    hopper = module.capability(torch.device(DEVICE)) in (90, 0)
+    for dim in (64,) if smoke else (64, 128):
+        for name, shapes in HOPPER.items():
+            specialized = [Tiles(*numbers, specialized=True) for numbers in shapes] * hopper
+            plain = PLAIN if name in module.KERNELS else []
+            for tiles in (plain[:1] + specialized[:1]) if smoke else plain + specialized:
+                yield name, dim, tiles
+
+
+def error_of(name: str, dim: int, tiles: Tiles, smoke: bool) -> float:
+    """The largest relative error with this candidate: of out, dq, dk and dv, causal and full."""
+    take({(name, dim): tiles})
+    inputs, worst = tensors(dim, smoke), 0.0
+    for causal in (True, False):
+        deterministic = name != "backward"
+        out, *_ = forward(inputs, causal)
+        grads = backward(inputs, causal, deterministic)()[:3]
+        # The truth of one head in fp32, as much as memory holds.
+        leaves = [x[:1, :1].float().requires_grad_() for x in inputs[:3]]
+        truth = F.scaled_dot_product_attention(*leaves, is_causal=causal)
+        wanted = torch.autograd.grad(truth, leaves, inputs[3][:1, :1].float())
+        for a, b in zip((out, *grads), (truth.detach(), *wanted), strict=True):
+            worst = max(worst, ((a[:1, :1].float() - b).norm() / b.norm()).item())
+            if not a.isfinite().all():
+                return float("inf")
+    return worst
+
+
+def attempt(what: str, trial: list, smoke: bool) -> str:
+    """What is wrong with a candidate, found in a process of its own; empty if nothing is."""
+    words = [sys.executable, "-m", "ponder.benchmarks.tiles", "--smoke"][: 3 + smoke]
+    words += ["--try", json.dumps([what, *trial])]
     try:
-        torch.autograd.grad(call(*inputs).sum(), inputs)
-    except Exception as error:  # of Triton's own kinds, which differ between its versions
-        print(f"  left out: {type(error).__name__} {str(error).splitlines()[0][:80]}")
-        return False
-    return True
+        run = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    except subprocess.TimeoutExpired:
+        return "did not end"
+    last = ((run.stdout + run.stderr).strip().splitlines() or [""])[-1]
+    return "" if run.returncode == 0 else last[:120] or f"exit {run.returncode}"
 
 
-def cases(smoke: bool) -> Iterator[Case]:
-    module.choose = _chosen
-    batch, heads, length = (1, 1, 128) if smoke else (4, 16, 4096)
-    for dim in (64, 128):
-        for causal in (True, False):
-            inputs = [tensor(batch, heads, length, dim) for _ in range(3)]
-            whole = {n: t for (n, d), t in SPECIALIZED_TILES.items() if d == dim}
-            trials = [(name, {name: t}) for name in module.KERNELS for t in PLAIN]
-            trials += [(name, {name: t}) for name, ts in SPECIALIZED.items() for t in ts]
-            for kernel in module.KERNELS:
-                calls = {"ponder": _attention(causal, {})}
-                if kernel in whole:
-                    calls["all specialized"] = _attention(causal, whole)
-                for name, taken in trials:
-                    if name == kernel and not smoke:
-                        t = taken[name]
-                        kind = " specialized" if t.specialized else ""
-                        label = f"{t.block_t}x{t.block_s} w{t.num_warps} s{t.num_stages}{kind}"
-                        call = _attention(causal, taken)
-                        if _fits(call, inputs):
-                            calls[label] = call
-                yield Case(
-                    "tiles",
-                    f"{kernel} B{batch} H{heads} T{length} D{dim} {'causal' if causal else 'full'}",
-                    calls,
-                    inputs,
-                    lambda q, k, v, c=causal: F.scaled_dot_product_attention(q, k, v, is_causal=c),
-                    modes=("forward",) if kernel == "forward" else ("forward+backward",),
-                    flops=4 * batch * heads * length * length * dim * (0.5 if causal else 1.0),
-                    backward=2.5,
-                    part=lambda inputs: [x[:1, :1] for x in inputs],
-                )
-    _taken.clear()
-    module.choose = _choose
+def right(what: str, trials: list[tuple], smoke: bool) -> list[tuple]:
+    """Those of the candidates whose results are right."""
+    plain = [[asdict(x) if is_dataclass(x) else x for x in trial] for trial in trials]
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
+        faults = list(pool.map(lambda trial: attempt(what, trial, smoke), plain))
+    for trial, fault in zip(trials, faults, strict=True):
+        if fault:
+            print(f"left out: {what} {' '.join(map(str, trial))}: {fault}", flush=True)
+    return [trial for trial, fault in zip(trials, faults, strict=True) if not fault]
+
+
+def keep(path: Path | None, found: dict) -> None:
+    if path:
+        path.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def label(tiles: Tiles) -> str:
+    kind = " Hopper" if tiles.specialized else ""
+    return f"{tiles.block_t}x{tiles.block_s} w{tiles.num_warps} s{tiles.num_stages}{kind}"
+
+
+def times(
+    name: str, inputs: list[Tensor], options: dict[str, Found], smoke: bool
+) -> dict[str, float]:
+    """The time with each of some tiles over that with the first: the mean of causal and full."""
+    ratios: dict[str, list[float]] = {key: [] for key in options}
+    for causal in (True, False):
+        works = {}
+        for key, found in options.items():
+            one_pass = ("backward", inputs[0].shape[-1]) in found
+
+            def work(found=found, one_pass=one_pass, causal=causal):
+                take(found)
+                if name == "forward":
+                    forward(inputs, causal)
+                else:
+                    passes[one_pass, causal]()
+
+            works[key] = work
+        take({})
+        passes = {
+            (one_pass, causal): backward(inputs, causal, not one_pass) for one_pass in (True, False)
+        }
+        taken = milliseconds(works, repeats=2 if smoke else 15, warmup=1 if smoke else 2)
+        medians = {key: statistics.median(series) for key, series in taken.items()}
+        first = next(iter(medians.values()))
+        for key, value in medians.items():
+            kind = "causal" if causal else "full"
+            print(f"{name:12} D{inputs[0].shape[-1]:<4} {kind:7} {key:24} {value:8.3f} ms")
+            ratios[key].append(value / first)
+    return {key: statistics.geometric_mean(values) for key, values in ratios.items()}
+
+
+def best(trials: list[tuple[str, int, Tiles]], smoke: bool) -> Found:
+    """The tiles that beat the table's, of those that are right."""
+    found: Found = {}
+    for dim in sorted({dim for _, dim, _ in trials}):
+        inputs = tensors(dim, smoke)
+        for name in HOPPER:  # "backward" last: it must beat the two passes as chosen
+            options = {"ponder": {}} if name != "backward" else {"two passes": dict(found)}
+            for _, _, tiles in (t for t in trials if t[:2] == (name, dim)):
+                own = {**found, (name, dim): tiles} if name == "backward" else {(name, dim): tiles}
+                options[label(tiles)] = own
+            ratios = times(name, inputs, options, smoke)
+            winner = min(ratios, key=lambda key: ratios[key])
+            print(f"{name} D{dim}: {winner}, {ratios[winner]:.3f} of the time before", flush=True)
+            if ratios[winner] < GAIN:
+                found[name, dim] = options[winner][name, dim]
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes, in the interpreter too")
+    parser.add_argument(
+        "--try", dest="trial", help="one candidate: [kernel, head dimension, tiles]"
+    )
+    args = parser.parse_args()
+    if DEVICE == "cpu":
+        if not args.smoke:
+            print("tiles: no GPU here, so there is nothing to compare")
+            return 0
+        os.environ["TRITON_INTERPRET"] = "1"
+    if args.trial:
+        what, name, *rest, fields = json.loads(args.trial)
+        if what == "mlp":
+            error = mlp_tiles.error_of(name, mlp_tiles.Tile(**fields), args.smoke)
+        else:
+            error = error_of(name, *rest, Tiles(**fields), args.smoke)
+        print(f"relative error {error:.1e}")
+        return int(not error <= ERROR)
+    chip = module.capability(torch.device(DEVICE))
+    found: dict = {**_machine(), "capability": chip}
+    trials = right("attention", list(candidates(args.smoke)), args.smoke)
+    found["attention"] = [[*key, asdict(tiles)] for key, tiles in best(trials, args.smoke).items()]
+    keep(args.out, found)  # what there is if the rest does not end
+    products = right("mlp", list(mlp_tiles.candidates(args.smoke)), args.smoke)
+    found["mlp"] = [
+        [backward, asdict(tile)]
+        for backward, tile in mlp_tiles.best(products, args.smoke, GAIN).items()
+    ]
+    keep(args.out, found)
+    print(json.dumps(found, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    # Today's tiles of the kernels for Hopper are among the candidates, but for "delta".
+    assert {name for name, _ in SPECIALIZED_TILES} == {*HOPPER, "delta"}
+    sys.exit(main())

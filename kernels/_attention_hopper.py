@@ -2,8 +2,10 @@
 
 Triton specializes a loop that is single and whose steps are alike, and nothing that it reads from
 before may have come through a pointer. So every tile is masked, and of the options only causal is
-known here. (The pass to the queries is not: it starts from rows of lse and of dout · out, which
-would have to be aligned for TMA.) Names, shapes and conventions: _attention_kernels.
+known here; and the pass to the queries takes lse and delta by TMA, from rows that must start at
+multiples of 16 bytes (a multiple of four queries), delta from a kernel of its own. A descriptor
+takes no stride of 0: the launcher copies what is expanded. Names, shapes and conventions:
+_attention_kernels.
 """
 
 from ._attention_kernels import _store_rows
@@ -17,7 +19,7 @@ def _rows(ptr, stride, n_rows, head_dim, ROWS: tl.constexpr, BLOCK_D: tl.constex
     return tl.make_tensor_descriptor(
         ptr,
         [n_rows, head_dim],
-        # A single row's stride may be 0, which a descriptor does not take.
+        # The launcher calls a single row's stride 0, which a descriptor does not take.
         [tl.maximum(stride, 16), 1],  # pyright: ignore  (it must stay the constant 1)
         [ROWS, BLOCK_D],
     )
@@ -122,6 +124,90 @@ def attention_forward_specialized_kernel(
     _store_rows(out_ptr, b_out, o_t, stride_out_t, n_queries, head_dim_v, BLOCK_DV)
     b_lse = tl.where(b_sum == 0.0, float("-inf"), b_max + tl.log2(divisor))
     tl.store(lse_ptr + o_t, b_lse, mask=o_t < n_queries)
+
+
+@jit(do_not_specialize=["n_heads", "group", "n_queries", "n_keys", "offset", "width"])
+def attention_backward_q_specialized_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    dout_ptr,
+    dq_ptr,
+    lse_ptr,
+    delta_ptr,
+    stride_q_b,
+    stride_q_h,
+    stride_q_t,
+    stride_k_b,
+    stride_k_h,
+    stride_k_s,
+    stride_v_b,
+    stride_v_h,
+    stride_v_s,
+    stride_dout_b,
+    stride_dout_h,
+    stride_dout_t,
+    stride_dq_b,
+    stride_dq_h,
+    stride_dq_t,
+    n_heads,
+    group,
+    n_queries,
+    n_keys,
+    offset,
+    head_dim,
+    head_dim_v,
+    scale,
+    score_scale,
+    cap_scale,
+    slopes_ptr,
+    q_spans_ptr,
+    kv_spans_ptr,
+    width,
+    MASK_D: tl.constexpr,
+    MASK_DV: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    n_blocks = tl.cdiv(n_queries, BLOCK_T)
+    i_head = tl.program_id(0) // n_blocks
+    start_t = (n_blocks - 1 - tl.program_id(0) % n_blocks) * BLOCK_T  # longest first
+    i_b = (i_head // n_heads).to(tl.int64)
+    i_h = (i_head % n_heads).to(tl.int64)
+    q_ptr += i_b * stride_q_b + i_h * stride_q_h
+    k_ptr += i_b * stride_k_b + i_h // group * stride_k_h
+    v_ptr += i_b * stride_v_b + i_h // group * stride_v_h
+    dout_ptr += i_b * stride_dout_b + i_h * stride_dout_h
+    dq_ptr += i_b * stride_dq_b + i_h * stride_dq_h
+    lse_ptr += i_head.to(tl.int64) * n_queries
+    delta_ptr += i_head.to(tl.int64) * n_queries
+    if head_dim_v is None:
+        head_dim_v = head_dim
+    keys = _rows(k_ptr, stride_k_s, n_keys, head_dim, BLOCK_S, BLOCK_D)
+    values = _rows(v_ptr, stride_v_s, n_keys, head_dim_v, BLOCK_S, BLOCK_DV)
+    o_t = start_t + tl.arange(0, BLOCK_T)
+    b_q = _rows(q_ptr, stride_q_t, n_queries, head_dim, BLOCK_T, BLOCK_D).load([start_t, 0])
+    b_dout = _rows(dout_ptr, stride_dout_t, n_queries, head_dim_v, BLOCK_T, BLOCK_DV).load(
+        [start_t, 0]
+    )
+    b_lse = tl.make_tensor_descriptor(lse_ptr, [n_queries], [1], [BLOCK_T]).load([start_t])
+    b_delta = tl.make_tensor_descriptor(delta_ptr, [n_queries], [1], [BLOCK_T]).load([start_t])
+    b_dq = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
+    end = tl.maximum(tl.minimum(start_t + BLOCK_T + offset, n_keys), 0)
+    for start_s in tl.range(0, end, BLOCK_S, warp_specialize=True):
+        b_k = keys.load([start_s, 0])
+        b_score = tl.dot(b_q, b_k.T)
+        o_s = start_s + tl.arange(0, BLOCK_S)
+        seen = (o_s < n_keys)[None, :] & near(o_t[:, None], o_s[None, :], offset, width)
+        b_p = tl.exp2(b_score * score_scale - b_lse[:, None])
+        b_p = tl.where(seen, b_p, 0.0)
+        b_v = values.load([start_s, 0])
+        b_dp = tl.dot(b_dout, b_v.T)
+        b_dscore = b_p * (b_dp - b_delta[:, None])
+        b_dq = tl.dot(b_dscore.to(b_k.dtype), b_k, b_dq)
+    _store_rows(dq_ptr, b_dq * scale, o_t, stride_dq_t, n_queries, head_dim, BLOCK_D)
 
 
 @jit(do_not_specialize=["n_heads", "group", "n_queries", "n_keys", "offset", "width"])

@@ -1,9 +1,10 @@
 """How the attention kernels cut their work, by kernel, chip, number type and head dimension."""
 
+import functools
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from ._runtime import next_power_of_2
+from ._runtime import next_power_of_2, tiles_file
 
 
 @dataclass(frozen=True)
@@ -92,15 +93,33 @@ WITH_OPTIONS = {
 }
 
 
-# For the kernels of _attention_hopper, which know no option but causal, on sm_90 in 16 bits. They
-# compile without spilling and are right in the interpreter, but no GPU has timed them: so nothing
-# chooses them yet but benchmarks/tiles.py.
+# For the kernels of _attention_hopper and _attention_one_pass, which know no option but causal, on
+# sm_90 in 16 bits. They compile without spilling and are right in the interpreter, but no GPU has
+# timed them: so nothing chooses them yet but benchmarks/tiles.py, or a file that it wrote.
+# "backward" is the one pass where gradients need not repeat; "delta" is a row's dout · out, which
+# two of the others start from.
 SPECIALIZED_TILES = {
     ("forward", 64): Tiles(128, 128, 4, 3, specialized=True),
     ("forward", 128): Tiles(128, 128, 4, 2, specialized=True),
+    ("backward_q", 64): Tiles(128, 64, 4, 3, specialized=True),
+    ("backward_q", 128): Tiles(128, 64, 4, 2, specialized=True),
     ("backward_kv", 64): Tiles(64, 128, 4, 2, specialized=True),
     ("backward_kv", 128): Tiles(64, 128, 4, 2, specialized=True),
+    ("backward", 64): Tiles(64, 128, 8, 2, specialized=True),
+    ("backward", 128): Tiles(64, 128, 8, 2, specialized=True),
+    ("delta", 64): Tiles(64, 16, 4, 1, specialized=True),
+    ("delta", 128): Tiles(64, 16, 4, 1, specialized=True),
 }
+
+
+@functools.cache
+def measured() -> tuple[int, dict[tuple[str, int], Tiles]]:
+    """(capability, tiles) of what was measured on this machine, see `tiles_file`."""
+    found = tiles_file()
+    tiles = {
+        (name, int(block)): Tiles(**fields) for name, block, fields in found.get("attention", ())
+    }
+    return found.get("capability", -1), tiles
 
 
 def block_d(head_dim: int) -> int:
@@ -109,14 +128,22 @@ def block_d(head_dim: int) -> int:
 
 def choose(
     kernel: str, head_dim: int, dtype: str, capability: int, options: Collection[str]
-) -> Tiles:
-    """The tiles of a kernel that is asked for these options, others than of OPTIONS ignored."""
+) -> Tiles | None:
+    """The tiles of a kernel that is asked for these options; those beyond OPTIONS only say that
+    tiles found without any do not serve. None of "backward": it takes two passes."""
+    block = block_d(head_dim)
+    chip, found = measured()
+    if chip == capability and dtype != "fp32" and not options and (kernel, block) in found:
+        return found[kernel, block]
+    if kernel == "backward":
+        return None
+    if kernel == "delta":
+        return SPECIALIZED_TILES[kernel, block]
     used = OPTIONS.intersection(options)
     if dtype == "fp32" and capability:
         chip = "fp32"
     else:
         large = capability == 90 or (capability in (100, 103) and not used)
         chip = "large" if large else "small"
-    block = block_d(head_dim)
     callers, tiles = WITH_OPTIONS.get((kernel, chip, block), ((), None))
     return tiles if tiles and used.intersection(callers) else TILES[kernel, chip][block]

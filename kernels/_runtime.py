@@ -7,9 +7,11 @@ works where Triton does not exist (macOS, Windows): there every function takes P
 import contextvars
 import functools
 import importlib.util
+import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -140,6 +142,15 @@ def operation(name: str) -> Callable[[Callable], Operation]:
     return functools.partial(Operation, name)
 
 
+def check_device(name: str, x: Tensor, **others: Tensor | None) -> None:
+    """Raise ValueError unless all are on x's device: a kernel would read another's addresses."""
+    for argument, other in others.items():
+        if other is not None and other.device != x.device:
+            raise ValueError(
+                f"{name}: {argument} is on {other.device}; it must be on {x.device}, as the first"
+            )
+
+
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors in autocast's dtype where autocast is on, as torch's matrix products do."""
     first = next(t for t in tensors if t is not None)
@@ -164,6 +175,14 @@ def capability(device: torch.device) -> int:
         return 0
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+@functools.cache
+def tiles_file() -> dict[str, Any]:
+    """The tiles that `python -m ponder.benchmarks.tiles` found on this machine, from the file that
+    PONDER_TILES names: {"capability", "attention", "mlp"}. Empty where it names none."""
+    path = os.environ.get("PONDER_TILES")
+    return json.loads(Path(path).read_text()) if path else {}
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:

@@ -4,7 +4,7 @@
 
 The forward keeps a running maximum and sum over blocks of keys (online softmax) and saves the
 log-sum-exp of each row; the backward computes the scores again from it, in two passes without
-atomics (queries, then keys), so that gradients repeat bit for bit.
+atomics (queries, then keys), so that gradients repeat bit for bit, or in one where they need not.
 
 Milakov and Gimelshein 2018, "Online normalizer calculation for softmax"; Dao 2023,
 "FlashAttention-2", algorithms 1 and 2.
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ._attention_hopper import (
     attention_backward_kv_specialized_kernel,
+    attention_backward_q_specialized_kernel,
     attention_forward_specialized_kernel,
 )
 from ._attention_kernels import (
@@ -39,6 +40,7 @@ from ._attention_masks import (
     spans,
     visible,
 )
+from ._attention_one_pass import attention_backward_kernel, attention_delta_kernel
 from ._attention_tiles import SPECIALIZED_TILES, Tiles, block_d, choose
 from ._runtime import (
     TRITON_TYPE,
@@ -46,13 +48,16 @@ from ._runtime import (
     autocast,
     capability,
     cdiv,
+    check_device,
     grid,
+    interpreting,
     operation,
     use_triton,
 )
 
 MAX_HEAD_DIM = 256
 CPU_SCORES = 512 * 512  # on a CPU, queries × keys up to which bf16 scores are kept in memory
+CONTIGUOUS = torch.contiguous_format
 LOG2_E, LN_2 = math.log2(math.e), math.log(2)
 
 
@@ -99,7 +104,10 @@ KERNELS = {
 
 SPECIALIZED = {
     "forward": attention_forward_specialized_kernel,
+    "backward_q": attention_backward_q_specialized_kernel,
     "backward_kv": attention_backward_kv_specialized_kernel,
+    "backward": attention_backward_kernel,
+    "delta": attention_delta_kernel,
 }
 
 
@@ -111,8 +119,12 @@ def _masks(head_dim: int, dtype: str) -> bool:
     return head_dim != block_d(head_dim) or dtype == "fp32"  # fp32: slow enough for one variant
 
 
-def _constants(head_dim: int, head_dim_v: int, dtype: str, tiles: Tiles) -> dict[str, Any]:
-    return dict(
+def _constants(
+    name: str, head_dim: int, head_dim_v: int, dtype: str, tiles: Tiles
+) -> dict[str, Any]:
+    # The interpreter has no reduction by TMA.
+    tma = dict(TMA=not interpreting()) if name == "backward" else {}
+    return tma | dict(
         MASK_D=_masks(head_dim, dtype),
         MASK_DV=_masks(head_dim_v, dtype),
         BLOCK_T=tiles.block_t,
@@ -133,6 +145,9 @@ OPTIONS = dict(
 )
 
 
+FP32 = ("lse_ptr", "delta_ptr", "dlse_ptr", "sinks_ptr", "slopes_ptr", "dq_sum_ptr")
+
+
 def _specialization(
     name: str,
     head_dim: int,
@@ -142,18 +157,18 @@ def _specialization(
     head_dim_v: int | None = None,
     tiles: Tiles | None = None,
 ) -> Specialization:
-    if tiles is None:
-        tiles = choose(name, max(head_dim, head_dim_v or 0), dtype, capability, options)
+    tiles = tiles or choose(name, max(head_dim, head_dim_v or 0), dtype, capability, options)
+    assert tiles, f"no tiles for {name}"
     kernel = _kernel(name, tiles)
     unused = {x for option, xs in OPTIONS.items() if option not in options for x in xs}
     if head_dim_v is None:
         unused.add("head_dim_v")
     signature = {}
-    constants = _constants(head_dim, head_dim_v or head_dim, dtype, tiles)
+    constants = _constants(name, head_dim, head_dim_v or head_dim, dtype, tiles)
     for argument in inspect.signature(kernel.fn).parameters:
         if argument in unused:
             constants[argument] = None
-        elif argument in ("lse_ptr", "delta_ptr", "dlse_ptr", "sinks_ptr", "slopes_ptr"):
+        elif argument in FP32:
             signature[argument] = "*fp32:16"
         elif argument.endswith("spans_ptr"):
             signature[argument] = "*i32:16"
@@ -171,7 +186,7 @@ def _specialization(
         constants,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
-        matrix=dtype != "fp32",  # IEEE products of fp32 take no matrix unit
+        matrix=dtype != "fp32" and name != "delta",  # IEEE products of fp32 take no matrix unit
     )
 
 
@@ -198,7 +213,8 @@ def specializations(capability: int) -> Iterator[Specialization]:
     if capability == 90:
         for (name, block), tiles in SPECIALIZED_TILES.items():
             for head_dim in (block, block - 16):
-                yield _specialization(name, head_dim, "bf16", capability, tiles=tiles)
+                options = ["lse"] if name == "delta" and head_dim < block else []
+                yield _specialization(name, head_dim, "bf16", capability, options, tiles=tiles)
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -206,7 +222,7 @@ def _aligned(x: Tensor) -> Tensor:
     aligned = x.stride(-1) == 1 and x.data_ptr() % 16 == 0
     if aligned and all(stride % 16 == 0 for stride in _strides(x)):
         return x
-    return x.clone(memory_format=torch.contiguous_format)
+    return x.clone(memory_format=CONTIGUOUS)
 
 
 def _like(x: Tensor, head_dim: int | None = None) -> Tensor:
@@ -217,14 +233,17 @@ def _like(x: Tensor, head_dim: int | None = None) -> Tensor:
             return x.new_empty(batch, length, n_heads, head_dim).transpose(1, 2)
         return x.new_empty(batch, n_heads, length, head_dim)
     y = torch.empty_like(x)
-    contiguous = torch.contiguous_format
-    return y if y.stride(-1) == 1 else torch.empty_like(x, memory_format=contiguous)
+    return y if y.stride(-1) == 1 else torch.empty_like(x, memory_format=CONTIGUOUS)
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:
     """Of all dimensions but the last; 0 where there is one entry, whose stride means nothing."""
     sizes_strides = zip(x.shape[:-1], x.stride()[:-1], strict=True)
     return tuple(stride if size > 1 else 0 for size, stride in sizes_strides)
+
+
+def _expanded(x: Tensor) -> bool:
+    return any(size > 1 and not stride for size, stride in zip(x.shape, x.stride(), strict=True))
 
 
 @dataclass(frozen=True)
@@ -239,36 +258,56 @@ class Scores:
     softcap: float | None
     scale: float
 
+    sinks: Tensor | None = None
+
     @property
     def options(self) -> list[str]:
         values = dict(
-            alibi=self.slopes, segments=self.q_spans, window=self.window, softcap=self.softcap
+            alibi=self.slopes,
+            segments=self.q_spans,
+            window=self.window,
+            softcap=self.softcap,
+            sinks=self.sinks,
         )
         return [name for name, value in values.items() if value is not None]
+
+
+Shapes = tuple[Tensor, Tensor, Tensor]  # q, k and v, whose sizes are meant
+
+
+def _tiles(name: str, like: Shapes, scores: Scores) -> Tiles | None:
+    q, _, v = like
+    asked = scores.options
+    if q.shape[2] % 4 or q.shape[3] != v.shape[3]:  # see _attention_hopper: lse's rows, by TMA
+        asked = [*asked, "unaligned"]
+    widest = max(q.shape[3], v.shape[3])
+    return choose(name, widest, TRITON_TYPE[q.dtype], capability(q.device), asked)
 
 
 def _launch(
     name: str,
     tensors: list[Tensor],
     rows: Sequence[Tensor | None],
-    like: tuple[Tensor, Tensor, Tensor],
+    like: Shapes,
     scores: Scores,
 ) -> None:
     """Run one kernel on `tensors` (B, H, length, D) and `rows` (B, Hq, T), sized as q, k and v.
 
-    There is a program for each block of queries, or of keys in "backward_kv", of each head.
+    There is a program for each block of queries, or in "backward_kv" and "backward" of keys, of
+    each head.
     """
     (batch, n_heads, n_queries, head_dim), (_, n_kv_heads, n_keys, _), v_shape = (
         x.shape for x in like
     )
-    device, head_dim_v = like[0].device, v_shape[3]
-    dtype = TRITON_TYPE[like[0].dtype]
-    widest = max(head_dim, head_dim_v)
-    tiles = choose(name, widest, dtype, capability(device), scores.options)
+    head_dim_v, dtype = v_shape[3], TRITON_TYPE[like[0].dtype]
+    tiles = _tiles(name, like, scores)
+    assert tiles, f"no tiles for {name}"
+    if tiles.specialized:
+        tensors = [x.clone(memory_format=CONTIGUOUS) if _expanded(x) else x for x in tensors]
     offset, width = diagonal(n_queries, n_keys, scores.causal, scores.window)
     # A score is unit · (tanh(cap_scale · q · k) or q · k - slope · distance), slopes in that unit.
     unit = scores.scale if scores.softcap is None else scores.softcap
-    if name == "backward_kv":
+    if name in ("backward_kv", "backward"):
         n_programs = cdiv(n_keys, tiles.block_s) * batch * n_kv_heads
     else:
         n_programs = cdiv(n_queries, tiles.block_t) * batch * n_heads
@@ -291,7 +330,7 @@ def _launch(
             scores.q_spans,
             scores.kv_spans,
             width,
-            **_constants(head_dim, head_dim_v, dtype, tiles),
+            **_constants(name, head_dim, head_dim_v, dtype, tiles),
             num_warps=tiles.num_warps,
             num_stages=tiles.num_stages,
         )
@@ -310,13 +349,16 @@ def _attention(
     window: int | None,
     softcap: float | None,
     scale: float,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(out in q's layout, log-sum-exp to base 2 (B, Hq, T)); all D are multiples of 16."""
+    """(out in q's layout, log-sum-exp to base 2 (B, Hq, T)); all D are multiples of 16.
+
+    deterministic is for the backward."""
     out = _like(q, v.shape[-1])
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
     rows = [lse, None if sinks is None else sinks * LOG2_E]
-    scores = Scores(slopes, q_spans, kv_spans, causal, window, softcap, scale)
+    scores = Scores(slopes, q_spans, kv_spans, causal, window, softcap, scale, sinks)
     _launch("forward", [q, k, v, out], rows, (q, k, v), scores)
     return out, lse
 
@@ -342,6 +384,7 @@ def _attention_backward(
     window: int | None,
     softcap: float | None,
     scale: float,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, delta); out, log-sum-exp and the rest are as the forward had them.
 
@@ -353,9 +396,21 @@ def _attention_backward(
     dlse = None if dlse is None else (dlse * LOG2_E).contiguous()
     dout, q, k, v, out = (_aligned(x) for x in (dout, q, k, v, out))
     scores = Scores(slopes, q_spans, kv_spans, causal, window, softcap, scale)
-    rows = [lse, delta]
-    _launch("backward_q", [q, k, v, out, dout, dq], [*rows, dlse], (q, k, v), scores)
-    _launch("backward_kv", [q, k, v, dout, dk, dv], rows, (q, k, v), scores)
+    like, rows = (q, k, v), [lse, delta]
+    to_queries = _tiles("backward_q", like, scores)
+    one_pass = not deterministic and _tiles("backward", like, scores) is not None
+    if one_pass or (to_queries and to_queries.specialized):
+        _launch("delta", [out, dout], [delta, dlse], like, scores)
+    if one_pass:
+        dq_sum = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+        _launch("backward", [q, k, v, dout, dq_sum, dk, dv], rows, like, scores)
+        torch.mul(dq_sum, scale, out=dq)
+        return dq, dk, dv, delta
+    if to_queries and to_queries.specialized:
+        _launch("backward_q", [q, k, v, dout, dq], rows, like, scores)
+    else:
+        _launch("backward_q", [q, k, v, out, dout, dq], [*rows, dlse], like, scores)
+    _launch("backward_kv", [q, k, v, dout, dk, dv], rows, like, scores)
     return dq, dk, dv, delta
 
 
@@ -561,8 +616,9 @@ def attention(  # pyright: ignore[reportInconsistentOverload]  (options are spel
 
     return_lse gives (out, lse): lse (B, Hq, T) in fp32 is the natural logarithm of the softmax's
     denominator, sinks included (-inf where that is 0), and may be differentiated too.
-    Gradients repeat bit for bit on a GPU whether `deterministic` is asked for or not: no kernel
-    adds in an order that varies.
+    Gradients repeat bit for bit on a GPU. With deterministic=False they need not: where the tiles
+    in use have a one-pass backward (sm_90, 16 bits, no option but causal; none is chosen by
+    default, as none has been timed), dq is summed in an order that varies.
 
     Raises ValueError for shapes, dtypes or options that do not fit. Sources: Dao 2023,
     "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning", algorithms
@@ -579,10 +635,11 @@ def attention(  # pyright: ignore[reportInconsistentOverload]  (options are spel
             f"attention: {shapes}; k and v must be alike but for v's head dimension, with q's "
             f"batch {batch}, and k with q's head dimension {head_dim}"
         )
-    if k.shape[1] == 0 or n_heads % k.shape[1]:
+    if k.shape[1] == 0 or n_heads == 0 or n_heads % k.shape[1]:
         raise ValueError(
             f"attention: q has {n_heads} heads; they must be a multiple of k's {k.shape[1]}"
         )
+    check_device("attention", q, k=k, v=v)
     q, k, v = autocast(q, k, v)  # pyright: ignore[reportAssignmentType]
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"attention: q is {q.dtype}, k {k.dtype}, v {v.dtype}; they must be alike")
@@ -618,6 +675,7 @@ def attention(  # pyright: ignore[reportInconsistentOverload]  (options are spel
     tables = None, None
     if segments is not None:
         tables = spans(segments) if cu_seqlens is None else packed_spans(cu_seqlens, segments)
-    out, lse = _attention(q, k, v, sinks, slopes, *tables, causal, window, softcap, scale)
+    rules = causal, window, softcap, scale, deterministic
+    out, lse = _attention(q, k, v, sinks, slopes, *tables, *rules)
     out = out[..., :head_dim_v]
     return (out, lse * LN_2) if return_lse else out

@@ -428,19 +428,28 @@ def check_options(
 
 
 def check_targets(
-    name: str, shape: torch.Size, n_classes: int, targets: Tensor, ignore_index: int, reduction: str
+    name: str,
+    logits: Tensor,
+    n_classes: int,
+    targets: Tensor,
+    ignore_index: int,
+    reduction: str,
 ) -> Tensor:
-    """The targets, flat and int64; ValueError where they do not fit.
+    """The targets, flat and int64; ValueError where they do not fit the rows of `logits`, or of
+    what they are made from.
 
     Their values are looked at on the CPU alone, and not under torch.compile: on a GPU that would
     wait for everything before.
     """
+    shape, device = logits.shape[:-1], logits.device
     if reduction not in REDUCTIONS:
         raise ValueError(f"{name}: reduction is {reduction!r}; it must be one of {REDUCTIONS}")
     if targets.shape != shape:
         raise ValueError(
             f"{name}: targets are {tuple(targets.shape)}; it must be {tuple(shape)}, one a row"
         )
+    if targets.device != device:
+        raise ValueError(f"{name}: targets are on {targets.device}; they must be on {device}")
     if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
         raise ValueError(f"{name}: targets are {targets.dtype}; they must be integers")
     targets = targets.reshape(-1).long()
@@ -515,7 +524,7 @@ def cross_entropy(
     """
     shape, n_cols = logits.shape[:-1], logits.shape[-1]
     options = check_options("cross_entropy", label_smoothing, z_loss, softcap)
-    flat = check_targets("cross_entropy", shape, n_cols, targets, ignore_index, reduction)
+    flat = check_targets("cross_entropy", logits, n_cols, targets, ignore_index, reduction)
     if not use_triton(logits):
         rows = logits.reshape(-1, n_cols)
         return on_cpu(rows, flat, ignore_index, options, reduction, shape)

@@ -30,7 +30,9 @@ from ._runtime import (
     TRITON_TYPE,
     Specialization,
     autocast,
+    capability,
     cdiv,
+    check_device,
     next_power_of_2,
     operation,
     use_triton,
@@ -158,13 +160,14 @@ class Tile:
         return dict(BLOCK_M=self.block_m, BLOCK_N=self.block_n, BLOCK_D=self.block_d)
 
 
-def _tile(head_dim: int, element_size: int, prefix: bool = False) -> Tile:
+def _tile(head_dim: int, element_size: int, prefix: bool = False, chip: int = 0) -> Tile:
     """A prefix has many rows: 64, wgmma's least; whatever their number, for it might show in bits.
-    In fp32, which has no wgmma, they would only take registers."""
+    In fp32, which has no wgmma, they would only take registers, and on sm_120 they spill them."""
     block_d = max(32, next_power_of_2(head_dim))
     if prefix and element_size == 2:
         block_n = min(64, 4096 // block_d)
-        return Tile(block_n, block_d, block_m=64, num_warps=4 if block_d < 128 else 8)
+        block_m = 32 if chip >= 120 else 64
+        return Tile(block_n, block_d, block_m, num_warps=4 if block_d < 128 else 8)
     elements = 8192 if element_size == 2 else 2048
     return Tile(min(64, max(16, elements // block_d)), block_d)
 
@@ -181,18 +184,18 @@ def specializations(capability: int) -> Iterator[Specialization]:
     for dtype in (torch.bfloat16, torch.float32):
         for head_dim in (32, 64, 128, 256):
             yield _combine(dtype, head_dim)
-            yield _attend(dtype, head_dim)
-            yield _attend(dtype, head_dim, PREFIX=True)
+            yield _attend(capability, dtype, head_dim)
+            yield _attend(capability, dtype, head_dim, PREFIX=True)
             yield _combine(dtype, head_dim, PREFIX=True, **every)
-            yield _attend(dtype, head_dim, PAGED=True, SOFTCAP=True, **every)
-            yield _attend(dtype, head_dim, PREFIX=True, SOFTCAP=True, WINDOW=True)
+            yield _attend(capability, dtype, head_dim, PAGED=True, SOFTCAP=True, **every)
+            yield _attend(capability, dtype, head_dim, PREFIX=True, SOFTCAP=True, WINDOW=True)
     yield _combine(torch.float16, 128)
     for prefix in (False, True):
-        yield _attend(torch.float16, 128, PREFIX=prefix)
+        yield _attend(capability, torch.float16, 128, PREFIX=prefix)
     for option in ("WINDOW", "SOFTCAP", "SINKS", "PAGED"):
-        yield _attend(torch.bfloat16, MAX_HEAD_DIM, **{option: True})
+        yield _attend(capability, torch.bfloat16, MAX_HEAD_DIM, **{option: True})
         if option in ("WINDOW", "SOFTCAP"):
-            yield _attend(torch.bfloat16, MAX_HEAD_DIM, PREFIX=True, **{option: True})
+            yield _attend(capability, torch.bfloat16, MAX_HEAD_DIM, PREFIX=True, **{option: True})
 
 
 def _pointers(dtype: torch.dtype) -> dict[str, str]:
@@ -216,9 +219,9 @@ def _combine(dtype: torch.dtype, head_dim: int, **options: bool) -> Specializati
     )
 
 
-def _attend(dtype: torch.dtype, head_dim: int, **options: bool) -> Specialization:
+def _attend(chip: int, dtype: torch.dtype, head_dim: int, **options: bool) -> Specialization:
     prefix = options.get("PREFIX", False)
-    tile = _tile(head_dim, dtype.itemsize, prefix)
+    tile = _tile(head_dim, dtype.itemsize, prefix, chip)
     element = f"*{TRITON_TYPE[dtype]}:16"
     strides = [f"stride_{x}_{d}" for x in "qkv" for d in ("row", "head", "token")]
     numbers = "n_kv_head group n_new n_split samples window page_size n_blocks".split()
@@ -275,7 +278,7 @@ def _decode_attention(
     def attend(k: Tensor, v: Tensor, partial: Tensor, lse: Tensor, prefix: bool) -> None:
         split = PREFIX_SPLIT if prefix else SPLIT
         positions = prefix_capacity if prefix else capacity
-        tile = _tile(head_dim, q.element_size(), prefix)
+        tile = _tile(head_dim, q.element_size(), prefix, capability(q.device))
         n_caches, rows = n_row, n_head // n_kv_head * n_new
         if prefix:
             n_caches, rows = n_row // samples, rows * samples
@@ -506,6 +509,18 @@ def decode_attention(
     prefix = None if k_prefix is None or v_prefix is None else (k_prefix, v_prefix)
     _check(q, k_cache, v_cache, lengths, block_table)
     _check_options(q, k_cache.shape[1], window, softcap, sinks, prefix, prefix_lengths)
+    check_device(
+        "decode_attention",
+        q,
+        k_cache=k_cache,
+        v_cache=v_cache,
+        lengths=lengths,
+        sinks=sinks,
+        k_prefix=k_prefix,
+        v_prefix=v_prefix,
+        prefix_lengths=prefix_lengths,
+        block_table=block_table,
+    )
     if not use_triton(q):
         return decode_attention_reference(
             q,

@@ -21,7 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._runtime import TRITON_TYPE, Specialization, cdiv, jit, operation, tl, use_triton
+from ._runtime import (
+    TRITON_TYPE,
+    Specialization,
+    cdiv,
+    check_device,
+    jit,
+    operation,
+    tl,
+    use_triton,
+)
 from .cross_entropy import (
     BLOCKS,
     Options,
@@ -452,9 +461,10 @@ def linear_cross_entropy(
             f"linear_cross_entropy: bias is {tuple(bias.shape)}; weight of {tuple(weight.shape)} "
             f"needs ({n_cols},)"
         )
+    check_device("linear_cross_entropy", x, weight=weight, bias=bias)
     shape = x.shape[:-1]
     options = check_options("linear_cross_entropy", label_smoothing, z_loss, softcap)
-    flat = check_targets("linear_cross_entropy", shape, n_cols, targets, ignore_index, reduction)
+    flat = check_targets("linear_cross_entropy", x, n_cols, targets, ignore_index, reduction)
     dtype = _product_dtype(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
     if use_triton(x):

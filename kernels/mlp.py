@@ -16,6 +16,7 @@ x) into h. The backward kernel computes dh = dy w_down, and its epilogue multipl
 activation's derivative and recomputes h, which dw_down needs. The other products are PyTorch's.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -50,6 +51,7 @@ from ._runtime import (
     capability,
     jit,
     operation,
+    tiles_file,
     tl,
     use_triton,
 )
@@ -250,11 +252,25 @@ _INTERPRETER = Tiles(
 )
 
 
+@functools.cache
+def _measured(device_capability: int) -> dict[bool, Tiles]:
+    """Whether for the backward: the tiles with the widest as measured here, see `tiles_file`."""
+    found = tiles_file()
+    if found.get("capability") != device_capability:
+        return {}
+    rest = _HOPPER_FORWARD.by_size[1:]
+    return {
+        backward: Tiles((Tile(**fields), *rest), _UNALIGNED)
+        for backward, fields in found.get("mlp", ())
+    }
+
+
 def _tiles(device_capability: int, itemsize: int, backward: bool) -> Tiles:
     if device_capability == 0:
         return _INTERPRETER
     if itemsize == 2 and device_capability in (90, 100, 103):
-        return _HOPPER_BACKWARD if backward else _HOPPER_FORWARD
+        tiles = _HOPPER_BACKWARD if backward else _HOPPER_FORWARD
+        return _measured(device_capability).get(backward) or tiles
     return _PORTABLE[itemsize]
 
 

@@ -11,7 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._runtime import TRITON_TYPE, Specialization, cdiv, jit, operation, tl, use_triton
+from ._runtime import (
+    TRITON_TYPE,
+    Specialization,
+    cdiv,
+    check_device,
+    jit,
+    operation,
+    tl,
+    use_triton,
+)
 
 REDUCTIONS = ("mean", "sum", "none")
 BLOCK = 4096  # elements of a step, 16 for each of 256 threads
@@ -215,6 +224,7 @@ def mse_loss(input: Tensor, target: Tensor, *, reduction: str = "mean") -> Tenso
             f"mse_loss: target is {tuple(target.shape)} {target.dtype}; it must have input's "
             f"shape {tuple(input.shape)} and dtype {input.dtype}, or fp32"
         )
+    check_device("mse_loss", input, target=target)
     if not use_triton(input):
         wide = torch.promote_types(input.dtype, torch.float32)
         return F.mse_loss(input.to(wide), target.to(wide), reduction=reduction)

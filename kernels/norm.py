@@ -21,6 +21,7 @@ from ._runtime import (
     TRITON_TYPE,
     Specialization,
     cdiv,
+    check_device,
     jit,
     next_power_of_2,
     operation,
@@ -362,6 +363,7 @@ def _normalize(
             f"{name}: residual is {tuple(residual.shape)} {residual.dtype}; it must have x's "
             f"shape {tuple(x.shape)} and dtype {x.dtype}, or fp32"
         )
+    check_device(name, x, weight=weight, bias=bias, residual=residual)
     if not use_triton(x):
         h = x if residual is None else x + residual
         weight, bias = weight.to(h.dtype), None if bias is None else bias.to(h.dtype)

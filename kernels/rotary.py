@@ -18,6 +18,7 @@ from ._runtime import (
     TRITON_TYPE,
     Specialization,
     cdiv,
+    check_device,
     jit,
     next_power_of_2,
     operation,
@@ -266,6 +267,7 @@ def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
             f"rotary: k is {tuple(k.shape)}; beside q of {tuple(q.shape)} it must be "
             f"({n_row}, H, {n_token}, {head_dim})"
         )
+    check_device("rotary", q, k=k, cos=cos, sin=sin)
     if k.dtype != q.dtype:
         raise ValueError(f"rotary: k is {k.dtype}; it must be as q, {q.dtype}")
     angles = (n_token, head_dim // 2)

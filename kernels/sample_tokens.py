@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._runtime import TRITON_TYPE, Specialization, jit, operation, tl, use_triton
+from ._runtime import TRITON_TYPE, Specialization, check_device, jit, operation, tl, use_triton
 
 WORD = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)  # of the counter's words 0 and 2
@@ -275,6 +275,8 @@ def _sample_tokens_kernel(
                 start = n_token
             before = after
 
+    # In a row with a NaN the argmax may lie past the last token.
+    token = tl.minimum(token, n_token - 1)
     tl.store(token_ptr + i_row, token.to(tl.int64))
     logprob = tl.load(row_ptr + token).to(tl.float32) - (best + tl.log(total))
     tl.store(logprob_ptr + i_row, logprob)
@@ -437,6 +439,8 @@ def sample_tokens(
                 f"sample_tokens: {name} is {tuple(x.shape)} {x.dtype}; it must be ({n_row},) int64"
             )
     given = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+    check_device("sample_tokens", logits, seeds=seeds, positions=positions, **tensors)
     given = {name: _checked(name, value, n_row) for name, value in given.items()}
     if not use_triton(logits):
         return sample_tokens_reference(logits, **given, seeds=seeds, positions=positions)

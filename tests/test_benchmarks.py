@@ -1,17 +1,27 @@
 """The benchmarks' own code, on tiny shapes; no time is asserted."""
 
+import csv
+import importlib
+import json
 import subprocess
 import sys
+import tarfile
+import time
 
 import pytest
 import torch
 
-from ponder.benchmarks import measure
+from ponder.benchmarks import isolated, measure, on_gpu
+from ponder.benchmarks.__main__ import measured, results
 from ponder.benchmarks.comparison import Case
 from ponder.benchmarks.comparison import measure as measure_case
 from ponder.benchmarks.figures import draw, ratios
+from ponder.benchmarks.tables import tables
+from ponder.kernels import _attention_tiles
+from ponder.kernels._runtime import tiles_file
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+mlp = importlib.import_module("ponder.kernels.mlp")
 
 
 @pytest.fixture
@@ -44,6 +54,21 @@ def test_ponders_own_fault_is_told(case, monkeypatch):
     assert len(measure.WRONG) == 2 and "ponder is wrong by" in measure.WRONG[0]
 
 
+def test_what_cannot_run_is_left_out(case, monkeypatch, capsys):
+    monkeypatch.setattr(measure, "WRONG", [])
+
+    def absent(x):
+        raise RuntimeError("no available kernel\nand more")
+
+    case.implementations |= {"peer": absent, "wrong": case.implementations["ponder"]}
+    names = {row.implementation for row in measure_case(case, repeats=1)}
+    assert names == {"ponder", "right", "wrong"} and not measure.WRONG
+    assert "peer fails: RuntimeError no available kernel\n" in capsys.readouterr().out
+    case.implementations = {"ponder": absent, "right": case.implementations["right"]}
+    assert {row.implementation for row in measure_case(case, repeats=1)} == {"right"}
+    assert len(measure.WRONG) == 1 and "ponder fails" in measure.WRONG[0]
+
+
 def test_figures_show_each_machine_and_peer(tmp_path):
     def row(name, ms, gpu="A", dtype="bf16"):
         found = measure.row("kernel", "a case", dtype, name, [ms])
@@ -65,3 +90,127 @@ def test_every_group_runs():
     assert run.returncode == 0, run.stderr[-2000:] + run.stdout[-2000:]
     measured = {line.split()[0] for line in run.stdout.splitlines()}
     assert {"attention", "mlp", "losses", "pointwise", "decode"} <= measured
+
+
+def test_a_run_goes_on_at_the_case_where_it_stopped(tmp_path, monkeypatch):
+    cases = [row.case for rows in results("decode", "", True) for row in rows]
+    assert len(set(cases)) > 1
+    measure.write([measure.row("decode", cases[0], "bf16", "ponder", [1.0])], tmp_path)
+    again = [r.case for rows in results("decode", "", True, measured(tmp_path)) for r in rows]
+    assert again == [case for case in cases if case != cases[0]]
+
+
+def test_tables_say_what_the_rows_say(tmp_path):
+    def row(name, ms, case="a case", **more):
+        found = measure.row("kernel", case, "bf16", name, [ms], **more)
+        return measure.Row(**{**vars(found), "gpu": "A"})
+
+    rows = [row("ponder", 2.0, roofline=0.815, tflops=400.0, peak_mib=12.5)]
+    rows += [row("slow", 9.0), row("fast", 3.0), row("fast", 1.0, "without ours")]
+    measure.write(rows, tmp_path)
+    (tmp_path / "other.csv").write_text("model,ms\nllama,1\n")
+    text = tables(tmp_path)
+    assert "# kernel on A" in text
+    assert "| a case, bf16 | 2.000 | fast | 3.000 | 1.50× | 400.0 | 82% | 12 |" in text
+    assert "without ours" not in text and "llama" not in text
+
+
+def stage(code, **more):
+    return on_gpu.Stage([sys.executable, "-c", code], **{"least": 0, **more})
+
+
+def test_stages_fail_and_end_one_by_one(tmp_path, monkeypatch, capsys):
+    """A failure, a missing program and one that never ends, child processes included."""
+    child = "import subprocess, sys; subprocess.run([sys.executable, '-c', '{}'])"
+    late = f"import time; time.sleep(3); open({str(tmp_path / 'late')!r}, 'w')"
+    stages = {
+        "good": stage("import os; print('seen', os.environ.get('PONDER_TILES'))"),
+        "bad": stage("print('reason'); raise SystemExit(3)"),
+        "endless": stage(child.format(late.replace("'", '"')), limit=1.0),
+        "absent": on_gpu.Stage(["no-such-program"], least=0),
+        "last": stage("open('OUT/results/x.csv', 'w').write('a,b\\n')"),
+        "long": stage("", least=1e9),
+    }
+    monkeypatch.setattr(on_gpu, "STAGES", stages)
+    (tmp_path / "tiles.json").write_text("{}")
+    words = ["on_gpu", "--out", str(tmp_path), "--seconds", "60", "--stage", *stages]
+    monkeypatch.setattr(sys, "argv", words)
+    on_gpu.main()
+    verdicts = [
+        found["verdict"] for found in json.loads((tmp_path / "stages.json").read_text()).values()
+    ]
+    assert verdicts == ["ok", "exit 3", "over 1 s", "no no-such-program", "ok", "not started"]
+    assert (tmp_path / "good.log").read_text() == f"seen {tmp_path / 'tiles.json'}\n"
+    assert "reason" in capsys.readouterr().out
+    with tarfile.open(tmp_path / "on_gpu.tar.gz") as archive:
+        assert {"summary.md", "stages.json", "bad.log", "results/x.csv"} <= set(archive.getnames())
+    stages["good"] = stage("raise SystemExit(1)")  # succeeded before: it is not run again
+    stages["bad"] = stage("")
+    on_gpu.main()
+    state = json.loads((tmp_path / "stages.json").read_text())
+    assert state["good"]["verdict"] == state["bad"]["verdict"] == "ok"
+    time.sleep(2)
+    assert not (tmp_path / "late").exists()  # the child ended with its parent
+
+
+def test_a_run_is_adopted(tmp_path):
+    results, own = tmp_path / "run" / "results", tmp_path / "own"
+    rows = [measure.row("kernel", "a case", "bf16", name, [1.0]) for name in ("ponder", "peer")]
+    measure.write(rows, results)
+    (results / "patch.csv").write_text("model,ms\nllama,1\n")
+    on_gpu.adopt(tmp_path / "run", own)
+    with open(own / "kernel.csv", newline="") as file:
+        assert [row["implementation"] for row in csv.DictReader(file)] == ["ponder", "peer"]
+    assert (own / "patch.csv").read_text() == "model,ms\nllama,1\n"
+
+
+def test_a_file_that_dies_is_a_failure(tmp_path, monkeypatch, capsys):
+    """And takes no other along."""
+    (tmp_path / "test_dies.py").write_text("import os\ndef test_x():\n    os.abort()\n")
+    (tmp_path / "test_good.py").write_text("def test_y():\n    pass\n")
+    monkeypatch.setattr(sys, "argv", ["isolated", str(tmp_path)])
+    assert isolated.main() == 1
+    out = capsys.readouterr().out
+    assert "FAILED test_dies.py: exit -6" in out and out.endswith("1 passed, 1 failed\n")
+
+
+@pytest.fixture
+def own_file(tmp_path, monkeypatch):
+    path = tmp_path / "tiles.json"
+    monkeypatch.setenv("PONDER_TILES", str(path))
+    caches = tiles_file, _attention_tiles.measured, mlp._measured
+    for cache in caches:
+        cache.cache_clear()
+    yield path
+    for cache in caches:
+        cache.cache_clear()
+
+
+def test_tiles_of_a_file_are_taken_where_they_were_measured(own_file):
+    own = _attention_tiles.Tiles(64, 64, 4, 3)
+    attention = [["forward", 64, vars(own)], ["backward", 64, vars(own)]]
+    wide = mlp.Tile(128, 128, 64, num_warps=4, num_stages=4, tma=True)
+    found = {"capability": 90, "attention": attention, "mlp": [[True, vars(wide)]]}
+    own_file.write_text(json.dumps(found))
+    assert mlp._tiles(90, 2, True).by_size == (wide, *mlp._HOPPER_BACKWARD.by_size[1:])
+    assert mlp._tiles(90, 2, False) is mlp._HOPPER_FORWARD
+    assert mlp._tiles(100, 2, True) is mlp._HOPPER_BACKWARD
+    choose = _attention_tiles.choose
+    assert choose("forward", 64, "bf16", 90, []) == choose("backward", 50, "fp16", 90, []) == own
+    table = _attention_tiles.TILES["forward", "large"]
+    assert choose("forward", 128, "bf16", 90, []) == table[128]
+    assert choose("forward", 64, "bf16", 90, ["sinks"]) == table[64]
+    assert choose("forward", 64, "fp32", 90, []) != own
+    assert choose("forward", 64, "bf16", 80, []) != own
+    assert choose("backward", 128, "bf16", 90, []) is None
+
+
+def test_a_candidate_is_proven_in_a_process_of_its_own(tmp_path):
+    pytest.importorskip("triton", reason="Triton is not installed here")
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter is for where there is no GPU")
+    words = [sys.executable, "-m", "ponder.benchmarks.tiles", "--smoke", "--try"]
+    good = ["attention", "backward", 64, vars(_attention_tiles.SPECIALIZED_TILES["backward", 64])]
+    run = subprocess.run([*words, json.dumps(good)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.startswith("relative error")

@@ -4,8 +4,8 @@ import inspect
 import pytest
 import torch
 
-from ponder.kernels import attention
-from ponder.kernels._attention_tiles import Tiles
+from ponder.kernels import _attention_tiles, attention
+from ponder.kernels._attention_tiles import SPECIALIZED_TILES, Tiles
 from ponder.kernels.attention import attention_reference
 
 from .numerics import DTYPES, EPSILON, check, relative_error, run
@@ -190,7 +190,7 @@ def test_one_compilation_serves_all_lengths(head_dim, dtype, device):
             q = torch.zeros(2, n_queries, heads, head_dim, dtype=dtype, device=device)
             k = torch.zeros(2, 1, n_keys, head_dim, dtype=dtype, device=device)
             q = q.transpose(1, 2)
-            options = (None, None, None, True, None, None, 1.0)  # slopes, spans, causal, …
+            options = (None, None, None, True, None, None, 1.0, True)  # slopes, spans, causal, …
             out, lse = module._attention(q, k, k, None, *options)
             module._attention_backward(out, None, q, k, k, out, lse, *options)
     found = {compiled_as(*launch) for launch in launches}
@@ -249,7 +249,7 @@ def test_opcheck(device):
     q, k, v = qkv(2, 2, 1, 9, 12, 16, torch.float32, device)
     q = q.transpose(1, 2).contiguous().transpose(1, 2)  # (B, T, H, D) in memory
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    options = (None, None, None, None, True, None, None, 0.25)
+    options = (None, None, None, None, True, None, None, 0.25, True)
     torch.library.opcheck(torch.ops.ponder.attention.default, (*leaves, *options))
 
 
@@ -282,22 +282,92 @@ def test_limits_of_the_kernel_are_named(device):
         attention(*[x.double()[..., :16]] * 3)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_specialized_kernels(case, device, monkeypatch):
-    """Those for Hopper, with tiles small enough for the interpreter to meet several of them."""
+# As above; the lengths of queries are those that the kernels for Hopper take.
+HOPPER_CASES = [
+    (2, 4, 2, 132, 130, 64, True),
+    (1, 4, 1, 72, 131, 80, True),
+    (1, 2, 1, 132, 70, 96, True),
+    (1, 2, 1, 132, 70, 96, False),
+    (3, 4, 2, 4, 67, 64, True),
+]
+
+
+@pytest.fixture
+def hopper(device, monkeypatch):
+    """The kernels for Hopper are chosen, with tiles of which a small input has several."""
     if device == "cuda" and torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("this GPU has no such kernels")
+    block = {"forward": (128, 64), "backward_q": (128, 64), "delta": (64, 16)}
+    found = {
+        (name, dim): Tiles(*block.get(name, (64, 128)), tiles.num_warps, 2, specialized=True)
+        for (name, dim), tiles in SPECIALIZED_TILES.items()
+    }
+    chip = module.capability(torch.device(device))
+    monkeypatch.setattr(_attention_tiles, "measured", lambda: (chip, found))
+    launched, kernel = [], module._kernel
+    monkeypatch.setattr(module, "_kernel", lambda *x: launched.append(x) or kernel(*x))
+    return lambda: [name for name, tiles in launched if tiles.specialized]
 
-    def choose(name, *rest):
-        if name not in module.SPECIALIZED:
-            return tiles(name, *rest)
-        block_t, block_s = (128, 64) if name == "forward" else (64, 128)
-        return Tiles(block_t, block_s, 4, 2, specialized=True)
 
-    tiles = module.choose
-    monkeypatch.setattr(module, "choose", choose)
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("case", HOPPER_CASES, ids=str)
+def test_specialized_kernels(case, deterministic, device, hopper):
     *sizes, causal = case
-    check_attention(qkv(*sizes, torch.float16, device), causal)
+    inputs = qkv(*sizes, torch.float16, device)
+
+    def seen(out, lse):  # a query that sees no key has -inf, whose error is no number
+        return out, lse.masked_fill(lse.isinf(), 0.0)
+
+    options = dict(causal=causal, return_lse=True)
+    check(
+        lambda *x: seen(*attention(*x, **options, deterministic=deterministic)),
+        lambda *x: seen(*attention_reference(*x, **options)),
+        inputs,
+        reduction=inputs[1].shape[2] + inputs[0].shape[2] + inputs[0].shape[3],
+        names="out lse dq dk dv",
+    )
+    backward = ["backward_q", "backward_kv"] if deterministic else ["backward"]
+    assert hopper() == ["forward", "delta", *backward]
+
+
+def test_one_pass_where_keys_past_the_last_would_be_infinite(device, hopper):
+    """Weights exp2(0 - lse) of keys that are not there, where all true scores are far below 0."""
+    q, k, v = qkv(1, 1, 1, 64, 70, 64, torch.float16, device)
+    inputs = [q.abs() * 8, -k.abs() * 8, v]
+    dout = [torch.randn_like(q)]
+    grads = run(lambda *x: attention(*x, causal=False, deterministic=False), inputs, dout)
+    truth = run(lambda *x: attention_reference(*x, False), [x.double() for x in inputs], dout)
+    assert hopper()[-1] == "backward"
+    for a, b in zip(grads, truth, strict=True):
+        assert relative_error(a, b) < 1e-2
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_specialized_kernels_take_expanded_gradients(deterministic, device, hopper):
+    """The sum over heads gives all of them the same dout, with a stride of 0."""
+    inputs = qkv(1, 4, 2, 68, 68, 64, torch.float16, device)
+    leaves = [x.requires_grad_() for x in inputs]
+    results = []
+    for fn in (lambda *x: attention(*x, deterministic=deterministic), attention_reference):
+        out = fn(*leaves).sum(1)
+        weight = torch.linspace(-1, 1, out.numel(), device=device).view_as(out).half()
+        results.append(torch.autograd.grad(out, leaves, weight))
+    assert "delta" in hopper()
+    for a, b in zip(*results, strict=True):
+        assert relative_error(a, b) < 1e-2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [dict(sinks=torch.zeros(2)), dict(window=9), dict(softcap=5.0)],
+    ids=lambda change: next(iter(change)),
+)
+def test_specialized_kernels_leave_options_to_the_others(change, device, hopper):
+    inputs = qkv(1, 2, 1, 16, 16, 64, torch.float16, device)
+    change = {k: x.to(device) if torch.is_tensor(x) else x for k, x in change.items()}
+    out = attention(*inputs, **change)
+    assert relative_error(out, attention_reference(*inputs, **change)) < 1e-2
+    assert hopper() == []
 
 
 def test_specialized_kernels_keep_the_allocator(monkeypatch):

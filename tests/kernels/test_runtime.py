@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ponder import kernels
 from ponder.kernels import norm, rms_norm
 
 
@@ -40,3 +41,42 @@ def test_a_second_derivative_is_refused(device):
     (first,) = torch.autograd.grad(rms_norm(x, weight).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable|differentiate twice"):
         first.sum().backward()
+
+
+def _calls_with_one_argument_elsewhere():
+    x, heads, numbers = torch.ones(4, 16), torch.ones(1, 2, 4, 16), torch.zeros(4, dtype=torch.long)
+    angles, length = torch.ones(4, 8), torch.ones(1, dtype=torch.long)
+    streams = dict(seeds=numbers, positions=numbers)
+    yield kernels.attention, (heads, heads, heads), {}, 2, "v"
+    yield kernels.decode_attention, (heads, heads, heads, length), {}, 3, "lengths"
+    yield kernels.rms_norm, (x, x[0]), {}, 1, "weight"
+    yield kernels.rotary, (heads, heads, angles, angles), {}, 3, "sin"
+    yield kernels.mse_loss, (x, x), {}, 1, "target"
+    yield kernels.cross_entropy, (x, numbers), {}, 1, "targets"
+    yield kernels.linear_cross_entropy, (x, x, numbers), {}, 1, "weight"
+    yield (
+        kernels.sample_tokens,
+        (x,),
+        streams | dict(temperature=torch.ones(4)),
+        None,
+        "temperature",
+    )
+    yield kernels.mlp, (x, x, x.t()), dict(activation="relu"), 1, "w_up"
+
+
+@pytest.mark.parametrize(
+    "fn, args, options, place, name",
+    [
+        pytest.param(*call, id=f"{call[0].__name__} {call[-1]}")
+        for call in _calls_with_one_argument_elsewhere()
+    ],
+)
+def test_a_tensor_on_another_device_is_named(fn, args, options, place, name, device):
+    """A kernel would take its address for one of its own device."""
+    args = [x.to("meta" if i == place else device) for i, x in enumerate(args)]
+    options = {
+        k: x.to("meta" if k == name else device) if torch.is_tensor(x) else x
+        for k, x in options.items()
+    }
+    with pytest.raises(ValueError, match=rf"{name} (is|are).* on meta; .* on {device}"):
+        fn(*args, **options)
