@@ -26,6 +26,7 @@ from .gpt import GPT, GPTConfig
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+TEMPLATE = "chat_template.jinja"
 QWEN2_SPLIT = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|"  # in the tokenizer.json of Qwen's own models
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 HUB_FILES = ["config.json", "generation_config.json", "tokenizer.json", "*.safetensors", INDEX]
@@ -214,14 +215,17 @@ def save(
     tokenizer: Tokenizer | None = None,
     dtype: torch.dtype = torch.float32,
     eos: str = "<eos>",
+    bos: str | None = None,
+    template: str | None = None,
     shard_bytes: int = 5_000_000_000,
 ) -> str:
     """Write a Hugging Face folder; returns a sentence that says what opens it.
 
     The folder is written aside and renamed, so that a reader never sees half of it; into a folder
     that exists, file by file, and whatever else is in there stays. dtype: that of the weights on
-    disk. eos: the special token of the tokenizer that ends a text. Weights above shard_bytes are
-    split into shards.
+    disk. eos: the special token of the tokenizer that ends a text; bos: the one that begins it, if
+    one does; template: the tokenizer's chat template (Jinja), which chat with the model in vLLM or
+    Transformers needs. Weights above shard_bytes are split into shards.
 
     Raises ValueError for a tokenizer with more tokens than the model, or a wrapped model.
     """
@@ -243,7 +247,9 @@ def save(
     aside.mkdir()
     try:
         _write_weights(aside, _checkpoint(model, dtype), shard_bytes, path)
-        _write_settings(aside, config, dtype, tokenizer, eos)
+        _write_settings(aside, config, dtype, tokenizer, bos, eos)
+        if tokenizer is not None and template is not None:
+            (aside / TEMPLATE).write_text(template, encoding="utf-8")
         for file in aside.iterdir():
             # safetensors makes files that only their owner can read
             shutil.copymode(aside / "config.json", file)
@@ -293,14 +299,21 @@ def _write_weights(aside: Path, state: dict[str, Tensor], shard_bytes: int, path
 
 
 def _write_settings(
-    aside: Path, config: GPTConfig, dtype: torch.dtype, tokenizer: Tokenizer | None, eos: str
+    aside: Path,
+    config: GPTConfig,
+    dtype: torch.dtype,
+    tokenizer: Tokenizer | None,
+    bos: str | None,
+    eos: str,
 ) -> None:
     """config.json, generation_config.json, and the tokenizer's files where there is one."""
-    end = None
+    begin = end = None
     if tokenizer is not None:
         special = {t.content for t in tokenizer.get_added_tokens_decoder().values()}
-        end = tokenizer.token_to_id(eos) if eos in special else None
-        roles = dict(eos_token=eos, pad_token=eos, unk_token="<unk>")
+        begin, end = (
+            tokenizer.token_to_id(token) if token in special else None for token in (bos, eos)
+        )
+        roles = dict(bos_token=bos, eos_token=eos, pad_token=eos, unk_token="<unk>")
         roles = {role: token for role, token in roles.items() if token in special}
         tokenizer.save(str(aside / "tokenizer.json"))
         _write_json(aside / "special_tokens_map.json", roles)
@@ -313,7 +326,7 @@ def _write_settings(
                 **roles,
             ),
         )
-    tokens = dict(bos_token_id=None, eos_token_id=end, pad_token_id=end)
+    tokens = dict(bos_token_id=begin, eos_token_id=end, pad_token_id=end)
     name = str(dtype).removeprefix("torch.")
     _write_json(aside / "config.json", to_fields(config) | tokens | dict(dtype=name))
     _write_json(aside / "generation_config.json", tokens | dict(do_sample=False))
