@@ -153,10 +153,9 @@ def attend(
 def _untold_window(module: nn.Module) -> int | None:
     """The window of a layer whose model leaves it to the mask alone, as Qwen2-MoE's does."""
     config, index = getattr(module, "config", None), getattr(module, "layer_idx", None)
-    kinds = getattr(config, "layer_types", None)
-    if not kinds or not isinstance(index, int) or kinds[index] != "sliding_attention":
-        return None
-    return getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ()
+    here = isinstance(index, int) and list(kinds[index : index + 1]) == ["sliding_attention"]
+    return getattr(config, "sliding_window", None) if here else None
 
 
 def _unsupported(

@@ -157,8 +157,9 @@ def _attention(model: Any, undo: _Undo) -> Part:
         return part
     undo.attention = before
     part.replaced = len(layers)
-    rates = {float(getattr(m, "attention_dropout", 0.0) or 0.0) for m in layers}
-    rates |= {m.attn_dropout.p for m in layers if isinstance(_get(m, "attn_dropout"), nn.Dropout)}
+    found = [_get(m, name) for m in layers for name in ("attention_dropout", "attn_dropout")]
+    rates = {d.p if isinstance(d, nn.Dropout) else d for d in found}
+    rates = {float(rate) for rate in rates if isinstance(rate, int | float)}
     if max(rates, default=0.0) > 0:
         part.note = f"by PyTorch's sdpa while training, with dropout {max(rates)}"
     return part

@@ -389,9 +389,15 @@ class _Run:
         with self._shown():
             model = cast(GPT, self._whole())  # used by the main process, which has it
             words = self.data.vocabulary
-            tokens = dict(eos=words.eos, bos=words.bos, template=self.data.template)
             self._write(
-                lambda: hub.save(model, self.model_folder, tokenizer=words.tokenizer, **tokens)
+                lambda: hub.save(
+                    model,
+                    self.model_folder,
+                    tokenizer=words.tokenizer,
+                    eos=words.eos,
+                    bos=words.bos,
+                    template=self.data.template,
+                )
             )
             if self.average is not None:
                 average = {name: w.clone() for name, w in gather_weights(self.raw).items()}

@@ -40,3 +40,13 @@ def test_a_second_derivative_is_refused(device):
     (first,) = torch.autograd.grad(rms_norm(x, weight).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable|differentiate twice"):
         first.sum().backward()
+
+
+def test_nor_where_the_calls_are_traced(device):
+    x = torch.randn(3, 16, device=device, requires_grad=True)
+    weight = torch.randn(16, device=device)
+    with Seen() as seen:
+        (first,) = torch.autograd.grad(rms_norm(x, weight).square().sum(), x, create_graph=True)
+        assert "ponder.norm_backward.default" in seen.names
+        with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+            first.sum().backward()

@@ -312,6 +312,14 @@ def test_what_is_unknown_is_kept_and_named(llama, capsys):
     assert (patched(TOKENS).logits - model(TOKENS).logits).abs().max() < 1e-4
 
 
+def test_dropout_is_told_wherever_it_is_written(llama):
+    _, patched = llama
+    for layer, rate in zip(patched.model.layers, (0.25, nn.Dropout(0.5)), strict=True):
+        layer.self_attn.attention_dropout = rate  # Persimmon's is a module
+    attention = next(part for part in patch(patched, quiet=True) if part.name == "attention")
+    assert attention.note == "by PyTorch's sdpa while training, with dropout 0.5"
+
+
 class SmallNorm(nn.Module):
     """What a norm can do that an RMSNorm does not: take off the mean, add a bias that is 0 yet."""
 
