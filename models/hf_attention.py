@@ -105,6 +105,8 @@ def attend(
     Where there is no mask, cu_seq_lens_q says where the sequences of one packed row begin.
     """
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    if sliding_window is None and causal:
+        sliding_window = _untold_window(module)
     n_row, n_queries, n_keys = query.shape[0], query.shape[2], key.shape[2]
     options: dict[str, Any] = dict(window=sliding_window, softcap=softcap, sinks=s_aux)
     ids = None
@@ -146,6 +148,14 @@ def attend(
         lengths = torch.full((n_row,), n_keys, device=query.device)
         return decode_attention(query, key, value, lengths, **options).transpose(1, 2), None
     return attention(query, key, value, causal=causal, **options).transpose(1, 2), None
+
+
+def _untold_window(module: nn.Module) -> int | None:
+    """The window of a layer whose model leaves it to the mask alone, as Qwen2-MoE's does."""
+    config, index = getattr(module, "config", None), getattr(module, "layer_idx", None)
+    kinds = getattr(config, "layer_types", None) or ()
+    here = isinstance(index, int) and list(kinds[index : index + 1]) == ["sliding_attention"]
+    return getattr(config, "sliding_window", None) if here else None
 
 
 def _unsupported(

@@ -26,6 +26,8 @@ from .gpt import GPT, GPTConfig
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+TEMPLATE = "chat_template.jinja"
+SHARD_BYTES = 5_000_000_000
 QWEN2_SPLIT = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|"  # in the tokenizer.json of Qwen's own models
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 HUB_FILES = ["config.json", "generation_config.json", "tokenizer.json", "*.safetensors", INDEX]
@@ -230,14 +232,17 @@ def save(
     tokenizer: Tokenizer | None = None,
     dtype: torch.dtype = torch.float32,
     eos: str = "<eos>",
-    shard_bytes: int = 5_000_000_000,
+    bos: str | None = None,
+    template: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> str:
     """Write a Hugging Face folder; returns a sentence that says what opens it.
 
     The folder is written aside and renamed, so that a reader never sees half of it; into a folder
     that exists, file by file, and whatever else is in there stays. dtype: that of the weights on
-    disk. eos: the special token of the tokenizer that ends a text. Weights above shard_bytes are
-    split into shards.
+    disk. eos: the special token of the tokenizer that ends a text; bos: the one that begins it, if
+    one does; template: the tokenizer's chat template (Jinja), which chat with the model in vLLM or
+    Transformers needs. Weights above shard_bytes are split into shards.
 
     Raises ValueError for a tokenizer with more tokens than the model, or a wrapped model.
     """
@@ -246,7 +251,10 @@ def save(
         raise ValueError(f"only a GPT can be saved, not a {type(model).__name__}: unwrap it first")
     config = model.config
     state = _checkpoint(model, dtype)
-    write_folder(path, state, config, to_fields(config), tokenizer, eos, shard_bytes=shard_bytes)
+    roles = dict(eos=eos, bos=bos, template=template)
+    write_folder(
+        path, state, config, to_fields(config), tokenizer, **roles, shard_bytes=shard_bytes
+    )
     kind = model_type(config)
     if kind == "ponder":
         return (
@@ -266,9 +274,11 @@ def write_folder(
     config: GPTConfig,
     fields: Mapping[str, Any],
     tokenizer: Tokenizer | None,
-    eos: str,
     *,
-    shard_bytes: int,
+    eos: str,
+    bos: str | None = None,
+    template: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write tensors, `fields` as config.json, and the tokenizer aside, then rename; see `save`."""
     if path.exists() and not path.is_dir():
@@ -286,7 +296,9 @@ def write_folder(
     dtype = next(iter(state.values())).dtype
     try:
         _write_weights(aside, state, shard_bytes, path)
-        _write_settings(aside, config, fields, dtype, tokenizer, eos)
+        _write_settings(aside, config, fields, dtype, tokenizer, bos, eos)
+        if tokenizer is not None and template is not None:
+            (aside / TEMPLATE).write_text(template, encoding="utf-8")
         for file in aside.iterdir():
             # safetensors makes files that only their owner can read
             shutil.copymode(aside / "config.json", file)
@@ -330,14 +342,17 @@ def _write_settings(
     fields: Mapping[str, Any],
     dtype: torch.dtype,
     tokenizer: Tokenizer | None,
+    bos: str | None,
     eos: str,
 ) -> None:
     """config.json, generation_config.json, and the tokenizer's files where there is one."""
-    end = None
+    begin = end = None
     if tokenizer is not None:
         special = {t.content for t in tokenizer.get_added_tokens_decoder().values()}
-        end = tokenizer.token_to_id(eos) if eos in special else None
-        roles = dict(eos_token=eos, pad_token=eos, unk_token="<unk>")
+        begin, end = (
+            tokenizer.token_to_id(token) if token in special else None for token in (bos, eos)
+        )
+        roles = dict(bos_token=bos, eos_token=eos, pad_token=eos, unk_token="<unk>")
         roles = {role: token for role, token in roles.items() if token in special}
         tokenizer.save(str(aside / "tokenizer.json"))
         _write_json(aside / "special_tokens_map.json", roles)
@@ -350,7 +365,7 @@ def _write_settings(
                 **roles,
             ),
         )
-    tokens = dict(bos_token_id=None, eos_token_id=end, pad_token_id=end)
+    tokens = dict(bos_token_id=begin, eos_token_id=end, pad_token_id=end)
     name = str(dtype).removeprefix("torch.")
     _write_json(aside / "config.json", dict(fields) | tokens | dict(dtype=name))
     _write_json(aside / "generation_config.json", tokens | dict(do_sample=False))

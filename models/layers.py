@@ -46,9 +46,16 @@ class RMSNorm(nn.Module):
     In the place of torch.nn.RMSNorm(width, eps) and LigerRMSNorm(width, eps).
     """
 
-    def __init__(self, width: int, eps: float = 1e-6):
+    def __init__(
+        self,
+        width: int,
+        eps: float = 1e-6,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
+        self.weight = nn.Parameter(torch.ones(width, device=device, dtype=dtype))
         self.eps = eps
 
     def forward(self, x: Tensor, residual: Tensor | None = None):
@@ -62,10 +69,18 @@ class LayerNorm(nn.Module):
     In the place of torch.nn.LayerNorm(width, eps) and LigerLayerNorm(width, eps).
     """
 
-    def __init__(self, width: int, eps: float = 1e-5, *, bias: bool = True):
+    def __init__(
+        self,
+        width: int,
+        eps: float = 1e-5,
+        *,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+        self.weight = nn.Parameter(torch.ones(width, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros_like(self.weight)) if bias else None
         self.eps = eps
 
     def forward(self, x: Tensor, residual: Tensor | None = None):

@@ -157,8 +157,9 @@ def _attention(model: Any, undo: _Undo) -> Part:
         return part
     undo.attention = before
     part.replaced = len(layers)
-    rates = {float(getattr(m, "attention_dropout", 0.0) or 0.0) for m in layers}
-    rates |= {m.attn_dropout.p for m in layers if isinstance(_get(m, "attn_dropout"), nn.Dropout)}
+    found = [_get(m, name) for m in layers for name in ("attention_dropout", "attn_dropout")]
+    rates = {d.p if isinstance(d, nn.Dropout) else d for d in found}
+    rates = {float(rate) for rate in rates if isinstance(rate, int | float)}
     if max(rates, default=0.0) > 0:
         part.note = f"by PyTorch's sdpa while training, with dropout {max(rates)}"
     return part
@@ -169,9 +170,9 @@ def _norm(module: nn.Module, known: dict) -> type | str | None:
     if isinstance(module, nn.LayerNorm) and old is nn.LayerNorm:
         affine = len(module.normalized_shape) == 1 and module.weight is not None
         kinds = [hf_layers.LayerNorm] if affine else []
-    elif old.__name__.endswith("RMSNorm"):
-        weight = _get(module, "weight")
-        vector = isinstance(weight, Tensor) and weight.ndim == 1
+    elif old.__name__.endswith("Norm"):  # T5's LayerNorm is Llama's RMSNorm
+        weight, names = _get(module, "weight"), [name for name, _ in module.named_parameters()]
+        vector = isinstance(weight, Tensor) and weight.ndim == 1 and names == ["weight"]
         plain = vector and isinstance(hf_layers.epsilon(module), float)
         kinds = [hf_layers.RMSNorm, hf_layers.OffsetRMSNorm] if plain else []
     else:
@@ -186,12 +187,15 @@ def _mlp(module: nn.Module, known: dict) -> type | str | None:
         if all(isinstance(_get(module, name), nn.Module) for name in kind.PROJECTIONS)
     ]
     if not kinds:
-        named = type(module).__name__.endswith("MLP")
+        named = type(module).__name__.endswith(("MLP", "FFN", "FeedForward", "Experts"))
         return f"{type(module).__name__} is of no known parts" if named else None
     kind = kinds[0]
     for name in kind.PROJECTIONS:
         if not readable(projection := getattr(module, name)):
             return f"{name} is wrapped or hooked ({type(projection).__name__})"
+    own = sum(len(list(getattr(module, name).parameters())) for name in kind.PROJECTIONS)
+    if len(list(module.parameters())) > own:
+        return f"{type(module).__name__} has parameters beside its projections"
     function = _get(module, kind.FUNCTION)
     activation = None if function is None else _activation(function)
     if activation is None:
@@ -324,12 +328,16 @@ def _proven(
     old = type(module)
     if "forward" in vars(module):
         return "its forward is replaced"
-    key = (old, *kinds, *members.values())
+    # Of one class and with the same settings: those may differ from layer to layer.
+    simple = bool | int | float | str
+    settings = tuple((name, x) for name, x in vars(module).items() if isinstance(x, simple))
+    key = (old, *kinds, *members.values(), settings)
     if key not in known:
         known[key] = f"{old.__name__} computes something else"
         for kind in kinds:
-            new = _subclass(old, kind, members)
-            if _agree(module, new):
+            named = (old, kind, *members.values())
+            new = known[named] = known.get(named) or _subclass(old, kind, members)
+            if _agree(module, new):  # pyright: ignore[reportArgumentType]
                 known[key] = new
                 break
     return known[key]
@@ -337,12 +345,13 @@ def _proven(
 
 @torch.no_grad()
 def _agree(module: nn.Module, new: type) -> bool:
-    """Whether the module gives the same under both classes, for rows of two magnitudes, the small
-    one near the root of a norm's epsilon. Nothing of the module is left changed."""
+    """Whether the module gives the same under both classes, for rows with a mean and of two
+    magnitudes, the small one near the root of a norm's epsilon. Nothing of the module is left
+    changed."""
     old, modes = type(module), {m: m.training for m in module.modules()}
     weight = next(module.parameters())
     width = weight.shape[0] if weight.ndim == 1 else _width(module)
-    x = torch.arange(2.0 * width, device=weight.device).sin().view(1, 2, width)
+    x = 0.5 + torch.arange(2.0 * width, device=weight.device).sin().view(1, 2, width)
     x = (x * x.new_tensor([1.0, 1e-3])[:, None]).to(weight.dtype)
     module.eval()
     try:

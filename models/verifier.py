@@ -127,7 +127,7 @@ def save_verifier(
         label2id={"right": 0},
         verifier=asdict(verifier.reading),
     )
-    hub.write_folder(path, state, config, fields, tokenizer, eos, shard_bytes=5_000_000_000)
+    hub.write_folder(path, state, config, fields, tokenizer, eos=eos)
     if kind == "ponder":
         return f"{path} has model_type ponder, as no standard type expresses this model"
     return f"{path} has model_type {kind}: AutoModelForTokenClassification opens it"

@@ -15,6 +15,7 @@ from .cache import digest
 from .config import TrainConfig
 from .documents import Documents
 from .problems import Problems
+from .render import PLAIN_TEMPLATE
 from .solutions import Solutions, SolverTraces
 from .text import LongText
 from .tokenizer import Vocabulary, load_vocabulary
@@ -33,8 +34,11 @@ class Data:
         vocabulary: Vocabulary,
         sources: Sequence[Source],
         weights: Sequence[float] = (),
+        template: str | None = None,
     ):
         self.batch_size, self.vocabulary, self.sources = config.batch_size, vocabulary, sources
+        self.template = template
+        """the chat template (Jinja) that conversations were written by, if there are any"""
         weights = weights or [1.0] * len(sources)
         self.weights = [max(1, round(PARTS * w / sum(weights))) for w in weights]
 
@@ -99,7 +103,11 @@ def load_data(config: TrainConfig) -> Data:
     corpora = [open_corpus(config, name) for name in config.sources]
     vocabulary = load_vocabulary(config.tokenizer, corpora)
     sources = [corpus.source(config, vocabulary) for corpus in corpora]
-    data = Data(config, vocabulary, sources, config.weights)
+    template = None
+    if any(isinstance(c, Documents) and c.schema == "messages" for c in corpora):
+        opening = "".join(map(vocabulary.tokenizer.id_to_token, vocabulary.prefix))
+        template = vocabulary.template or opening + PLAIN_TEMPLATE
+    data = Data(config, vocabulary, sources, config.weights, template)
     data.batch(0)
     if os.environ.get("RANK", "0") == "0":
         print(*filter(None, [vocabulary.note]), *sources, sep="\n")

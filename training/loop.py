@@ -437,7 +437,14 @@ class _Run:
     def _save_model(self, model: Any) -> None:
         words = self.data.vocabulary
         if not self.config.verifier:
-            hub.save(model, self.model_folder, tokenizer=words.tokenizer, eos=words.eos)
+            hub.save(
+                model,
+                self.model_folder,
+                tokenizer=words.tokenizer,
+                eos=words.eos,
+                bos=words.bos,
+                template=self.data.template,
+            )
             return
         scale, shift = self.calibration.platt
         save_verifier(

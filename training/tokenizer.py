@@ -29,6 +29,8 @@ class Vocabulary:
     tokenizer: Tokenizer
     eos: str = "<eos>"
     """the token that ends a document"""
+    bos: str | None = None
+    """the token that begins one, where the tokenizer names one"""
     template: str | None = None
     """its chat template (Jinja), if it has one"""
     note: str = ""
@@ -143,10 +145,13 @@ def _read(kind: str, thinks: bool) -> Vocabulary:
     tokenizer.no_padding()
     settings = _settings(file.with_name("tokenizer_config.json"))
     vocabulary = tokenizer.get_vocab()
-    named = settings.get("eos_token")
-    named = named.get("content") if isinstance(named, dict) else named
+    begins, ends = (
+        token.get("content") if isinstance(token, dict) else token
+        for token in map(settings.get, ("bos_token", "eos_token"))
+    )
+    bos = begins if isinstance(begins, str) and begins in vocabulary else None
     eos = next(
-        (end for end in (named, *ENDS) if isinstance(end, str) and end in vocabulary), ENDS[0]
+        (end for end in (ends, *ENDS) if isinstance(end, str) and end in vocabulary), ENDS[0]
     )
     needed = (eos, *(SPECIAL[1:3] if thinks else ()))
     missing = [token for token in needed if token not in vocabulary]
@@ -160,7 +165,7 @@ def _read(kind: str, thinks: bool) -> Vocabulary:
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
     if (apart := file.with_name("chat_template.jinja")).is_file():
         template = apart.read_text(encoding="utf-8")
-    return Vocabulary(tokenizer, eos, template, note)
+    return Vocabulary(tokenizer, eos, bos, template, note)
 
 
 def _settings(file: Path) -> dict[str, Any]:

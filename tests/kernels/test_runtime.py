@@ -80,3 +80,13 @@ def test_a_tensor_on_another_device_is_named(fn, args, options, place, name, dev
     }
     with pytest.raises(ValueError, match=rf"{name} (is|are).* on meta; .* on {device}"):
         fn(*args, **options)
+
+
+def test_nor_where_the_calls_are_traced(device):
+    x = torch.randn(3, 16, device=device, requires_grad=True)
+    weight = torch.randn(16, device=device)
+    with Seen() as seen:
+        (first,) = torch.autograd.grad(rms_norm(x, weight).square().sum(), x, create_graph=True)
+        assert "ponder.norm_backward.default" in seen.names
+        with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+            first.sum().backward()

@@ -140,6 +140,32 @@ def test_tokenizers_agree(kind, tmp_path):
         assert peer.decode(peer("éé漢 .").input_ids) == "éé漢 ."
 
 
+def test_beginning_and_chat_template(tmp_path):
+    """As vLLM's chat needs them: the template is found, and knows the token of beginning."""
+    tokenizer = character_tokenizer(CHARACTERS)
+    tokenizer.add_special_tokens(["<bos>"])
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(VOCABULARY + 1, n_layer=1))
+    template = (
+        "{{ bos_token }}{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'a<think>' }}{% endif %}"
+    )
+    for _ in range(2):  # the second time into a folder that exists
+        save(model, tmp_path / "model", tokenizer=tokenizer, bos="<bos>", template=template)
+    peer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert peer.chat_template == template and peer.bos_token_id == VOCABULARY
+    said = [dict(role="user", content="1+2=")]
+    text = peer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+    assert text == "<bos>1+2=<eos>a<think>"
+    ids = tokenizer.encode(text).ids
+    assert peer(text, add_special_tokens=False).input_ids == ids and ids[0] == VOCABULARY
+    for name in ("config.json", "generation_config.json"):
+        fields = json.loads((tmp_path / "model" / name).read_text())
+        assert (fields["bos_token_id"], fields["eos_token_id"]) == (VOCABULARY, 0), name
+    save(model, tmp_path / "model", tokenizer=tokenizer)  # whatever else is there stays
+    assert AutoTokenizer.from_pretrained(tmp_path / "model").chat_template == template
+
+
 @torch.no_grad()
 def test_generation_stops_at_eos(tmp_path):
     """The head's rows are exchanged so that the first greedy token is <eos>."""

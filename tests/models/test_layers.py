@@ -44,6 +44,30 @@ def test_in_the_place_of(name):
         torch.testing.assert_close(p.grad, q.grad)
 
 
+def test_called_as_torchs_and_ligers_are():
+    """The same calls and the same state dicts; Liger's own compute on a GPU alone."""
+    options = dict(device="meta", dtype=torch.float64)
+    for ours, theirs in ((RMSNorm, nn.RMSNorm), (LayerNorm, nn.LayerNorm)):
+        found, expected = (kind(24, 1e-3, **options).state_dict() for kind in (ours, theirs))
+        assert {n: (t.shape, t.dtype, t.device) for n, t in found.items()} == {
+            n: (t.shape, t.dtype, t.device) for n, t in expected.items()
+        }
+    liger = pytest.importorskip("liger_kernel.transformers", reason="Liger is not installed")
+    pairs = [
+        (RMSNorm(24, 1e-3), liger.LigerRMSNorm(24, 1e-3)),
+        (LayerNorm(24, 1e-3), liger.LigerLayerNorm(24, 1e-3, bias=True)),
+        (GatedMLP(24, 40), liger.LigerSwiGLUMLP(LlamaConfig(hidden_size=24, intermediate_size=40))),
+    ]
+    for ours, theirs in pairs:
+        ours.load_state_dict(theirs.state_dict())
+        assert list(ours.state_dict()) == list(theirs.state_dict())
+    options = dict(ignore_index=7, label_smoothing=0.1, reduction="sum", softcap=4.0)
+    theirs = liger.LigerFusedLinearCrossEntropyLoss(**options)
+    assert {n: getattr(theirs, n) for n in options} == {
+        n: getattr(LinearCrossEntropyLoss(**options), n) for n in options
+    }
+
+
 @pytest.mark.parametrize("norm", [RMSNorm(24), LayerNorm(24)], ids=["rms", "layer"])
 def test_residual_of_a_norm(norm):
     x, residual = torch.randn(2, 3, 24), torch.randn(2, 3, 24)

@@ -179,6 +179,21 @@ def test_attention_alone_by_its_name(llama, tmp_path):
 
 
 @torch.no_grad()
+def test_a_window_that_the_model_leaves_to_the_mask():
+    """Qwen2-MoE's layers do not tell their attention function of it."""
+    experts = dict(num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16)
+    windows = dict(use_sliding_window=True, sliding_window=7, max_window_layers=1)
+    peer = Peer("qwen2_moe", experts | windows | dict(shared_expert_intermediate_size=16))
+    model = eager(peer)
+    patched = copy.deepcopy(model)
+    patch(patched, quiet=True)
+    far, near = (m(TOKENS).logits for m in (model, patched))
+    assert (far - near).abs().max() < 1e-4
+    model.config.sliding_window = 99
+    assert (model(TOKENS).logits - near).abs().max() > 1e-2, "no window to be seen"
+
+
+@torch.no_grad()
 def test_cu_seq_lens(llama):
     """As a collator without padding gives them: the row's sequences are as if alone."""
     model, patched = llama
@@ -295,6 +310,46 @@ def test_what_is_unknown_is_kept_and_named(llama, capsys):
     assert "no kernel has its activation (Hardswish)" in said
     assert "1 kept: its forward is replaced" in said
     assert (patched(TOKENS).logits - model(TOKENS).logits).abs().max() < 1e-4
+
+
+def test_dropout_is_told_wherever_it_is_written(llama):
+    _, patched = llama
+    for layer, rate in zip(patched.model.layers, (0.25, nn.Dropout(0.5)), strict=True):
+        layer.self_attn.attention_dropout = rate  # Persimmon's is a module
+    attention = next(part for part in patch(patched, quiet=True) if part.name == "attention")
+    assert attention.note == "by PyTorch's sdpa while training, with dropout 0.5"
+
+
+class SmallNorm(nn.Module):
+    """What a norm can do that an RMSNorm does not: take off the mean, add a bias that is 0 yet."""
+
+    def __init__(self, mean: bool, bias: bool, width: int = 2048):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+        self.mean, self.eps = mean, 1e-6
+
+    def forward(self, x):
+        x = x - self.mean * x.mean(-1, keepdim=True)
+        y = x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt() * self.weight
+        return y if self.bias is None else y + self.bias
+
+
+@torch.no_grad()
+def test_norms_of_one_class_are_looked_at_by_their_settings(llama):
+    _, patched = llama
+    forms = [(False, False), (True, False), (False, True)]
+    patched.model.more = nn.ModuleList([SmallNorm(*form) for form in forms])
+    norm = next(part for part in patch(patched, quiet=True) if part.name == "norm")
+    assert norm.replaced == 5 + 1 and norm.kept == {"SmallNorm computes something else": 2}
+    assert [type(m) is SmallNorm for m in patched.model.more] == [False, True, True]
+
+
+def test_an_mlp_with_parameters_of_its_own_is_kept(llama):
+    _, patched = llama
+    patched.model.layers[0].mlp.scale = nn.Parameter(torch.ones(1))
+    mlp = next(part for part in patch(patched, quiet=True) if part.name == "MLP")
+    assert mlp.kept == {"LlamaMLP has parameters beside its projections": 1} and mlp.replaced == 1
 
 
 def test_autocast_and_bfloat16(llama):

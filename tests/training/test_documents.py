@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import ponder
 from ponder.models import GPT
@@ -95,6 +96,22 @@ def test_gsm8k_chains_are_cut_in_training_alone(gsm8k):
             assert a.startswith(b.removesuffix(answer).rstrip("\ufffd"))
     for one, two in zip(whole.validation(), data.validation(), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_what_learned_conversations_is_asked_as_it_learned(tmp_path):
+    """The saved folder's chat template writes the prompts that stood in the rows."""
+    said = [dict(role="user", content=f"{n}+1?") for n in range(99)]
+    rows = [dict(messages=[turn, dict(role="assistant", content="a")]) for turn in said]
+    path = write(tmp_path / "a.jsonl", rows)
+    changes = dict(steps=1, eval_every=0, tokenizer="byte", precision="fp32")
+    train(preset("tiny", data=f"jsonl:{path}", out=tmp_path / "run", **changes))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run/model")
+    asked = tokenizer.apply_chat_template(said[:1], add_generation_prompt=True, tokenize=False)
+    assert asked == "user: 0+1?\nassistant:"
+    data = load(path, tokenizer="byte")
+    texts = [whole for whole, _ in documents(data, [*epoch(data, 0), *data.validation()])]
+    assert sum(text.startswith(asked) for text in texts) == 1
+    assert load(write(path, sums(99))).template is None
 
 
 def test_gsm8k_trains(gsm8k, tmp_path):

@@ -88,6 +88,7 @@ def foreign(tmp_path):
     tokenizer.enable_padding(length=8)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     settings = {"eos_token": {"content": "<|end|>"}, "chat_template": "{{ messages }}"}
+    settings |= {"bos_token": "<|begin|>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     return tmp_path
 
@@ -96,7 +97,7 @@ def test_a_tokenizer_of_others_keeps_its_own_end_and_gets_what_it_lacks(foreign)
     plain = load_vocabulary(str(foreign), [Text()])
     assert plain.note.endswith("ends documents with <|end|>")
     assert (plain.eos, plain.size, plain.template) == ("<|end|>", 6, "{{ messages }}")
-    assert plain.prefix == [5]
+    assert plain.prefix == [5] and plain.bos == "<|begin|>"
     ids = plain.tokenizer.encode("be or not be", add_special_tokens=False).ids
     assert ids == [0, 1, 2, 0]  # neither truncated nor padded
     thinking = load_vocabulary(str(foreign / "tokenizer.json"), [Text(thinks=True)])
@@ -105,7 +106,7 @@ def test_a_tokenizer_of_others_keeps_its_own_end_and_gets_what_it_lacks(foreign)
     (foreign / "tokenizer_config.json").unlink()
     (foreign / "chat_template.jinja").write_text("{{ eos_token }}")
     bare = load_vocabulary(str(foreign), [Text()])
-    assert (bare.eos, bare.template) == ("<eos>", "{{ eos_token }}")
+    assert (bare.eos, bare.bos, bare.template) == ("<eos>", None, "{{ eos_token }}")
     assert "; <eos> it had not: added as 6" in bare.note
     (foreign / "tokenizer_config.json").write_text("{")
     with pytest.raises(ValueError, match="tokenizer_config.json is not a JSON object"):
