@@ -25,6 +25,7 @@ PYTEST = [*PYTHON, "pytest", "-q", "--maxfail=20"]
 if importlib.util.find_spec("xdist"):
     PYTEST += ["-n", "8"]  # Triton compiles for minutes
 SANITIZER = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
+SAMPLING = [*PYTHON, "ponder.benchmarks.sampling", "--dtype", "bf16"]
 STAGES: dict[str, list[str]] = {
     "kernel-tests": [*PYTEST, str(ROOT / "tests" / "kernels")],
     "memcheck": [*SANITIZER, "memcheck", *PYTHON, "ponder.benchmarks.every_kernel"],
@@ -37,7 +38,11 @@ STAGES: dict[str, list[str]] = {
     "train_step": [*PYTHON, "ponder.benchmarks", "train_step"],
     "patch": [*PYTHON, "ponder.benchmarks.patch"],
     "profiles": [*PYTHON, "ponder.benchmarks.profiles"],
-    "sampling": [*PYTHON, "ponder.benchmarks", "sampling"],
+    "sampling": [*SAMPLING, "--batch", "4096", "--each", "64"],  # 64 samples of 64 prompts
+    "sampling-profile": [*SAMPLING, "--profile", "--batch", "4096", "--each", "64"],
+    "sampling-few": [*SAMPLING, "--batch", "1", "16", "64", "256", "--each", "1"],
+    "sampling-few-16": [*SAMPLING, "--batch", "16", "64", "256", "--each", "16"],
+    "sampling-many": [*SAMPLING, "--batch", "1024", "4096", "--each", "1", "16"],
     "all-tests": [*PYTEST, "--ignore", str(ROOT / "tests" / "kernels"), str(ROOT / "tests")],
     "demo": [*PYTHON, "ponder", "demo", "--out", "OUT/demo"],
 }
@@ -74,7 +79,7 @@ def main() -> None:
             if state[name]["verdict"] != "ok":
                 print("\n".join((args.out / f"{name}.log").read_text().splitlines()[-15:]))
     for name, found in state.items():
-        print(f"{name:14} {found['verdict']:12} {found['seconds']:5} s")
+        print(f"{name:16} {found['verdict']:12} {found['seconds']:5} s")
 
 
 if __name__ == "__main__":

@@ -71,6 +71,8 @@ def _sweep(config: SweepConfig, shard: Shard) -> Path:
         identity = {k: v for k, v in asdict(config).items() if k not in PRACTICAL}
         if config.engine == "ponder":  # as before there were others
             del identity["engine"]
+        if not config.invariant:
+            del identity["invariant"]
         identity |= {
             "model_hash": speaker.identity["model"],
             "precision": speaker.identity["precision"],

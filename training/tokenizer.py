@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .batch import Corpus
 
 SPECIAL = ("<eos>", "<think>", "</think>", "<unk>")
+THOUGHT = SPECIAL[1:3]
 # What ends a text in the tokenizers of others, where no tokenizer_config.json says it.
 ENDS = ("<eos>", "<|endoftext|>", "</s>", "<|end_of_text|>", "<|im_end|>")
 FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -73,7 +74,7 @@ def character_tokenizer(alphabet: Iterable[str]) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
     tokenizer.add_special_tokens(list(SPECIAL))
     tokenizer.decoder = decoders.Fuse()  # type: ignore[assignment]
-    return tokenizer
+    return _thoughts_shown(tokenizer)
 
 
 def bpe_tokenizer(texts: Iterable[str], size: int) -> Tokenizer:
@@ -90,7 +91,16 @@ def bpe_tokenizer(texts: Iterable[str], size: int) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
+    return _thoughts_shown(tokenizer)
+
+
+def _thoughts_shown(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer with <think> and </think> as tokens that are text, as in Qwen3's: servers leave
+    what is special out of what they answer."""
+    said = json.loads(tokenizer.to_str())
+    for token in said["added_tokens"]:
+        token["special"] = token["content"] not in THOUGHT
+    return Tokenizer.from_str(json.dumps(said))
 
 
 def byte_tokenizer() -> Tokenizer:

@@ -134,3 +134,11 @@ def test_a_tokenizer_that_cannot_be_is_named(kind, message, tmp_path):
     (tmp_path / "broken.json").write_text("{}")
     with pytest.raises(ValueError, match=message):
         load_vocabulary(kind.replace("FOLDER", str(tmp_path)), [Text()])
+
+
+@pytest.mark.parametrize("tokenizer", [character_tokenizer("19"), BYTES])
+def test_a_thought_is_text_and_the_end_is_none(tokenizer):
+    ids = tokenizer.encode("<think>1</think>9<eos>").ids
+    assert len(ids) == 6
+    # As a server decodes; what it leaves out could stop no sample at </think>.
+    assert tokenizer.decode(ids) == "<think>1</think>9"
