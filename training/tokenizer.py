@@ -99,7 +99,7 @@ def _thoughts_shown(tokenizer: Tokenizer) -> Tokenizer:
     what is special out of what they answer."""
     said = json.loads(tokenizer.to_str())
     for token in said["added_tokens"]:
-        token["special"] = token["content"] not in THOUGHT
+        token["special"] = token["special"] and token["content"] not in THOUGHT
     return Tokenizer.from_str(json.dumps(said))
 
 
@@ -158,11 +158,12 @@ def _read(kind: str, thinks: bool) -> Vocabulary:
     eos = next(
         (end for end in (named, *ENDS) if isinstance(end, str) and end in vocabulary), ENDS[0]
     )
-    needed = (eos, *(SPECIAL[1:3] if thinks else ()))
+    needed = (eos, *(THOUGHT if thinks else ()))
     missing = [token for token in needed if token not in vocabulary]
     note = f"the tokenizer {kind} ends documents with {eos}"
     if missing:
         tokenizer.add_special_tokens(missing)
+        tokenizer = _thoughts_shown(tokenizer)
         ids = ", ".join(str(tokenizer.token_to_id(token)) for token in missing)
         note += f"; {' and '.join(missing)} it had not: added as {ids}"
     template = settings.get("chat_template")
