@@ -225,7 +225,8 @@ class RemoteSpeaker:
         tokens = answer.think_tokens
         if tokens is None:  # by its share of the characters: this server counts no closer
             answered = text.partition(THINK_END)[2] if thinking else text
-            tokens = round(answer.tokens * len(thinking) / max(1, len(thinking + answered)))
+            written = answer.tokens - (THINK_END in text) - (answer.finish == "stop")
+            tokens = round(max(0, written) * len(thinking) / max(1, len(thinking + answered)))
         return Completion(
             ask=ask,
             text=text,

@@ -122,6 +122,26 @@ def test_thinking_is_dimmed_on_a_terminal_unless_colours_are_unwanted(
     assert (DIM in written.getvalue()) == bool(dim)
 
 
+def test_ctrl_c_leaves_the_terminal_as_it_was(config, monkeypatch, capsys):
+    written = io.StringIO()
+    written.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr("sys.stdout", written)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    show, pieces = Screen.show, []
+
+    def interrupted(self, text):
+        show(self, text)
+        pieces.append(text)
+        if len(pieces) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Screen, "show", interrupted)
+    assert run(["generate", "3+8=", "--model", config.model]) == 130
+    assert len(pieces) == 3 and written.getvalue().startswith(f"{DIM}<think>")
+    assert written.getvalue().endswith(f"{PLAIN}\n")
+    assert "interrupted" in capsys.readouterr().err
+
+
 def text_of(*pieces: str, dim: bool) -> str:
     written = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
