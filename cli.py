@@ -222,6 +222,9 @@ def run(arguments: list[str]) -> int:
     except Unfinished as error:
         print(f"ponder: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # the reader has enough: ponder generate ... | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the exit
+        return 141
     except KeyboardInterrupt:
         print("ponder: interrupted; what was finished is kept", file=sys.stderr)
         return 130

@@ -31,6 +31,7 @@ BENCHMARKS = [*PYTHON, "ponder.benchmarks", "--out", "OUT/results", "--resume"]
 TESTED = [*PYTHON, "ponder.benchmarks.isolated"]
 SANITIZER = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1"]
 SANITIZER += ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
+SAMPLING = [*PYTHON, "ponder.benchmarks.sampling", "--dtype", "bf16"]
 EVERY_KERNEL = [*PYTHON, "ponder.benchmarks.every_kernel"]
 
 
@@ -59,6 +60,7 @@ STAGES = {
     "memcheck": Stage([*SANITIZER, "memcheck", *EVERY_KERNEL, "bf16"], 300),
     "racecheck": Stage([*SANITIZER, "racecheck", *EVERY_KERNEL, "bf16"]),
     "sampling": Stage([*BENCHMARKS, "sampling"], 360, smoke=True),
+    "sampling-profile": Stage([*SAMPLING, "--profile", "--batch", "4096", "--each", "64"], 120),
     "patch": Stage([*PYTHON, "ponder.benchmarks.patch", "--out", "OUT/results/patch.csv"], 300),
     "profiles": Stage([*PYTHON, "ponder.benchmarks.profiles"], 240),
     "demo": Stage([*PYTHON, "ponder", "demo", "--out", "OUT/demo"]),

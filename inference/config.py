@@ -101,6 +101,8 @@ class SweepConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on a GPU, and on a CPU where decoding is measured to be faster in it; run.json
     says which it was"""
+    invariant: bool = False
+    """the same samples to the bit whatever the slots, at some cost in speed (ponder's engine)"""
     resume: bool = False
     """go on with the samples that `out` holds"""
 
@@ -146,6 +148,8 @@ def common_faults(config: "SweepConfig | GenerateConfig") -> list[str]:
         faults.append(f"engine is {config.engine!r}; a server is its own engine")
     if served and config.precision != "auto":
         faults.append(f"precision is {config.precision!r}; that is the server's affair")
+    if config.invariant and (served or config.engine != "ponder"):
+        faults.append("invariant is true; only ponder's own engine promises that")
     if config.tokenizer is not None and not served:
         faults.append(f"tokenizer is {config.tokenizer!r}; a model of this machine has its own")
     if config.top_k < 0:
@@ -190,6 +194,8 @@ class GenerateConfig:
     slots: int | None = None
     """samples decoded at once; None: as many as there are, up to 256"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    invariant: bool = False
+    """the same samples to the bit whatever the slots, at some cost in speed (ponder's engine)"""
 
     def check(self) -> None:
         """Raise one ValueError that names every field that cannot be."""

@@ -1,7 +1,9 @@
 """Memory: what a run of the engine will hold at most, reckoned before it starts."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +12,18 @@ from ..models import GPTConfig
 from .request import Request
 
 GIB = 2**30
+# Linux's control groups: which ones a process is in, and where version 2 ("") and version 1 keep
+# the most that one may take, what it has taken, and how that is made up.
+CGROUPS, CGROUP_FILES = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+MEMORY_FILES = {
+    "": ("", "memory.max", "memory.current", "inactive_file"),
+    "memory": (
+        "memory",
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        "total_inactive_file",
+    ),
+}
 
 
 def available(device: torch.device) -> int | None:
@@ -20,8 +34,36 @@ def available(device: torch.device) -> int | None:
     if device.type == "cpu":
         import psutil  # comes with accelerate
 
-        return psutil.virtual_memory().available
+        return min([psutil.virtual_memory().available, *_allowed()])
     return None
+
+
+def _allowed() -> Iterator[int]:
+    """Bytes that each limit on this process, as a container or a batch system sets, leaves it."""
+    with suppress(ImportError):  # not on Windows
+        import resource
+
+        import psutil
+
+        most = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if most != resource.RLIM_INFINITY:
+            yield max(0, most - psutil.Process().memory_info().vms)
+    with suppress(OSError):
+        for line in CGROUPS.read_text().splitlines():
+            _, kinds, path = line.split(":", 2)
+            for kind, (root, most, used, cached) in MEMORY_FILES.items():
+                if kind in kinds.split(","):
+                    group = Path(path.lstrip("/"))
+                    for folder in (group, *group.parents):
+                        yield from _left(CGROUP_FILES / root / folder, most, used, cached)
+
+
+def _left(folder: Path, most: str, used: str, cached: str) -> Iterator[int]:
+    """What the limit of one control group leaves, where it has one."""
+    with suppress(OSError, ValueError, KeyError):  # "max" is no number
+        left = int((folder / most).read_text()) - int((folder / used).read_text())
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        yield max(0, left + int(stat[cached]))  # files that were read can be forgotten
 
 
 def needed(

@@ -9,6 +9,7 @@ thinking (up to the budget, or to </think>), then for the answer behind it.
 import queue
 import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -26,6 +27,9 @@ Show: TypeAlias = Callable[[str], None]
 
 # max_tokens where neither the user nor the server names a bound: it is not sent.
 UNBOUNDED = 1 << 40
+ENOUGH_PAIRS = 24  # second samples like the first that are no coincidence
+# Who serves, as its list of models says, that knows more than OpenAI's parameters.
+EXTENDED = ("vllm", "sglang", "llamacpp")
 GIVE_UP = 8  # samples in a row (or as many as run at once) that failed: the server is gone
 
 
@@ -50,13 +54,15 @@ class RemoteSpeaker:
     ):
         url, _, name = url.partition("#")
         self.server = Server(url, options)
-        self.name, self.context = self._served(name)
+        self.name, model = self._served(name)
+        self.context = _context(model)
         self.system = system
         self.chat: ChatTokenizer | None = None
         self.shape: GPTConfig | None = None
         if budgets or tokenizer:
             self.chat = self._tokenizer(tokenizer, budgets)
             self.shape = known_shape(self.chat.path)
+        self.exact = self.chat is not None or model.get("owned_by") in EXTENDED
         self.identity = {
             "model": f"served as {self.name}",
             "precision": "the server's",
@@ -65,14 +71,14 @@ class RemoteSpeaker:
         self.failures: Counter[str] = Counter()
         self.clock = _Clock()
 
-    def _served(self, name: str) -> tuple[str, int | None]:
-        """The model's name and context, None where the server does not tell it."""
+    def _served(self, name: str) -> tuple[str, dict[str, Any]]:
+        """The model's name, and what the server's list of models says of it."""
         url = self.server.url
 
         def parse(answer: Any) -> dict[str, Any]:
             try:
-                return {str(model["id"]): model for model in answer["data"]}
-            except (KeyError, TypeError):
+                return {str(model["id"]): dict(model) for model in answer["data"]}
+            except (KeyError, TypeError, ValueError):
                 raise Failed("a garbled answer") from None
 
         try:
@@ -96,15 +102,14 @@ class RemoteSpeaker:
         except ValueError as error:
             if not (name and "HTTP 404" in str(error)):  # a few servers have no such list
                 raise
-            return name, None
+            return name, {}
         if not name and len(models) != 1:
             known = printable(", ".join(list(models)[:8]))
             raise ValueError(
                 f"{url} serves {len(models)} models ({known}); say which, as in --model {url}#NAME"
             )
         name = name or next(iter(models))
-        context = models.get(name, {}).get("max_model_len")
-        return printable(name), context if isinstance(context, int) and context > 0 else None
+        return printable(name), models.get(name, {})
 
     def _tokenizer(self, path: str | None, budgets: bool) -> ChatTokenizer:
         if path is None and not hub.HUB_ID.fullmatch(self.name):
@@ -153,6 +158,9 @@ class RemoteSpeaker:
             worker.start()
         source = iter(asks)
         under_way = failed_in_a_row = 0
+        alike = _Alike()
+        refusal: ValueError | None = None
+        arrived = False
         fault: BaseException | None = None
         try:
             while True:
@@ -167,18 +175,29 @@ class RemoteSpeaker:
                 result = done.get()
                 under_way -= 1
                 if isinstance(result, Completion):
-                    failed_in_a_row = 0
+                    failed_in_a_row, arrived = 0, True
+                    alike.see(result)
                     yield result
-                elif isinstance(result, Failed):
-                    self.failures[result.reason] += 1
+                elif isinstance(result, Failed | ValueError):
+                    # A refusal may be of this prompt (too long, say); if nothing arrives, of all.
+                    refusal = refusal or (result if isinstance(result, ValueError) else None)
+                    self.failures[str(result)] += 1
                     failed_in_a_row += 1
                     if failed_in_a_row >= max(GIVE_UP, len(workers)):
                         source = iter(())
                         self.server.stopped.set()  # what is under way gets no further attempt
-                else:  # no ask would fare better; answers that are on their way are still taken
+                else:  # a fault of ours; answers that are on their way are still taken
                     fault = fault or result
             if fault:
                 raise fault
+            if refusal and not arrived:
+                raise refusal
+            if alike.all():
+                warnings.warn(
+                    f"{self.server.url} gave every prompt the same text each time, {alike.pairs} "
+                    "times, at a temperature above 0: it seems not to sample",
+                    stacklevel=2,
+                )
         finally:
             self.server.stopped.set()
             for _ in workers:
@@ -206,7 +225,8 @@ class RemoteSpeaker:
         tokens = answer.think_tokens
         if tokens is None:  # by its share of the characters: this server counts no closer
             answered = text.partition(THINK_END)[2] if thinking else text
-            tokens = round(answer.tokens * len(thinking) / max(1, len(thinking + answered)))
+            written = answer.tokens - (THINK_END in text) - (answer.finish == "stop")
+            tokens = round(max(0, written) * len(thinking) / max(1, len(thinking + answered)))
         return Completion(
             ask=ask,
             text=text,
@@ -268,11 +288,18 @@ class RemoteSpeaker:
         stop: list[str] | None = None,
     ) -> Answer:
         body = self._body(ask, most, stream_key(prompt, ask.seed, ask.index))
-        body |= {"prompt": list(prompt)} | ({"stop": stop} if stop else {})
+        # A </think> that a tokenizer calls special would be left out of the text, and stop nothing.
+        body |= {"prompt": list(prompt), "skip_special_tokens": False}
+        body |= {"stop": stop} if stop else {}
         return self._ask("/completions", body, show)
 
     def _body(self, ask: Ask, most: int, stream: int) -> dict[str, Any]:
-        """What both endpoints are told; extensions of the protocol only where they are needed."""
+        """What both endpoints are told.
+
+        Extensions of the protocol only where they are needed, or known to be understood: what a
+        request leaves open llama.cpp takes for min_p 0.05 and top_k 40, vLLM and SGLang for what
+        the model's generation_config.json says.
+        """
         params = ask.params
         body = {
             "model": self.name,
@@ -282,11 +309,10 @@ class RemoteSpeaker:
         }
         if most < UNBOUNDED:
             body["max_tokens"] = most
-        if params.temperature and params.top_k:
-            body["top_k"] = params.top_k
-        if params.temperature and params.min_p:
-            body["min_p"] = params.min_p
-        return body
+        top_k, min_p = (params.top_k, params.min_p) if params.temperature else (0, 0.0)
+        if self.exact:
+            return body | {"top_k": top_k or -1, "min_p": min_p, "repetition_penalty": 1.0}
+        return body | {k: v for k, v in (("top_k", top_k), ("min_p", min_p)) if v}
 
     def _ask(self, path: str, body: dict[str, Any], show: Show | None) -> Answer:
         if show is None:
@@ -311,9 +337,36 @@ class RemoteSpeaker:
         return replace(answer, text=self.server.cleaned(answer.text))
 
 
+def _context(model: dict[str, Any]) -> int | None:
+    """The longest context, which vLLM and SGLang tell in one way and llama.cpp in another."""
+    meta = model.get("meta")
+    found = model.get("max_model_len") or (meta.get("n_ctx") if isinstance(meta, dict) else None)
+    return found if isinstance(found, int) and found > 0 else None
+
+
 def _thinking(text: str) -> str:
     """What stands between <think> and </think>, or the end."""
     return text[len(THINK) :].partition(THINK_END)[0] if text.startswith(THINK) else ""
+
+
+class _Alike:
+    """Whether samples of a prompt that were drawn at random are one and the same text: a server may
+    ignore the temperature, or answer from a cache."""
+
+    def __init__(self):
+        self.first: dict[Any, int] = {}
+        self.pairs = self.same = 0
+
+    def see(self, completion: Completion) -> None:
+        params = completion.ask.params
+        if params.temperature:
+            text = hash(completion.text)
+            first = self.first.setdefault((completion.ask.prompt, params.budget), text)
+            self.pairs += 1
+            self.same += text == first
+
+    def all(self) -> bool:
+        return self.same == self.pairs >= len(self.first) + ENOUGH_PAIRS
 
 
 class _Clock:

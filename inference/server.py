@@ -24,6 +24,7 @@ from .config import ServerOptions
 
 KEYS = ("PONDER_API_KEY", "OPENAI_API_KEY")
 STRUCK = "[key]"
+DONE = b"[DONE]"  # the last event of a stream
 MOST_BYTES = 1 << 26  # of one answer; more is garbage
 LONGEST_WAIT = 60.0  # seconds between two attempts, unless the server asks for more
 PATIENCE = 600.0  # seconds that a server may ask for
@@ -136,9 +137,13 @@ class Server:
                     return self.cleaned(_json(b"".join(blocks)))
                 chunks = []
                 for event in _events(blocks):
+                    if event == DONE:
+                        return chunks
                     chunks.append(self.cleaned(_json(event)))
                     watch(chunks[-1])
-                return chunks
+                if _ended(chunks):
+                    return chunks
+                raise Failed("broken off (no [DONE])")
         except urllib.error.HTTPError as error:
             raise self._refusal(error) from None
         except TimeoutError:
@@ -146,7 +151,7 @@ class Server:
         except urllib.error.URLError as error:
             late = isinstance(error.reason, TimeoutError)
             raise Failed("timed out" if late else f"no connection ({error.reason})") from None
-        except (OSError, http.client.HTTPException, ValueError) as error:
+        except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
             raise Failed(f"broken off ({type(error).__name__})") from None
 
     def cleaned(self, value: Any) -> Any:
@@ -184,12 +189,10 @@ class Server:
         if 300 <= status < 400:
             return ValueError(f"{self.url} sends its visitors elsewhere (HTTP {status})")
         try:
-            body = self.cleaned(_json(error.read(1 << 16)))
-            said = body.get("error", body.get("message", "")) if isinstance(body, dict) else ""
-            said = said.get("message", "") if isinstance(said, dict) else said
-        except (Failed, OSError, http.client.HTTPException):
+            said = _complaint(self.cleaned(_json(error.read(1 << 16))))
+        except (Failed, OSError, http.client.HTTPException, RecursionError):
             said = ""
-        said = " ".join(printable(str(said)).split())[:300]
+        said = " ".join(printable(said).split())[:300]
         return ValueError(f"{self.url} refuses (HTTP {status}){': ' + said if said else ''}")
 
 
@@ -216,17 +219,20 @@ def _blocks(response: http.client.HTTPResponse, deadline: float) -> Iterator[byt
 
 
 def _events(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    """The data of server-sent events; Failed where the last one, [DONE], is missing."""
+    """The data of server-sent events."""
     rest = b""
     for block in blocks:
         *lines, rest = (rest + block).split(b"\n")
-        for line in lines:
-            if line.startswith(b"data:"):
-                data = line[5:].strip()
-                if data == b"[DONE]":
-                    return
-                yield data
-    raise Failed("broken off (no [DONE])")
+        yield from (line[5:].strip() for line in lines if line.startswith(b"data:"))
+
+
+def _ended(chunks: list[Any]) -> bool:
+    """Whether a stream without [DONE] is whole all the same: Transformers' end in a chunk that says
+    why the text ended and what it cost."""
+    try:
+        return bool(chunks[-1]["usage"] and chunks[-1]["choices"][0]["finish_reason"])
+    except (KeyError, IndexError, TypeError):
+        return False
 
 
 def _json(text: bytes) -> Any:
@@ -234,6 +240,16 @@ def _json(text: bytes) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         raise Failed("a garbled answer") from None
+
+
+def _complaint(body: Any) -> str:
+    """What the body of a refusal says: OpenAI's {"error": {"message"}}, or FastAPI's "detail"."""
+    if isinstance(body, dict):
+        named = (body.get(name) for name in ("error", "message", "detail", "msg"))
+        return next((_complaint(said) for said in named if said), "")
+    if isinstance(body, list):
+        return "; ".join(filter(None, map(_complaint, body)))
+    return body if isinstance(body, str) else ""
 
 
 def _retry_after(text: str | None) -> float:
@@ -267,7 +283,7 @@ class Answer:
             choice, usage = answer["choices"][0], answer["usage"]
             reasoning, text = _parts(choice.get("message") or choice)
             details = usage.get("completion_tokens_details") or {}
-            told = details.get("reasoning_tokens")
+            told = details.get("reasoning_tokens") or None  # vLLM 0.32 says 0 of any thought
             return cls(
                 text=_spelled(reasoning, text, choice["finish_reason"]),
                 tokens=_count(usage["completion_tokens"]),

@@ -1,6 +1,8 @@
 """Prompts from the shell: the thinking dimmed, the answers plain, and what they cost."""
 
+import io
 import json
+import os
 import re
 import sys
 import time
@@ -46,7 +48,13 @@ def generate(config: GenerateConfig) -> None:
         for number, prompt in enumerate(prompts)
         for index in range(config.samples)
     ]
-    screen = Screen(dim=sys.stdout.isatty())
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not every console can write every character
+        sys.stdout.reconfigure(errors="backslashreplace")
+    if os.name == "nt":  # its older consoles print the codes of dim and bold as they are
+        import colorama  # type: ignore  # tqdm brings it there
+
+        colorama.just_fix_windows_console()
+    screen = Screen(dim=sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
     # A single sample is shown as it grows; several run side by side and are shown in order.
     watch = screen.show if count == 1 else None
     arrived: dict[int, Completion] = {}
@@ -77,16 +85,17 @@ def _read(config: GenerateConfig) -> list[str]:
         if str(config.file) == "-":
             text = sys.stdin.read()
         else:
-            text = config.file.read_text(encoding="utf-8")
+            text = config.file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{config.file} cannot be read as text: {error}") from None
-    lines = [line for line in text.splitlines() if line.strip()]
+    # Not splitlines, for which U+2028 in a JSON string would end a line.
+    lines = {number: line for number, line in enumerate(text.split("\n"), 1) if line.strip()}
     if not lines:
         raise ValueError(f"{config.file} holds no prompt; one a line is expected")
     if config.file.suffix != ".jsonl":
-        return lines
+        return list(lines.values())
     prompts = []
-    for number, line in enumerate(lines, 1):
+    for number, line in lines.items():
         try:
             prompts.append(json.loads(line)["prompt"])
         except (ValueError, KeyError, TypeError):

@@ -129,7 +129,9 @@ def open_speaker(
             f"system is {config.system!r}; ponder's engine has no chat template to put it into: "
             "take --engine transformers"
         )
-    return LocalSpeaker(config.model, slots=slots, precision=precision, cue=cue)
+    return LocalSpeaker(
+        config.model, slots=slots, precision=precision, cue=cue, invariant=config.invariant
+    )
 
 
 def room(
@@ -200,6 +202,8 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether the machine, or its GPU, has too little memory for what was tried."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
+    if isinstance(error, ValueError) and error.__cause__:  # the engine's sentence about it
+        return out_of_memory(error.__cause__)
     return isinstance(error, RuntimeError) and "not enough memory" in str(error)
 
 
@@ -207,12 +211,20 @@ class LocalSpeaker:
     """A model of this machine on ponder's engine, with its tokenizer and its special tokens.
 
     precision is fp32, bf16, or auto: bf16 on a GPU, and on a CPU where it is measured to be faster.
-    cue: what `extend` puts in the place of a </think>. Where memory runs out it goes on with half
-    the slots.
+    cue: what `extend` puts in the place of a </think>. invariant: the samples are the same to the
+    bit whatever the slots. Where memory runs out it goes on with half the slots.
     """
 
-    def __init__(self, path: str, *, slots: int, precision: str = "auto", cue: str | None = None):
-        self.folder = Path(path)
+    def __init__(
+        self,
+        path: str,
+        *,
+        slots: int,
+        precision: str = "auto",
+        cue: str | None = None,
+        invariant: bool = False,
+    ):
+        self.folder, self.invariant = Path(path), invariant
         on = device()
         self.model: GPT = hub.load(path, device=on, dtype=torch.float32)
         self.model.eval()
@@ -240,6 +252,7 @@ class LocalSpeaker:
             think_end=self.think_end,
             cue=self.cue,
             dtype=self.dtype,
+            invariant=self.invariant,
         )
 
     def _token(self, text: str) -> int:
@@ -307,11 +320,12 @@ class LocalSpeaker:
                     del unfinished[id(sample.request)]
                     yield sample
                 return
-            except (RuntimeError, MemoryError) as error:
+            except (RuntimeError, MemoryError, ValueError) as error:
                 if not out_of_memory(error):
                     raise
             # Not in the handler: its traceback holds on to what filled the memory.
-            self.engine = self._engine(halved(self.engine.slots, ROWS))
+            least = self.engine.rows if self.invariant else ROWS
+            self.engine = self._engine(halved(self.engine.slots, least))
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of a completion, with <think> before it and without its <eos>."""

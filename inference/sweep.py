@@ -35,6 +35,7 @@ KEEP_EVERY_SECONDS = 2.0  # at most this much sampling is lost when a sweep is k
 PRACTICAL = ("out", "resume", "slots", "server", "verifier")
 NEWER = {
     "engine": "ponder",
+    "invariant": False,
     "searches": SearchOptions(),
     "extend": (),
     "cue": None,

@@ -110,7 +110,14 @@ class TransformersSpeaker:
             raise ValueError(
                 f"config.json of {self.chat.path} names no longest context; say --max-tokens"
             )
-        longest = max(len(self.chat.encode(prompt)[0]) for prompt in prompts)
+        encoded = [self.chat.encode(prompt)[0] for prompt in prompts]
+        vocabulary = self.model.get_input_embeddings().num_embeddings
+        if (most := max(max(tokens, default=0) for tokens in encoded)) >= vocabulary:
+            raise ValueError(
+                f"the tokenizer of {self.chat.path} says token {most}; the model knows 0 to "
+                f"{vocabulary - 1}"
+            )
+        longest = max(map(len, encoded))
         return room(longest, context=context or NEVER, budgets=budgets, max_tokens=max_tokens)
 
     def generate(self, asks: Iterable[Ask], *, watch: Watch | None = None) -> Iterator[Completion]:

@@ -79,3 +79,21 @@ def test_an_unknown_field_is_named():
     run = ponder("train", "tiny", "--colour", "blue")
     assert run.returncode == 2
     assert "--colour" in run.stderr and "Traceback" not in run.stderr
+
+
+ENDLESS = """
+import sys
+from ponder import cli
+cli.COMMANDS["info"] = lambda words: [print("x" * 999) for _ in range(9999)]
+sys.exit(cli.run(["info"]))
+"""
+
+
+def test_a_reader_that_has_enough_is_no_error():
+    words = [sys.executable, "-c", ENDLESS]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout and process.stderr
+        assert process.stdout.read(1) == b"x"
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .batch import Corpus
 
 SPECIAL = ("<eos>", "<think>", "</think>", "<unk>")
+THOUGHT = SPECIAL[1:3]
 # What ends a text in the tokenizers of others, where no tokenizer_config.json says it.
 ENDS = ("<eos>", "<|endoftext|>", "</s>", "<|end_of_text|>", "<|im_end|>")
 FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -75,7 +76,7 @@ def character_tokenizer(alphabet: Iterable[str]) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
     tokenizer.add_special_tokens(list(SPECIAL))
     tokenizer.decoder = decoders.Fuse()  # type: ignore[assignment]
-    return tokenizer
+    return _thoughts_shown(tokenizer)
 
 
 def bpe_tokenizer(texts: Iterable[str], size: int) -> Tokenizer:
@@ -92,7 +93,16 @@ def bpe_tokenizer(texts: Iterable[str], size: int) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
+    return _thoughts_shown(tokenizer)
+
+
+def _thoughts_shown(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer with <think> and </think> as tokens that are text, as in Qwen3's: servers leave
+    what is special out of what they answer."""
+    said = json.loads(tokenizer.to_str())
+    for token in said["added_tokens"]:
+        token["special"] = token["special"] and token["content"] not in THOUGHT
+    return Tokenizer.from_str(json.dumps(said))
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -153,11 +163,12 @@ def _read(kind: str, thinks: bool) -> Vocabulary:
     eos = next(
         (end for end in (ends, *ENDS) if isinstance(end, str) and end in vocabulary), ENDS[0]
     )
-    needed = (eos, *(SPECIAL[1:3] if thinks else ()))
+    needed = (eos, *(THOUGHT if thinks else ()))
     missing = [token for token in needed if token not in vocabulary]
     note = f"the tokenizer {kind} ends documents with {eos}"
     if missing:
         tokenizer.add_special_tokens(missing)
+        tokenizer = _thoughts_shown(tokenizer)
         ids = ", ".join(str(tokenizer.token_to_id(token)) for token in missing)
         note += f"; {' and '.join(missing)} it had not: added as {ids}"
     template = settings.get("chat_template")

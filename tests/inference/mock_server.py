@@ -48,9 +48,13 @@ class MockServer:
         self.context: int | None = 64
         self.models = ["mock"]
         self.reasoning = True  # whether chat answers part the thinking from the text
+        self.counts = True  # whether it counts the thinking, or says 0 like vLLM 0.32
         self.usage = True
+        self.listed: dict[str, Any] = {}  # what the list of models says besides
+        self.done = True  # whether a stream ends in [DONE], or like Transformers' in its last chunk
         self.echo = ""  # put into every answer's text, and into errors
         self.status = 0  # refuse all POSTs with this
+        self.refused = "nothing"  # or those that hold this text
         self.most_at_once = self._now = 0
         self._lock = threading.Lock()
         mock = self
@@ -105,7 +109,7 @@ class MockServer:
             return self.send(handler, 404, b"<html>not here</html>")
         if self.allowed(handler):
             length = {"max_model_len": self.context} if self.context else {}
-            data = [{"id": name} | length for name in self.models]
+            data = [{"id": name} | length | self.listed for name in self.models]
             self.send(handler, 200, json.dumps({"object": "list", "data": data}).encode())
 
     def post(self, handler) -> None:
@@ -117,6 +121,8 @@ class MockServer:
             fault = self.fault(len(self.requests) - 1)
         if not self.allowed(handler):
             return
+        if self.refused in text.decode():
+            return self.send(handler, 400, b'{"detail": "too long"}')
         if self.status:
             said = {"error": {"message": f"no such thing\x1b[31m {self.echo}"}}
             return self.send(handler, self.status, json.dumps(said).encode())
@@ -132,6 +138,8 @@ class MockServer:
             return self.send(handler, 200, answer[: len(answer) // 2])
         if fault == "strange":
             return self.send(handler, 200, b'{"choices": [{"text": 7}], "usage": null}')
+        if fault == "deep":
+            return self.send(handler, 200, b"[" * 900 + b"]" * 900)
         if fault == "cut":
             handler.send_response(200)
             handler.send_header("Content-Length", str(len(answer)))
@@ -160,7 +168,9 @@ class MockServer:
             message = {"role": "assistant", "content": content + self.echo}
             if self.reasoning:
                 message["reasoning_content"] = reasoning
-                details = {"completion_tokens_details": {"reasoning_tokens": len(reasoning)}}
+                details = {
+                    "completion_tokens_details": {"reasoning_tokens": len(reasoning) * self.counts}
+                }
             else:
                 message["content"] = f"<think>{reasoning}</think>{content}{self.echo}"
             choice: dict = {"message": message, "finish_reason": "stop"}
@@ -169,15 +179,19 @@ class MockServer:
             prompt = TOKENIZER.decode(body["prompt"], skip_special_tokens=False)
             ids = TOKENIZER.encode(continuation(prompt, body["seed"])).ids + [0]
             finish = "stop"
-            if body.get("stop"):
-                end = TOKENIZER.token_to_id(body["stop"][0])
+            # As vLLM where a tokenizer calls </think> special: out of the text, it stops nothing.
+            stops = [] if body.get("skip_special_tokens", True) else body.get("stop", [])
+            if stops:
+                end = TOKENIZER.token_to_id(stops[0])
                 if end in ids:
                     ids = ids[: ids.index(end) + 1]
             if len(ids) > body["max_tokens"]:
                 ids, finish = ids[: body["max_tokens"]], "length"
             tokens = len(ids)
             text = TOKENIZER.decode(ids, skip_special_tokens=False).removesuffix("<eos>")
-            for stop in body.get("stop", []):
+            if body.get("skip_special_tokens", True):
+                text = text.replace("</think>", "")
+            for stop in stops:
                 text = text.partition(stop)[0]
             choice = {"text": text + self.echo, "finish_reason": finish}
             used = len(body["prompt"])
@@ -194,11 +208,14 @@ class MockServer:
         else:
             chunks += [{"text": c} for c in choice["text"]]
         chunks.append({"delta": {}, "text": "", "finish_reason": choice["finish_reason"]})
-        events = [{"choices": [chunk]} for chunk in chunks]
-        events.append({"choices": [], "usage": whole.get("usage")})
+        events: list[dict] = [{"choices": [chunk]} for chunk in chunks]
+        if self.done:
+            events.append({"choices": [], "usage": whole.get("usage")})
+        else:
+            events[-1]["usage"] = whole.get("usage")
         handler.send_response(200)
         handler.send_header("Content-Type", "text/event-stream")
         handler.end_headers()
         for event in events:
             handler.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
-        handler.wfile.write(b"data: [DONE]\n\n")
+        handler.wfile.write(b"data: [DONE]\n\n" * self.done)

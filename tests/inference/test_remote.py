@@ -3,8 +3,12 @@
 import csv
 import json
 import random
+import signal
 import sqlite3
+import subprocess
+import sys
 import time
+import warnings
 from collections import Counter
 from dataclasses import replace
 from email.utils import formatdate
@@ -12,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from ponder import tasks
 from ponder.cli import run
 from ponder.inference import Unfinished, remote
 from ponder.inference import server as server_module
@@ -171,7 +176,69 @@ def test_the_key_is_sent_and_stays_nowhere(tokenizer, tmp_path, monkeypatch, cap
         assert secret not in said and secret.encode() not in files
 
 
-FAULTS = ("drop", "late", "garble", "strange", "cut", "limit", "error")
+def with_key(status: int, body: bytes | None = None, **headers: str):
+    """What answers a question with the key, wherever an answer has room for it."""
+
+    def answer(handler) -> None:
+        handler.rfile.read(int(handler.headers.get("Content-Length", 0)))
+        said = json.dumps({"error": {"message": f"{KEY} is wrong"}}).encode()
+        handler.send_response(status, f"No {KEY}")
+        for name, value in headers.items():
+            handler.send_header(name.replace("_", "-"), value)
+        handler.end_headers()
+        handler.wfile.write(said if body is None else body)
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        with_key(400),
+        with_key(401, WWW_Authenticate=f"Bearer {KEY}"),
+        with_key(404, f"<p>{KEY}</p>".encode()),
+        with_key(429, Retry_After=KEY),
+        with_key(500),
+        with_key(302, Location=f"http://127.0.0.1:9/{KEY}"),
+        with_key(200, f'{{"choices": [{{"text": "{KEY}'.encode()),
+        with_key(200, f'data: {{"error": "{KEY}"}}\n\ndata: [DONE]\n\n'.encode()),
+        with_key(200, b"", Content_Length=KEY),
+    ],
+)
+@pytest.mark.parametrize("where", ["get", "post"])
+def test_no_trouble_tells_the_key(answer, where, no_report, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("PONDER_API_KEY", KEY)
+    with MockServer(key=KEY) as server:
+        setattr(server, where, answer)
+        words = f"--model {server.url} --server.retries 1 --server.concurrency 1".split()
+        sweeping = ["sweep", *words, "--problems", "2", "--budgets", "--out", str(tmp_path / "out")]
+        assert run(sweeping) in (1, 2)
+        assert run(["generate", *words, "3+8="]) in (1, 2)
+        assert run(["generate", *words, "3+8=", "4*2="]) in (1, 2)
+    said = "".join(capfd.readouterr())
+    assert said.count("ponder: ") == 3 and "Traceback" not in said
+    assert "planted" not in said and b"planted" not in everything(tmp_path)
+
+
+def test_a_model_named_like_the_key_and_a_proxy_with_a_password_are_not_told(
+    no_report, monkeypatch, tmp_path, capfd
+):
+    monkeypatch.setenv("PONDER_API_KEY", KEY)
+    with MockServer(key=KEY) as server:
+        server.models = [f"of {KEY}", "other"]
+        assert run(["generate", "--model", server.url, "1="]) == 2
+        server.models = server.models[:1]
+        sweep(config_of(server, None, tmp_path / "out"))
+        proxy = server.url.replace("http://", "http://me:planted@").removesuffix("/v1")
+    monkeypatch.setenv("http_proxy", proxy)
+    assert run(["generate", "--model", "http://example.invalid/v1", "1="]) == 2
+    said = "".join(capfd.readouterr())
+    assert "of [key], other" in said and "no server answers at http://example.invalid/v1" in said
+    assert "planted" not in said and b"planted" not in everything(tmp_path)
+    assert b"of [key]" in everything(tmp_path)
+
+
+FAULTS = ("drop", "late", "garble", "strange", "deep", "cut", "limit", "error")
 
 
 def test_a_third_of_all_answers_lost_loses_no_sample_and_stores_none_twice(
@@ -214,6 +281,60 @@ def test_what_a_failing_server_kept_back_is_drawn_by_resume(calm, tokenizer, tmp
         asked = len(server.requests)
         sweep(replace(config, resume=True))
         assert len(server.requests) == asked
+
+
+KILLED = """
+import sys
+from ponder.cli import run
+from ponder.inference import server, sweep
+server.LONGEST_WAIT = 0.01
+sweep.KEEP_EVERY_SECONDS = 0
+run(sys.argv[1:])
+"""
+
+
+def test_killed_amid_faults_it_loses_nothing_and_asks_for_nothing_twice(calm, tokenizer, tmp_path):
+    dice = random.Random(1)
+    process: subprocess.Popen | None = None
+
+    def fault(n: int) -> str | None:
+        if n == 60:
+            assert process
+            process.kill()
+        return dice.choice(FAULTS) if dice.random() < 0.3 else None
+
+    with MockServer(fault=fault) as server:
+        options = ServerOptions(concurrency=8, timeout=0.5, retries=20)
+        config = config_of(server, tokenizer, tmp_path / "out", server=options)
+        words = f"sweep --model {server.url} --tokenizer {tokenizer} --out {config.out} --problems"
+        words += " 6 --samples 1 3 --budgets 0 2 --server.timeout 0.5 --server.retries 20"
+        process = subprocess.Popen([sys.executable, "-c", KILLED, *words.split()])
+        assert process.wait(60) == -signal.SIGKILL
+        before = stored(config.out)
+        assert 0 < len(before) < 60 and set(before) < set(calm)
+        server.fault = lambda n: None
+        asked = len(server.requests)
+        sweep(replace(config, resume=True))
+        assert stored(config.out) == calm
+        # A budget takes two questions, the thinking and the answer behind it.
+        lacking = set(calm) - set(before)
+        assert len(server.requests) - asked == sum(2 if row[1] else 1 for row in lacking)
+
+
+def test_a_prompt_that_is_refused_stops_no_other(no_report, tmp_path):
+    with MockServer() as server:
+        config = config_of(server, None, tmp_path / "out", problems=3)
+        prompts = [p.prompt for p in tasks.get(config.task).problems("test", 3, config.seed)]
+        server.refused = f'"{prompts[0]}"'
+        with pytest.raises(
+            Unfinished, match=r"4 samples .* refuses \(HTTP 400\): too long 4 times"
+        ):
+            sweep(config)
+        assert {row[0] for row in stored(config.out)} == {1, 2}
+        assert len(server.requests) == 3 * 4  # a refusal is not asked again
+        server.refused = "nothing"
+        sweep(replace(config, resume=True))
+        assert len(stored(config.out)) == len(server.requests) - 4 == 12
 
 
 def test_a_server_that_goes_away_is_not_asked_for_the_rest(no_report, tokenizer, tmp_path):
@@ -265,9 +386,10 @@ def test_retry_after_is_seconds_or_a_date():
         assert server_module._retry_after(nothing) == 0.0
 
 
-@pytest.mark.parametrize("reasoning", [True, False])
-def test_chat_is_spoken_where_there_are_no_budgets(no_report, server, tmp_path, reasoning):
+@pytest.mark.parametrize(("reasoning", "counts"), [(True, True), (True, False), (False, False)])
+def test_chat_is_spoken_where_there_are_no_budgets(no_report, server, tmp_path, reasoning, counts):
     server.reasoning = reasoning  # or the text holds <think> … </think>
+    server.counts = counts
     sweep(config_of(server, None, tmp_path / "out", system="Be brief.", problems=3))
     rows = stored(tmp_path / "out")
     assert len(rows) == 3 * 4 and all(row[1] is None for row in rows)
@@ -283,7 +405,7 @@ def test_chat_is_spoken_where_there_are_no_budgets(no_report, server, tmp_path, 
         }
         assert row[5].removeprefix("<think>") in texts
         thinking = row[5].removeprefix("<think>").partition("</think>")[0]
-        assert row[11] == pytest.approx(len(thinking), abs=0 if reasoning else 2)
+        assert row[11] == len(thinking)
 
 
 @pytest.mark.parametrize("budget", [None, 0, 2])
@@ -423,6 +545,89 @@ def test_filters_are_sent_where_they_filter(server):
     assert (hot["top_k"], hot["top_p"], hot["min_p"]) == (5, 0.9, 0.1)
     assert greedy["top_p"] == 1.0 and not {"top_k", "min_p"} & set(greedy)
     assert hot["max_tokens"] == 40
+
+
+@pytest.mark.parametrize("owner", ["vllm", "sglang", "llamacpp"])
+def test_servers_that_fill_in_what_is_left_open_are_told_all(server, owner):
+    server.listed = {"owned_by": owner}
+    speaker = RemoteSpeaker(server.url, ServerOptions())
+    kinds = [{}, {"top_k": 5, "min_p": 0.1}, {"top_k": 5, "min_p": 0.1, "temperature": 0.0}]
+    for kind in kinds:
+        list(speaker.generate([ask(**kind)]))
+    told = [(b["top_k"], b["min_p"], b["repetition_penalty"]) for _, b in server.requests]
+    assert told == [(-1, 0.0, 1.0), (5, 0.1, 1.0), (-1, 0.0, 1.0)]
+
+
+def test_whoever_continues_tokens_is_told_all(server, tokenizer):
+    speaker = RemoteSpeaker(server.url, ServerOptions(), tokenizer=tokenizer, budgets=True)
+    list(speaker.generate([ask(budget=2)]))
+    for path, body in server.requests:
+        assert path == "/v1/completions" and body["skip_special_tokens"] is False
+        assert (body["top_k"], body["min_p"], body["repetition_penalty"]) == (-1, 0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("listed", "context"),
+    [
+        ({"meta": {"n_ctx": 48, "n_ctx_train": 512}}, 48),  # llama.cpp: what a sample may have
+        ({"max_model_len": 40}, 40),
+        ({"meta": None}, None),
+        ({"meta": {"n_ctx": "48"}}, None),
+        ({"max_model_len": -1}, None),
+    ],
+)
+def test_the_context_is_what_the_list_of_models_says(server, listed, context):
+    server.context, server.listed = None, listed
+    assert RemoteSpeaker(server.url, ServerOptions()).context == context
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_stream_may_end_without_done(server, tokenizer, chat):
+    server.done = False
+    more = {} if chat else dict(tokenizer=tokenizer, budgets=True)
+    speaker = RemoteSpeaker(server.url, ServerOptions(retries=0), **more)
+    (streamed,) = speaker.generate([ask(budget=None)], watch=lambda _, text: None)
+    (whole,) = speaker.generate([ask(budget=None)])
+    assert replace(streamed, seconds=0, ask=whole.ask) == replace(whole, seconds=0)
+
+
+def test_a_stream_that_breaks_off_is_no_sample(server):
+    server.done = False
+    server.usage = False  # as where the last chunk is missing
+    speaker = RemoteSpeaker(server.url, ServerOptions(retries=0))
+    assert not list(speaker.generate([ask()], watch=lambda _, text: None))
+    assert speaker.failures == Counter(["broken off (no [DONE])"])
+
+
+def test_a_server_that_does_not_sample_is_noticed(server, monkeypatch):
+    speaker = RemoteSpeaker(server.url, ServerOptions())
+    asks = [Ask(f"{i % 5}=", SamplingParams(max_tokens=40), 0, i) for i in range(30)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        list(speaker.generate(asks))
+        cold = [replace(a, params=SamplingParams(temperature=0.0, max_tokens=40)) for a in asks]
+        monkeypatch.setattr("ponder.inference.remote.stream_key", lambda *_: 7)
+        list(speaker.generate(cold))
+        list(speaker.generate(asks[:28]))  # too few to tell
+    with pytest.warns(UserWarning, match="same text each time, 30 times, .* not to sample"):
+        list(speaker.generate(asks))
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({"error": {"message": "no", "code": 400}}, "no"),
+        ({"error": "no"}, "no"),
+        ({"object": "error", "message": "no"}, "no"),
+        ({"detail": "no"}, "no"),  # FastAPI, as Transformers' server
+        ({"detail": [{"loc": ["body"], "msg": "no"}, {"msg": "not"}]}, "no; not"),
+        ({"error": {"code": 7}}, ""),
+        ([], ""),
+        (None, ""),
+    ],
+)
+def test_a_refusal_says_why_in_every_dialect(body, said):
+    assert server_module._complaint(body) == said
 
 
 def test_a_thought_that_never_ends_is_cut(server, tokenizer):

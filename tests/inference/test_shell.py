@@ -12,7 +12,7 @@ from ponder.cli import run
 from ponder.inference import Unfinished
 from ponder.inference.config import GenerateConfig, ServerOptions
 from ponder.inference.engine import SamplingParams
-from ponder.inference.shell import DIM, PLAIN, Screen, generate
+from ponder.inference.shell import DIM, PLAIN, Screen, _read, generate
 from ponder.inference.speaker import Ask, LocalSpeaker
 
 from .mock_server import MockServer
@@ -88,6 +88,59 @@ def test_prompts_come_from_a_file_or_standard_input(
     shown = capsys.readouterr().out.splitlines()
     assert shown[::2] == ["3+8=", "4*2=", "5-1="]
     assert len(shown) == 6
+
+
+def test_files_of_other_editors_are_read(config, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    lines = ['{"prompt": "3+8=\u2028"}', "", '{"prompt": "\\u20281="}']  # U+2028 ends no line
+    path.write_bytes("\r\n".join(lines).encode("utf-8-sig"))
+    assert _read(replace(config, file=path)) == ["3+8=\u2028", "\u20281="]
+    path.write_text("\n\n" + lines[0] + "\n7\n")
+    with pytest.raises(ValueError, match="line 4 is no"):
+        _read(replace(config, file=path))
+
+
+def test_a_console_that_cannot_write_a_character_is_told_it_in_ascii(config, monkeypatch):
+    console = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr("sys.stdout", console)
+    monkeypatch.setattr(LocalSpeaker, "encode", lambda self, prompt: (7, 5))
+    generate(replace(config, prompts=("3 → 8", "4"), max_tokens=2))
+    console.flush()
+    shown = console.buffer.getvalue().decode("cp1252")
+    assert shown.splitlines()[0] == "3 \\u2192 8"
+
+
+@pytest.mark.parametrize(("terminal", "no_color", "dim"), [(1, "", 1), (1, "1", 0), (0, "", 0)])
+def test_thinking_is_dimmed_on_a_terminal_unless_colours_are_unwanted(
+    config, monkeypatch, terminal, no_color, dim
+):
+    written = io.StringIO()
+    written.isatty = lambda: bool(terminal)  # type: ignore[method-assign]
+    monkeypatch.setattr("sys.stdout", written)
+    monkeypatch.setenv("NO_COLOR", no_color)
+    generate(replace(config, max_tokens=3))
+    assert (DIM in written.getvalue()) == bool(dim)
+
+
+def test_ctrl_c_leaves_the_terminal_as_it_was(config, monkeypatch, capsys):
+    written = io.StringIO()
+    written.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr("sys.stdout", written)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    show, pieces = Screen.show, []
+
+    def interrupted(self, text):
+        show(self, text)
+        pieces.append(text)
+        if len(pieces) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Screen, "show", interrupted)
+    words = f"generate 3+8= --model {config.model} --temperature 1 --seed 4 --precision fp32"
+    assert run(words.split()) == 130
+    assert len(pieces) == 2 and written.getvalue().startswith(f"{DIM}<think>")
+    assert written.getvalue().endswith(f"{PLAIN}\n")
+    assert "interrupted" in capsys.readouterr().err
 
 
 def text_of(*pieces: str, dim: bool) -> str:
@@ -176,6 +229,8 @@ def test_what_cannot_be_answered_gets_one_sentence(config, tmp_path, changes, me
         ("1= --model http://x --server.retries -1", "server.retries is -1"),
         ("1= --model http://x --engine transformers", "a server is its own engine"),
         ("1= --model http://x --precision bf16", "that is the server's affair"),
+        ("1= --model http://x --invariant", "only ponder's own engine promises that"),
+        ("1= --model m --engine transformers --invariant", "only ponder's own engine"),
     ],
 )
 def test_options_that_cannot_be_get_one_sentence(capsys, words, message):

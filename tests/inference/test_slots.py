@@ -3,11 +3,13 @@
 import random
 import threading
 
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ponder.inference import memory
 from ponder.inference.decoder import Decoder
 from ponder.inference.engine import LocalEngine, Request, SamplingParams
 from ponder.inference.graphs import Graphed
@@ -298,3 +300,59 @@ def test_memory_is_known_here():
     free = available(torch.device("cpu"))
     assert free is not None and GIB / 64 < free < 2**50
     assert available(torch.device("meta")) is None
+
+
+@pytest.fixture
+def cgroups(tmp_path, monkeypatch):
+    """Writes a control group's files, in a machine whose process is in the groups a/b."""
+
+    def write(kinds: str, group: str, **values: str) -> None:
+        monkeypatch.setattr(memory, "CGROUPS", tmp_path / "cgroups")
+        monkeypatch.setattr(memory, "CGROUP_FILES", tmp_path)
+        (tmp_path / "cgroups").write_text(f"3:cpu,{kinds}:/a/b\n7:name=systemd:/\n")
+        if not kinds:
+            (tmp_path / "cgroups").write_text("0::/a/b\n")
+        folder = tmp_path / kinds / group
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in values.items():
+            (folder / name.replace("__", ".")).write_text(text + "\n")
+
+    return write
+
+
+MIB = 2**20
+
+
+def test_a_container_may_have_less_memory_than_its_machine(cgroups):
+    cpu = torch.device("cpu")
+    cgroups("", "a/b", memory__max="max", memory__current=f"{70 * MIB}")
+    free = available(cpu)
+    assert free is not None and free > 100 * MIB
+    stat = f"anon 5\ninactive_file {10 * MIB}\nslab 3"  # what a file's cache holds can be taken
+    cgroups("", "a", memory__max=f"{90 * MIB}", memory__current=f"{70 * MIB}", memory__stat=stat)
+    assert available(cpu) == 30 * MIB
+    cgroups("", "", memory__max=f"{50 * MIB}", memory__current=f"{70 * MIB}", memory__stat=stat)
+    assert available(cpu) == 0
+
+
+def test_a_container_of_the_first_version_of_control_groups_too(cgroups):
+    cgroups(
+        "memory",
+        "a/b",
+        memory__limit_in_bytes=f"{90 * MIB}",
+        memory__usage_in_bytes=f"{70 * MIB}",
+        memory__stat=f"inactive_file 0\ntotal_inactive_file {5 * MIB}",
+    )
+    assert available(torch.device("cpu")) == 25 * MIB
+
+
+def test_a_limit_on_the_process_counts():
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    taken = psutil.Process().memory_info().vms
+    resource.setrlimit(resource.RLIMIT_AS, (taken + 900 * MIB, before[1]))
+    try:
+        free = available(torch.device("cpu"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert free is not None and 700 * MIB < free <= 901 * MIB

@@ -1,11 +1,14 @@
 """The local speaker, where memory runs out."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 
+from ponder.inference.decoder import CPU_BLOCK
 from ponder.inference.engine import LocalEngine, SamplingParams
+from ponder.inference.slots import Slots
 from ponder.inference.speaker import Ask, LocalSpeaker, out_of_memory
 
 
@@ -38,6 +41,46 @@ def test_out_of_memory_ends_in_fewer_slots_and_every_sample_once(model, monkeypa
     assert {c.ask: c.text for c in found} == whole
     said = capsys.readouterr().err
     assert "16 slots instead of 32" in said and "8 slots instead of 16" in said
+
+
+def test_memory_that_runs_out_inside_the_engine_ends_in_fewer_slots(model, monkeypatch, capsys):
+    asks = [Ask(f"{i % 4}+8=", SamplingParams(max_tokens=12), 0, i) for i in range(40)]
+    speaker = LocalSpeaker(str(model), slots=16, precision="fp32")
+    whole = {c.ask: c.text for c in speaker.generate(asks)}
+    step, steps = Slots.step, []
+
+    def failing(self):
+        steps.append(self)
+        if speaker.engine.slots > 8 and len(steps) == 20:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(self)
+
+    monkeypatch.setattr(Slots, "step", failing)
+    found = list(speaker.generate(asks))
+    assert speaker.engine.slots == 8 and "8 slots instead of 16" in capsys.readouterr().err
+    assert Counter(c.ask for c in found) == Counter(asks)
+    assert {c.ask: c.text for c in found} == whole
+
+
+def test_invariant_samples_do_not_depend_on_the_slots(model, monkeypatch):
+    asks = [Ask("3+8=", SamplingParams(max_tokens=12), 0, i) for i in range(70)]
+    few, many = (
+        LocalSpeaker(str(model), slots=slots, precision="fp32", invariant=True)
+        for slots in (8, 128)
+    )
+    assert (few.engine.slots, many.engine.slots) == (CPU_BLOCK, 128)
+
+    def drawn(speaker):
+        return {c.ask: replace(c, seconds=0) for c in speaker.generate(asks)}
+
+    assert drawn(few) == drawn(many)
+
+    def failing(self):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Slots, "step", failing)
+    with pytest.raises(ValueError, match=f"does not hold even {CPU_BLOCK} samples at once"):
+        list(many.generate(asks))
 
 
 def test_where_nothing_helps_there_is_a_sentence_and_what_was_finished_stays(model, monkeypatch):

@@ -196,3 +196,15 @@ def test_a_folder_without_safetensors_is_refused(gpt2, tmp_path):
     (tmp_path / "pickled" / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="no model of .*pickled could be loaded"):
         TransformersSpeaker(str(tmp_path / "pickled"), slots=1)
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(gpt2, tmp_path):
+    folder = tmp_path / "grown"
+    shutil.copytree(gpt2, folder)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_tokens(["99"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    speaker = TransformersSpeaker(str(folder), slots=1)
+    assert speaker.fit(["9+9"], budgets=[], max_tokens=4) == 4
+    with pytest.raises(ValueError, match=r"says token 23; the model knows 0 to 22"):
+        speaker.fit(["9+9", "99"], budgets=[], max_tokens=4)

@@ -102,7 +102,8 @@ def test_a_tokenizer_of_others_keeps_its_own_end_and_gets_what_it_lacks(foreign)
     assert ids == [0, 1, 2, 0]  # neither truncated nor padded
     thinking = load_vocabulary(str(foreign / "tokenizer.json"), [Text(thinks=True)])
     assert "; <think> and </think> it had not: added as 6, 7" in thinking.note
-    assert thinking.tokenizer.encode("<think>be", add_special_tokens=False).ids == [6, 0]
+    ids = thinking.tokenizer.encode("<think>be", add_special_tokens=False).ids
+    assert ids == [6, 0] and "<think>" in thinking.tokenizer.decode(ids)
     (foreign / "tokenizer_config.json").unlink()
     (foreign / "chat_template.jinja").write_text("{{ eos_token }}")
     bare = load_vocabulary(str(foreign), [Text()])
@@ -135,3 +136,11 @@ def test_a_tokenizer_that_cannot_be_is_named(kind, message, tmp_path):
     (tmp_path / "broken.json").write_text("{}")
     with pytest.raises(ValueError, match=message):
         load_vocabulary(kind.replace("FOLDER", str(tmp_path)), [Text()])
+
+
+@pytest.mark.parametrize("tokenizer", [character_tokenizer("19"), BYTES])
+def test_a_thought_is_text_and_the_end_is_none(tokenizer):
+    ids = tokenizer.encode("<think>1</think>9<eos>").ids
+    assert len(ids) == 5
+    # As a server decodes; what it leaves out could stop no sample at </think>.
+    assert tokenizer.decode(ids) == "<think>1</think>9"
