@@ -114,12 +114,14 @@ def rates(copy: Path, text: Path, folder: Path, steps: int) -> list[Row]:
     for turn in range(2):
         # A step that holds an evaluation, and the first ones, are left out on both sides.
         times.setdefault("nanoGPT", []).extend(peer_times(copy, steps)[10:-1])
-        for name, changes in kinds.items():
-            out = folder / f"{len(times)}-{turn}"
-            dtypes[name], own = our_times(text, out, steps, **changes)
+        for i, (name, changes) in enumerate(kinds.items()):
+            dtypes[name], own = our_times(text, folder / f"{turn}-{i}", steps, **changes)
             times.setdefault(name, []).extend(own[10:])
     tokens = RECIPE["context"] * RECIPE["batch_size"]
-    case = f"a step of {RECIPE['batch_size']} x {RECIPE['context']} tokens"
+    case = (
+        f"a step of {RECIPE['batch_size']} x {RECIPE['context']} tokens, "
+        f"{torch.get_num_threads()} thread(s)"  # nanoGPT's process takes as many
+    )
     measured = [row("nanogpt", case, dtypes[name], name, ms) for name, ms in times.items()]
     for found in measured:
         ratio = measured[0].ms_p50 / found.ms_p50
