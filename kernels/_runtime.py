@@ -80,7 +80,7 @@ def use_triton(x: Tensor) -> bool:
     return x.device.type == "cpu" and interpreting() and triton_installed()
 
 
-def _traced() -> bool:
+def traced() -> bool:
     """Whether something other than plain eager PyTorch looks at the calls: a compiler, fake
     tensors, a FLOP counter, selective checkpointing, a function transform."""
     return (
@@ -146,7 +146,7 @@ class Operation:
         return torch.library.register_fake(self.name, fake, lib=self.library)
 
     def __call__(self, *args):
-        return self.op(*args) if _traced() else self.apply(*args)
+        return self.op(*args) if traced() else self.apply(*args)
 
     def register_autograd(
         self, backward: Callable, *, setup_context: Callable, twice: bool = False

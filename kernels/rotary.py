@@ -240,8 +240,8 @@ def _unit_stride(x: Tensor) -> Tensor:
 
 def _rotate_on_cpu(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """cos and sin repeated over both halves, the first half of sin negated."""
-    a, b = x.chunk(2, -1)
-    return torch.addcmul(x * cos, torch.cat((b, a), -1), sin).to(x.dtype)
+    wide = x.to(cos.dtype)  # PyTorch's products of two dtypes are slow
+    return torch.addcmul(wide * cos, wide.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 class _RotaryOnCpu(torch.autograd.Function):

@@ -124,10 +124,10 @@ class TrainConfig:
             *("warmup", "clip", "weight_decay", "log_every", "eval_every", "save_every"),
             "samples",
         ):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 faults.append(f"{name} is {getattr(self, name)}; it must be at least 0")
         for name in ("lr", "matrix_lr"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 faults.append(f"{name} is {getattr(self, name)}; it must be above 0")
         for name in ("decay", "floor", "full_traces", "retries"):
             if not 0 <= getattr(self, name) <= 1:

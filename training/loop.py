@@ -15,6 +15,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from safetensors import SafetensorError
+from torch import distributed
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint as recomputed
 
@@ -66,19 +67,25 @@ def _check_init(config: TrainConfig, data: Data, shape: GPTConfig) -> None:
 
 
 class Stop:
-    """Set by SIGTERM and by the first Ctrl-C; the loop then saves and ends."""
+    """Set by SIGTERM and by the first Ctrl-C; the loop then saves and ends.
+
+    A second Ctrl-C interrupts, but not within two seconds: launchers send on to their processes
+    what a terminal or Slurm has sent these already.
+    """
 
     def __init__(self):
-        self.asked = False
+        self.asked, self.since = False, 0.0
 
     def __enter__(self):
         self.before = {s: signal.signal(s, self) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __call__(self, number, frame):
-        if self.asked:
+        now = time.monotonic()
+        if not self.asked:
+            self.asked, self.since = True, now
+        elif number == signal.SIGINT and now - self.since > 2:
             raise KeyboardInterrupt
-        self.asked = True
 
     def __exit__(self, *_):
         for number, handler in self.before.items():
@@ -97,6 +104,8 @@ def train(config: TrainConfig, *, model_folder: Path | None = None) -> Path:
     given = hub.load_config(config.init) if config.init else None
     if given and config.tokenizer == "char":
         config = replace(config, tokenizer=config.init)
+    if given is None:
+        model_config(config, 1)  # a shape that cannot be is told before the data are read
     data = load_data(config)
     shape = model_config(config, data.vocabulary.size) if given is None else given
     if given:
@@ -134,6 +143,8 @@ class _Run:
                 "compile needs a C++ compiler and there is none (g++, clang++, or what CXX names); "
                 "say --no-compile"
             )
+        if config.precision == "fp16" and device.type == "cpu":
+            raise ValueError("precision is fp16, which needs a GPU; say bf16, fp32 or auto")
         sharded = wants_shards(config)
         self.out, self.folder, self.model_folder = config.out, config.out / "train", model_folder
         self.metrics, self.samples = self.folder / "metrics.jsonl", self.folder / "samples.jsonl"
@@ -165,6 +176,8 @@ class _Run:
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         if config.compile and self.sharded:  # FSDP2 shards modules, not what they compile to
             self.model = torch.compile(self.model)
+        # Processes agree through their hosts' memory: to ask a device would wait for it.
+        self.hosts = distributed.new_group(backend="gloo") if self.ranks > 1 else None
         self.average = Average(self.raw, config.ema) if config.ema else None
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         # The loss since the last row of metrics, and that row's step.
@@ -173,9 +186,8 @@ class _Run:
         if state:
             self._restore(state)
         self.first_step = self.step
-        if self.main:
-            forget_after(self.metrics, self.step)
-            forget_after(self.samples, self.step)
+        for file in (self.metrics, self.samples):
+            self._write(partial(forget_after, file, self.step))
         self.peak = peak_flops(self.accelerator.device, DTYPE[precision]) * self.ranks
         self.flops = 3 * shape.flops_per_token(config.context)  # backward costs two forwards
         self.first_bad = torch.tensor(config.steps + 1, device=self.accelerator.device)
@@ -198,6 +210,8 @@ class _Run:
                     step = self.checkpoints.newest()
             except ValueError as error:
                 fault = str(error)
+            except OSError as error:
+                fault = f"{self.out} cannot be written to: {error.strerror}; take another --out"
         # The main process alone looks at checksums; all take the same checkpoint, or none.
         [step, fault] = broadcast_object_list([step, fault])
         if fault:
@@ -259,10 +273,10 @@ class _Run:
 
     def _stop_agreed(self) -> bool:
         """Whether any process was asked to stop: all leave the loop at the same step."""
-        if self.ranks == 1:
-            return self.stop.asked
-        flag = torch.tensor(float(self.stop.asked), device=self.accelerator.device)
-        return bool(self._total(flag))
+        flag = torch.tensor(self.stop.asked, dtype=torch.int32)
+        if self.hosts is not None:
+            distributed.all_reduce(flag, group=self.hosts)
+        return bool(flag)
 
     def _total(self, x: torch.Tensor) -> torch.Tensor:
         """The sum over processes."""
@@ -311,7 +325,10 @@ class _Run:
         idle = not len(batch.tokens[rows])
 
         def part(x: torch.Tensor) -> torch.Tensor:
-            return x[slice(1) if idle else rows].to(self.accelerator.device, non_blocking=True)
+            x, device = x[slice(1) if idle else rows], self.accelerator.device
+            if device.type == "cuda":  # from other memory a copy waits for the device
+                x = x.contiguous().pin_memory()
+            return x.to(device, non_blocking=True)
 
         segment_ids = None if batch.segment_ids is None else part(batch.segment_ids)
         mine = Batch(part(batch.tokens), part(batch.targets), segment_ids)

@@ -106,8 +106,10 @@ def gather(model: Model, optimizer: Together) -> dict[str, Any]:
 def scatter(model: Model, optimizer: Together, state: dict[str, Any]) -> None:
     """Put back what `gather` gave, on every process, however many there are now."""
     # In this order: an optimizer makes room for its state with a step of zero length.
-    set_optimizer_state_dict(model, optimizer.parts, state["optimizer"], options=WHOLE)
-    optimizer.share_groups()
+    kept = [x for values in state["optimizer"]["state"].values() for x in values.values()]
+    if any(isinstance(x, torch.Tensor) for x in kept):  # PyTorch fails where, as for SGD, none is
+        set_optimizer_state_dict(model, optimizer.parts, state["optimizer"], options=WHOLE)
+        optimizer.share_groups()
     scatter_weights(model, state["model"])
 
 

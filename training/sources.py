@@ -99,7 +99,9 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
                     f"{where} is not UTF-8: byte {error.start} of it cannot be read"
                 ) from None
             except json.JSONDecodeError as error:
-                raise ValueError(f"{where} is not JSON: {error}") from None
+                raise ValueError(
+                    f"{where} is not JSON: {error.msg} at character {error.colno}"
+                ) from None
             if not isinstance(values, dict):
                 raise ValueError(f"{where} is a {type(values).__name__}, not an object of columns")
             yield Row(where, values)

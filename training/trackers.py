@@ -1,7 +1,9 @@
 """TensorBoard, Weights & Biases and trackio, through accelerate; train/metrics.jsonl is always."""
 
 import importlib.util
+import uuid
 from collections.abc import Sequence
+from pathlib import Path
 
 from accelerate import Accelerator
 
@@ -19,15 +21,28 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def start_trackers(accelerator: Accelerator, config: TrainConfig, step: int) -> None:
-    """Tell each tracker of the run, which goes on after `step`."""
+    """Tell each tracker of the run, which goes on after `step`; ValueError where one refuses."""
     if not config.trackers:
         return
     plain = (bool, int, float, str)
     fields = {k: v if isinstance(v, plain) else str(v) for k, v in config.identity().items()}
-    name = config.out.resolve().name
+    name, folder = config.out.resolve().name, config.out / "train"
+    key = _key(folder) if accelerator.is_main_process else ""
     settings = {
         "tensorboard": {"purge_step": step + 1},  # what a resumed run earns again
-        "wandb": {"name": name, "dir": str(config.out / "train")},
-        "trackio": {"name": name, "resume": "allow"},
+        "wandb": {"name": name, "id": key, "resume": "allow", "dir": str(folder)},
+        "trackio": {"name": f"{name}-{key}", "resume": "allow"},  # it knows runs by name alone
     }
-    accelerator.init_trackers("ponder", config=fields, init_kwargs=settings)
+    try:
+        accelerator.init_trackers("ponder", config=fields, init_kwargs=settings)
+    except Exception as error:  # of kinds of their own: no login, no network, no disk
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(f"{' or '.join(config.trackers)} cannot start: {reason}") from None
+
+
+def _key(folder: Path) -> str:
+    """What tells this run from all others, also those of a folder of the same name: kept in it."""
+    file = folder / "tracker_id"
+    if not file.exists():
+        file.write_text(uuid.uuid4().hex[:8])
+    return file.read_text()

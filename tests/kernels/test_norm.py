@@ -161,6 +161,14 @@ def test_on_cpu_tensors(norm, monkeypatch):
         check(norm, REFERENCE[norm], leaves, reduction=x.numel())
     y = norm(x.double(), weight, bias)
     torch.testing.assert_close(y, REFERENCE[norm](x.double(), weight, bias))
+    for dtype in (torch.float32, torch.bfloat16):
+        # As a model does it: a strided view, and a weight in fp32 whatever x is.
+        some = torch.randn(3, 5, 4, 32, dtype=dtype).transpose(1, 2)
+        weights = torch.randn(2, 32)[: 1 + (norm is layer_norm)]
+        check(norm, REFERENCE[norm], [some, *weights], reduction=some.numel())
+    empty = torch.ones(0, 40, requires_grad=True)
+    norm(empty, weight).sum().backward()
+    assert empty.grad.shape == (0, 40)
     half = x.half()
     y, h = norm(half, weight, bias, residual=residual)
     assert (y.dtype, h.dtype) == (torch.float16, torch.float32)

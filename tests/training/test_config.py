@@ -59,9 +59,12 @@ def test_a_run_is_itself_whatever_it_runs_on():
         (dict(weights=(0.0,)), "weights is [0.0]; each must be above 0"),
         (dict(weights=(float("nan"),)), "weights is [nan]; each must be above 0"),
         (dict(data_tokens=-1), "data_tokens is -1; it must be at least 0"),
+        (dict(weight_decay=float("nan")), "weight_decay is nan; it must be at least 0"),
+        (dict(clip=float("inf")), "clip is inf; it must be at least 0"),
+        (dict(lr=float("inf")), "lr is inf; it must be above 0"),
     ],
 )
-def test_data_that_cannot_be_are_named(fields, message):
+def test_fields_that_cannot_be_are_named(fields, message):
     with pytest.raises(ValueError) as error:
         TrainConfig(**fields).check()
     assert message in str(error.value)

@@ -3,7 +3,9 @@ import os
 import random
 import resource
 import shutil
+import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -110,6 +112,28 @@ def test_more_processes_than_rows_is_told(config, monkeypatch, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_folder_that_cannot_be_is_told(config, tmp_path):
+    config, _ = config
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file cannot be written to: File exists; take another"):
+        train(replace(config, out=tmp_path / "file"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of CPUs alone")
+def test_half_precision_on_a_cpu_is_told(config, tmp_path):
+    config, _ = config
+    with pytest.raises(ValueError, match="precision is fp16, which needs a GPU; say bf16"):
+        train(replace(config, out=tmp_path / "run", precision="fp16"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_shape_that_cannot_be_is_told_before_data_are_read(config, tmp_path):
+    config, _ = config
+    config = replace(config, data="jsonl:nowhere", out=tmp_path / "run", n_head=3, n_kv_head=2)
+    with pytest.raises(ValueError, match="n_head 3 is not a multiple of n_kv_head 2"):
+        train(config)
+
+
 def test_training_learns(config):
     config, folder = config
     out = folder.mktemp("learns")
@@ -122,9 +146,8 @@ class Killed(Exception):
     pass
 
 
-def test_resume_gives_the_same_losses_and_weights(config, whole, monkeypatch):
-    config, folder = config
-    out = folder.mktemp("resumed")
+def train_up_to_five(config, monkeypatch):
+    """A run that dies in its sixth step."""
     from ponder.training import loop
 
     update = loop._Run._update
@@ -134,10 +157,39 @@ def test_resume_gives_the_same_losses_and_weights(config, whole, monkeypatch):
             raise Killed
         return update(self, batch)
 
-    monkeypatch.setattr(loop._Run, "_update", dies_at_five)
-    with pytest.raises(Killed):
-        train(replace(config, out=out))
-    monkeypatch.setattr(loop._Run, "_update", update)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(loop._Run, "_update", dies_at_five)
+        train(config)
+
+
+def test_a_gradient_scaler_goes_on_where_it_was(config, monkeypatch):
+    # accelerate has one on GPUs alone; here it is given one that doubles after every second step.
+    from ponder.training import loop
+
+    config, folder = config
+    build = loop.build_accelerator
+
+    def scaled(*words, **options):
+        accelerator = build(*words, **options)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
+        return accelerator
+
+    monkeypatch.setattr(loop, "build_accelerator", scaled)
+    straight = replace(config, out=folder.mktemp("scaled"), optimizer="sgd")
+    train(straight)
+    torn = replace(straight, out=folder.mktemp("torn"))
+    train_up_to_five(torn, monkeypatch)
+    assert newest(torn.out)["scaler"]["scale"] == 32
+    train(replace(torn, resume=True))
+    norms = [[row["grad_norm"] for row in metrics(c.out)] for c in (straight, torn)]
+    assert norms[0] == norms[1] and losses(torn.out) == losses(straight.out)
+    assert newest(torn.out)["scaler"] == newest(straight.out)["scaler"]
+
+
+def test_resume_gives_the_same_losses_and_weights(config, whole, monkeypatch):
+    config, folder = config
+    out = folder.mktemp("resumed")
+    train_up_to_five(replace(config, out=out), monkeypatch)
     with pytest.raises(ValueError, match="say --resume"):
         train(replace(config, out=out))
     with pytest.raises(ValueError, match="another train run, with seed 0"):
@@ -147,6 +199,23 @@ def test_resume_gives_the_same_losses_and_weights(config, whole, monkeypatch):
     ours = newest(out)["model"]
     theirs = newest(whole)["model"]
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_what_launchers_repeat_does_not_interrupt(monkeypatch):
+    # torchrun passes on to processes the SIGTERM of Slurm and the Ctrl-C that they have had too.
+    from ponder.training import loop
+
+    now = 100.0
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: now))
+    with loop.Stop() as stop:
+        assert not stop.asked
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+            signal.raise_signal(number)
+            assert stop.asked
+        now += 10
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):  # a person who does not want to wait
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_accumulation_gives_the_same_update(config):

@@ -6,7 +6,7 @@ import torch
 from ponder.models import GPT
 from ponder.training import preset
 from ponder.training.loop import model_config
-from ponder.training.optimizer import Average, build_optimizer
+from ponder.training.optimizer import Average, Muon, build_optimizer
 
 NAMES = ["muon", "adamw", "adam", "momentum", "sgd"]
 
@@ -79,6 +79,27 @@ def test_updates_are_the_textbook_s(name):
         optimizer.zero_grad()
     expected = by_hand(name, start, grads, 0.01)
     torch.testing.assert_close(weight.double(), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("stacked", [1 << 24, 3000])
+def test_muon_in_batches_is_pytorch_s(monkeypatch, stacked):
+    # Square, wide and tall ones, with and without a batch that is not whole.
+    monkeypatch.setattr(Muon, "STACKED", stacked)
+    shapes = [(32, 32)] * 5 + [(16, 48), (48, 16), (16, 48), (1, 7)]
+    found = []
+    for kind in (torch.optim.Muon, Muon):
+        torch.manual_seed(0)
+        weights = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+        optimizer = kind(weights, lr=0.02, weight_decay=0.1)
+        for _ in range(3):
+            for w in weights:
+                w.grad = torch.randn_like(w)
+            optimizer.step()
+        found.append((weights, optimizer.state_dict()["state"]))
+    for (i, theirs), ours in zip(enumerate(found[0][0]), found[1][0], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-3)  # 3 updates, rounded to bf16
+        momenta = [state[i]["momentum_buffer"] for _, state in found]
+        torch.testing.assert_close(*momenta, rtol=0, atol=0)
 
 
 def test_two_optimizers_under_one_scaler_unscale_once():

@@ -4,6 +4,8 @@ import base64
 import html
 import json
 import re
+import sqlite3
+from contextlib import closing
 
 import pytest
 
@@ -11,6 +13,8 @@ from ponder import cli
 from ponder.training import preset
 from ponder.training.report import human, summary, write_training_report
 from ponder.training.view import View, sparkline
+
+from . import children
 
 
 def row(step, **changes):
@@ -152,9 +156,71 @@ def test_trackers_get_the_configuration_and_every_row(tmp_path, monkeypatch):
     train(config.__class__(**{**vars(config), "trackers": ("trackio",)}))
     lines = (tmp_path / "run" / "train" / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
-    assert told[0] == ("start", "ponder", {"name": "run", "resume": "allow"})
+    name = "run-" + (tmp_path / "run" / "train" / "tracker_id").read_text()
+    assert told[0] == ("start", "ponder", {"name": name, "resume": "allow"})
     assert told[1][1]["steps"] == 4 and told[1][1]["optimizer"] == "muon"
     assert [event[1] for event in told if event[0] == "row"] == [2, 4]
     assert told[3][2] == rows[1]
     assert told[2][2] == {k: v for k, v in rows[0].items() if v is not None}
     assert told[-1] == ("finish",)
+
+
+def test_a_tracker_that_refuses_is_told(tmp_path, monkeypatch):
+    from accelerate import Accelerator
+
+    from ponder.training.trackers import start_trackers
+
+    class UsageError(Exception):  # what wandb raises without a login
+        pass
+
+    def refuse(*_, **__):
+        raise UsageError("No API key configured. Use `wandb login` to log in.")
+
+    monkeypatch.setattr(Accelerator, "init_trackers", refuse)
+    (tmp_path / "train").mkdir()
+    config = preset("tiny", out=tmp_path, trackers=("wandb",))
+    with pytest.raises(ValueError, match="wandb cannot start: No API key configured. Use `wandb"):
+        start_trackers(Accelerator(cpu=True), config, 0)
+
+
+def wandb_rows(out, folder):
+    [file] = (out / "train" / "wandb").glob("offline-run-*/run-*.wandb")
+    assert (out / "train" / "tracker_id").read_text() in file.name
+    content = file.read_bytes()  # their own format; keys stand in it as they are
+    return [content.count(b"train_loss") > 0, content.count(b"n_embd") > 0]
+
+
+def trackio_rows(out, folder):
+    [file] = folder.glob("ponder*.db")
+    with closing(sqlite3.connect(file)) as base:
+        found = base.execute("SELECT run_name, step, metrics FROM metrics ORDER BY step").fetchall()
+        [[fields]] = base.execute("SELECT config FROM configs").fetchall()
+    assert {name for name, *_ in found} == {f"out-{(out / 'train' / 'tracker_id').read_text()}"}
+    losses = [json.loads(values)["train_loss"] for _, _, values in found]
+    rows = [json.loads(s) for s in (out / "train" / "metrics.jsonl").read_text().splitlines()]
+    assert losses == pytest.approx([r["train_loss"] for r in rows])
+    return [[step for _, step, _ in found] == [2, 4], json.loads(fields)["n_embd"] == 32]
+
+
+def tensorboard_rows(out, folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    files = (out / "train").glob("**/events.out.tfevents.*")  # the configuration has its own
+    every = [EventAccumulator(str(file)).Reload() for file in files]
+    [events] = [e for e in every if "train_loss" in e.Tags()["scalars"]]
+    return [[event.step for event in events.Scalars("train_loss")] == [2, 4], len(every) > 1]
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio", "tensorboard"])
+def test_the_trackers_themselves_take_a_run(name, tmp_path):
+    pytest.importorskip(name, reason=f"{name} is not installed (the extra `trackers`)")
+    out, log, folder = tmp_path / "out", tmp_path / "log", tmp_path / "tracked"
+    words = "train tiny --steps 4 --log-every 2 --eval-every 0 --samples 0 --precision fp32 "
+    words += f"--out {out} --trackers {name}"
+    # What sends nothing away, and trackio's own folder.
+    environment = {"WANDB_MODE": "offline", "TRACKIO_DIR": str(folder)}
+    process = children.start(words.split(), log=log, environment=environment)
+    process.join(100)
+    assert process.exitcode == 0, log.read_text()
+    found = {"wandb": wandb_rows, "trackio": trackio_rows, "tensorboard": tensorboard_rows}
+    assert all(found[name](out, folder))

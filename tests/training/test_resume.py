@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import time
 
@@ -16,18 +17,31 @@ from . import children
 
 TIMES = ("seconds", "tokens_per_second", "mfu")
 
-# Six times through a text: plain, and accumulated, averaged and saved at other steps than logged.
+# A text mixed with documents, and documents alone, several times through: plain, and accumulated,
+# averaged and saved at other steps than logged.
 RUNS = {
-    "plain": "--log-every 1 --save-every 2 --eval-every 0",
+    "plain": "--log-every 1 --save-every 2 --eval-every 0 --data text:{poem} jsonl:{sums}",
     "accumulated": "--log-every 2 --save-every 3 --eval-every 4 --accumulation 2 "
-    "--optimizer adamw --ema 0.9 --weight-decay 0.1",
+    "--optimizer adamw --ema 0.9 --weight-decay 0.1 --data jsonl:{sums}",
 }
 
 
 def words(name, out):
     # A wide MLP: writing its checkpoint takes long enough to be killed in.
     command = f"train tiny {RUNS[name]} --steps 8 --n-inner 3072 --precision fp32 --resume"
-    return f"{command} --data text:{poem(out.parent)} --out {out}".split()
+    files = {"poem": poem(out.parent), "sums": sums(out.parent)}
+    return f"{command.format(**files)} --out {out}".split()
+
+
+def sums(folder):
+    """Questions with worked answers, in 12 packed rows or so: half a batch is new in each epoch."""
+    file = folder / "sums.jsonl"
+    lines = []
+    for i in range(30):
+        solution = f"{i} and {i} are <<{i}+{i}={2 * i}>>{2 * i}\n#### {2 * i}"
+        lines.append(json.dumps({"question": f"{i}+{i}?", "answer": solution}) + "\n")
+    file.write_text("".join(lines))
+    return file
 
 
 def poem(folder):
@@ -49,7 +63,10 @@ def whole(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     process = children.start(words(request.param, folder / "whole"), log=folder / "whole.log")
     process.join(120)
-    assert process.exitcode == 0, (folder / "whole.log").read_text()
+    said = (folder / "whole.log").read_text()
+    assert process.exitcode == 0, said
+    rows = int(re.search(r"sums.jsonl: .* (\d+) rows", said)[1])
+    assert rows <= 8 * 8 / 2 / 2, "not twice through the documents"
     return request.param, folder
 
 
