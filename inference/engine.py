@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..models import GPT, KVCache
-from . import memory
+from ..models.memory import available
 from .decoder import CPU_BLOCK, ROWS, Decoder
 from .memory import Plan
 from .prompts import Prompts, round_up
@@ -140,11 +140,12 @@ class LocalEngine:
         return Plan(
             requests,
             choices,
-            memory.available(self.device),
-            config=self.model.config,
+            available(self.device),
+            shape=self.model.config,
             itemsize=itemsize,
-            block_tokens=self.block_tokens,
             weights=weights,
+            block_tokens=self.block_tokens,
+            triton=False,  # what is free now is besides the CUDA context
         )
 
     def generate(

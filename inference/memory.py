@@ -1,52 +1,11 @@
-"""Memory: what a run of the engine will hold at most, reckoned before it starts."""
+"""Memory: how many samples of the engine's fit at once, reckoned before any is drawn."""
 
 import warnings
 from collections.abc import Iterable
 from typing import Any
 
-import torch
-
-from ..models import GPTConfig
+from ..models.memory import GIB, require, sampling_memory
 from .request import Request
-
-GIB = 2**30
-
-
-def available(device: torch.device) -> int | None:
-    """Bytes that new tensors may take on the device; None where it does not say."""
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
-    if device.type == "cpu":
-        import psutil  # comes with accelerate
-
-        return psutil.virtual_memory().available
-    return None
-
-
-def needed(
-    config: GPTConfig,
-    *,
-    slots: int,
-    prompt: int,
-    new: int,
-    itemsize: int,
-    block_tokens: int,
-    weights: int = 0,
-) -> int:
-    """Bytes that `slots` samples of at most `new` tokens behind prompts of at most `prompt` take.
-
-    itemsize: bytes of a number in the cache; block_tokens: tokens of a prefill; weights: bytes of a
-    copy of the weights, where one is made. The worst case: no prompt is shared, every sample is as
-    long as it may be, and a cache is copied into a larger one, keys and values in turn.
-    """
-    c = config
-    token = 2 * c.n_layer * c.n_kv_head * c.head_dim * itemsize
-    cache = slots * token * (new + 2 * prompt)  # a prompt in its prefilled block, and as a prefix
-    copied = slots * token * max(new, prompt) // 2
-    logits = slots * c.vocab_size * 24  # as fp32, log-probabilities, weights; their sums in fp64
-    width = 4 * c.n_embd + 2 * (c.n_head + c.n_kv_head) * c.head_dim + 3 * c.n_inner
-    return weights + cache + copied + logits + 4 * width * max(block_tokens, slots)
 
 
 class Plan:
@@ -54,7 +13,7 @@ class Plan:
 
     Of the numbers of slots in `choices`, from the most to the least, the first with which the
     requests fit into `free` bytes (None: any fits); a warning where that is not the first of all.
-    run: what else `needed` asks for. Raises ValueError where none fits.
+    run: what else `sampling_memory` asks for. Raises ValueError where none fits.
     """
 
     def __init__(
@@ -82,8 +41,12 @@ class Plan:
         if self._grow([request]):
             self._check()
 
-    def needed(self, slots: int) -> int:
-        return needed(slots=slots, prompt=self.prompt, new=self.new, **self.run)
+    def parts(self, slots: int) -> dict[str, float]:
+        """Bytes by part."""
+        return sampling_memory(slots=slots, prompt=self.prompt, new=self.new, **self.run)
+
+    def needed(self, slots: int) -> float:
+        return sum(self.parts(slots).values())
 
     def _grow(self, requests: Iterable[Request]) -> bool:
         before = self.prompt, self.new
@@ -96,10 +59,11 @@ class Plan:
         return self.free is not None and self.needed(self.slots) > self.free
 
     def _check(self) -> None:
-        if self.free is not None and self._lacks():
-            raise ValueError(
-                f"{self.slots} samples at a time of up to {self.new} tokens behind prompts of up "
-                f"to {self.prompt} need {self.needed(self.slots) / GIB:.3g} GiB of memory and "
-                f"{self.free / GIB:.3g} GiB are free; fewer slots, a smaller max_tokens or shorter "
-                "prompts need less"
+        if self.free is not None:
+            require(
+                self.parts(self.slots),
+                self.free,
+                f"drawing {self.slots} samples at a time of up to {self.new} tokens behind prompts "
+                f"of up to {self.prompt}",
+                "fewer slots, a smaller max_tokens or shorter prompts need less",
             )

@@ -24,6 +24,7 @@ from .config import TrainConfig
 from .data import IGNORE, Batch, Data, load_data
 from .hardware import choose_precision, cpp_compiler, peak_flops
 from .journal import append_rows, forget_after
+from .memory import check_free
 from .optimizer import Average, build_optimizer
 from .processes import (
     DTYPE,
@@ -134,6 +135,7 @@ class _Run:
         self.out, self.folder, self.model_folder = config.out, config.out / "train", model_folder
         self.metrics, self.samples = self.folder / "metrics.jsonl", self.folder / "samples.jsonl"
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.keep)
+        check_free(config, shape, device, ranks=self.ranks, sharded=sharded)
         state = self._claim()
         # Measured once a run: not anew where it goes on, and not by each process for itself.
         if state:
