@@ -45,9 +45,13 @@ class Engine(Protocol):
 class Network(Protocol):
     """What the engine asks of a model: `GPT` has it, and so has `Decoder`."""
 
-    def hidden(self, tokens: Tensor, cache: KVCache) -> Tensor: ...
+    def hidden(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """tokens (B, T) behind what the cache holds → (B, T, C)."""
+        ...
 
-    def logits(self, hidden: Tensor) -> Tensor: ...
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden (..., C) → (..., V) in fp32."""
+        ...
 
 
 class LocalEngine:

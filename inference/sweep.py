@@ -191,7 +191,8 @@ def _wanted(
 
 
 def redraw(folder: Path) -> Path:
-    """Write the report of a sweep again from its stored samples; returns its page."""
+    """Write the report of a sweep again from its stored samples; returns its page. ValueError for
+    a folder that holds no sweep."""
     runs = read_run(folder)
     if "sweep" not in runs:
         raise ValueError(f"{folder} holds no sweep; its run.json knows {', '.join(runs)}")

@@ -39,6 +39,7 @@ class Data:
 
     @property
     def tokenizer(self) -> Tokenizer:
+        """The one that the model is saved with."""
         return self.vocabulary.tokenizer
 
     @property

@@ -145,6 +145,7 @@ def preset(name: str) -> ScaleConfig:
 
 
 def head_dim(width: int) -> int:
+    """Width of a head in a model of that width."""
     return 16 if width < 64 else 32 if width < 512 else 64
 
 
@@ -322,7 +323,7 @@ def _write_stdlib(path: Path) -> None:
 
 
 def fit_rungs(rungs: list[Rung], config: ScaleConfig) -> "Fit":
-    """The law of the finished runs that are not held out."""
+    """The law of the finished runs that are not held out; ValueError where they are too few."""
     from .scaling import fit_law
 
     used = [r for r in rungs if r.status == "finished" and not r.held_out]

@@ -47,6 +47,7 @@ class Diverged(ValueError):
 
 
 def model_config(config: TrainConfig, vocab_size: int) -> GPTConfig:
+    """The shape of the model that this configuration trains."""
     names = "context n_layer n_head n_kv_head head_dim n_embd n_inner gated activation qk_norm"
     fields = {name: getattr(config, name) for name in (*names.split(), "tie_embeddings")}
     return GPTConfig(vocab_size=vocab_size, **fields)

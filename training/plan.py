@@ -106,6 +106,8 @@ class Layout:
 
 @dataclass(frozen=True)
 class Plan:
+    """What a run needs: bytes and seconds by part, and how it is spread."""
+
     model: GPTConfig
     device: Device
     devices: int
@@ -122,10 +124,12 @@ class Plan:
 
     @property
     def step_seconds(self) -> float:
+        """Of one optimizer step; of the whole sweep."""
         return sum(self.seconds.values())
 
     @property
     def total_seconds(self) -> float:
+        """Of the whole run."""
         return self.steps * self.step_seconds
 
 

@@ -31,6 +31,8 @@ Array = np.ndarray
 
 
 class Interval(NamedTuple):
+    """A value, and the ends of its interval at the level `LEVEL`."""
+
     value: float
     low: float
     high: float
