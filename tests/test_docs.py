@@ -15,7 +15,9 @@ import pytest
 import torch
 import tyro
 
-from ponder import cli
+from ponder import cli, kernels
+
+from .conftest import INTERPRET
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -59,15 +61,19 @@ def test_python_runs(page, checkpoints, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(strategies, "STRATEGIES", dict(strategies.STRATEGIES))
     torch.set_num_threads(1)
+    if page.stem == "add_a_kernel" and INTERPRET:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
     scope: dict = {"__name__": "__main__"}
-    for text in blocks(page, "python"):
+    for number, text in enumerate(blocks(page, "python")):
         for name, folder in checkpoints.items():
             text = text.replace(name, folder)
         tops = {n.name for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import)
                 for n in node.names}  # fmt: skip
         if "peft" in tops and importlib.util.find_spec("peft") is None:
             continue  # the one package that pages use and the tests do not install
-        exec(compile(text, f"{page.name}", "exec"), scope)
+        path = tmp_path / f"block_{number}.py"  # Triton reads a kernel's source from its file
+        path.write_text(text)
+        exec(compile(text, path, "exec"), scope)
 
 
 class Parsed(BaseException):
@@ -117,6 +123,12 @@ def test_shell_commands_are_whole(page, tmp_path, monkeypatch, capsys):
 def test_commands_are_found_however_they_are_launched():
     text = "ponder plan 124m  # said\naccelerate launch \\\n -m ponder train tiny --steps 3\nls\n"
     assert list(commands(text)) == [["plan", "124m"], ["train", "tiny", "--steps", "3"]]
+
+
+def test_the_reference_shows_every_kernel():
+    text = (ROOT / "docs/api/kernels.md").read_text()
+    [members] = re.findall(r"members: \[(.*)\]", text)
+    assert set(members.split(", ")) == set(kernels.__all__)
 
 
 def test_links_between_pages_lead_somewhere():

@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..provenance import open_run, write_aside
 from .config import TrainConfig
@@ -112,8 +112,8 @@ def tiny() -> ScaleConfig:
 
 
 def cpu() -> ScaleConfig:
-    """Twenty runs and a larger one, 25 to 614 thousand parameters: under half an hour on two CPU
-    cores. 0.4 to 49 tokens a parameter, so that both terms of the law show."""
+    """Twenty runs and a larger one, 25 to 614 thousand parameters: a quarter of an hour on one or
+    two CPU cores. 0.4 to 49 tokens a parameter, so that both terms of the law show."""
     return ScaleConfig()
 
 
@@ -381,13 +381,18 @@ def summary(fit: "Fit", rungs: list[Rung]) -> dict:
         "constants": constants,
         "runs": len(fit.residuals),
         "left_out": [r.name for r in rungs if r.status == "diverged"],
-        "scatter": float(f"{(fit.residuals**2).mean() ** 0.5:.6g}"),
+        "scatter": float(f"{_rms(fit.residuals):.6g}"),
+        "backtest": {"runs": len(fit.misses), "missed by": float(f"{_rms(fit.misses):.6g}")},
         "held_out": [
             {"name": r.name, "predicted": entry(fit.predict(r.parameters, r.tokens))}
             | {"measured": r.val_loss}
             for r in held
         ],
     }
+
+
+def _rms(values: Any) -> float:
+    return float((values**2).mean() ** 0.5)
 
 
 def describe(fit: "Fit", rungs: list[Rung]) -> str:
@@ -398,6 +403,10 @@ def describe(fit: "Fit", rungs: list[Rung]) -> str:
         if name in fit.unidentified:
             digits = f"  {name:14}{'?':>10}   {low:.4g} to {high:.4g}: {fit.unidentified[name]}"
         lines.append(digits)
+    lines.append(
+        f"  runs scatter by {_rms(fit.residuals):.1%}; the {len(fit.misses)} largest, predicted "
+        f"from the others, missed by {_rms(fit.misses):.1%}"
+    )
     for r in rungs:
         if r.status == "diverged":
             lines.append(f"  {r.name} diverged and is left out")

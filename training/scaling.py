@@ -83,7 +83,7 @@ class Fit:
     noise: Array
     """what the resamples drew from, in log loss: see `_noise`"""
     misses: Array
-    """log of measured over predicted loss of the largest runs, by a fit of the others"""
+    """log of measured over predicted loss of the largest runs: see `_backtest`"""
 
     def predict(self, parameters: float, tokens: float) -> Interval:
         """The loss that a new run will measure, with its 90 % interval.
@@ -203,13 +203,20 @@ def fit_law(
 
 
 def _backtest(n: Array, d: Array, y: Array) -> Array:
-    """Log of measured over predicted loss of the quarter of the runs with most compute, predicted
-    by a fit of the others."""
-    order = np.argsort(n * d, kind="stable")
-    known, ahead = np.split(order, [len(y) - max(1, len(y) // 4)])
-    problem = _Problem(n[known], d[known], y[known])
-    law = problem.law(problem.solve(y[known], problem.starts(y[known], 8)))
-    return np.log(y[ahead] / law.loss(n[ahead], d[ahead]))
+    """Log of measured over predicted loss of the runs of the largest size, predicted by a fit of
+    the others, and so of those with the most tokens.
+
+    Where that would leave two sizes or budgets, of the quarter of the runs with most compute.
+    """
+    parts = [v == v.max() for v in (n, d) if len(np.unique(v)) > 3]
+    if len(parts) < 2:
+        parts = [np.argsort(np.argsort(n * d)) >= len(y) - max(1, len(y) // 4)]
+    misses = []
+    for ahead in parts:
+        problem = _Problem(n[~ahead], d[~ahead], y[~ahead])
+        law = problem.law(problem.solve(y[~ahead], problem.starts(y[~ahead], 8)))
+        misses.append(np.log(y[ahead] / law.loss(n[ahead], d[ahead])))
+    return np.concatenate(misses)
 
 
 def _noise(residuals: Array) -> Array:
