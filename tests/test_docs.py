@@ -133,7 +133,8 @@ def test_the_reference_shows_every_kernel():
 
 def test_links_between_pages_lead_somewhere():
     for page in PAGES:
-        for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
+        prose = BLOCK.sub("", page.read_text())
+        for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", prose):
             if "://" in target:
                 continue
             path = page.parent / target
