@@ -80,7 +80,7 @@ INHERITED = re.compile(
 )
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", list(modules()), ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_reference_tells_shapes_units_and_errors(path):
     found = []
     for name, node, text in public(ast.parse(path.read_text()).body):
