@@ -11,7 +11,7 @@ few runs, of which a resample would often lack a whole size.
 
 No bootstrap knows that the law itself may be wrong where it has not been fitted: in runs of a few
 hundred steps losses fall faster than any power. So a fit is tested on what it is for: the largest
-runs are predicted from the others, and predictions are as uncertain as that shows (`backtest`).
+runs are predicted from the others, and predictions are as uncertain as that shows (`_backtest`).
 """
 
 from collections.abc import Callable
