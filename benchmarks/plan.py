@@ -83,7 +83,8 @@ def measure(what: str, name: str) -> dict:
     train(shape, rows, precision, optimizer, 4)
     peak = torch.cuda.max_memory_allocated() if triton else resident() - before
     memory = training_memory(shape, **options, triton=triton)
-    memory.pop("CUDA and fragments", None)  # no tensors
+    for part in ("CUDA context", "fragments"):  # no tensors
+        memory.pop(part, None)
     return {
         "peak_mib": round(peak / 2**20, 1),
         "planned_mib": round(sum(memory.values()) / 2**20, 1),

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..models import GPT, KVCache
-from . import memory
+from ..models.memory import available
 from .decoder import CPU_BLOCK, ROWS, Decoder
 from .memory import Plan
 from .prompts import Prompts, round_up
@@ -49,9 +49,13 @@ class Engine(Protocol):
 class Network(Protocol):
     """What the engine asks of a model: `GPT` has it, and so has `Decoder`."""
 
-    def hidden(self, tokens: Tensor, cache: KVCache) -> Tensor: ...
+    def hidden(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """tokens (B, T) behind what the cache holds → (B, T, C)."""
+        ...
 
-    def logits(self, hidden: Tensor) -> Tensor: ...
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden (..., C) → (..., V) in fp32."""
+        ...
 
 
 class LocalEngine:
@@ -151,11 +155,12 @@ class LocalEngine:
         return Plan(
             requests,
             choices,
-            memory.available(self.device),
-            config=self.model.config,
+            available(self.device),
+            shape=self.model.config,
             itemsize=itemsize,
-            block_tokens=self.block_tokens,
             weights=weights,
+            block_tokens=self.block_tokens,
+            triton=False,  # what is free now is besides the CUDA context
         )
 
     def generate(

@@ -22,6 +22,7 @@ from tokenizers.decoders import DecodeStream
 
 from ..models import hub
 from ..models.gpt import GPT, GPTConfig
+from ..models.memory import available, parameter_count, require
 from .config import GenerateConfig, SweepConfig
 from .decoder import ROWS, bf16_pays
 from .engine import LocalEngine, Request, Sample, SamplingParams
@@ -226,6 +227,10 @@ class LocalSpeaker:
     ):
         self.folder, self.invariant = Path(path), invariant
         on = device()
+        free = available(torch.device(on))
+        if free is not None:
+            weights = {"weights": 4 * parameter_count(hub.load_config(path))}
+            require(weights, free, f"the model {path}", "take a smaller one")
         self.model: GPT = hub.load(path, device=on, dtype=torch.float32)
         self.model.eval()
         if precision == "auto":
@@ -285,12 +290,18 @@ class LocalSpeaker:
     def fit(
         self, prompts: Sequence[str], *, budgets: Sequence[int | None], max_tokens: int | None
     ) -> int:
-        return room(
-            max(len(self.encode(prompt)) for prompt in prompts),
+        longest = max((self.encode(prompt) for prompt in prompts), key=len)
+        most = room(
+            len(longest),
             context=self.model.config.context,
             budgets=budgets,
             max_tokens=max_tokens,
         )
+        # Refused here, where nothing has started yet.
+        plan = self.engine.plan([Request(longest, SamplingParams(max_tokens=most), 0, 0)])
+        if plan.slots < self.engine.slots:
+            self.engine = self._engine(plan.slots)
+        return most
 
     def generate(self, asks: Iterable[Ask], *, watch: Watch | None = None) -> Iterator[Completion]:
         encode = lru_cache(maxsize=64)(self.encode)

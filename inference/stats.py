@@ -15,6 +15,8 @@ CHUNK = 1 << 24  # elements of a temporary array, so that memory stays in the te
 
 
 class Interval(NamedTuple):
+    """A mean over problems, and the ends of its interval."""
+
     mean: float
     low: float
     high: float
@@ -55,7 +57,8 @@ def paired_difference(
     """How much better a is than b on the same problems, with its bootstrap interval.
 
     a, b (P,) scores of the same problems in the same order. Pairing removes the spread between
-    easy and hard problems, so it sees differences that two separate intervals cannot.
+    easy and hard problems, so it sees differences that two separate intervals cannot. ValueError
+    where the shapes differ.
     """
     if a.shape != b.shape:
         raise ValueError(f"scores of shapes {a.shape} and {b.shape} do not pair up")
@@ -78,7 +81,7 @@ def pareto(
 
 def guess_accuracy(answers: Sequence[str]) -> float:
     """The accuracy of always giving the most common answer, found with hindsight: what a model
-    that knows nothing of the problem can reach at best."""
+    that knows nothing of the problem can reach at best. ValueError where there is none."""
     if not answers:
         raise ValueError("no answers to guess from: there must be at least one problem")
     return Counter(answers).most_common(1)[0][1] / len(answers)
@@ -105,9 +108,9 @@ def fit_coverage(
     """The law exp(a k^-b), a < 0, of how pass@k grows: least squares, bootstrapped over problems.
 
     k (K,) numbers of samples; coverage (P, K) pass@k of every problem. None where the mean is not
-    strictly between 0 and 1 at two k or more, as such a curve tells nothing of a and b. Source:
-    Brown et al. 2024, "Large Language Monkeys: Scaling Inference Compute with Repeated Sampling",
-    section 3.
+    strictly between 0 and 1 at two k or more, as such a curve tells nothing of a and b. ValueError
+    for shapes that do not fit. Source: Brown et al. 2024, "Large Language Monkeys: Scaling
+    Inference Compute with Repeated Sampling", section 3.
     """
     k, coverage = np.asarray(k, dtype=np.float64), np.asarray(coverage, dtype=np.float64)
     if coverage.ndim != 2 or coverage.shape[1] != len(k):

@@ -107,6 +107,8 @@ class Record:
 
 @dataclass(frozen=True)
 class StoredProblem:
+    """A problem as the store has it."""
+
     prompt: str
     answer: str
     difficulty: int
@@ -124,6 +126,7 @@ class Setting:
 
     @property
     def temperature(self) -> float:
+        """0: greedy."""
         return parse_params(self.params)["temperature"]
 
 
@@ -155,10 +158,12 @@ class Pool:
 
     @property
     def samples(self) -> int:
+        """N, of each problem."""
         return self.correct.shape[1]
 
     @property
     def temperature(self) -> float:
+        """0: greedy."""
         return parse_params(self.params)["temperature"]
 
 
@@ -286,6 +291,7 @@ class Store:
             yield self._db
 
     def close(self) -> None:
+        """Let go of the file."""
         self._db.close()
 
     def __enter__(self) -> "Store":
@@ -316,6 +322,7 @@ class Store:
                     )
 
     def problems(self) -> dict[int, StoredProblem]:
+        """All problems by their number."""
         rows = self._db.execute("SELECT * FROM problem ORDER BY id")
         return {i: StoredProblem(*rest) for i, *rest in rows}
 

@@ -26,8 +26,12 @@ class Choice(NamedTuple):
 
 
 class Strategy(Protocol):
+    """What an evaluation asks of a strategy."""
+
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """What it is called in results.csv."""
+        ...
 
     @property
     def oracle(self) -> bool:
@@ -63,6 +67,7 @@ class Outcome:
 
     @property
     def tokens(self) -> np.ndarray:
+        """All that were read or written, (P,)."""
         return self.prompt_tokens + self.sampled_tokens + self.forced_tokens
 
 
@@ -93,7 +98,7 @@ def spend(pool: Pool, choice: Choice, shape: GPTConfig | None) -> Outcome:
 
 
 def evenly(pool: Pool, scores: np.ndarray, k: int) -> Choice:
-    """k samples, any of the stored ones being as likely as any other."""
+    """scores (P,) for k samples, any of the stored ones being as likely as any other."""
     return Choice(scores, np.full(pool.correct.shape, k / pool.samples))
 
 
@@ -145,19 +150,20 @@ Confidence = Callable[[Pool], np.ndarray]  # a number for each sample, (P, N)
 
 
 def log_probability(pool: Pool) -> np.ndarray:
-    """Of all the sampled tokens together."""
+    """Of all the sampled tokens together, (P, N) in nats."""
     return pool.logprob
 
 
 def mean_log_probability(pool: Pool) -> np.ndarray:
-    """Of a sampled token, so that long texts are not at a disadvantage."""
+    """Of a sampled token, (P, N) in nats, so that long texts are not at a disadvantage."""
     return pool.logprob / np.maximum(pool.sampled_tokens, 1)
 
 
 def self_confidence(pool: Pool) -> np.ndarray:
-    """The probability of a sampled token at the mean, over a softmax temperature of 0.1: a sample
-    at 0.9 has as much to say as 2.7 at 0.8. Source: Taubenfeld et al. 2025, "Confidence Improves
-    Self-Consistency in LLMs" (their temperature was tuned on each model; this one is fixed)."""
+    """(P, N): the probability of a sampled token at the mean, over a softmax temperature of 0.1: a
+    sample at 0.9 has as much to say as 2.7 at 0.8. Source: Taubenfeld et al. 2025, "Confidence
+    Improves Self-Consistency in LLMs" (their temperature was tuned on each model; this one is
+    fixed)."""
     return np.exp(mean_log_probability(pool)) / 0.1
 
 

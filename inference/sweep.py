@@ -239,7 +239,8 @@ def _wanted(
 
 
 def redraw(folder: Path) -> Path:
-    """Write the report of a sweep again from its stored samples; returns its page."""
+    """Write the report of a sweep again from its stored samples; returns its page. ValueError for
+    a folder that holds no sweep."""
     with _stored(folder) as (run, store, results):
         return write_report(folder / "report", results, store, run=run)
 
@@ -248,7 +249,7 @@ def compare(folders: Sequence[Path], out: Path) -> Path:
     """Write a comparison of several sweeps, each of another model; returns its page.
 
     A model is called as its sweep's folder is, or by the folder's path where two are called the
-    same.
+    same. ValueError for a folder that holds no sweep.
     """
     names = [folder.resolve().name for folder in folders]
     if len(set(names)) < len(names):

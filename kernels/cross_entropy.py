@@ -520,7 +520,8 @@ def cross_entropy(
 
     Raises ValueError for shapes, dtypes, a reduction or options that do not fit, and on the CPU for
     a target out of range; on a GPU, where looking would cost a synchronization, such a target's
-    loss and gradient are NaN.
+    loss and gradient are NaN. Sources: Bridle 1990; label_smoothing: Szegedy et al. 2016,
+    section 7; softcap: Gemma Team 2024; z_loss: Chowdhery et al. 2022.
     """
     shape, n_cols = logits.shape[:-1], logits.shape[-1]
     options = check_options("cross_entropy", label_smoothing, z_loss, softcap)

@@ -448,7 +448,9 @@ def linear_cross_entropy(
 
     Raises ValueError for shapes, dtypes, a reduction or options that do not fit, and on the CPU for
     a target out of range; on a GPU, where looking would cost a synchronization, such a target's
-    loss and gradients are NaN.
+    loss and gradients are NaN. Source: Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary
+    Language Models"; the gradient in the forward pass, chunk by chunk: Hsu et al. 2024, "Liger
+    Kernel".
     """
     n_cols = weight.shape[0]
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:

@@ -566,6 +566,7 @@ def mlp(
     token on top of 8 C F.
 
     Raises ValueError for an unknown activation, and for shapes, dtypes or devices that do not fit.
+    Sources: Rumelhart, Hinton and Williams 1986; relu2: So et al. 2021, "Primer".
     """
     n_in, n_hidden = x.shape[-1], w_up.shape[0]
     _check(

@@ -213,7 +213,8 @@ def mse_loss(input: Tensor, target: Tensor, *, reduction: str = "mean") -> Tenso
     fixed order; each gradient has its tensor's dtype. The mean over no element is NaN, as in
     torch.nn.functional.mse_loss.
 
-    Raises ValueError for shapes, dtypes or a reduction that do not fit.
+    Shapes (...), any; the loss is in squared units of input. Raises ValueError for shapes, dtypes
+    or a reduction that do not fit. Source: torch.nn.functional.mse_loss, the definition.
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"mse_loss: reduction is {reduction!r}; it must be one of {REDUCTIONS}")

@@ -129,6 +129,8 @@ class GPTConfig:
 
 
 class Block(nn.Module):
+    """One layer: attention, then the MLP, each behind a norm and added to the residual stream."""
+
     def __init__(self, config: GPTConfig, index: int = 0):
         super().__init__()
         c, norm = config, LayerNorm if config.norm == "layer" else RMSNorm
@@ -156,7 +158,8 @@ class Block(nn.Module):
         cache: LayerCache | None = None,
         segment_ids: Tensor | None = None,
     ):
-        """x, what the last block added, and the residual stream h before it → the same pair."""
+        """x (B, T, C), what the last block added, and the residual stream h (B, T, C) before it →
+        the same pair."""
         y, h = (self.input_layernorm(x), x) if h is None else self.input_layernorm(x, h)
         y = self.self_attn(y, rope if self.turned else None, cache, segment_ids)
         y, h = self.post_attention_layernorm(y, h)
@@ -230,6 +233,7 @@ class GPT(nn.Module):
         segment_ids (B, T), int32 or int64: a token attends to those of its own segment alone (a
         document of several packed in a row). With a cache, row b's tokens take the positions from
         `cache.lengths[b]` on; its capacity must hold them, and the caller then adds to `lengths`.
+        ValueError where T is more than the context.
         """
         T = tokens.shape[1]
         positions = None

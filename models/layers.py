@@ -59,7 +59,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor, residual: Tensor | None = None):
-        """y, or (y, x + residual) where a residual is given."""
+        """x (..., C) → y (..., C), or (y, x + residual) where a residual (..., C) is given."""
         return rms_norm(x, self.weight, eps=self.eps, residual=residual)
 
 
@@ -84,7 +84,7 @@ class LayerNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor, residual: Tensor | None = None):
-        """y, or (y, x + residual) where a residual is given."""
+        """x (..., C) → y (..., C), or (y, x + residual) where a residual (..., C) is given."""
         return layer_norm(x, self.weight, self.bias, eps=self.eps, residual=residual)
 
 

@@ -3,9 +3,16 @@
 The activations kept for the backward pass are counted tensor by tensor as the kernels keep them
 (`triton=True`) or as PyTorch's operations on a CPU do; tests hold both counts against what a
 training step really keeps. P parameters, M of them in the layers' matrices.
+
+One count serves all: `ponder plan` holds it against a device's memory, `train` and `sweep` against
+what is free (`available`) before they start.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import torch
 
 from .gpt import GPTConfig
 
@@ -18,15 +25,31 @@ CONTEXT = 0.8 * GIB
 FRAGMENTS = 0.05
 LOGITS = {True: 2**28, False: 2**23}  # linear_cross_entropy's chunk, on a GPU and on a CPU
 PLAIN_LOGITS = 2**21  # up to so many, a CPU computes them at once
+# Linux's control groups: which ones a process is in, and where version 2 ("") and version 1 keep
+# the most that one may take, what it has taken, and how that is made up.
+CGROUPS, CGROUP_FILES = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+MEMORY_FILES = {
+    "": ("", "memory.max", "memory.current", "inactive_file"),
+    "memory": (
+        "memory",
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        "total_inactive_file",
+    ),
+}
 
 
 def parameter_count(shape: GPTConfig) -> int:
     """P, as `GPT.parameter_count`, without building the model."""
-    norms = shape.n_embd * (2 * shape.n_layer + 1)
-    norms += 2 * shape.head_dim * shape.n_layer * shape.qk_norm
-    biases = (shape.n_head + 2 * shape.n_kv_head) * shape.head_dim * shape.n_layer
-    tables = shape.vocab_size * shape.n_embd * (1 if shape.tie_embeddings else 2)
-    return shape.layer_weights + norms + biases * shape.attention_bias + tables
+    C, L = shape.n_embd, shape.n_layer
+    norms = C * (2 * L + 1) * (2 if shape.norm == "layer" else 1)
+    norms += 2 * shape.head_dim * L * shape.qk_norm
+    qkv = (shape.n_head + 2 * shape.n_kv_head) * shape.head_dim
+    biases = qkv * (shape.attention_bias or shape.qkv_bias) + C * shape.attention_bias
+    biases += (C + shape.n_inner * (2 if shape.gated else 1)) * shape.mlp_bias
+    tables = shape.vocab_size * C * (1 if shape.tie_embeddings else 2)
+    tables += shape.context * C * (shape.positions == "learned")
+    return shape.layer_weights + norms + biases * L + tables
 
 
 def layer_activations(shape: GPTConfig, length: int, precision: str, *, triton: bool) -> float:
@@ -60,23 +83,30 @@ def training_memory(
     precision: str = "bf16",
     optimizer: str = "muon",
     accumulation: int = 1,
+    devices: int = 1,
     shards: int = 1,
+    recompute: bool = False,
+    average: bool = False,
     triton: bool = True,
 ) -> dict[str, float]:
     """Bytes on each device at the peak of a training step, by part.
 
     rows: sequences in one micro-batch of this device, `length` tokens each (default: the context).
-    Weights, gradients and optimizer states are fp32 and split over `shards` devices (FSDP; 1: DDP
-    or one device). The peak is in the backward pass or in the update. In the backward pass of a
-    step's only micro-batch gradients grow as activations shrink, so the two share their room.
+    Weights, gradients and optimizer states are fp32 and split over `shards` of the `devices` (FSDP;
+    1: DDP or one device). recompute keeps each layer's input alone; average: a moving average of
+    the weights is kept. The peak is in the backward pass or in the update. In the backward pass of
+    a step's only micro-batch gradients grow as activations shrink, so the two share their room.
     """
     T = length or shape.context
     tokens = rows * T
     a, C, V = BYTES[precision], shape.n_embd, shape.vocab_size
     P, M = parameter_count(shape), shape.layer_weights
-    states = {"muon": 4 * M + 8 * (P - M), "adamw": 8 * P, "sgd": 4 * P}[optimizer]
+    states = {
+        "muon": 4 * M + 8 * (P - M), "adamw": 8 * P, "adam": 8 * P, "momentum": 4 * P, "sgd": 0
+    }[optimizer]  # fmt: skip
     casts = 0 if precision == "fp32" else a * (M + V * C)
-    kept = shape.n_layer * layer_activations(shape, T, precision, triton=triton) * tokens
+    layer = layer_activations(shape, T, precision, triton=triton) * tokens
+    kept = layer + shape.n_layer * 4 * C * tokens if recompute else shape.n_layer * layer
     if triton or tokens * V > PLAIN_LOGITS:
         chunk = min(tokens * V, LOGITS[triton])
         head = tokens * (8 + 2 * a) * C + 4 * V * C
@@ -97,28 +127,91 @@ def training_memory(
     update = {"gradients": gradients, "working": 10.0 * largest if optimizer == "muon" else 0.0}
     peak = max(backward, update, key=lambda parts: sum(parts.values()))
     parts = {"weights": 4 * P / shards, "optimizer": states / shards, **peak}
+    if average:
+        parts["average"] = 4 * P / shards
+    if devices > 1 and shards == 1:  # where DDP sums gradients
+        parts["buckets"] = 4.0 * P
     if shards > 1:  # the layer at work and the next, gathered, and their whole gradients
         parts["gathered layers"] = 2 * (a + 4) * max(M / shape.n_layer, V * C)
     if triton:
-        parts["CUDA and fragments"] = CONTEXT + FRAGMENTS * sum(parts.values())
+        parts |= _gpu_parts(parts)
     return parts
 
 
 def sampling_memory(
-    shape: GPTConfig, *, slots: int, length: int, precision: str = "bf16", triton: bool = True
+    shape: GPTConfig,
+    *,
+    slots: int,
+    prompt: int,
+    new: int,
+    itemsize: int = 2,
+    weights: float | None = None,
+    block_tokens: int = 2048,
+    triton: bool = True,
 ) -> dict[str, float]:
-    """Bytes on each device while `slots` samples of up to `length` tokens are decoded, by part."""
-    a = BYTES[precision]
-    cache = 2 * shape.n_layer * shape.n_kv_head * shape.head_dim * length * slots * a
+    """Bytes on each device while `slots` samples are decoded at once, by part, at the worst.
+
+    prompt, new: most tokens of a prompt and of a sample behind it; itemsize: bytes of a number in
+    the cache; weights: bytes that weights take (default: all, in numbers of itemsize);
+    block_tokens: tokens of a prefill. At the worst no prompt is shared, every sample is as long as
+    it may be, and a cache is copied into a larger one, keys and values in turn.
+    """
+    C, V = shape.n_embd, shape.vocab_size
+    token = 2 * shape.n_layer * shape.n_kv_head * shape.head_dim * itemsize
+    width = 4 * C + 2 * (shape.n_head + shape.n_kv_head) * shape.head_dim + 3 * shape.n_inner
     parts = {
-        "weights": a * parameter_count(shape),
-        "KV cache": float(cache),
-        # Logits in fp32 with their sorted copy, and one layer's inside.
-        "working": slots * (3 * 4 * shape.vocab_size + a * (4 * shape.n_embd + 2 * shape.n_inner)),
+        "weights": itemsize * parameter_count(shape) if weights is None else weights,
+        # A prompt lies in its prefilled block, and in front of its sample or as a prefix.
+        "KV cache": float(slots * token * (new + 2 * prompt)),
+        "a cache's copy": float(slots * token * (new + prompt) // 2),
+        # Logits as fp32, log-probabilities, weights, their sums in fp64; one layer's inside.
+        "working": float(slots * V * 24 + 4 * width * max(block_tokens, slots)),
     }
-    if triton:
-        parts["CUDA and fragments"] = CONTEXT + FRAGMENTS * sum(parts.values())
-    return parts
+    return parts | _gpu_parts(parts) if triton else parts
+
+
+def _gpu_parts(parts: Mapping[str, float]) -> dict[str, float]:
+    return {"CUDA context": CONTEXT, "fragments": FRAGMENTS * (CONTEXT + sum(parts.values()))}
+
+
+def available(device: torch.device) -> int | None:
+    """Bytes that new tensors may take on the device; None where it does not say."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    if device.type == "cpu":
+        import psutil  # comes with accelerate
+
+        return min([psutil.virtual_memory().available, *_allowed()])
+    return None
+
+
+def _allowed() -> Iterator[int]:
+    """Bytes that each limit on this process, as a container or a batch system sets, leaves it."""
+    with suppress(ImportError):  # not on Windows
+        import resource
+
+        import psutil
+
+        most = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if most != resource.RLIM_INFINITY:
+            yield max(0, most - psutil.Process().memory_info().vms)
+    with suppress(OSError):
+        for line in CGROUPS.read_text().splitlines():
+            _, kinds, path = line.split(":", 2)
+            for kind, (root, most, used, cached) in MEMORY_FILES.items():
+                if kind in kinds.split(","):
+                    group = Path(path.lstrip("/"))
+                    for folder in (group, *group.parents):
+                        yield from _left(CGROUP_FILES / root / folder, most, used, cached)
+
+
+def _left(folder: Path, most: str, used: str, cached: str) -> Iterator[int]:
+    """What the limit of one control group leaves, where it has one."""
+    with suppress(OSError, ValueError, KeyError):  # "max" is no number
+        left = int((folder / most).read_text()) - int((folder / used).read_text())
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        yield max(0, left + int(stat[cached]))  # files that were read can be forgotten
 
 
 def require(parts: Mapping[str, float], available: float, what: str, remedy: str) -> None:

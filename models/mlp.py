@@ -60,13 +60,15 @@ class MLP(nn.Module):
         return last(x)
 
     def predict(self, x: Tensor) -> Tensor:
-        """Probabilities of the classes, or the values. No gradient."""
+        """x (..., widths[0]) → (..., widths[-1]): probabilities of the classes, or the values. No
+        gradient."""
         with torch.no_grad():
             y = self(x)
             return softmax(y) if self.head == "classes" else y
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
-        """The mean loss: y (...) class numbers, int64; or y (..., widths[-1]) values, as x."""
+        """The mean loss, in nats or squared units, of x (..., widths[0]): y (...) class numbers,
+        int64; or y (..., widths[-1]) values, as x."""
         if self.head == "classes":
             return cross_entropy(self(x), y)
         return mse_loss(self(x), y)

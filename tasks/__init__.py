@@ -45,13 +45,21 @@ class Task(Protocol):
         """Every character that the task's prompts, traces and answers use."""
         ...
 
-    def problems(self, split: str, count: int, seed: int) -> list[Problem]: ...
+    def problems(self, split: str, count: int, seed: int) -> list[Problem]:
+        """count problems of a split ("train", "val" or "test"); (split, seed) decides which."""
+        ...
 
-    def trace(self, problem: Problem, budget: int | None = None) -> str: ...
+    def trace(self, problem: Problem, budget: int | None = None) -> str:
+        """A worked chain of thought, of at most `budget` steps where given."""
+        ...
 
-    def verify(self, problem: Problem, text: str) -> bool: ...
+    def verify(self, problem: Problem, text: str) -> bool:
+        """Whether a completion is right: any string is allowed."""
+        ...
 
-    def answer(self, text: str) -> str | None: ...
+    def answer(self, text: str) -> str | None:
+        """The canonical answer that a completion gives, for votes; None where it gives none."""
+        ...
 
 
 def split_of(key: str) -> str:
@@ -139,7 +147,7 @@ class WorkedTask(ABC):
         return self.prompt(statement)
 
     def statements(self, split: str, count: int, seed: int) -> Iterator[tuple]:
-        """The statements of `problems`, one by one."""
+        """The statements of `problems`, one by one; the same errors as `problems`."""
         if split not in SPLITS:
             raise ValueError(f"{self.name}: unknown split {split!r}; known: {', '.join(SPLITS)}")
         if count < 0:

@@ -44,6 +44,7 @@ class Data:
 
     @property
     def tokenizer(self) -> Tokenizer:
+        """The one that the model is saved with."""
         return self.vocabulary.tokenizer
 
     @property

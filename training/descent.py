@@ -19,8 +19,8 @@ def valley_with_dip(x: Tensor, y: Tensor) -> Tensor:
 
         f(x, y) = x²/10 + y² − 0.3 exp(−4 ((x + 2)² + y²))
 
-    The floor is at (0, 0), where f = 0. The dip's is at (−1.83, 0), where f = 0.068, behind a ridge
-    of f = 0.127 at (−1.33, 0).
+    x and y (...), of one shape, which f has too. The floor is at (0, 0), where f = 0. The dip's is
+    at (−1.83, 0), where f = 0.068, behind a ridge of f = 0.127 at (−1.33, 0).
     """
     return x**2 / 10 + y**2 - 0.3 * torch.exp(-4 * ((x + 2) ** 2 + y**2))
 

@@ -28,6 +28,7 @@ from .config import TrainConfig
 from .data import IGNORE, Batch, Data, load_data
 from .hardware import choose_precision, cpp_compiler, peak_flops
 from .journal import append_rows, forget_after
+from .memory import check_free
 from .optimizer import Average, build_optimizer
 from .processes import (
     DTYPE,
@@ -51,6 +52,7 @@ class Diverged(ValueError):
 
 
 def model_config(config: TrainConfig, vocab_size: int) -> GPTConfig:
+    """The shape of the model that this configuration trains."""
     names = "context n_layer n_head n_kv_head head_dim n_embd n_inner gated activation qk_norm"
     fields = {name: getattr(config, name) for name in (*names.split(), "tie_embeddings")}
     return GPTConfig(vocab_size=vocab_size, **fields)
@@ -149,6 +151,7 @@ class _Run:
         self.out, self.folder, self.model_folder = config.out, config.out / "train", model_folder
         self.metrics, self.samples = self.folder / "metrics.jsonl", self.folder / "samples.jsonl"
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.keep)
+        check_free(config, shape, device, ranks=self.ranks, sharded=sharded)
         state = self._claim()
         # Measured once a run: not anew where it goes on, and not by each process for itself.
         if state:

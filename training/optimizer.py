@@ -141,6 +141,7 @@ class Average:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
+        """Take in the weights as they are after this step (0 is the first)."""
         decay = min(self.decay, (1 + step) / (10 + step))
         get_ema_multi_avg_fn(decay)(self.average, self.weights, None)
 

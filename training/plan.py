@@ -79,11 +79,15 @@ class PlanConfig:
     """train: to train on; 0: twenty a parameter (Hoffmann et al. 2022)"""
     batch_tokens: int = 524_288
     """train: in one optimizer step, over all devices"""
-    optimizer: Literal["muon", "adamw", "sgd"] = "muon"
+    optimizer: Literal["muon", "adamw", "adam", "momentum", "sgd"] = "muon"
+    recompute: bool = False
+    """train: compute each layer again in the backward pass"""
     problems: int = 500
     """sweep: problems"""
     samples: int = 16
     """sweep: of each problem"""
+    prompt_tokens: int = 256
+    """sweep: in each prompt"""
     new_tokens: int = 512
     """sweep: in each sample"""
     slots: int = 256
@@ -102,6 +106,8 @@ class Layout:
 
 @dataclass(frozen=True)
 class Plan:
+    """What a run needs: bytes and seconds by part, and how it is spread."""
+
     model: GPTConfig
     device: Device
     devices: int
@@ -113,14 +119,17 @@ class Plan:
     batch_tokens: int = 0
     mfu: float = 0.0
     layout: Layout | None = None
+    recompute: bool = False
     notes: list[str] = field(default_factory=list)
 
     @property
     def step_seconds(self) -> float:
+        """Of one optimizer step; of the whole sweep."""
         return sum(self.seconds.values())
 
     @property
     def total_seconds(self) -> float:
+        """Of the whole run."""
         return self.steps * self.step_seconds
 
 
@@ -155,6 +164,7 @@ def step_seconds(
     optimizer: str = "muon",
     shards: int = 1,
     devices: int = 1,
+    recompute: bool = False,
 ) -> dict[str, float]:
     """Seconds of one optimizer step, by part; every device has `rows` sequences a micro-batch."""
     T, P, M = shape.context, parameter_count(shape), shape.layer_weights
@@ -162,13 +172,16 @@ def step_seconds(
     stream = hardware.bandwidth * hardware.stream_efficiency
     tokens = rows * accumulation * T
     # Forward once, backward twice.
-    products = 3 * shape.flops_per_token(T) * tokens / peak
+    products = (4 if recompute else 3) * shape.flops_per_token(T) * tokens / peak
     # What is kept is written once and read once, and so is a gradient of its size.
     kept = shape.n_layer * layer_activations(shape, T, precision, triton=hardware.gpu)
     kept += 0 if hardware.gpu else 4 * shape.vocab_size
     streams = 4 * kept * tokens / stream
     # Weights, gradients and states, read and written; the clipping's norm; the casts.
-    states = {"muon": 28 * (P - M) + 20 * M, "adamw": 28 * P, "sgd": 20 * P}[optimizer]
+    states = {
+        "muon": 28 * (P - M) + 20 * M, "adamw": 28 * P, "adam": 28 * P, "momentum": 20 * P,
+        "sgd": 12 * P,
+    }[optimizer]  # fmt: skip
     update = (states + 8 * P + (4 + BYTES[precision]) * M * accumulation) / shards / stream
     if optimizer == "muon":
         in_bf16 = hardware.peak.get("bf16", hardware.peak[precision])
@@ -224,7 +237,9 @@ def plan(config: PlanConfig, model: str) -> Plan:
 
 def _check(config: PlanConfig, shape: GPTConfig, hardware: Device) -> None:
     faults = []
-    for name in ("devices", "batch_tokens", "problems", "samples", "new_tokens", "slots"):
+    for name in (
+        *("devices", "batch_tokens", "problems", "samples", "prompt_tokens", "new_tokens", "slots"),
+    ):
         if getattr(config, name) < 1:
             faults.append(f"{name} is {getattr(config, name)}; it must be at least 1")
     if config.precision not in hardware.peak:
@@ -240,11 +255,12 @@ def _check(config: PlanConfig, shape: GPTConfig, hardware: Device) -> None:
                 f"batch_tokens is {config.batch_tokens}; {config.devices} devices share whole "
                 f"sequences of {shape.context} in multiples of {config.devices * shape.context}"
             )
-    if not faults and config.what == "sweep" and config.new_tokens >= shape.context:
-        faults.append(
-            f"new_tokens is {config.new_tokens}; the context of {shape.context} must hold them and "
-            "a prompt"
-        )
+    if not faults and config.what == "sweep":
+        if config.prompt_tokens + config.new_tokens > shape.context:
+            faults.append(
+                f"new_tokens is {config.new_tokens}; the context of {shape.context} must hold them "
+                f"and a prompt of {config.prompt_tokens}"
+            )
     if faults:
         raise ValueError("; ".join(faults))
 
@@ -258,7 +274,9 @@ def _plan_training(config: PlanConfig, shape: GPTConfig, hardware: Device) -> Pl
             precision=config.precision,
             optimizer=config.optimizer,
             accumulation=layout.accumulation,
+            devices=config.devices,
             shards=layout.shards,
+            recompute=config.recompute,
             triton=hardware.gpu,
         )
         total = sum(memory.values())
@@ -275,6 +293,7 @@ def _plan_training(config: PlanConfig, shape: GPTConfig, hardware: Device) -> Pl
             optimizer=config.optimizer,
             shards=layout.shards,
             devices=config.devices,
+            recompute=config.recompute,
         )
         # Of equally fast ones the first: the fewest shards, the largest micro-batch.
         if best is None or sum(seconds.values()) < 0.98 * sum(best[2].values()):
@@ -286,7 +305,7 @@ def _plan_training(config: PlanConfig, shape: GPTConfig, hardware: Device) -> Pl
             hardware.memory,
             f"even with micro-batches of one sequence, split over {config.devices} device(s), "
             f"training {parameter_count(shape) / 1e9:.3g}B parameters",
-            "take more devices, devices with more memory, or a shorter context",
+            "take more devices, devices with more memory, a shorter context, or --recompute",
         )
     assert best is not None
     layout, memory, seconds = best
@@ -310,77 +329,41 @@ def _plan_training(config: PlanConfig, shape: GPTConfig, hardware: Device) -> Pl
         batch_tokens=config.batch_tokens,
         mfu=flops / sum(seconds.values()) / peak,
         layout=layout,
+        recompute=config.recompute,
         notes=notes,
     )
 
 
 def _plan_sweep(config: PlanConfig, shape: GPTConfig, hardware: Device) -> Plan:
     """Every device decodes its share of the samples; each step reads the weights and the caches."""
-    length = shape.context
+    samples = -(-config.problems * config.samples // config.devices)
+    slots = min(config.slots, samples)
+    prompt, new, a = config.prompt_tokens, config.new_tokens, BYTES[config.precision]
     memory = sampling_memory(
-        shape,
-        slots=config.slots,
-        length=length,
-        precision=config.precision,
-        triton=hardware.gpu,
+        shape, slots=slots, prompt=prompt, new=new, itemsize=a, triton=hardware.gpu
     )
     require(
         memory,
         hardware.memory,
-        f"decoding {config.slots} samples of {length} tokens at once",
-        "take fewer slots, a shorter context, or devices with more memory",
+        f"decoding {slots} samples of {prompt} + {new} tokens at once",
+        "take fewer slots, shorter samples, or devices with more memory",
     )
-    a, stream = BYTES[config.precision], hardware.bandwidth * hardware.stream_efficiency
-    samples = -(-config.problems * config.samples // config.devices)
-    rounds = samples / min(config.slots, samples)
-    slots = min(config.slots, samples)
-    # On average half of the new tokens stand in the cache, behind a prompt of the rest at most.
-    seen = length - config.new_tokens / 2
-    cache = 2 * shape.n_layer * shape.n_kv_head * shape.head_dim * seen * slots * a
+    stream = hardware.bandwidth * hardware.stream_efficiency
+    rounds = samples / slots
+    # On average half of the new tokens stand in the cache; a prompt is read once for its samples.
+    position = 2 * shape.n_layer * shape.n_kv_head * shape.head_dim * a
+    cache = position * (slots * new / 2 + prompt * slots / min(config.samples, slots))
     reads = (a * parameter_count(shape) + cache) / stream
-    flops = slots * shape.flops_per_token(1) + 2 * cache / a
+    # A token's attention, over the positions that it sees on average.
+    attention = 4 * shape.n_layer * shape.n_head * shape.head_dim * (prompt + new / 2)
+    flops = slots * (shape.flops_per_token(1) + attention)
     products = flops / (hardware.peak[config.precision] * hardware.matrix_efficiency)
-    steps = rounds * config.new_tokens
+    steps = rounds * new
     return Plan(
         shape,
         hardware,
         config.devices,
         memory,
         {"decoding": steps * max(reads, products)},
-        notes=[f"{config.problems * config.samples:,} samples of {config.new_tokens} tokens"],
+        notes=[f"{config.problems * config.samples:,} samples of {new} tokens"],
     )
-
-
-def check_fits(
-    shape: GPTConfig,
-    available: float,
-    *,
-    rows: int,
-    precision: str,
-    optimizer: str,
-    accumulation: int,
-    shards: int = 1,
-    triton: bool = True,
-) -> None:
-    """ValueError where a training step cannot fit in `available` bytes a device, before it starts.
-
-    rows: sequences in a device's micro-batch. The sentence names the accumulation that would fit.
-    """
-
-    def need(parts: int) -> dict[str, float]:
-        return training_memory(
-            shape,
-            rows=rows // parts,
-            precision=precision,
-            optimizer=optimizer,
-            accumulation=accumulation * parts,
-            shards=shards,
-            triton=triton,
-        )
-
-    smaller = [n for n in range(2, rows + 1) if rows % n == 0]
-    enough = next((n for n in smaller if sum(need(n).values()) <= available), None)
-    remedy = "take a smaller model, a shorter context, or more devices"
-    if enough:
-        remedy = f"accumulation {accumulation * enough} would fit"
-    require(need(1), available, "a training step", remedy)

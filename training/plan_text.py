@@ -63,9 +63,10 @@ def launch(plan: Plan) -> str:
     """The accelerate command whose layout this is, up to the options of the training."""
     layout = plan.layout
     assert layout is not None
+    options = f"--accumulation {layout.accumulation}{' --recompute' if plan.recompute else ''}"
     words = "-m ponder train"
     if plan.devices == 1:
-        return f"python {words} --accumulation {layout.accumulation}"
+        return f"python {words} {options}"
     nodes = -(-plan.devices // plan.device.per_node)
     flags = [f"--num_processes {plan.devices}", f"--num_machines {nodes}"]
     if layout.shards > 1:
@@ -76,4 +77,4 @@ def launch(plan: Plan) -> str:
                 f"--parallelism_config_dp_replicate_size {plan.devices // layout.shards}",
                 f"--parallelism_config_dp_shard_size {layout.shards}",
             ]
-    return f"accelerate launch {' '.join(flags)} {words} --accumulation {layout.accumulation}"
+    return f"accelerate launch {' '.join(flags)} {words} {options}"

@@ -8,6 +8,10 @@ Language Models", approach 3: Huber's loss on log L, δ = 0.001. As Besiroglu et
 and minimized until it converges, from many starts; nothing is rounded; and the intervals come from
 a bootstrap of many resamples. They resample runs; here it is residuals, as a ladder is a design of
 few runs, of which a resample would often lack a whole size.
+
+No bootstrap knows that the law itself may be wrong where it has not been fitted: in runs of a few
+hundred steps losses fall faster than any power. So a fit is tested on what it is for: the largest
+runs are predicted from the others, and predictions are as uncertain as that shows (`_backtest`).
 """
 
 from collections.abc import Callable
@@ -27,6 +31,8 @@ Array = np.ndarray
 
 
 class Interval(NamedTuple):
+    """A value, and the ends of its interval at the level `LEVEL`."""
+
     value: float
     low: float
     high: float
@@ -76,15 +82,19 @@ class Fit:
     resamples: tuple[Law, ...]
     noise: Array
     """what the resamples drew from, in log loss: see `_noise`"""
+    misses: Array
+    """log of measured over predicted loss of the largest runs: see `_backtest`"""
 
     def predict(self, parameters: float, tokens: float) -> Interval:
         """The loss that a new run will measure, with its 90 % interval.
 
-        It holds the constants' uncertainty and the scatter of single runs, not that of the law
-        itself: outside of the fitted sizes and budgets losses may follow another one.
+        It holds the constants' uncertainty and the scatter of single runs, or where those are
+        larger the misses of the law's own predictions of runs that it had not seen.
         """
         laws = np.array([law.loss(parameters, tokens) for law in self.resamples])
-        values = (laws[:, None] * np.exp(self.noise)).ravel()
+        misses = np.concatenate([self.misses, -self.misses])
+        scatter = max(self.noise, misses, key=lambda errors: (errors**2).mean())
+        values = (laws[:, None] * np.exp(scatter)).ravel()
         low, high = _percentiles(values)
         value = self.law.loss(parameters, tokens)
         return Interval(value, min(low, value), max(high, value))
@@ -189,7 +199,24 @@ def fit_law(
     for _ in range(resamples):
         again = np.exp(fitted + rng.choice(noise, len(y)))
         thetas.append(problem.solve(again, [theta, *problem.starts(again, 1)]))
-    return _summary(problem, theta, np.array(thetas), residuals, noise)
+    return _summary(problem, theta, np.array(thetas), residuals, noise, _backtest(n, d, y))
+
+
+def _backtest(n: Array, d: Array, y: Array) -> Array:
+    """Log of measured over predicted loss of the runs of the largest size, predicted by a fit of
+    the others, and so of those with the most tokens.
+
+    Where that would leave two sizes or budgets, of the quarter of the runs with most compute.
+    """
+    parts = [v == v.max() for v in (n, d) if len(np.unique(v)) > 3]
+    if len(parts) < 2:
+        parts = [np.argsort(np.argsort(n * d)) >= len(y) - max(1, len(y) // 4)]
+    misses = []
+    for ahead in parts:
+        problem = _Problem(n[~ahead], d[~ahead], y[~ahead])
+        law = problem.law(problem.solve(y[~ahead], problem.starts(y[~ahead], 8)))
+        misses.append(np.log(y[ahead] / law.loss(n[ahead], d[ahead])))
+    return np.concatenate(misses)
 
 
 def _noise(residuals: Array) -> Array:
@@ -205,7 +232,9 @@ def _noise(residuals: Array) -> Array:
     return np.concatenate([kept, -kept])
 
 
-def _summary(problem: _Problem, theta: Array, thetas: Array, residuals: Array, noise: Array) -> Fit:
+def _summary(
+    problem: _Problem, theta: Array, thetas: Array, residuals: Array, noise: Array, misses: Array
+) -> Fit:
     law, laws = problem.law(theta), [problem.law(t) for t in thetas]
     intervals, unidentified = {}, {}
     for name in ("E", "A", "B", "alpha", "beta", "size_exponent"):
@@ -244,7 +273,7 @@ def _summary(problem: _Problem, theta: Array, thetas: Array, residuals: Array, n
         low, high = min(low, b_low / (a_high + b_low)), max(high, b_high / (a_low + b_high))
         intervals["size_exponent"] = Interval(value, low, high)
         unidentified["size_exponent"] = "it is β / (α + β), which are not both identified"
-    return Fit(law, intervals, unidentified, residuals, tuple(laws), noise)
+    return Fit(law, intervals, unidentified, residuals, tuple(laws), noise, misses)
 
 
 def frontier(

@@ -66,7 +66,7 @@ def draw_compute(axes: Axes, fit: Fit, rungs: "Sequence[Rung]") -> None:
                 capsize=4,
                 fmt="_",
                 markersize=9,
-                label=f"{short(r.parameters)} predicted",
+                label="its prediction",
             )
             axes.plot(
                 [r.flops],
@@ -74,7 +74,7 @@ def draw_compute(axes: Axes, fit: Fit, rungs: "Sequence[Rung]") -> None:
                 "*",
                 color=RED,
                 markersize=10,
-                label="and measured",
+                label=f"{short(r.parameters)}, held out",
             )
     axes.set(xscale="log", yscale="log")
     axes.set(xlabel="FLOPs of the training", ylabel="validation loss (nats a token)")

@@ -9,15 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ponder.inference import memory
 from ponder.inference.decoder import Decoder
 from ponder.inference.engine import LocalEngine, Request, SamplingParams
 from ponder.inference.graphs import Graphed
-from ponder.inference.memory import GIB, available, needed
 from ponder.inference.prompts import Groups, Place, Prompts
 from ponder.inference.slots import Slots
 from ponder.inference.workers import Workers
-from ponder.models import GPT, GPTConfig, KVCache, Prefix
+from ponder.models import GPT, GPTConfig, KVCache, Prefix, memory
+from ponder.models.memory import GIB, available, sampling_memory
 
 EOS, END = 0, 1
 
@@ -255,7 +254,14 @@ def test_the_plan_covers_what_is_held():
             slots.step()
     held = [slots.cache, slots.prefix, *blocks]
     held = sum(x.keys.nbytes + x.values.nbytes for x in held)
-    reckoned = needed(model.config, slots=32, prompt=80, new=150, itemsize=4, block_tokens=128)
+    reckoned = engine.plan(asked).needed(32)
+    parts = sampling_memory(
+        model.config, slots=32, prompt=80, new=150, itemsize=4, block_tokens=128, triton=False
+    )
+    weights = 4 * sum(p.numel() for p in model.parameters())  # laid out for the CPU, with the head
+    assert reckoned == sum(parts.values()) + 4 * model.config.vocab_size * model.config.n_embd
+    assert parts["weights"] == weights
+    reckoned -= parts["weights"]
     assert held < reckoned < 3 * held
 
 
@@ -264,7 +270,7 @@ def test_fewer_slots_where_memory_is_short(monkeypatch):
     engine = LocalEngine(model, slots=128, eos=EOS)
     wanted = results(engine, asked)
     free = engine.plan(asked).needed(64)
-    monkeypatch.setattr("ponder.inference.memory.available", lambda device: free)
+    monkeypatch.setattr("ponder.inference.engine.available", lambda device: free)
     with pytest.warns(UserWarning, match="128 slots need .* GiB .* are free: 64 slots are used"):
         assert results(engine, asked) == wanted
     assert engine.slots == 128
@@ -275,13 +281,13 @@ def test_requests_that_cannot_fit_are_told_before_anything_is_sampled(monkeypatc
     small = Request((2,), SamplingParams(max_tokens=2), 0, 0)
     large = Request((2,) * 100, SamplingParams(max_tokens=150), 0, 0)
     free = engine.plan([small]).needed(64)
-    monkeypatch.setattr("ponder.inference.memory.available", lambda device: free)
+    monkeypatch.setattr("ponder.inference.engine.available", lambda device: free)
     asked = [small] * 128 + [large]
     samples = []
-    with pytest.raises(ValueError, match="64 samples .* 150 tokens .* 100 need .* fewer slots"):
+    with pytest.raises(ValueError, match="64 samples .* 150 tokens .* 100 needs .* fewer slots"):
         samples.extend(engine.generate(asked))
-    monkeypatch.setattr("ponder.inference.memory.available", lambda device: 1000)
-    with pytest.raises(ValueError, match="^8 samples at a time of up to 2 tokens"):
+    monkeypatch.setattr("ponder.inference.engine.available", lambda device: 1000)
+    with pytest.raises(ValueError, match="^drawing 8 samples at a time of up to 2 tokens"):
         next(engine.generate([small]))
 
 

@@ -43,6 +43,20 @@ def samples(out: Path) -> list[tuple]:
         ).fetchall()
 
 
+@pytest.mark.parametrize(
+    ("asker", "message"),
+    [
+        ("engine", "drawing 8 samples at a time of up to .* needs .* fewer slots"),
+        ("speaker", r"the model .* needs .*\(weights .*\) and there are 0.00; take a smaller one"),
+    ],
+)
+def test_what_cannot_fit_is_refused_before_the_folder_is_there(config, asker, message, monkeypatch):
+    monkeypatch.setattr(f"ponder.inference.{asker}.available", lambda device: 1000)
+    with pytest.raises(ValueError, match=message):
+        sweep(config)
+    assert not config.out.exists()
+
+
 def test_a_sweep_fills_its_grid_and_enforces_its_budgets(config):
     page = sweep(config)
     found = samples(config.out)

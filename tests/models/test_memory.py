@@ -3,11 +3,13 @@
 import importlib.util
 import weakref
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+from torch.utils.checkpoint import checkpoint as recomputed
 
 from ponder.models import GPT, GPTConfig
 from ponder.models.memory import (
@@ -123,9 +125,39 @@ def test_the_triton_kernels_keep_what_is_counted(gated, precision, monkeypatch):
     assert more == 16 * layer_activations(shape, 16, precision, triton=True)
 
 
-@pytest.mark.parametrize("shape", [PLAIN, GATED], ids=["plain", "gated"])
+GPT2 = replace(
+    PLAIN, qk_norm=False, norm="layer", positions="learned", attention_bias=True, mlp_bias=True
+)
+QWEN2 = replace(GATED, qk_norm=False, qkv_bias=True, mlp_bias=True)
+
+
+@pytest.mark.parametrize("shape", [PLAIN, GATED, GPT2, QWEN2])
 def test_parameters_are_counted_without_building(shape):
     assert parameter_count(shape) == GPT(shape).parameter_count
+
+
+def test_a_layer_that_is_computed_again_keeps_its_input_alone():
+    options = dict(rows=16, precision="fp32", optimizer="adamw", triton=False)
+    with Live() as live:
+        model = GPT(PLAIN)
+        for block in model.layers:
+            block.forward = partial(recomputed, block.forward, use_reentrant=False)
+        update = build_optimizer(model, TrainConfig(optimizer="adamw"))
+        tokens = torch.zeros(16, PLAIN.context, dtype=torch.int64)
+        for _ in range(2):
+            model(tokens, tokens).backward()
+            update.step()
+            update.zero_grad()
+    counted = sum(training_memory(PLAIN, recompute=True, **options).values())
+    assert counted == pytest.approx(live.peak, rel=0.1)
+    assert counted < 0.7 * sum(training_memory(PLAIN, **options).values())
+
+
+def test_more_copies_of_the_weights_are_counted():
+    alone = training_memory(GATED, rows=4)
+    more = training_memory(GATED, rows=4, average=True, devices=8)
+    assert more["average"] == more["buckets"] == alone["weights"] == 4 * parameter_count(GATED)
+    assert "buckets" not in training_memory(GATED, rows=4, devices=8, shards=8)
 
 
 def test_shards_divide_the_state_and_nothing_else():
@@ -137,9 +169,9 @@ def test_shards_divide_the_state_and_nothing_else():
 
 
 def test_samples_fill_the_cache_by_slots_and_length():
-    one = sampling_memory(GATED, slots=1, length=100)["KV cache"]
+    one = sampling_memory(GATED, slots=1, prompt=0, new=100)["KV cache"]
     assert one == 2 * 4 * 2 * 16 * 100 * 2
-    assert sampling_memory(GATED, slots=6, length=50)["KV cache"] == 3 * one
+    assert sampling_memory(GATED, slots=6, prompt=10, new=30)["KV cache"] == 3 * one
 
 
 def test_what_does_not_fit_is_named_by_parts():

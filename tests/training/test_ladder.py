@@ -71,6 +71,7 @@ def test_the_fit_on_disk_has_no_bare_number(ladder):
     for constant in fit["constants"].values():
         assert constant["low"] <= constant["value"] <= constant["high"]
         assert constant["identified"] is ("why" not in constant)
+    assert fit["backtest"]["runs"] == 2 and fit["backtest"]["missed by"] > 0
     [held] = fit["held_out"]
     assert held["predicted"]["low"] < held["predicted"]["high"] and held["measured"] > 0
     assert fit["runs"] == 9 and fit["left_out"] == []
@@ -144,8 +145,8 @@ def test_known_constants_come_back_from_the_default_ladder(tmp_path):
     assert not fit.unidentified
     for name, value in asdict(LAW).items():
         assert fit.intervals[name].low <= value <= fit.intervals[name].high, name
-    truth = LAW.loss(786_432, 4_000_000)
-    _, low, high = fit.predict(786_432, 4_000_000)
+    truth = LAW.loss(614_400, config.held_out_tokens)
+    _, low, high = fit.predict(614_400, config.held_out_tokens)
     assert low <= truth <= high < 1.03 * low
 
 
@@ -171,7 +172,7 @@ def test_presets_are_ladders_that_can_be(name):
             "width of 2x40 is not a multiple of its head_dim, 16",
         ),
         (dict(sizes=("4x64", "2x32")), "sizes are 2; a fit needs at least 3"),
-        (dict(tokens=(1000, 500_000, 10**6)), "1000 tokens are fewer than 10 steps of 2048"),
+        (dict(tokens=(1000, 500_000, 10**6)), "1000 tokens are fewer than 10 steps of 1024"),
         (dict(batch_tokens=1000), "batch_tokens is 1000; it must be a multiple of the context"),
         (dict(resamples=0), "resamples is 0"),
     ],

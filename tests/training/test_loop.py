@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from ponder.models import GPT, hub
+from ponder.models.memory import training_memory
 from ponder.training import preset
 from ponder.training.checkpoint import MANIFEST, STATE, Checkpoints
-from ponder.training.loop import Diverged, train
+from ponder.training.loop import Diverged, model_config, train
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,20 @@ def whole(config):
     out = folder.mktemp("whole")
     train(replace(config, out=out))
     return out
+
+
+def test_what_cannot_fit_is_refused_before_the_folder_is_there(config, monkeypatch):
+    config, folder = config
+    config = replace(config, out=folder.mktemp("large") / "out")
+    whole = training_memory(model_config(config, 24), rows=8, precision="fp32", triton=False)
+    free = 0.7 * sum(whole.values())
+    monkeypatch.setattr("ponder.training.memory.available", lambda device: free)
+    with pytest.raises(ValueError, match=r"a training step needs .*; --accumulation \d+ would fit"):
+        train(config)
+    monkeypatch.setattr("ponder.training.memory.available", lambda device: 1000)
+    with pytest.raises(ValueError, match="and there are 0.00; take a smaller model"):
+        train(config)
+    assert not config.out.exists()
 
 
 def test_a_run_leaves_model_metrics_and_provenance(whole):

@@ -6,14 +6,8 @@ from ponder import cli
 from ponder.models.memory import parameter_count
 from ponder.training import PRESETS
 from ponder.training.devices import DEVICES, GIB, device
-from ponder.training.plan import (
-    MODELS,
-    PlanConfig,
-    check_fits,
-    plan,
-    shape_of,
-    step_seconds,
-)
+from ponder.training.memory import check_fits
+from ponder.training.plan import MODELS, PlanConfig, plan, shape_of, step_seconds
 from ponder.training.plan_text import describe
 
 ONE = PlanConfig(device="h100", devices=1)
@@ -71,6 +65,17 @@ def test_a_smaller_memory_takes_smaller_micro_batches():
     assert sum(small.memory.values()) < 23.5 * GIB
 
 
+def test_recomputing_takes_less_memory_and_a_third_more_products():
+    config = replace(ONE, device="rtx4090")
+    plain, again = plan(config, "350m"), plan(replace(config, recompute=True), "350m")
+    assert again.layout.rows > plain.layout.rows
+    assert again.seconds["matrix products"] == pytest.approx(
+        4 / 3 * plain.seconds["matrix products"]
+    )
+    assert describe(again, config, "350m").endswith("guide.")
+    assert f"--accumulation {again.layout.accumulation} --recompute" in describe(again, config, "")
+
+
 def test_time_grows_with_what_it_is_made_of():
     shape, h100 = MODELS["124m"], device("h100")
     one = step_seconds(shape, h100, rows=8)
@@ -90,16 +95,18 @@ def test_a_sweep_reads_weights_and_caches():
     assert twice.total_seconds == pytest.approx(2 * once.total_seconds, rel=0.05)
     spread = plan(replace(config, devices=4), "124m")
     assert spread.total_seconds == pytest.approx(once.total_seconds / 4, rel=0.05)
-    with pytest.raises(ValueError, match="decoding 4096 samples of 4096 tokens.*fewer slots"):
-        plan(replace(config, slots=4096), "7b")
+    with pytest.raises(ValueError, match="decoding 4096 samples of 256 . 512 tokens.*fewer slots"):
+        plan(replace(config, slots=4096, problems=1000), "7b")
 
 
 def test_training_refuses_what_cannot_fit_and_says_what_would():
     shape = MODELS["124m"]
     step = dict(precision="bf16", optimizer="muon", accumulation=2)
     check_fits(shape, 79 * GIB, rows=8, **step)
-    with pytest.raises(ValueError, match="a training step needs .*; accumulation 16 would fit"):
+    with pytest.raises(ValueError, match="a training step needs .*; --accumulation 16 would fit"):
         check_fits(shape, 6 * GIB, rows=64, **step)
+    with pytest.raises(ValueError, match="there are 6.00; --recompute would fit"):
+        check_fits(replace(shape, context=16_384), 6 * GIB, rows=1, **step)
     with pytest.raises(ValueError, match="take a smaller model"):
         check_fits(MODELS["7b"], 24 * GIB, rows=2, **step)
 

@@ -1,0 +1,89 @@
+"""Whether a training step fits into the memory that is free, asked before a run starts.
+
+The count is `models/memory.py`'s, the one of `ponder plan`.
+"""
+
+import os
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+
+from ..models import GPTConfig
+from ..models.memory import available, require, training_memory
+from .config import TrainConfig
+
+
+def check_free(
+    config: TrainConfig,
+    shape: GPTConfig,
+    device: torch.device,
+    *,
+    ranks: int,
+    sharded: bool,
+) -> None:
+    """ValueError, in every process, where a step does not fit on the device of one of them.
+
+    Where the precision is yet to be measured it is taken for the one that needs less, bf16.
+    """
+    free, fault = available(device), ""
+    if free is not None:
+        if device.type == "cpu":  # which the processes of a machine share
+            free //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        try:
+            check_fits(
+                shape,
+                free,
+                rows=config.batch_size // config.accumulation // ranks,
+                length=config.context,
+                accumulation=config.accumulation,
+                recompute=config.recompute,
+                precision="bf16" if config.precision == "auto" else config.precision,
+                optimizer=config.optimizer,
+                devices=ranks,
+                shards=ranks if sharded else 1,
+                average=config.ema > 0,
+                triton=device.type == "cuda",
+            )
+        except ValueError as error:
+            fault = str(error)
+    # Together: a process that ended alone would leave the others waiting.
+    if faults := [each for each in gather_object([fault]) if each]:
+        raise ValueError(faults[0])
+
+
+def check_fits(
+    shape: GPTConfig,
+    available: float,
+    *,
+    rows: int,
+    accumulation: int,
+    recompute: bool = False,
+    **step: Any,
+) -> None:
+    """ValueError where a training step cannot fit in `available` free bytes a device.
+
+    rows: sequences in a device's micro-batch; step: the rest of what `training_memory` asks for.
+    The sentence names what would fit: more accumulation, or recomputing besides.
+    """
+
+    def need(parts: int, recompute: bool) -> dict[str, float]:
+        memory = training_memory(
+            shape,
+            rows=rows // parts,
+            accumulation=accumulation * parts,
+            recompute=recompute,
+            **step,
+        )
+        memory.pop("CUDA context", None)  # it is there already, and so not among what is free
+        return memory
+
+    ways = [(n, again) for again in (recompute, True) for n in range(1, rows + 1) if rows % n == 0]
+    fitting = (way for way in ways if sum(need(*way).values()) <= available)
+    remedy = "take a smaller model, a shorter context, or more devices"
+    if way := next(fitting, None):
+        parts, again = way
+        words = [f"--accumulation {accumulation * parts}"] if parts > 1 else []
+        words += ["--recompute"] if again and not recompute else []
+        remedy = f"{' '.join(words)} would fit"
+    require(need(1, recompute), available, "a training step", remedy)
