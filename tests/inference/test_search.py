@@ -291,7 +291,10 @@ def test_costs_are_what_an_engine_spends(slots):
     engine = LocalEngine(mock, slots=slots, eos=0)
     steps = Steps(SamplingParams(max_tokens=12), step=3, seed=0, eos=0)
     kinds = [make(4, 2) for make in SEARCHES.values()] * 4
-    found = run(engine, [kind.search((i + 1, 3), steps, None) for i, kind in enumerate(kinds)])
+    found = run(
+        engine,
+        [kind.search((1 + i % 10, 3 + i // 10), steps, None) for i, kind in enumerate(kinds)],
+    )
     spent = [row for row in mock.prefilled if row[0]]  # the rest of a block is zeros
     lengths = [len("".join(map(chr, row)).rstrip("\0")) for row in spent]
     assert sorted(lengths) == sorted(n for f in found for n in f.read)
