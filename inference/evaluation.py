@@ -113,50 +113,30 @@ def evaluate(
         pool = store.pool(budget=setting.budget, params=setting.params, seed=setting.seed)
         if not len(pool.problems):  # a sweep that was stopped in its first batches
             continue
-        extend = int(parse_params(setting.params).get("extend", 0))
+        extend = f"{parse_params(setting.params).get('extend', 0):.0f}"
         for strategy in STRATEGIES.values():
             if strategies and strategy.name not in strategies:
                 continue
             for k in strategy.sizes(pool, sorted(set(samples))):
-                results.append(
-                    _result(
-                        spend(pool, strategy.run(pool, k), shape),
-                        pool.problems,
-                        answers,
-                        setting.params,
-                        strategy=strategy.name,
-                        samples=k,
-                        think_budget=setting.budget,
-                        setting=f"extend={extend}" if extend else "",
-                        seed=setting.seed,
-                        oracle=strategy.oracle,
-                        **names,
-                    )
-                )
+                row: dict[str, Any] = dict(strategy=strategy.name, samples=k)
+                row |= dict(think_budget=setting.budget)
+                row |= dict(params=setting.params, seed=setting.seed, oracle=strategy.oracle)
+                row |= dict(setting="" if extend == "0" else f"extend={extend}")
+                outcome = spend(pool, strategy.run(pool, k), shape)
+                results.append(_result(pool.problems, outcome, answers, **names, **row))
     for found in searched(store, settings[0].seed):
-        name, lines, options = parse_search(found.search)
+        name, lines, setting = parse_search(found.search)
         for suffix, scores in (("", found.best()), ("-vote", found.vote())):
             if name + suffix in (strategies or known) and (lines > 1 or not suffix):
-                results.append(
-                    _result(
-                        found.outcome(scores),
-                        found.problems,
-                        answers,
-                        found.params,
-                        strategy=name + suffix,
-                        samples=lines,
-                        think_budget=None,
-                        setting=options,
-                        seed=found.seed,
-                        oracle=False,
-                        **names,
-                    )
-                )
+                row = dict(strategy=name + suffix, samples=lines, think_budget=None)
+                row |= dict(params=found.params, seed=found.seed, oracle=False, setting=setting)
+                outcome = found.outcome(scores)
+                results.append(_result(found.problems, outcome, answers, **names, **row))
     return mark_pareto(results)
 
 
 def _result(
-    outcome: Outcome, ids: np.ndarray, answers: dict[int, str], params: str, **row: Any
+    ids: np.ndarray, outcome: Outcome, answers: dict[int, str], *, params: str, **row: Any
 ) -> Result:
     """A row of these problems: its accuracy, its mean costs, and what else is known of it."""
     accuracy, low, high = stats.bootstrap(outcome.scores)
