@@ -16,6 +16,7 @@ class PonderConfig(PretrainedConfig):
     """config.json of model_type "ponder": Llama's fields, and the booleans qk_norm, gated_mlp."""
 
     model_type = "ponder"
+    max_position_embeddings = 0  # Transformers asks for it before config.json's is set
 
 
 class _Layer(LayerCache):

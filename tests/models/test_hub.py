@@ -59,6 +59,7 @@ SHAPES = {
     "gpt2": ("gpt2", GPT2),
     "gpt2-untied": ("gpt2", GPT2 | dict(tie_embeddings=False, activation="relu")),
     "ponder-learned": ("ponder", GPT2 | dict(n_kv_head=2, attention_bias=False, qkv_bias=True)),
+    "ponder-stretched": ("ponder", dict(gated=False, rope_scaling=RopeScaling(8.0, 16))),
     "ponder-layer-norm": ("ponder", dict(norm="layer", mlp_bias=True, nope_layers=(0,))),
 }
 

@@ -104,8 +104,8 @@ def test_what_learned_conversations_is_asked_as_it_learned(tmp_path):
     rows = [dict(messages=[turn, dict(role="assistant", content="a")]) for turn in said]
     path = write(tmp_path / "a.jsonl", rows)
     changes = dict(steps=1, eval_every=0, tokenizer="byte", precision="fp32")
-    train(preset("tiny", data=f"jsonl:{path}", out=tmp_path / "run", **changes))
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run/model")
+    folder = train(preset("tiny", data=f"jsonl:{path}", out=tmp_path / "run", **changes))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     asked = tokenizer.apply_chat_template(said[:1], add_generation_prompt=True, tokenize=False)
     assert asked == "user: 0+1?\nassistant:"
     data = load(path, tokenizer="byte")
