@@ -271,9 +271,15 @@ def draw_models(
     _compare(axes, lines, best, unit, title=title)
 
 
-def draw_searches(axes: Axes, curves: Curves, unit: str, columns: int = 3) -> None:
+def draw_searches(axes: Axes, curves: Curves, unit: str, columns: int = 3, title: str = "") -> None:
     """Accuracy against the compute of a problem: searches beside independent samples."""
-    lines: dict[str, list[Result]] = {"vote": [], "best-of-n": []}
+    plain = {
+        "self-consistency": "vote",
+        "best-of-n": "best-of-n",
+        "verifier-best-of-n": "verifier’s best-of-n",
+    }
+    known = {r.strategy for r in curves.rows}
+    lines: dict[str, list[Result]] = {label: [] for n, label in plain.items() if n in known}
     for r in curves.rows:
         if r.think_budget is not None or r.oracle:
             continue
@@ -281,15 +287,16 @@ def draw_searches(axes: Axes, curves: Curves, unit: str, columns: int = 3) -> No
             if r.strategy in ("greedy", "sampling"):
                 lines.setdefault(f"{r.strategy}, extended", []).append(r)
         elif r.strategy == "sampling":  # where both lines begin
-            lines["vote"].append(r)
-            lines["best-of-n"].append(r)
-        elif r.strategy in ("self-consistency", "best-of-n"):
-            lines["best-of-n" if r.strategy == "best-of-n" else "vote"].append(r)
+            for label in plain.values():
+                if label in lines:
+                    lines[label].append(r)
+        elif r.strategy in plain:
+            lines[plain[r.strategy]].append(r)
         elif r.setting and not r.strategy.endswith("-vote"):
             lines.setdefault(r.strategy, []).append(r)
     lines = {label: rows for label, rows in lines.items() if rows}
     drawn = [r for rows in lines.values() for r in rows]
-    _compare(axes, lines, frontier(drawn, UNITS[unit][1]), unit, columns)
+    _compare(axes, lines, frontier(drawn, UNITS[unit][1]), unit, columns, title)
 
 
 def _compare(
@@ -310,6 +317,34 @@ def _compare(
     rows = [r for of_one in lines.values() for r in of_one]
     _cost_axis(axes, [cost(r) for r in rows], axis, tick)
     _finish(axes, rows[0].guess_accuracy, columns, title)
+
+
+def draw_coverage(axes: Axes, rows: Sequence[dict[str, Any]], title: str = "") -> None:
+    """The chance that any of k samples is right, against k, and the power law through it."""
+    shades = _shades([row["budget"] for row in rows], "budget")
+    for row in rows:
+        k, colour = np.array(row["k"]), shades[row["budget"]]
+        axes.plot(
+            k, row["coverage"], "o", color=colour, label=f"budget {short_budget(row['budget'])}"
+        )
+        if row["fit"]:
+            fine = np.geomspace(k[0], k[-1], 100)
+            axes.plot(fine, row["fit"](fine), color=colour, linewidth=1.4)
+    axes.plot([], [], color=COLOURS["muted"], linewidth=1.4, label="exp(a k^−b)")
+    _samples_axis(axes, rows[0]["k"])
+    axes.set_ylim(0, 1.03)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.0f} %"))
+    axes.set_ylabel("Coverage (pass@k)")
+    axes.grid(axis="x", visible=False)
+    axes.tick_params(length=3)
+    _legend(axes, 3, title)
+
+
+def _samples_axis(axes: Axes, sizes: Sequence[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(spread(sizes, 8), [str(k) for k in spread(sizes, 8)])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("Samples per problem")
 
 
 def draw_exchange(axes: Axes, lines: Sequence[Line], title: str = "") -> None:
@@ -396,11 +431,7 @@ def draw_samples(axes: Axes, curves: Curves) -> None:
             linewidth=1.4,
         )
     axes.plot([], [], color=COLOURS["muted"], linestyle=(0, (1, 1.5)), label="pass@k")
-    axes.set_xscale("log", base=2)
-    ticks = sorted(set(curves.votes) | set(curves.oracle))
-    axes.set_xticks(spread(ticks, 8), [str(k) for k in spread(ticks, 8)])
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel("Samples per problem")
+    _samples_axis(axes, sorted(set(curves.votes) | set(curves.oracle)))
     _finish(axes, curves.guess, 3)
 
 
