@@ -118,6 +118,18 @@ class Curves:
         return [unit for unit, c in costs.items() if all(0 < x < math.inf for x in c)]
 
     @property
+    def by_samples(self) -> bool:
+        """Whether a line is one of samples, as there is one budget alone."""
+        return len(self.budgets) == 1 and len(self.votes) > 1
+
+    @property
+    def along(self) -> str:
+        """What grows along a line."""
+        grows = "number of samples grows" if self.by_samples else "thinking budget grows"
+        figures = "that number" if self.by_samples else "its tokens"
+        return f"the {grows}; the small figures are {figures}"
+
+    @property
     def shown_votes(self) -> dict[int, str]:
         """At most four sizes of the vote, the ends among them, each with its colour."""
         return _shades(spread(list(self.votes), 4), "vote")
@@ -148,12 +160,13 @@ def _shades(items: Sequence, name: str) -> dict[Any, str]:
 def png(results: Sequence[Result]) -> bytes:
     """The picture of accuracy against compute, as a PNG."""
     first = results[0]
+    curves = Curves.of(results)
     return picture(
         draw_compute,
-        Curves.of(results),
+        curves,
         columns=7,
         title=visible(f"{first.task}: accuracy against compute spent at inference"),
-        note="Along a line the thinking budget grows; the small figures are its tokens. "
+        note=f"Along a line {curves.along}. "
         f"Bands: 95 % intervals over {first.problems:,} problems.",
     )
 
@@ -177,21 +190,11 @@ def draw_compute(
     lines = _lines(curves)
     for label, colour, rows in lines:
         _line(axes, [cost(r) for r in rows], rows, label, colour)
-    before = None
-    for r, label in _labels(curves.greedy or curves.votes.get(1, []), cost):
-        # Clear of the line, which arrives from below, and of the ring around a point.
-        level = before is not None and abs(r.accuracy - before.accuracy) < 0.05
-        axes.annotate(
-            label,
-            (cost(r), r.accuracy),
-            xytext=(8, 0) if level else (-8, 0),
-            textcoords="offset points",
-            ha="left" if level else "right",
-            va="center",
-            color=COLOURS["muted"],
-            fontsize=8.5,
-        )
-        before = r
+    if curves.by_samples:
+        for r in spread([r for rows in curves.votes.values() for r in rows], 9):
+            _note(axes, f"{r.samples:,}", (cost(r), r.accuracy), (0, -13), "center")
+    else:
+        _name_budgets(axes, curves.greedy or curves.votes.get(1, []), cost)
     best = frontier(curves.rows, cost)
     drawn = [r for _, _, rows in lines for r in rows]
     others = [r for r in best if r not in drawn]
@@ -206,6 +209,25 @@ def draw_compute(
     _rings(axes, best, cost)
     _cost_axis(axes, [cost(r) for r in drawn + others], axis, tick)
     _finish(axes, curves.guess, columns, title)
+
+
+def _name_budgets(axes: Axes, rows: Sequence[Result], cost: Callable[[Result], float]) -> None:
+    """The rows' budgets beside their points."""
+    before = None
+    for r, label in _labels(rows, cost):
+        # Clear of the line, which arrives from below, and of the ring around a point.
+        level = before is not None and abs(r.accuracy - before.accuracy) < 0.05
+        side = ((8, 0), "left") if level else ((-8, 0), "right")
+        _note(axes, label, (cost(r), r.accuracy), *side)
+        before = r
+
+
+def _note(
+    axes: Axes, text: str, place: tuple[float, float], off: tuple[int, int], side: Any
+) -> None:
+    """Small text beside a point, `off` points away from it."""
+    style = dict(color=COLOURS["muted"], fontsize=8.5, ha=side, va="center")
+    axes.annotate(text, place, xytext=off, textcoords="offset points", **style)
 
 
 def _labels(
@@ -435,9 +457,25 @@ def draw_samples(axes: Axes, curves: Curves) -> None:
     _finish(axes, curves.guess, 3)
 
 
+# What is drawn where samples are all that grows: the lines' names and colours.
+BY_SAMPLES = {
+    "self-consistency": ("vote", "vote-4"),
+    "adaptive-consistency": ("vote, stopped early", "vote-2"),
+    "best-of-n": ("best-of-n", "budget-3"),
+    "verifier-best-of-n": ("verifier’s best-of-n", "outvoted"),
+}
+
+
 def _lines(curves: Curves) -> list[tuple[str, str, list[Result]]]:
-    """(label, colour, rows by budget) of greedy decoding and of each vote that is shown."""
+    """(label, colour, rows) of greedy decoding, and of each vote that is shown by budget; or of
+    each way to choose by samples, where there is one budget alone."""
     lines = [("greedy", COLOURS["greedy"], curves.greedy)] if curves.greedy else []
+    if curves.by_samples:
+        for strategy, (label, colour) in BY_SAMPLES.items():
+            rows = [r for r in curves.rows if r.strategy == strategy and not r.setting]
+            if rows:
+                lines.append((label, COLOURS[colour], [*curves.votes.get(1, []), *rows]))
+        return lines
     votes = curves.shown_votes.items()
     return lines + [(vote_text(k), colour, curves.votes[k]) for k, colour in votes]
 
