@@ -208,7 +208,7 @@ def draw_compute(
     )
     _rings(axes, best, cost)
     _cost_axis(axes, [cost(r) for r in drawn + others], axis, tick)
-    _finish(axes, curves.guess, columns, title)
+    _finish(axes, curves.guess, min(columns, 4) if curves.by_samples else columns, title)
 
 
 def _name_budgets(axes: Axes, rows: Sequence[Result], cost: Callable[[Result], float]) -> None:
