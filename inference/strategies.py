@@ -161,7 +161,7 @@ def self_confidence(pool: Pool) -> np.ndarray:
     return np.exp(mean_log_probability(pool)) / 0.1
 
 
-def verified(which: Literal["end", "last", "least"], *, log: bool = False) -> Confidence:
+def by_verifier(which: Literal["end", "last", "least"], *, log: bool = False) -> Confidence:
     """A verifier's value of each sample (see `verifier.Score`), or its logarithm; NaN without."""
 
     def confidence(pool: Pool) -> np.ndarray:
@@ -303,11 +303,11 @@ STRATEGIES: dict[str, Strategy] = {
         # step, Snell et al. 2024; on the worst step, Lightman et al. 2023, Wang et al. 2024
         # (Math-Shepherd). The vote weighted by it: Li et al. 2023, "Making Language Models Better
         # Reasoners with Step-Aware Verifier".
-        BestOfN("verifier-best-of-n", verified("end"), verified=True),
-        BestOfN("last-step-best-of-n", verified("last"), verified=True),
-        BestOfN("worst-step-best-of-n", verified("least"), verified=True),
-        WeightedVote("verifier-vote", verified("end", log=True), verified=True),
-        WeightedVote("last-step-vote", verified("last", log=True), verified=True),
+        BestOfN("verifier-best-of-n", by_verifier("end"), verified=True),
+        BestOfN("last-step-best-of-n", by_verifier("last"), verified=True),
+        BestOfN("worst-step-best-of-n", by_verifier("least"), verified=True),
+        WeightedVote("verifier-vote", by_verifier("end", log=True), verified=True),
+        WeightedVote("last-step-vote", by_verifier("last", log=True), verified=True),
         AdaptiveConsistency(),
         EarlyStopping(),
         CertainMode(),

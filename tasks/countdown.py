@@ -307,13 +307,14 @@ class Countdown(WorkedTask):
         """For each whole step of a trace: can the target still be reached from its state?
 
         False too for a step that is no operation on the numbers of the problem or of a state
-        reached before. A last step without its ";" has no label. Any string is allowed.
+        reached before. A last step without its ";" has no label, nor has what a ">" (begin again)
+        breaks off. Any string is allowed.
         """
         numbers, target = problem.data
         allowed = dict(_options(numbers))
         labels = []
         for step in trace.split(";")[:-1]:
-            state = allowed.get(step + ";")
+            state = allowed.get(step.rpartition(">")[2] + ";")
             labels.append(state is not None and _reachable(state, target))
             if state is not None:
                 allowed |= _options(state)

@@ -21,10 +21,11 @@ from ponder.inference.scores import Scores, score, scores_of
 from ponder.inference.strategies import STRATEGIES, spend
 from ponder.inference.sweep import redraw, sweep
 from ponder.inference.verifier import Scorer, open_verifier
-from ponder.models import GPT, GPTConfig, hub
-from ponder.models.verifier import Reading, Verifier, save_verifier
+from ponder.models import GPTConfig, hub
+from ponder.models.verifier import Reading, save_verifier
 from ponder.training.tokenizer import character_tokenizer
 
+from ..models.test_verifier import random_verifier
 from .test_cost import SMALL, counted, masked_away
 from .test_strategies import HOT, by_name, make_store
 
@@ -104,15 +105,6 @@ def test_a_judge_values_what_is_there_so_far():
     assert judged("3;9;2;7", labels="value") == judged("3;9;2;7", labels="outcome") == 0.7
     with pytest.raises(ValueError, match="the verifier's tokenizer is not the model's"):
         known().judge(character_tokenizer("0123"))
-
-
-def random_verifier(shape, reading=Reading("value")):  # noqa: B008
-    torch.manual_seed(0)
-    verifier = Verifier(GPT(shape), reading)
-    with torch.no_grad():
-        for parameter in verifier.parameters():
-            parameter.normal_(std=0.2)
-    return verifier.eval()
 
 
 def test_values_are_the_models_and_know_no_companions():

@@ -138,6 +138,7 @@ def test_labels_of_steps_that_are_not_the_search():
         # 43 cannot be made of 2, 3 and 3; then back to the start, without a word.
         ("8-5=3:2,3,3;8*5=40:2,3,40;40+3=43:2,43;", [False, True, True]),
         ("40+3=43:2,43;8*5=40:2,3,40;", [False, True]),
+        ("8-5=3:2,3,3;3*>8*5=40:2,3,40;40", [False, True]),
         ("8*5=40:2,3,40;40*2=80:3,80;", [True, False]),
         (";;x;\ud800;" + "(" * 1000 + ";", [False] * 5),
     ]:
