@@ -123,7 +123,8 @@ def evaluate(
             if strategies and strategy.name not in strategies:
                 continue
             for k in strategy.sizes(pool, sorted(set(samples))):
-                row = dict(strategy=strategy.name, samples=k, think_budget=setting.budget)
+                row: dict[str, Any] = dict(strategy=strategy.name, samples=k)
+                row |= dict(think_budget=setting.budget)
                 row |= dict(params=setting.params, seed=setting.seed, oracle=strategy.oracle)
                 row |= dict(setting="" if extend == "0" else f"extend={extend}")
                 outcome = spend(pool, strategy.run(pool, k), shape)

@@ -7,6 +7,7 @@ search, write a class with `name` and `search`, and put it into SEARCHES.
 """
 
 import math
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -50,7 +51,7 @@ class Found:
     both, are those that no finished completion holds. read: the lengths of what was read before
     anything was drawn, the prompt and, as each step begins from text alone, the prefixes of all
     later steps; drawn: of every sample the tokens before it and its own; judged: the lengths, the
-    prompt included, of what the judge read.
+    prompt included, of what the judge read. seconds are the samples', judge_seconds the judge's.
     """
 
     best: Node
@@ -62,6 +63,7 @@ class Found:
     drawn: tuple[tuple[int, int], ...]
     judged: tuple[int, ...]
     seconds: float
+    judge_seconds: float
 
     @property
     def prompt_tokens(self) -> int:
@@ -207,6 +209,7 @@ class _Ledger:
     seconds: float = 0.0
     read: list[int] = field(default_factory=list)
     judged: list[int] = field(default_factory=list)
+    judge_seconds: float = 0.0
     asked: dict[Tokens, int] = field(default_factory=dict)
 
     def grow(self, parents: Sequence[Node]) -> Generator[list[Request], list[Sample], list[Node]]:
@@ -221,7 +224,9 @@ class _Ledger:
         if self.judge is None:
             values = [child.confidence for child in children]
         else:
+            begun = time.perf_counter()
             values = self.judge(self.prompt, [child.tokens for child in children])
+            self.judge_seconds += time.perf_counter() - begun
             self.judged += [len(self.prompt) + len(child.tokens) for child in children]
         children = [replace(c, value=float(v)) for c, v in zip(children, values, strict=True)]
         self.drawn += zip(parents, children, strict=True)
@@ -252,6 +257,7 @@ class _Ledger:
             ),
             judged=tuple(self.judged),
             seconds=self.seconds,
+            judge_seconds=self.judge_seconds,
         )
 
 

@@ -133,5 +133,5 @@ def _record(
         pruned_tokens=found.pruned_tokens,
         flops=math.nan if speaker.shape is None else found.flops(speaker.shape),
         judge_flops=sum(map(chosen.flops, found.judged)),
-        seconds=found.seconds,
+        seconds=found.seconds + found.judge_seconds,
     )

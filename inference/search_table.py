@@ -44,7 +44,8 @@ class SearchRecord:
 
     prompt_tokens were read (the prompt, and what later steps read again), sampled_tokens drawn,
     forced_tokens put in; pruned_tokens, of these two, are in no finished completion. flops are the
-    model's, judge_flops the judge's, each NaN where unknown; seconds: as of a sample.
+    model's, judge_flops the judge's, each NaN where unknown; seconds: as of samples, and the
+    judge's.
     """
 
     key: SearchKey

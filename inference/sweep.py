@@ -1,4 +1,4 @@
-"""A sweep: samples of a model on a task at every budget, kept in a store, evaluated, reported."""
+"""A sweep: samples and searches of a model on a task, kept in a store, evaluated, reported."""
 
 import time
 from collections import Counter

@@ -247,7 +247,7 @@ def test_retries_keep_to_the_context_and_to_tasks_that_know_some(tmp_path, monke
     ):
         load_data(config).batch(0)
     outside = SimpleNamespace(name="outside", alphabet="ab")
-    monkeypatch.setattr("ponder.training.problems.tasks.get", lambda name: outside)
+    monkeypatch.setattr("ponder.training.problems.tasks.get", lambda name, **_: outside)
     with pytest.raises(ValueError, match="retries is 1.0; outside has no wrong attempts to show"):
         load_data(preset("tiny", data="task:outside", tokenizer="byte", retries=1.0))
     with pytest.raises(ValueError, match="retries is 2.0; it must be from 0 to 1"):
