@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from . import estimators, stats
+from .curves import Curves
 from .evaluation import Result, paired_difference
-from .figures import Curves
 from .page import budget_order, spread, vote_text
 from .policy import Policy, bins_of, compute_optimal
 from .scores import latest, scores_of

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from .browser import problem_groups
+from .curves import Curves
+from .drawing import picture, svg
 from .evaluation import Result, paired_difference
 from .figures import (
-    Curves,
     draw_budgets,
     draw_compute,
     draw_coverage,
@@ -23,9 +24,7 @@ from .figures import (
     draw_policy,
     draw_samples,
     draw_searches,
-    picture,
     png,
-    svg,
 )
 from .findings import Findings, difficulty_tables
 from .page import budget_phrase, environment, percent, points, visible, vote_text, write_files
