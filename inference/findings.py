@@ -54,6 +54,12 @@ class Findings:
                 for row in self.choosing
                 for r in [row["r"]]
             ],
+            "against_greedy": [
+                _row(r, tokens=r.tokens_per_problem, difference=paired_difference(r, greedy))
+                for greedy in self.curves.greedy
+                for r in self.curves.rows
+                if r.think_budget == greedy.think_budget and r is not greedy and not r.oracle
+            ],
             "outcomes": [
                 dict(think_budget=budget, most_common=mode, outvoted=outvoted, never=never)
                 for budget, (mode, outvoted, never) in self.outcomes.items()

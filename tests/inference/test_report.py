@@ -153,6 +153,11 @@ def test_findings_json(tmp_path):
         if row is not vote:
             better = row["difference"]["mean"]
             assert better == pytest.approx(row["accuracy"] - vote["accuracy"], abs=1e-9)
+    for row in found["against_greedy"]:
+        ours = rows[row["strategy"], row["samples"], row["think_budget"]].accuracy
+        above = ours - rows["greedy", 1, row["think_budget"]].accuracy
+        assert row["difference"]["mean"] == pytest.approx(above, abs=1e-9)
+    assert len(found["against_greedy"]) == sum(not r.oracle for r in results) - 3
     for row in found["coverage"]:
         assert row["k"] == [1, 2, 4]
         right = [rows["sampling", 1, row["budget"]]]
