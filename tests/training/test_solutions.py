@@ -67,7 +67,7 @@ def test_steps_are_labelled_where_they_end(tmp_path):
     made = [
         [
             (f"<think>{trace}</think>{p.answer}", True, True),
-            (f"<think>{trace}1+1=3:4;no step</think>1;2", True, False),
+            (f"<think>{trace}1+1=3:4;:::</think>1;2", True, False),
             (f"<think>{trace[:-1]}", False, False),
         ]
         for p, trace in zip(problems, traces, strict=True)
@@ -80,7 +80,7 @@ def test_steps_are_labelled_where_they_end(tmp_path):
         trace, close, _ = rest.partition("</think>")
         told = task.step_labels(task.read(prompt), trace.removesuffix("<eos>"))
         found = labels(data, row)
-        right = bool(close) and "no step" not in text
+        right = bool(close) and ":::" not in text
         *steps, (end, verdict) = found
         assert [label for _, label in steps] == told and {t for t, _ in steps} <= {";"}
         assert verdict == right and (end == "<eos>") == bool(close)
