@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from .curves import Curves
 from .estimators import leaders, tallies
-from .figures import Curves
 from .store import Pool, Record, Store, StoredProblem
 
 SHOWN = 4000  # characters of a sample's text that the page prints

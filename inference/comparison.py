@@ -8,9 +8,11 @@ exchange rate between that and thinking longer.
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from .curves import UNITS, frontier
+from .drawing import picture, svg
 from .evaluation import Result, mark_pareto
 from .exchange import duels, equal_accuracy
-from .figures import UNITS, draw_exchange, draw_models, draw_policy, frontier, picture, svg
+from .figures import draw_exchange, draw_models, draw_policy
 from .findings import policies
 from .page import environment, visible, write_files
 from .report import csv_text

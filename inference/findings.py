@@ -1,19 +1,112 @@
 """What a report tells beyond its rows: coverage, the limits of votes, control, policy."""
 
+import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from . import estimators, stats
-from .evaluation import Result
-from .figures import Curves
+from .curves import Curves
+from .evaluation import Result, paired_difference
 from .page import budget_order, spread, vote_text
 from .policy import Policy, bins_of, compute_optimal
+from .scores import latest, scores_of
 from .store import Pool, Store
 from .strategies import STRATEGIES
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All that a report tells beyond its rows; each part as the function of its name gives it."""
+
+    curves: Curves
+    choosing: list[dict[str, Any]]
+    outcomes: dict[int | None, tuple[float, ...]]
+    ways: "Ways | None"
+    coverage: list[dict[str, Any]]
+    control: list[dict[str, Any]]
+    searches: list[dict[str, Any]]
+    policy: "Policies | None"
+
+    @classmethod
+    def of(cls, results: Sequence[Result], store: Store) -> "Findings":
+        curves = Curves.of(results)
+        pool = curves.pool(store)
+        return cls(
+            curves=curves,
+            choosing=choosing(curves),
+            outcomes=outcome_shares(curves, store) if pool else {},
+            ways=ways(curves, store) if pool else None,
+            coverage=coverage_rows(curves, store) if pool else [],
+            control=control_rows(curves, store),
+            searches=search_rows(curves, store) if pool else [],
+            policy=policies(results, store),
+        )
+
+    def json(self) -> str:
+        """As JSON: an interval is {mean, low, high}, no limit and no value are null."""
+        text = {
+            "choosing": [
+                _row(r, drawn=r.drawn, tokens=r.tokens_per_problem, difference=row["better"])
+                for row in self.choosing
+                for r in [row["r"]]
+            ],
+            "against_greedy": [
+                _row(r, tokens=r.tokens_per_problem, difference=paired_difference(r, greedy))
+                for greedy in self.curves.greedy
+                for r in self.curves.rows
+                if r.think_budget == greedy.think_budget and r is not greedy and not r.oracle
+            ],
+            "outcomes": [
+                dict(think_budget=budget, most_common=mode, outvoted=outvoted, never=never)
+                for budget, (mode, outvoted, never) in self.outcomes.items()
+            ],
+            "ways": self.ways and asdict(self.ways),
+            "coverage": self.coverage,
+            "control": self.control,
+            "searches": [
+                _row(row["r"], cost=row["r"].cost)
+                | {name: asdict(rival) for name, rival in row["rivals"].items()}
+                for row in self.searches
+            ],
+        }
+        return json.dumps(_plain(text), indent=1) + "\n"
+
+
+def _row(r: Result, **more: Any) -> dict[str, Any]:
+    names = "strategy samples think_budget temperature setting accuracy"
+    return {name: getattr(r, name) for name in names.split()} | more
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can say of it."""
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, dict):
+        return {str(name): _plain(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def choosing(curves: Curves) -> list[dict[str, Any]]:
+    """Every strategy with as many samples as there are, at the budget where the vote gains most;
+    each with what it gains on the plain vote of the same problems."""
+    gain = curves.best_gain()
+    if gain is None:
+        return []
+    vote = gain[0]
+    rows = [
+        r
+        for r in curves.rows
+        if r.think_budget == vote.think_budget
+        and not r.setting
+        and (r.samples == vote.samples or r.strategy in ("greedy", "sampling", "vote-ceiling"))
+    ]
+    return [dict(r=r, better=None if r is vote else paired_difference(r, vote)) for r in rows]
 
 
 def outcome_shares(curves: Curves, store: Store) -> dict[int | None, tuple[float, ...]]:
@@ -98,6 +191,8 @@ def coverage_rows(curves: Curves, store: Store) -> list[dict[str, Any]]:
                 samples=pool.samples,
                 one=float(coverage[:, 0].mean()),
                 all=float(coverage[:, -1].mean()),
+                k=sizes,
+                coverage=coverage.mean(0).tolist(),
                 fit=stats.fit_coverage(sizes, coverage),
             )
         )
@@ -139,7 +234,8 @@ class Rival:
     fewer: bool
 
 
-RIVALS = ("self-consistency", "best-of-n")  # strategies that draw all of their k samples
+# Strategies that draw all of their k samples.
+RIVALS = ("self-consistency", "best-of-n", "verifier-best-of-n")
 
 
 def search_rows(curves: Curves, store: Store) -> list[dict[str, Any]]:
@@ -160,6 +256,9 @@ def search_rows(curves: Curves, store: Store) -> list[dict[str, Any]]:
     one, most = plain["sampling"], plain.get("self-consistency", next(iter(rivals.values())))
     prompt = one.cost - (most.cost - one.cost) / (most.samples - 1)
     pool = store.pool(budget=None, params=one.params, seed=one.seed)
+    verifier = latest(store)
+    if verifier is not None:
+        pool = replace(pool, scores=scores_of(store, pool, verifier))
 
     def rival(r: Result, name: str) -> Rival:
         of = rivals[name]

@@ -13,28 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from .browser import problem_groups
+from .curves import Curves
+from .drawing import picture, svg
 from .evaluation import Result, paired_difference
 from .figures import (
-    Curves,
     draw_budgets,
     draw_compute,
+    draw_coverage,
     draw_outcomes,
     draw_policy,
     draw_samples,
     draw_searches,
     png,
-    svg,
 )
-from .findings import (
-    control_rows,
-    coverage_rows,
-    difficulty_tables,
-    outcome_shares,
-    policies,
-    search_rows,
-    ways,
-)
-from .page import budget_phrase, environment, percent, points, vote_text, write_files
+from .findings import Findings, difficulty_tables
+from .page import budget_phrase, environment, percent, points, visible, vote_text, write_files
 from .store import Store
 
 COLUMNS = (
@@ -53,7 +46,9 @@ def write_report(
     run: Mapping[str, Any] | str | Path | None = None,
     examples: int = 5,
 ) -> Path:
-    """Writes results.csv, accuracy_vs_compute.png and index.html; returns the page's path.
+    """Writes results.csv, findings.json (what the page says beyond those rows),
+    accuracy_vs_compute.png (and, where there is anything to draw, coverage.png and searches.png)
+    and index.html; returns the page's path.
 
     results: rows of one task and model, as `strategies.evaluate(store)` gives them; store: where
     problems, samples and difficulties are read; run: run.json, or what it holds, printed under
@@ -66,10 +61,32 @@ def write_report(
         facts = run or {}
     else:
         facts = json.loads(Path(run).read_text(encoding="utf-8"))
-    page = html(results, store, run=facts, examples=examples)
+    found = Findings.of(results, store)
+    task = visible(results[0].task)
+    note = f"95 % intervals over {results[0].problems:,} problems."
+    pictures = {}
+    if any(row["fit"] for row in found.coverage):
+        pictures["coverage.png"] = picture(
+            draw_coverage,
+            found.coverage,
+            title=f"{task}: the chance that any of k samples is right",
+            note="Points: pass@k, without bias. Lines: a power law of its logarithm.",
+        )
+    if found.searches:
+        pictures["searches.png"] = picture(
+            draw_searches,
+            found.curves,
+            unit_of(results),
+            columns=4,
+            title=f"{task}: searches beside independent samples",
+            note=f"Along a line the number of samples, lines or expansions grows. Bands: {note}",
+        )
+    page = html(results, store, found, run=facts, examples=examples)
     files = {
         "results.csv": csv_text(results).encode("utf-8", "replace"),
+        "findings.json": found.json().encode(),
         "accuracy_vs_compute.png": png(results),
+        **pictures,
         "index.html": page.encode(),
     }
     return write_files(folder, files) / "index.html"
@@ -96,16 +113,17 @@ def _csv_field(name: str, value: Any) -> Any:
 
 
 def html(
-    results: Sequence[Result], store: Store, *, run: Mapping[str, Any], examples: int = 5
+    results: Sequence[Result],
+    store: Store,
+    found: Findings,
+    *,
+    run: Mapping[str, Any],
+    examples: int = 5,
 ) -> str:
     """The page as text. Everything that is not markup of this file is escaped."""
-    curves = Curves.of(results)
+    curves, shares, policy = found.curves, found.outcomes, found.policy
     small = dict(width=4.8, height=3.7)
-    pool = curves.pool(store)
-    shares = outcome_shares(curves, store) if pool else {}
-    policy = policies(results, store)
-    searches = search_rows(curves, store) if pool else []
-    unit = "FLOPs" if math.isfinite(results[0].flops_per_problem) else "Tokens"
+    unit = unit_of(results)
     return (
         environment()
         .get_template("report.html")
@@ -125,13 +143,15 @@ def html(
             },
             by_budget=len(curves.budgets) > 1 and svg(draw_budgets, "budgets", curves, **small),
             by_samples=len(curves.votes) > 1 and svg(draw_samples, "samples", curves, **small),
-            choosing=choosing(curves),
-            searches=searches,
+            choosing=found.choosing,
+            searches=found.searches,
             unit=unit,
-            by_search=searches
+            by_search=found.searches
             and svg(draw_searches, "searches", curves, unit, width=8.6, height=4.3, columns=5),
-            coverage=coverage_rows(curves, store) if pool else [],
-            ways=ways(curves, store) if pool else None,
+            coverage=found.coverage,
+            by_coverage=any(row["fit"] for row in found.coverage)
+            and svg(draw_coverage, "coverage", found.coverage, **small),
+            ways=found.ways,
             outcomes=shares
             and svg(draw_outcomes, "outcomes", shares, width=4.8, height=1.6 + 0.34 * len(shares)),
             policy=policy,
@@ -145,14 +165,19 @@ def html(
                 policy.unit,
                 **small,
             ),
-            control=control_rows(curves, store),
+            control=found.control,
             difficulty=difficulty_tables(curves, store),
-            groups=problem_groups(curves, store, examples) if pool else [],
+            groups=problem_groups(curves, store, examples) if shares else [],
             made=made(run),
             columns=COLUMNS,
             field=_csv_field,
         )
     )
+
+
+def unit_of(results: Sequence[Result]) -> str:
+    """FLOPs, or tokens where FLOPs are unknown."""
+    return "FLOPs" if math.isfinite(results[0].flops_per_problem) else "Tokens"
 
 
 def headlines(curves: Curves) -> list[dict[str, str]]:
@@ -179,23 +204,6 @@ def headlines(curves: Curves) -> list[dict[str, str]]:
             f"{points(better.mean)} points ({points(better.low)} to {points(better.high)})"
         )
     return cards
-
-
-def choosing(curves: Curves) -> list[dict[str, Any]]:
-    """Every strategy with as many samples as there are, at the budget where the vote gains most;
-    each with what it gains on the plain vote of the same problems."""
-    gain = curves.best_gain()
-    if gain is None:
-        return []
-    vote = gain[0]
-    rows = [
-        r
-        for r in curves.rows
-        if r.think_budget == vote.think_budget
-        and not r.setting
-        and (r.samples == vote.samples or r.strategy in ("greedy", "sampling", "vote-ceiling"))
-    ]
-    return [dict(r=r, better=None if r is vote else paired_difference(r, vote)) for r in rows]
 
 
 def made(run: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:

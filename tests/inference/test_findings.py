@@ -5,8 +5,8 @@ import pytest
 
 from ponder.inference import cost
 from ponder.inference.browser import problem_groups
+from ponder.inference.curves import Curves
 from ponder.inference.evaluation import evaluate
-from ponder.inference.figures import Curves
 from ponder.inference.findings import control_rows, coverage_rows, outcome_shares, policies, ways
 
 from .test_cost import SMALL

@@ -139,6 +139,36 @@ def test_results_csv(tmp_path):
     assert "true" in {row["pareto"] for row in rows}
 
 
+def test_findings_json(tmp_path):
+    store = make_store(tmp_path / "s")
+    results = evaluate(store, shape=SMALL)
+    write_report(tmp_path / "report", results, store)
+    found = json.loads((tmp_path / "report" / "findings.json").read_text())
+    rows = {(r.strategy, r.samples, r.think_budget): r for r in results}
+    vote = found["choosing"][2]
+    assert (vote["strategy"], vote["samples"], vote["difference"]) == ("self-consistency", 4, None)
+    for row in found["choosing"]:
+        result = rows[row["strategy"], row["samples"], row["think_budget"]]
+        assert row["accuracy"] == result.accuracy
+        if row is not vote:
+            better = row["difference"]["mean"]
+            assert better == pytest.approx(row["accuracy"] - vote["accuracy"], abs=1e-9)
+    for row in found["against_greedy"]:
+        ours = rows[row["strategy"], row["samples"], row["think_budget"]].accuracy
+        above = ours - rows["greedy", 1, row["think_budget"]].accuracy
+        assert row["difference"]["mean"] == pytest.approx(above, abs=1e-9)
+    assert len(found["against_greedy"]) == sum(not r.oracle for r in results) - 3
+    for row in found["coverage"]:
+        assert row["k"] == [1, 2, 4]
+        right = [rows["sampling", 1, row["budget"]]]
+        right += [rows["pass@k", k, row["budget"]] for k in (2, 4)]
+        assert row["coverage"] == pytest.approx([r.accuracy for r in right])
+        assert row["fit"]["a"]["mean"] < 0
+    assert [row["think_budget"] for row in found["outcomes"]] == [0, 4, None]
+    assert found["control"][0]["measures"].keys() == {"control", "scaling", "performance"}
+    assert found["searches"] == []
+
+
 def test_unknown_flops_are_empty_in_the_csv(tmp_path):
     rows = csv.DictReader(io.StringIO(csv_text(evaluate(make_store(tmp_path / "s")))))
     assert {row["flops_per_problem"] for row in rows} == {""}
@@ -158,8 +188,8 @@ def test_the_page_holds_what_it_shows(tmp_path):
     page, source = page_of(
         make_store(tmp_path / "s", seconds=0.25), tmp_path / "report", SMALL, run=file
     )
-    # Compute wide and narrow in three units, budgets, samples, outcomes, policy.
-    assert page.tags.count("svg") == 6 + 4
+    # Compute wide and narrow in three units, budgets, samples, outcomes, coverage, policy.
+    assert page.tags.count("svg") == 6 + 5
     assert page.tags.count("input") == 3  # the choice of the unit
     for tag in ("script", "link", "iframe", "img", "object", "form"):
         assert tag not in page.tags
@@ -208,10 +238,10 @@ def test_hostile_texts_are_escaped(tmp_path):
 @pytest.mark.parametrize(
     "options, figures",
     [
-        (dict(budgets=(None,), samples=4), 2 + 3),
+        (dict(budgets=(None,), samples=4), 2 + 4),
         (dict(budgets=(0, 8), samples=1), 2 + 2),
         (dict(budgets=(8,), samples=1, problems=1), 2),
-        (dict(budgets=tuple(range(0, 60, 2)), samples=2), 2 + 4),
+        (dict(budgets=tuple(range(0, 60, 2)), samples=2), 2 + 5),
     ],
     ids=["no budgets", "one sample", "one of everything", "many budgets"],
 )
@@ -244,7 +274,8 @@ def test_the_same_results_give_the_same_files(tmp_path):
         return {p.name: p.read_bytes() for p in (tmp_path / "report").iterdir()}
 
     first = files()
-    assert set(first) == {"results.csv", "index.html", "accuracy_vs_compute.png"}
+    tables, figures = {"results.csv", "findings.json"}, {"accuracy_vs_compute.png", "coverage.png"}
+    assert set(first) == tables | figures | {"index.html"}
     assert files() == first
 
 

@@ -18,9 +18,9 @@ from ponder import tasks
 from ponder.inference import report
 from ponder.inference.chat import known_shape
 from ponder.inference.config import SearchOptions, SweepConfig
+from ponder.inference.curves import Curves
 from ponder.inference.engine import SamplingParams
 from ponder.inference.evaluation import evaluate
-from ponder.inference.figures import Curves
 from ponder.inference.findings import search_rows
 from ponder.inference.report import csv_text
 from ponder.inference.search_sweep import Searches

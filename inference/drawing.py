@@ -1,0 +1,171 @@
+"""How figures are drawn: colours, axes and legends, as SVG for the page and as a PNG."""
+
+import io
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import matplotlib
+from markupsafe import Markup, escape
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+from .evaluation import Result
+from .page import spread
+
+# The PNG is drawn in these colours; in the page each becomes a CSS variable of its name, so that
+# the figures follow the reader's light or dark theme. No two are equal.
+COLOURS = {
+    "paper": "#ffffff",
+    "ink": "#1c2530",
+    "muted": "#66717f",
+    "grid": "#e4e7eb",
+    "greedy": "#c2562d",
+    "vote-1": "#a9c3dd",
+    "vote-2": "#6f9cc9",
+    "vote-3": "#3b74ad",
+    "vote-4": "#164a7f",
+    "budget-1": "#a5cdb9",
+    "budget-2": "#5fa587",
+    "budget-3": "#2f7d60",
+    "budget-4": "#0d5340",
+    "right": "#1d7a4d",
+    "outvoted": "#d9a441",
+    "never": "#c3cad3",
+}
+
+
+STYLE: dict[Any, Any] = {
+    "font.size": 10,
+    "text.color": COLOURS["ink"],
+    "axes.labelcolor": COLOURS["ink"],
+    "axes.edgecolor": COLOURS["muted"],
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": COLOURS["grid"],
+    "grid.linewidth": 0.8,
+    "xtick.color": COLOURS["muted"],
+    "ytick.color": COLOURS["muted"],
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 4.5,
+    "svg.fonttype": "none",
+}
+
+
+def picture(draw: Callable[..., None], *of: Any, note: str, **options: Any) -> bytes:
+    """A figure as a PNG, with a line of text below it."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8, 5.2), layout="constrained")
+        draw(figure.add_subplot(), *of, **options)
+        figure.supxlabel(note, x=0.01, ha="left", fontsize=8.5, color=COLOURS["muted"])
+        content = io.BytesIO()
+        figure.savefig(content, format="png", dpi=180)
+    return content.getvalue()
+
+
+def svg(draw, name: str, *of, width: float, height: float, **options) -> Markup:
+    """A figure as inline SVG in the page's own fonts and colours; size in inches."""
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        draw(figure.add_subplot(), *of, **options)
+        content = io.StringIO()
+        figure.savefig(content, format="svg", transparent=True, metadata={"Date": None})
+    text = content.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text)
+    for reference in ('id="', 'href="#', "url(#"):  # ids are one name space for the whole page
+        text = text.replace(reference, f"{reference}{name}-")
+    for colour, value in COLOURS.items():
+        text = text.replace(value, f"var(--{colour})")
+    label = escape(draw.__doc__.strip().splitlines()[0])
+    return Markup(text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1))
+
+
+def shades(items: Sequence, name: str) -> dict[Any, str]:
+    """A shade for each of at most four items, the last the darkest."""
+    return {item: COLOURS[f"{name}-{4 - len(items) + i + 1}"] for i, item in enumerate(items)}
+
+
+def note(
+    axes: Axes, text: str, place: tuple[float, float], off: tuple[int, int], side: Any
+) -> None:
+    """Small text beside a point, `off` points away from it."""
+    style = dict(color=COLOURS["muted"], fontsize=8.5, ha=side, va="center")
+    axes.annotate(text, place, xytext=off, textcoords="offset points", **style)
+
+
+def line(axes: Axes, x: Sequence[float], rows: list[Result], label: str, colour: str) -> None:
+    low, high = [r.ci_low for r in rows], [r.ci_high for r in rows]
+    if len(rows) == 1:  # a band of no width would not show
+        axes.vlines(x, low, high, color=colour, linewidth=1.2)
+    axes.fill_between(x, low, high, color=colour, alpha=0.16, linewidth=0)
+    axes.plot(x, [r.accuracy for r in rows], "o-", color=colour, label=label)
+
+
+def rings(axes: Axes, best: Sequence[Result], cost: Callable[[Result], float]) -> None:
+    axes.plot(
+        [cost(r) for r in best],
+        [r.accuracy for r in best],
+        "o",
+        markersize=9,
+        markerfacecolor="none",
+        markeredgecolor=COLOURS["ink"],
+        markeredgewidth=1.1,
+        label="Pareto frontier",
+    )
+
+
+def cost_axis(axes: Axes, costs: Sequence[float], label: str, tick: Callable[[float], str]) -> None:
+    axes.set_xscale("log")
+    wide = max(costs, default=1) > 300 * min(costs, default=1)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5)))
+    axes.set_xlabel(label)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: tick(x)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def samples_axis(axes: Axes, sizes: Sequence[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(spread(sizes, 8), [str(k) for k in spread(sizes, 8)])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("Samples per problem")
+
+
+def finish(axes: Axes, guess: float, columns: int, title: str = "") -> None:
+    line = axes.axhline(guess, color=COLOURS["muted"], linestyle=(0, (5, 4)), linewidth=1.2)
+    line.set_label("best guess")
+    axes.set_ylim(0, 1.03)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.0f} %"))
+    axes.set_ylabel("Accuracy")
+    axes.grid(axis="x", visible=False)
+    axes.tick_params(length=3)
+    legend(axes, columns, title)
+
+
+def legend(axes: Axes, columns: int, title: str = "") -> None:
+    """Above the axes, in as many columns as are asked for and needed."""
+    handles, labels = axes.get_legend_handles_labels()
+    legend = axes.figure.legend(
+        handles,
+        labels,
+        title=title or None,
+        title_fontproperties=dict(size=12, weight="bold"),
+        alignment="left",
+        loc="outside upper left",
+        borderaxespad=0,
+        ncols=math.ceil(len(handles) / math.ceil(len(handles) / columns)),
+        handlelength=1.8,
+        columnspacing=1.4,
+        handletextpad=0.5,
+    )
+    for text in (legend.get_title(), *legend.get_texts()):
+        text.set_parse_math(False)  # a name may hold dollar signs
