@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch._library.autograd import make_autograd_impl
 from torch.autograd.function import once_differentiable
 
@@ -126,7 +127,7 @@ class Operation:
         schema = torch.library.infer_schema(launch, mutates_args=())
         self.library.define(own + schema, tags=(torch.Tag.pt2_compliant_tag,))
         # The compiler is to look at what calls the operator, not into its launcher.
-        compiled = torch._disable_dynamo(launch)
+        compiled = _disable_dynamo(launch)
         self.library.impl(own, compiled, "CompositeExplicitAutograd")
         self.library.impl(own, self._autograd, "Autograd", with_keyset=True)
         self.op = getattr(getattr(torch.ops, space), own).default

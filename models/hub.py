@@ -251,9 +251,16 @@ def save(
         raise ValueError(f"only a GPT can be saved, not a {type(model).__name__}: unwrap it first")
     config = model.config
     state = _checkpoint(model, dtype)
-    roles = dict(eos=eos, bos=bos, template=template)
     write_folder(
-        path, state, config, to_fields(config), tokenizer, **roles, shard_bytes=shard_bytes
+        path,
+        state,
+        config,
+        to_fields(config),
+        tokenizer,
+        eos=eos,
+        bos=bos,
+        template=template,
+        shard_bytes=shard_bytes,
     )
     kind = model_type(config)
     if kind == "ponder":

@@ -94,12 +94,13 @@ class Multiply(WorkedTask):
 
     def slip(self, problem: Problem, rng: random.Random) -> str:
         """A partial product that is off in one of its digits, and the sums that follow from it."""
-        a, b, places = self._plan(*problem.data)
+        first, second = problem.data
+        a, b, places = self._plan(first, second)
         wrong = rng.choice(places)
         product = a * int(_reversed(b)[wrong])
         off = 10 ** rng.randrange(len(str(product)))
         by = off if product < off else rng.choice((-off, off))
-        return "".join(self._steps(*problem.data, wrong, by))
+        return "".join(self._steps(first, second, wrong, by))
 
     def answer(self, text: str) -> str | None:
         """The product that a completion answers with, least significant digit first."""

@@ -106,7 +106,7 @@ def load_data(config: TrainConfig) -> Data:
     sources = [corpus.source(config, vocabulary) for corpus in corpora]
     template = None
     if any(isinstance(c, Documents) and c.schema == "messages" for c in corpora):
-        opening = "".join(map(vocabulary.tokenizer.id_to_token, vocabulary.prefix))
+        opening = "".join(vocabulary.tokenizer.id_to_token(i) or "" for i in vocabulary.prefix)
         template = vocabulary.template or opening + PLAIN_TEMPLATE
     data = Data(config, vocabulary, sources, config.weights, template)
     data.batch(0)

@@ -20,7 +20,7 @@ from contextlib import closing
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -70,7 +70,8 @@ class Solutions:
 
     def __init__(self, config: TrainConfig, name: str, place: str):
         assert config.verifier is not None
-        self.name, self.kind = name, config.verifier
+        self.name = name
+        self.kind: Literal["outcome", "value", "process"] = config.verifier
         about, self.solutions = read_samples(Path(place))
         if about.get("split", "test") == "test":
             raise ValueError(
