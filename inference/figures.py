@@ -183,9 +183,9 @@ def draw_coverage(axes: Axes, rows: Sequence[dict[str, Any]], title: str = "") -
     legend(axes, 3, title)
 
 
-def draw_exchange(axes: Axes, lines: Sequence[Line], title: str = "") -> None:
+def draw_exchange(axes: Axes, lines: Sequence[Line], columns: int = 2, title: str = "") -> None:
     """Lines of equal accuracy over the compute of training and that of a problem."""
-    shown = spread(lines, 4)
+    shown = spread([of_one for of_one in lines if len(of_one.points) > 1], 4)
     colours = shades([of_one.accuracy for of_one in shown], "vote")
     for of_one in shown:
         training, inference, _ = zip(*of_one.points, strict=True)
@@ -199,7 +199,7 @@ def draw_exchange(axes: Axes, lines: Sequence[Line], title: str = "") -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_ylabel(UNITS["FLOPs"][0])
     axes.tick_params(length=3)
-    legend(axes, 4, title)
+    legend(axes, columns, title)
 
 
 def draw_policy(
