@@ -14,6 +14,6 @@ run 0.1M-1000 1000 $small
 run 0.1M-1500 1500 $small
 run 0.4M 400 --n-layer 4 --n-head 3 --n-kv-head 3 --head-dim 32 --n-embd 96 --n-inner 256
 run 1.9M 400 --n-layer 6 --n-head 5 --n-kv-head 5 --head-dim 32 --n-embd 160 --n-inner 448
-cd runs/sizes
-ponder report 0.1M 0.4M 1.9M --out sizes
-ponder report 0.1M 0.1M-700 0.1M-1000 0.1M-1500 0.4M 1.9M --out training
+at=runs/sizes
+ponder report $at/0.1M $at/0.4M $at/1.9M --out $at/frontier
+ponder report $at/0.1M $at/0.1M-700 $at/0.1M-1000 $at/0.1M-1500 $at/0.4M $at/1.9M --out $at/exchange
