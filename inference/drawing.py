@@ -99,7 +99,7 @@ def note(
     axes: Axes, text: str, place: tuple[float, float], off: tuple[int, int], side: Any
 ) -> None:
     """Small text beside a point, `off` points away from it."""
-    style = dict(color=COLOURS["muted"], fontsize=8.5, ha=side, va="center")
+    style: dict[str, Any] = dict(color=COLOURS["muted"], fontsize=8.5, ha=side, va="center")
     axes.annotate(text, place, xytext=off, textcoords="offset points", **style)
 
 
