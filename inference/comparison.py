@@ -43,6 +43,7 @@ def write_comparison(
     best = sorted(frontier(rows, cost), key=cost)
     policy = policies(rows, stores[0])
     lines = equal_accuracy(results, training) if training and known else []
+    traded = any(len(line.points) > 1 for line in lines)
     small = dict(width=4.8, height=3.7)
     page = environment().get_template("comparison.html")
     text = page.render(
@@ -70,7 +71,7 @@ def write_comparison(
         ),
         duels=duels(results) if known else [],
         lines=lines,
-        exchange=lines and svg(draw_exchange, "exchange", lines, **small),
+        exchange=traded and svg(draw_exchange, "exchange", lines, **small),
     )
     task, note = visible(rows[0].task), f"95 % intervals over {rows[0].problems:,} problems."
     files = {
@@ -84,10 +85,11 @@ def write_comparison(
             note=f"Bands: {note} A ring marks what no model beats.",
         ),
     }
-    if lines:
+    if traded:
         files["exchange.png"] = picture(
             draw_exchange,
             lines,
+            columns=4,
             title=f"{task}: lines of equal accuracy",
             note="Each point is a model, at its cheapest setting that reaches the accuracy.",
         )

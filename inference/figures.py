@@ -134,7 +134,9 @@ def draw_searches(axes: Axes, curves: Curves, unit: str, columns: int = 3, title
         elif r.strategy in plain:
             lines[plain[r.strategy]].append(r)
         elif r.setting and not r.strategy.endswith("-vote"):
-            lines.setdefault(r.strategy, []).append(r)
+            trained = "judge=" in r.setting and not r.setting.endswith("judge=confidence")
+            label = r.strategy + (", verifier" if trained else "")
+            lines.setdefault(label, []).append(r)
     lines = {label: rows for label, rows in lines.items() if rows}
     drawn = [r for rows in lines.values() for r in rows]
     _compare(axes, lines, frontier(drawn, UNITS[unit][1]), unit, columns, title)
@@ -150,7 +152,7 @@ def _compare(
 ) -> None:
     """A line of accuracy against cost for each label, and rings around the best rows."""
     axis, cost, tick = UNITS[unit]
-    names = ("vote-4", "greedy", "budget-3", "outvoted", "vote-2", "budget-1", "never", "ink")
+    names = "vote-4 greedy budget-3 outvoted vote-2 budget-1 never ink muted vote-1".split()
     for i, (label, rows) in enumerate(lines.items()):
         rows = sorted(rows, key=cost)
         line(axes, [cost(r) for r in rows], rows, label, COLOURS[names[i % len(names)]])
@@ -181,9 +183,9 @@ def draw_coverage(axes: Axes, rows: Sequence[dict[str, Any]], title: str = "") -
     legend(axes, 3, title)
 
 
-def draw_exchange(axes: Axes, lines: Sequence[Line], title: str = "") -> None:
+def draw_exchange(axes: Axes, lines: Sequence[Line], columns: int = 2, title: str = "") -> None:
     """Lines of equal accuracy over the compute of training and that of a problem."""
-    shown = spread(lines, 4)
+    shown = spread([of_one for of_one in lines if len(of_one.points) > 1], 4)
     colours = shades([of_one.accuracy for of_one in shown], "vote")
     for of_one in shown:
         training, inference, _ = zip(*of_one.points, strict=True)
@@ -197,7 +199,7 @@ def draw_exchange(axes: Axes, lines: Sequence[Line], title: str = "") -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_ylabel(UNITS["FLOPs"][0])
     axes.tick_params(length=3)
-    legend(axes, 4, title)
+    legend(axes, columns, title)
 
 
 def draw_policy(

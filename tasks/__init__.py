@@ -77,6 +77,16 @@ def final_text(text: str) -> str | None:
     return None if "<think>" in tail else tail.strip()
 
 
+def at_most(task: Task, split: str, count: int, seed: int) -> list[Problem]:
+    """`problems`, or half as many, or half of those, where the split holds fewer."""
+    while count > 1:
+        try:
+            return task.problems(split, count, seed)
+        except ValueError:
+            count //= 2
+    return task.problems(split, count, seed)
+
+
 def judge(task: Task, problem: Problem, text: str) -> tuple[str | None, bool]:
     """The answer that a completion gives, and whether it is right.
 

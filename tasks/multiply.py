@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
-from typing import Literal
 
 from . import Problem, WorkedTask, check_range, final_text
 
@@ -28,14 +27,9 @@ class Multiply(WorkedTask):
     digits: the fewest and the most digits of the two factors, every number equally likely; both
     have the same, and neither starts with 0. A product and its mirror image (12*34, 34*12) are
     in the same split.
-
-    order: "rising" takes the second factor's digits from the last to the first, one way to work a
-    product out; "any" takes the digits of either factor in any order, drawn anew for each problem:
-    a model of such traces has 12 ways to a product of three digits, and errs on each by itself.
     """
 
     digits: tuple[int, int] = (2, 4)
-    order: Literal["rising", "any"] = "rising"
 
     name = "multiply"
     alphabet = "0123456789*+="
@@ -43,8 +37,6 @@ class Multiply(WorkedTask):
 
     def __post_init__(self):
         check_range(self.name, "digits", self.digits, least=1)
-        if self.order not in ("rising", "any"):
-            raise ValueError(f"{self.name}: order is {self.order!r}; it must be rising or any")
 
     def draw(self, rng: random.Random) -> tuple[int, int]:
         low, high = self.digits
@@ -73,34 +65,21 @@ class Multiply(WorkedTask):
 
     def _steps(self, a: int, b: int, wrong: int = -1, by: int = 0) -> Iterator[str]:
         """The steps, with a partial product at the place `wrong`, before its zeros, off by `by`."""
-        a, b, places = self._plan(a, b)
         total = 0
-        for place in places:
-            partial = a * int(_reversed(b)[place]) * 10**place
+        for place, digit in enumerate(_reversed(b)):
+            partial = a * int(digit) * 10**place
             if place == wrong:
                 partial += by * 10**place
             total += partial
             yield f"+{_reversed(partial)}={_reversed(total)}"
 
-    def _plan(self, a: int, b: int) -> tuple[int, int, list[int]]:
-        """The factor that is multiplied, the one whose digits it is multiplied by, and their
-        places in order."""
-        places = list(range(len(str(b))))
-        if self.order == "any":
-            rng = random.Random(self.prompt((a, b)))
-            a, b = rng.sample((a, b), 2)
-            rng.shuffle(places)
-        return a, b, places
-
     def slip(self, problem: Problem, rng: random.Random) -> str:
         """A partial product that is off in one of its digits, and the sums that follow from it."""
-        first, second = problem.data
-        a, b, places = self._plan(first, second)
-        wrong = rng.choice(places)
+        a, b = problem.data
+        wrong = rng.randrange(len(str(b)))
         product = a * int(_reversed(b)[wrong])
         off = 10 ** rng.randrange(len(str(product)))
-        by = off if product < off else rng.choice((-off, off))
-        return "".join(self._steps(first, second, wrong, by))
+        return "".join(self._steps(a, b, wrong, off if product < off else rng.choice((-off, off))))
 
     def answer(self, text: str) -> str | None:
         """The product that a completion answers with, least significant digit first."""

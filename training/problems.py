@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -79,7 +80,9 @@ class ProblemRows:
     def _rows(self, split: str, count: int, key: str) -> Batch:
         draw = random.Random(f"{split}/{key}")
         texts, forced, attempts = [], [], []
-        for problem in self.task.problems(split, count, draw.getrandbits(62)):
+        # A small task may hold out fewer than are asked for.
+        drawn = partial(tasks.at_most, self.task) if split == "val" else self.task.problems
+        for problem in drawn(split, count, draw.getrandbits(62)):
             trace = whole = self.task.trace(problem)
             if draw.random() >= self.config.full_traces:
                 trace = self.task.trace(problem, draw.randint(0, problem.difficulty))
@@ -103,8 +106,8 @@ class ProblemRows:
                 f"{self.config.context}, so set it to at least {width}"
             )
         width = -(-width // 8) * 8  # few distinct shapes
-        tokens = np.full((count, width), self.eos)
-        targets = np.full((count, width), IGNORE)
+        tokens = np.full((len(rows), width), self.eos)
+        targets = np.full((len(rows), width), IGNORE)
         for i, row in enumerate(rows):
             start = int(np.flatnonzero(row == self.think)[0])
             tokens[i, : len(row) - 1] = row[:-1]

@@ -17,7 +17,7 @@ import random
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from functools import lru_cache
+from functools import lru_cache, partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -339,7 +339,8 @@ class TraceRows:
 
     def _flat(self, split: str, count: int, key: str) -> Flat:
         draw = random.Random(f"{split}/{key}")
-        problems = self.task.problems(split, count, draw.getrandbits(62))
+        drawn = partial(tasks.at_most, self.task) if split == "val" else self.task.problems
+        problems = drawn(split, count, draw.getrandbits(62))
         solutions = [
             Solution(p.prompt, f"<think>{self.task.trace(p)}</think>{p.answer}", True, True)
             for p in problems

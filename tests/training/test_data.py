@@ -254,3 +254,11 @@ def test_retries_keep_to_the_context_and_to_tasks_that_know_some(tmp_path, monke
         preset("tiny", retries=2.0).check()
     assert "retries" not in preset("tiny").identity()  # a run from before goes on
     assert preset("tiny", retries=0.1).identity()["retries"] == 0.1
+
+
+def test_a_task_that_holds_out_few_problems_is_validated_on_them(tmp_path):
+    """369 of two digits: it used to end, after the last step, for want of 1,024."""
+    config = preset("tiny", data="task:multiply:digits=2-2", out=tmp_path)
+    [batch] = load_data(config).validation()
+    assert len(batch.tokens) == len(batch.targets) == 256
+    assert (batch.targets != IGNORE).any(1).all()
