@@ -88,7 +88,7 @@ def test_the_page_draws_the_exchange_rate(tmp_path):
         make_store(tmp_path / "a", ["aaaabc"] * 12, greedy="ab" * 6),
         make_store(tmp_path / "b", ["aaaaaa"] * 12, greedy="a" * 12),
     ]
-    shapes = {"small": SMALL, "large": replace(SMALL, n_layer=50)}
+    shapes = {"small": SMALL, "large": replace(SMALL, n_layer=2 * SMALL.n_layer)}
     results = [
         evaluate(store, shape=shape, model=name, samples=(1, 4))
         for store, (name, shape) in zip(stores, shapes.items(), strict=True)
