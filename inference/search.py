@@ -67,6 +67,7 @@ class Found:
 
     @property
     def prompt_tokens(self) -> int:
+        """Tokens that were read, those read again counted again."""
         return sum(self.read)
 
     def flops(self, shape: GPTConfig) -> int:
@@ -106,6 +107,7 @@ class Steps:
         return Request(prompt + node.tokens, params, self.seed, index)
 
     def extend(self, node: Node, sample: Sample) -> Node:
+        """The node behind a sample of its request."""
         tokens = node.tokens + sample.tokens
         return Node(
             tokens=tokens,
@@ -120,10 +122,14 @@ Search = Generator[list[Request], list[Sample], Found]
 
 
 class Searcher(Protocol):
+    """A way to search."""
+
     @property
     def name(self) -> str: ...
 
-    def search(self, prompt: Tokens, steps: Steps, judge: Judge | None) -> Search: ...
+    def search(self, prompt: Tokens, steps: Steps, judge: Judge | None) -> Search:
+        """The search of one prompt; judge None: a line's mean token probability is its value."""
+        ...
 
 
 class _Queue:

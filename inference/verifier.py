@@ -86,7 +86,8 @@ class Scorer:
 
     @torch.inference_mode()
     def values(self, rows: Sequence[Tokens]) -> list[list[float]]:
-        """The value after each token of each row, (T,) numbers."""
+        """The value after each token of each row, (T,) numbers; ValueError for a row that is longer
+        than the verifier's context."""
         context = self.shape.context
         longest = max(map(len, rows), default=0)
         if longest > context:

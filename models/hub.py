@@ -141,6 +141,7 @@ def _first_line(error: Exception) -> str:
 
 
 def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; ValueError where there is none."""
     if not file.is_file():
         raise ValueError("there is no such file")
     try:
@@ -287,7 +288,8 @@ def write_folder(
     template: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write tensors, `fields` as config.json, and the tokenizer aside, then rename; see `save`."""
+    """Write the tensors of `state` in their shapes, `fields` as config.json, and the tokenizer
+    aside, then rename; see `save`, errors as there."""
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file; a checkpoint is a folder")
     if tokenizer is not None and tokenizer.get_vocab_size() > config.vocab_size:

@@ -25,6 +25,9 @@ CONTEXT = 0.8 * GIB
 FRAGMENTS = 0.05
 LOGITS = {True: 2**28, False: 2**23}  # linear_cross_entropy's chunk, on a GPU and on a CPU
 PLAIN_LOGITS = 2**21  # up to so many, a CPU computes them at once
+# Elements of the matrices of one shape that Muon works on at once: 64 MiB of fp32; large matrices
+# gain nothing.
+MUON_STACK = 2**24
 # Linux's control groups: which ones a process is in, and where version 2 ("") and version 1 keep
 # the most that one may take, what it has taken, and how that is made up.
 CGROUPS, CGROUP_FILES = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
@@ -122,9 +125,9 @@ def training_memory(
         "activations": activations,
         "working": max(one, logits),
     }
-    # Muon's update of a matrix in fp32, and two copies in bf16 that it iterates on.
-    largest = C * max(shape.n_inner, shape.n_head * shape.head_dim)
-    update = {"gradients": gradients, "working": 10.0 * largest if optimizer == "muon" else 0.0}
+    update = {"gradients": gradients, "working": 0.0}
+    if optimizer == "muon":
+        update["working"] = 8.0 * _stacked(shape, 0 if shards > 1 else MUON_STACK)
     peak = max(backward, update, key=lambda parts: sum(parts.values()))
     parts = {"weights": 4 * P / shards, "optimizer": states / shards, **peak}
     if average:
@@ -168,6 +171,16 @@ def sampling_memory(
         "working": float(slots * V * 24 + 4 * width * max(block_tokens, slots)),
     }
     return parts | _gpu_parts(parts) if triton else parts
+
+
+def _stacked(shape: GPTConfig, most: int) -> int:
+    """Elements of the largest batch of matrices of one shape that Muon works on, where those of up
+    to `most` elements are one."""
+    C, F = shape.n_embd, shape.n_inner
+    q, kv = shape.n_head * shape.head_dim, shape.n_kv_head * shape.head_dim
+    matrices = [(q, C), (kv, C), (kv, C), (C, q), (C, F)] + [(F, C)] * (1 + shape.gated)
+    alike = {size: matrices.count(size) * shape.n_layer for size in matrices}
+    return max(a * b * max(1, min(n, most // (a * b))) for (a, b), n in alike.items())
 
 
 def _gpu_parts(parts: Mapping[str, float]) -> dict[str, float]:

@@ -62,14 +62,17 @@ class Verifier(nn.Module):
 
     @property
     def config(self) -> GPTConfig:
+        """The body's."""
         return self.model.config
 
     @property
     def layers(self) -> nn.ModuleList:
+        """The body's blocks, which FSDP shards one by one."""
         return self.model.layers
 
     @property
     def parameter_count(self) -> int:
+        """Of body and head."""
         return sum(p.numel() for p in self.parameters())
 
     def forward(
@@ -91,7 +94,8 @@ class Verifier(nn.Module):
 
 
 def verifier_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """The sum of the binary cross-entropies, in nats, where targets are not −100."""
+    """The sum of the binary cross-entropies, in nats, of logits and targets (B, T), where targets
+    are not −100."""
     # Weights, not a selection: a shape that depended on the data would stop torch.compile.
     there = (targets != IGNORE).float()
     right = targets.clamp(min=0).float()

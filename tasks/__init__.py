@@ -117,7 +117,8 @@ class WorkedTask(ABC):
 
     A task says how a statement (the bare problem: a tuple) is drawn, written down and worked out
     in steps. cue is the character of the alphabet that takes a thought up again: behind it the
-    problem is worked from the beginning; no trace holds it.
+    problem is worked from the beginning; no trace holds it. A task without one is trained without
+    retries.
     """
 
     name: str
@@ -148,9 +149,10 @@ class WorkedTask(ABC):
     def answer(self, text: str) -> str | None:
         """The canonical answer that a completion gives; None where it gives none."""
 
-    @abstractmethod
     def slip(self, problem: Problem, rng: random.Random) -> str:
-        """An attempt at the trace in which a step goes wrong, as a model's may: never the trace."""
+        """An attempt at the trace in which a step goes wrong, as a model's may: never the trace.
+        Only a task that has a cue is asked for one."""
+        raise NotImplementedError(f"{self.name} has no wrong attempts to show")
 
     def key(self, statement: tuple) -> str:
         """What decides the split: equal for statements that are the same problem in substance."""

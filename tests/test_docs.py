@@ -15,7 +15,10 @@ import pytest
 import torch
 import tyro
 
-from ponder import cli, kernels
+from ponder import cli, kernels, tasks
+from ponder.models import GPT, GPTConfig
+from ponder.models.verifier import Reading, Verifier, save_verifier
+from ponder.training.tokenizer import character_tokenizer
 
 from .conftest import INTERPRET
 
@@ -54,6 +57,16 @@ def checkpoints(tmp_path_factory) -> dict[str, str]:
     return {name: str(folder / name) for name in shapes}
 
 
+def verifier_at(folder: Path) -> None:
+    """A verifier of random weights, where a page has trained one."""
+    words = character_tokenizer(tasks.get("countdown").alphabet)
+    shape = GPTConfig(
+        vocab_size=words.get_vocab_size(), context=64, n_layer=1, n_head=1, n_kv_head=1,
+        head_dim=16, n_embd=16, n_inner=32,
+    )  # fmt: skip
+    save_verifier(Verifier(GPT(shape), Reading("value", ";")), folder, tokenizer=words)
+
+
 @pytest.mark.parametrize("page", with_blocks("python"))
 def test_python_runs(page, checkpoints, tmp_path, monkeypatch):
     from ponder.inference import strategies
@@ -61,6 +74,8 @@ def test_python_runs(page, checkpoints, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(strategies, "STRATEGIES", dict(strategies.STRATEGIES))
     torch.set_num_threads(1)
+    if page.stem == "verifiers":
+        verifier_at(tmp_path / "runs" / "verifier")
     if page.stem == "add_a_kernel" and INTERPRET:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     scope: dict = {"__name__": "__main__"}

@@ -76,7 +76,7 @@ def faults(name: str, node, text: str) -> list[str]:
 # What a base class or a protocol has explained.
 INHERITED = re.compile(
     r"\.(name|alphabet|oracle|sizes|run|forward|solve|draw|every|prompt|steps|key|step"
-    r"|state_dict|load_state_dict)$"
+    r"|state_dict|load_state_dict|search|thinks|texts|source|rows|validation)$"
 )
 
 

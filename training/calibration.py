@@ -27,6 +27,8 @@ class Platt(NamedTuple):
 def fit_platt(logits: np.ndarray, labels: np.ndarray) -> Platt:
     """The scale and shift of the least cross-entropy; Platt() where only one label is there.
 
+    logits, labels (N,), 1 where the solution is right.
+
     The targets are Platt's, a little inside 0 and 1, so that separable logits have a fit; the scale
     stays positive: a calibration does not change an order. Source: Platt 1999, "Probabilistic
     Outputs for Support Vector Machines", section 2.2.
@@ -52,6 +54,8 @@ def fit_platt(logits: np.ndarray, labels: np.ndarray) -> Platt:
 def calibration_error(probability: np.ndarray, labels: np.ndarray) -> float:
     """The mean distance of confidence from accuracy over 15 equal bins, weighted by their size.
 
+    probability, labels (N,).
+
     Source: Guo et al. 2017, "On Calibration of Modern Neural Networks", equation 3, of the
     probability of "right".
     """
@@ -62,7 +66,7 @@ def calibration_error(probability: np.ndarray, labels: np.ndarray) -> float:
 
 def auc(logits: np.ndarray, labels: np.ndarray) -> float | None:
     """The chance that a right one of two scores higher than a wrong one, ties half; None where
-    there are not both. (The Mann-Whitney statistic.)"""
+    there are not both. (The Mann-Whitney statistic.) logits, labels (N,)."""
     right = labels > 0
     n, m = int(right.sum()), int((~right).sum())
     if not n or not m:
@@ -114,6 +118,6 @@ def calibrate(logits: np.ndarray, labels: np.ndarray, half: np.ndarray) -> Calib
 
 
 def cross_entropy(probability: np.ndarray, labels: np.ndarray) -> float:
-    """The mean, in nats."""
+    """The mean, in nats; probability, labels (N,)."""
     of_label = np.where(labels > 0, probability, 1 - probability)
     return float(-np.log(np.maximum(of_label, 1e-12)).mean())

@@ -9,6 +9,7 @@ from torch import Tensor, nn, optim
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from ..models.memory import MUON_STACK
 from .config import TrainConfig
 
 
@@ -49,8 +50,6 @@ class Muon(optim.Muon):
     many. Sharded matrices go one by one, through PyTorch's own step.
     """
 
-    STACKED = 1 << 24  # elements of a batch: 64 MiB of fp32, and large matrices gain nothing
-
     @torch.no_grad()
     def step(self, closure=None) -> None:  # type: ignore[override]
         for group in self.param_groups:
@@ -60,17 +59,19 @@ class Muon(optim.Muon):
             self._init_group(group, params, grads, momenta)
             if any(isinstance(p, DTensor) for p in params):
                 return super().step(closure)
-            alike: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
+            alike: dict[torch.Size, list[tuple[Tensor, Tensor, Tensor]]] = {}
             for p, grad, momentum in zip(params, grads, momenta, strict=True):
                 momentum.lerp_(grad, 1 - group["momentum"])
-                alike.setdefault(p.shape, []).append((p, grad.lerp(momentum, group["momentum"])))
-            for (rows, columns), pairs in alike.items():
+                alike.setdefault(p.shape, []).append((p, grad, momentum))
+            for (rows, columns), found in alike.items():
                 rate = group["lr"] * max(1, rows / columns) ** 0.5
-                count = max(1, self.STACKED // (rows * columns))
-                for i in range(0, len(pairs), count):
-                    weights, updates = zip(*pairs[i : i + count], strict=True)
-                    updates = orthogonal(torch.stack(updates), group)
-                    for p, update in zip(weights, updates, strict=True):
+                count = max(1, MUON_STACK // (rows * columns))
+                for i in range(0, len(found), count):
+                    part = found[i : i + count]
+                    updates = orthogonal(  # of Nesterov's momentum; nothing else holds on to it
+                        torch.stack([g.lerp(m, group["momentum"]) for _, g, m in part]), group
+                    )
+                    for (p, _, _), update in zip(part, updates, strict=True):
                         p.mul_(1 - group["lr"] * group["weight_decay"])
                         p.add_(update, alpha=-rate)
 

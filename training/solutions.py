@@ -39,6 +39,8 @@ BATCH = 64  # rows of a validation batch, about
 
 
 class Solution(NamedTuple):
+    """A stored sample, judged."""
+
     prompt: str
     text: str
     whole: bool
@@ -189,6 +191,7 @@ class Flat:
         return len(self.ends) - 1
 
     def batch(self, rows: Sequence[int]) -> Batch:
+        """These rows, padded to a multiple of 8 tokens."""
         spans = [slice(self.ends[row], self.ends[row + 1]) for row in rows]
         width = max(span.stop - span.start for span in spans)
         width = -(-width // 8) * 8  # few distinct shapes
@@ -262,7 +265,8 @@ class SolutionRows:
 def held_out(solutions: Sequence[Solution]) -> tuple[list[Solution], list[list[Solution]]]:
     """The solutions to learn from, and those of the problems that are held out, by problem.
 
-    A tenth of the problems, one at least, those whose prompts' hashes are the smallest.
+    A tenth of the problems, one at least, those whose prompts' hashes are the smallest. ValueError
+    for fewer than three problems.
     """
     prompts = sorted({s.prompt for s in solutions}, key=lambda p: blake2b(p.encode()).digest())
     if len(prompts) < 3:

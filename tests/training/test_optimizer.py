@@ -84,7 +84,7 @@ def test_updates_are_the_textbook_s(name):
 @pytest.mark.parametrize("stacked", [1 << 24, 3000])
 def test_muon_in_batches_is_pytorch_s(monkeypatch, stacked):
     # Square, wide and tall ones, with and without a batch that is not whole.
-    monkeypatch.setattr(Muon, "STACKED", stacked)
+    monkeypatch.setattr("ponder.training.optimizer.MUON_STACK", stacked)
     shapes = [(32, 32)] * 5 + [(16, 48), (48, 16), (16, 48), (1, 7)]
     found = []
     for kind in (torch.optim.Muon, Muon):
