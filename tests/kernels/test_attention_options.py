@@ -355,7 +355,8 @@ def test_opcheck(device):
     pair = ids(4, 5, device=device, batch=2), ids(4, 8, device=device, batch=2)
     tables = module.spans(pair)
     torch.library.opcheck(
-        torch.ops.ponder.attention.default, (q, k, v, sinks, slopes, *tables, True, 5, 3.0, 0.25)
+        torch.ops.ponder.attention.default,
+        (q, k, v, sinks, slopes, *tables, True, 5, 3.0, 0.25, True),
     )
 
 
