@@ -60,18 +60,26 @@ class MockServer:
         mock = self
 
         class Handler(BaseHTTPRequestHandler):
+            under_way = False
+
             def do_GET(self):
                 mock.get(self)
 
             def do_POST(self):
+                self.under_way = True
                 with mock._lock:
                     mock._now += 1
                     mock.most_at_once = max(mock.most_at_once, mock._now)
                 try:
                     mock.post(self)
                 finally:
-                    with mock._lock:
-                        mock._now -= 1
+                    self.over()
+
+            def over(self):
+                """Before the client can know it, who then asks for the next."""
+                with mock._lock:
+                    mock._now -= self.under_way
+                    self.under_way = False
 
             def log_message(self, *_):
                 pass
@@ -93,6 +101,7 @@ class MockServer:
         handler.send_header("Content-Length", str(len(body)))
         for name, value in headers.items():
             handler.send_header(name.replace("_", "-"), value)
+        handler.over()
         handler.end_headers()
         handler.wfile.write(body)
 
