@@ -55,6 +55,7 @@ class MockServer:
         self.echo = ""  # put into every answer's text, and into errors
         self.status = 0  # refuse all POSTs with this
         self.refused = "nothing"  # or those that hold this text
+        self._gathering: threading.Barrier | None = None
         self.most_at_once = self._now = 0
         self._lock = threading.Lock()
         mock = self
@@ -96,6 +97,10 @@ class MockServer:
         self.http.shutdown()
         self.http.server_close()
 
+    def gather(self, count: int) -> None:
+        """The first `count` requests are answered once all of them are here."""
+        self._gathering = threading.Barrier(count)
+
     def send(self, handler, status: int, body: bytes, **headers: str) -> None:
         handler.send_response(status)
         handler.send_header("Content-Length", str(len(body)))
@@ -127,7 +132,11 @@ class MockServer:
         body = json.loads(text)
         with self._lock:
             self.requests.append((handler.path, body))
-            fault = self.fault(len(self.requests) - 1)
+            asked = len(self.requests)
+            fault = self.fault(asked - 1)
+        if self._gathering and asked <= self._gathering.parties:
+            self._gathering.wait(10)
+            time.sleep(0.1)  # in which one too many would come
         if not self.allowed(handler):
             return
         if self.refused in text.decode():
