@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
+from typing import Literal
 
 from . import Problem, WorkedTask, check_range, final_text
 
@@ -27,16 +28,27 @@ class Multiply(WorkedTask):
     digits: the fewest and the most digits of the two factors, every number equally likely; both
     have the same, and neither starts with 0. A product and its mirror image (12*34, 34*12) are
     in the same split.
+
+    ways: "one" takes the second factor apart, from its last digit on. "any" takes either factor
+    apart, its digits in any order, and says in each step what it multiplies: `+03x21=063=804` for
+    30·12 = 360, sum 408. The prompt decides which way is shown, so a product has many right traces,
+    and a model of them draws a way anew in every sample.
     """
 
     digits: tuple[int, int] = (2, 4)
+    ways: Literal["one", "any"] = "one"
 
     name = "multiply"
-    alphabet = "0123456789*+="
     cue = "*"
 
     def __post_init__(self):
         check_range(self.name, "digits", self.digits, least=1)
+        if self.ways not in ("one", "any"):
+            raise ValueError(f"{self.name}: ways is {self.ways!r}; it must be one or any")
+
+    @property
+    def alphabet(self) -> str:
+        return "0123456789*+=" + "x" * (self.ways == "any")
 
     def draw(self, rng: random.Random) -> tuple[int, int]:
         low, high = self.digits
@@ -61,25 +73,38 @@ class Multiply(WorkedTask):
         return Problem(self.name, self.prompt(statement), _reversed(a * b), len(str(b)), statement)
 
     def steps(self, problem: Problem) -> Iterator[str]:
-        return self._steps(*problem.data)
+        return self._steps(*self._way(problem.data))
 
-    def _steps(self, a: int, b: int, wrong: int = -1, by: int = 0) -> Iterator[str]:
-        """The steps, with a partial product at the place `wrong`, before its zeros, off by `by`."""
+    def _way(self, statement: tuple[int, int]) -> tuple[int, list[tuple[int, int]]]:
+        """A factor, and the places and digits of the other in the order that they are taken."""
+        factor, other = statement
+        rng = random.Random(self.prompt(statement))
+        if self.ways == "any" and rng.random() < 0.5:
+            factor, other = other, factor
+        digits = [(place, int(digit)) for place, digit in enumerate(_reversed(other))]
+        if self.ways == "any":
+            rng.shuffle(digits)
+        return factor, digits
+
+    def _steps(
+        self, factor: int, digits: list[tuple[int, int]], wrong: int = -1, by: int = 0
+    ) -> Iterator[str]:
+        """The steps; the partial product at the place `wrong` is off by `by`, before its zeros."""
         total = 0
-        for place, digit in enumerate(_reversed(b)):
-            partial = a * int(digit) * 10**place
-            if place == wrong:
-                partial += by * 10**place
+        for place, digit in digits:
+            partial = (factor * digit + by * (place == wrong)) * 10**place
             total += partial
-            yield f"+{_reversed(partial)}={_reversed(total)}"
+            said = f"{'0' * place}{digit}x{_reversed(factor)}=" if self.ways == "any" else ""
+            yield f"+{said}{_reversed(partial)}={_reversed(total)}"
 
     def slip(self, problem: Problem, rng: random.Random) -> str:
         """A partial product that is off in one of its digits, and the sums that follow from it."""
-        a, b = problem.data
-        wrong = rng.randrange(len(str(b)))
-        product = a * int(_reversed(b)[wrong])
+        factor, digits = self._way(problem.data)
+        wrong = rng.randrange(len(digits))
+        product = factor * dict(digits)[wrong]
         off = 10 ** rng.randrange(len(str(product)))
-        return "".join(self._steps(a, b, wrong, off if product < off else rng.choice((-off, off))))
+        by = off if product < off else rng.choice((-off, off))
+        return "".join(self._steps(factor, digits, wrong, by))
 
     def answer(self, text: str) -> str | None:
         """The product that a completion answers with, least significant digit first."""

@@ -1,6 +1,8 @@
 import random
 from collections import Counter
 
+import pytest
+
 from ponder import tasks
 
 TASK = tasks.get("multiply")
@@ -27,6 +29,42 @@ def test_traces_are_long_multiplication():
             assert step == f"{str(partial)[::-1]}={str(total)[::-1]}"
         assert total == int(a) * int(b)
         assert problem.answer == str(total)[::-1]
+
+
+def test_any_way_leads_to_the_product():
+    """Either factor is taken apart, its digits in each of their six orders; steps say which."""
+    free = tasks.get("multiply:digits=3-3,ways=any")
+    found = Counter()
+    for problem in free.problems("train", 1_500, 0):
+        a, b = map(str, problem.data)
+        total, places = 0, []
+        for step in free.trace(problem).split("+")[1:]:
+            said, partial, running = step.split("=")
+            multiplier, factor = said.split("x")
+            assert factor[::-1] in (a, b)
+            other = b if factor[::-1] == a else a
+            place = len(multiplier) - 1
+            assert multiplier == "0" * place + other[-1 - place]
+            assert int(partial[::-1]) == int(factor[::-1]) * int(multiplier[::-1])
+            total += int(partial[::-1])
+            assert running == str(total)[::-1]
+            places.append(place)
+        assert sorted(places) == [0, 1, 2] and running == problem.answer
+        found[factor[::-1] == a, *places] += 1
+    assert len(found) == 12 and min(found.values()) > 75
+    with pytest.raises(ValueError, match="ways is 'two'; it must be one or any"):
+        tasks.get("multiply:ways=two")
+
+
+def test_a_slip_on_any_way_goes_the_way_of_the_trace():
+    free = tasks.get("multiply:digits=3-3,ways=any")
+    for problem in free.problems("train", 300, 3):
+        right = [step.split("=")[:2] for step in free.trace(problem).split("+")[1:]]
+        tried = [
+            step.split("=")[:2] for step in free.slip(problem, random.Random(0)).split("+")[1:]
+        ]
+        assert [said for said, _ in right] == [said for said, _ in tried]
+        assert sum(one != other for one, other in zip(right, tried, strict=True)) == 1
 
 
 def test_sizes_are_mixed_and_both_factors_have_the_same():
