@@ -152,20 +152,26 @@ def finish(axes: Axes, guess: float, columns: int, title: str = "") -> None:
 
 
 def legend(axes: Axes, columns: int, title: str = "") -> None:
-    """Above the axes, in as many columns as are asked for and needed."""
+    """Above the axes, in as many columns as are asked for, needed, and wide enough for."""
     handles, labels = axes.get_legend_handles_labels()
-    legend = axes.figure.legend(
-        handles,
-        labels,
-        title=title or None,
-        title_fontproperties=dict(size=12, weight="bold"),
-        alignment="left",
-        loc="outside upper left",
-        borderaxespad=0,
-        ncols=math.ceil(len(handles) / math.ceil(len(handles) / columns)),
-        handlelength=1.8,
-        columnspacing=1.4,
-        handletextpad=0.5,
-    )
+    while True:
+        columns = math.ceil(len(handles) / math.ceil(len(handles) / columns))
+        legend = axes.figure.legend(
+            handles,
+            labels,
+            title=title or None,
+            title_fontproperties=dict(size=12, weight="bold"),
+            alignment="left",
+            loc="outside upper left",
+            borderaxespad=0,
+            ncols=columns,
+            handlelength=1.8,
+            columnspacing=1.4,
+            handletextpad=0.5,
+        )
+        if columns == 1 or legend.get_window_extent().width < axes.figure.bbox.width:
+            break
+        legend.remove()
+        columns -= 1
     for text in (legend.get_title(), *legend.get_texts()):
         text.set_parse_math(False)  # a name may hold dollar signs

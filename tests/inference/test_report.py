@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from html.parser import HTMLParser
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
+from ponder.inference.drawing import legend
 from ponder.inference.evaluation import evaluate
 from ponder.inference.figures import png
 from ponder.inference.page import duration, human, points, visible
@@ -304,3 +306,16 @@ def test_duration(seconds, text):
 )
 def test_points(share, text):
     assert points(share) == text
+
+
+@pytest.mark.parametrize("columns", [1, 4, 20])
+def test_a_legend_stays_within_its_figure(columns):
+    axes = Figure(figsize=(8, 5), layout="constrained").add_subplot()
+    for i in range(11):
+        axes.plot([0, 1], label=f"vote of {4**i}")
+    legend(axes, columns)
+    (drawn,) = axes.figure.legends
+    width = drawn.get_window_extent().width
+    assert width < axes.figure.bbox.width
+    assert len(drawn.get_texts()) == 11
+    assert columns == 1 or width > axes.figure.bbox.width / 2  # as wide as it may be
