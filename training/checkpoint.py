@@ -144,6 +144,8 @@ def _write(path: Path, state: dict[str, Any]) -> tuple[int, str]:
 
 def _flush(folder: Path) -> None:
     """Make a rename in a folder last through a power failure."""
+    if os.name == "nt":  # Windows opens no folders
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
