@@ -1,5 +1,6 @@
 """The figures of a report."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -152,7 +153,7 @@ def _compare(
 ) -> None:
     """A line of accuracy against cost for each label, and rings around the best rows."""
     axis, cost, tick = UNITS[unit]
-    names = "vote-4 greedy budget-3 outvoted vote-2 budget-1 never ink muted vote-1".split()
+    names = "vote-4 greedy budget-3 outvoted ink vote-2 budget-1 muted never vote-1".split()
     for i, (label, rows) in enumerate(lines.items()):
         rows = sorted(rows, key=cost)
         line(axes, [cost(r) for r in rows], rows, label, COLOURS[names[i % len(names)]])
@@ -160,6 +161,7 @@ def _compare(
     rows = [r for of_one in lines.values() for r in of_one]
     cost_axis(axes, [cost(r) for r in rows], axis, tick)
     finish(axes, rows[0].guess_accuracy, columns, title)
+    axes.set_ylim(0, math.ceil(5 * max(r.ci_high for r in rows)) / 5 + 0.01)
 
 
 def draw_coverage(axes: Axes, rows: Sequence[dict[str, Any]], title: str = "") -> None:
