@@ -171,9 +171,9 @@ def legend(axes: Axes, columns: int, title: str = "") -> None:
             columnspacing=1.4,
             handletextpad=0.5,
         )
+        for text in (legend.get_title(), *legend.get_texts()):
+            text.set_parse_math(False)  # a name may hold dollar signs
         if columns == 1 or legend.get_window_extent().width < axes.figure.bbox.width:
             break
         legend.remove()
         columns -= 1
-    for text in (legend.get_title(), *legend.get_texts()):
-        text.set_parse_math(False)  # a name may hold dollar signs
