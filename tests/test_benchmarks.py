@@ -153,6 +153,19 @@ def test_stages_fail_and_end_one_by_one(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "late").exists()  # the child ended with its parent
 
 
+def test_what_failed_comes_after_what_had_no_turn(tmp_path, monkeypatch):
+    note = f"open({str(tmp_path / 'order')!r}, 'a').write('{{}} '); raise SystemExit({{}})"
+    names = "fails", "slow", "cut", "new"
+    stages = {name: stage(note.format(name, 1), limit=60) for name in names}
+    monkeypatch.setattr(on_gpu, "STAGES", stages)
+    found = {"fails": ("exit 1", 3), "slow": ("over 60 s", 60), "cut": ("over 20 s", 20)}
+    state = {name: dict(verdict=v, seconds=s) for name, (v, s) in found.items()}
+    (tmp_path / "stages.json").write_text(json.dumps(state))
+    monkeypatch.setattr(sys, "argv", ["on_gpu", "--out", str(tmp_path), "--stage", *names])
+    on_gpu.main()
+    assert (tmp_path / "order").read_text().split() == ["cut", "new", "fails", "slow"]
+
+
 def test_a_run_is_adopted(tmp_path):
     results, own = tmp_path / "run" / "results", tmp_path / "own"
     rows = [measure.row("kernel", "a case", "bf16", name, [1.0]) for name in ("ponder", "peer")]
