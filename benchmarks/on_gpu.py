@@ -34,6 +34,7 @@ COMPILING = str(TESTS / "kernels" / "test_compile.py")  # minutes, and no GPU is
 SANITIZER = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1"]
 SANITIZER += ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
 SAMPLING = [*PYTHON, "ponder.benchmarks.sampling", "--dtype", "bf16"]
+TRAIN_124M = [*PYTHON, "ponder.benchmarks.train_124m"]
 EVERY_KERNEL = [*PYTHON, "ponder.benchmarks.every_kernel"]
 
 
@@ -59,6 +60,7 @@ STAGES = {
     "losses": Stage([*BENCHMARKS, "losses", "pointwise"], 240, smoke=True),
     "decode": Stage([*BENCHMARKS, "decode", "overhead"], 120, 30, smoke=True),
     "train_step": Stage([*BENCHMARKS, "train_step"], 240, 150, smoke=True),
+    "train-124m": Stage([*TRAIN_124M, "--out", "OUT/results", "--resume"], 480, 180, smoke=True),
     "memcheck": Stage([*SANITIZER, "memcheck", *EVERY_KERNEL, "bf16"], 300),
     "racecheck": Stage([*SANITIZER, "racecheck", *EVERY_KERNEL, "bf16"]),
     "sampling": Stage([*BENCHMARKS, "sampling"], 360, smoke=True),
