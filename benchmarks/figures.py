@@ -1,7 +1,7 @@
 """docs/figures/*.png, drawn from benchmarks/results/*.csv and from nothing else.
 
 A figure shows one benchmark on one machine: for each case how many times as fast as each peer
-ponder is. Right of 1 it is faster.
+ponder is. Right of 1 it is faster. Of training runs it shows the losses.
 """
 
 import csv
@@ -11,10 +11,11 @@ from dataclasses import fields
 from pathlib import Path
 
 from ponder.benchmarks.measure import RESULTS, Row
-from ponder.figures import CYCLE, GRID, INK, MUTED
+from ponder.figures import CYCLE, GRID, INK, MUTED, STYLE
 
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"
 COLUMNS = {column.name for column in fields(Row)}
+CURVES: tuple[str, ...] = ("gpu", "implementation", "step", "seconds", "train_loss", "val_loss")
 COLOURS = (*CYCLE, "#8b5fa8", "#6f9cc9")
 TICKS = (
     *(x / 10 for x in (1, 2, 3, 5, 8)),
@@ -99,6 +100,33 @@ def figure(benchmark: str, machine: str, rows: list[dict[str, str]], path: Path)
     return True
 
 
+def curves(benchmark: str, machine: str, rows: list[dict[str, str]], path: Path) -> bool:
+    """Draw the training losses of some runs by steps and by seconds, True; rows of CURVES."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    runs: dict[str, list[dict[str, str]]] = defaultdict(list)
+    for row in rows:
+        runs[row["implementation"]].append(row)
+    with plt.rc_context(STYLE):
+        drawing, both = plt.subplots(1, 2, figsize=(9, 4), sharey=True)
+        for axes, column in zip(both, ("step", "seconds"), strict=True):
+            for (name, run), colour in zip(runs.items(), COLOURS, strict=False):
+                label = f"{name}: validation {float(run[-1]['val_loss']):.3f}"
+                x, y = ([float(row[c]) for row in run] for c in (column, "train_loss"))
+                axes.plot(x, y, color=colour, label=label)
+            axes.set_xlabel({"step": "steps", "seconds": "seconds of training"}[column])
+        both[0].set_ylabel("training loss, nats a token")
+        both[0].set_title(f"{benchmark.removesuffix('_curves')} on {machine}")
+        both[1].legend(fontsize=8)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        drawing.savefig(path, dpi=160, metadata={"Software": None})
+        plt.close(drawing)
+    return True
+
+
 def draw(results: Path = RESULTS, folder: Path = FIGURES) -> list[Path]:
     """Every figure that the result files allow; their paths."""
     drawn = []
@@ -106,12 +134,13 @@ def draw(results: Path = RESULTS, folder: Path = FIGURES) -> list[Path]:
         machines: dict[str, list[dict[str, str]]] = defaultdict(list)
         with open(source, newline="") as file:
             for row in csv.DictReader(file):
-                if row.keys() == COLUMNS:  # not the tables of another kind
+                if row.keys() in (COLUMNS, set(CURVES)):  # not the tables of another kind
                     machines[row["gpu"]].append(row)
         for machine, rows in machines.items():
             name = re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
             path = folder / f"{source.stem}-{name}.png"
-            if figure(source.stem, machine, rows, path):
+            kind = figure if rows[0].keys() == COLUMNS else curves
+            if kind(source.stem, machine, rows, path):
                 drawn.append(path)
                 print(path)
     return drawn

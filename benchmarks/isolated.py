@@ -1,6 +1,6 @@
 """Each test file in a process of its own, several at a time.
 
-`python -m ponder.benchmarks.isolated [--seconds N] [--skip FOLDER] FOLDER`. A kernel that writes
+`python -m ponder.benchmarks.isolated [--seconds N] [--skip PATH] FOLDER`. A kernel that writes
 where it must not, or never ends, spoils the GPU for its whole process: so it takes down one file's
 tests and no others. The last line counts what passed and failed; a file that dies, or is stopped at
 its time limit, is a failure. With what failed come the last lines that its file printed.
@@ -47,9 +47,7 @@ def main() -> int:
     parser.add_argument("--skip", type=Path)
     parser.add_argument("--seconds", type=float, default=400, help="limit of a file")
     args = parser.parse_args()
-    paths = [
-        p for p in args.folder.rglob("test_*.py") if not args.skip or args.skip not in p.parents
-    ]
+    paths = [p for p in args.folder.rglob("test_*.py") if args.skip not in (p, *p.parents)]
     # The largest first, so that no long one ends alone.
     paths.sort(key=lambda p: -p.stat().st_size)
     total = [0, 0]

@@ -8,10 +8,11 @@ import sys
 import tarfile
 import time
 
+import numpy as np
 import pytest
 import torch
 
-from ponder.benchmarks import isolated, measure, on_gpu
+from ponder.benchmarks import isolated, measure, on_gpu, train_124m
 from ponder.benchmarks.__main__ import measured, results
 from ponder.benchmarks.comparison import Case
 from ponder.benchmarks.comparison import measure as measure_case
@@ -19,6 +20,8 @@ from ponder.benchmarks.figures import draw, ratios
 from ponder.benchmarks.tables import tables
 from ponder.kernels import _attention_tiles
 from ponder.kernels._runtime import tiles_file
+from ponder.training.data import load_data
+from ponder.training.text import Windows
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 mlp = importlib.import_module("ponder.kernels.mlp")
@@ -153,6 +156,19 @@ def test_stages_fail_and_end_one_by_one(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "late").exists()  # the child ended with its parent
 
 
+def test_what_failed_comes_after_what_had_no_turn(tmp_path, monkeypatch):
+    note = f"open({str(tmp_path / 'order')!r}, 'a').write('{{}} '); raise SystemExit({{}})"
+    names = "fails", "slow", "cut", "new"
+    stages = {name: stage(note.format(name, 1), limit=60) for name in names}
+    monkeypatch.setattr(on_gpu, "STAGES", stages)
+    found = {"fails": ("exit 1", 3), "slow": ("over 60 s", 60), "cut": ("over 20 s", 20)}
+    state = {name: dict(verdict=v, seconds=s) for name, (v, s) in found.items()}
+    (tmp_path / "stages.json").write_text(json.dumps(state))
+    monkeypatch.setattr(sys, "argv", ["on_gpu", "--out", str(tmp_path), "--stage", *names])
+    on_gpu.main()
+    assert (tmp_path / "order").read_text().split() == ["cut", "new", "fails", "slow"]
+
+
 def test_a_run_is_adopted(tmp_path):
     results, own = tmp_path / "run" / "results", tmp_path / "own"
     rows = [measure.row("kernel", "a case", "bf16", name, [1.0]) for name in ("ponder", "peer")]
@@ -214,3 +230,66 @@ def test_a_candidate_is_proven_in_a_process_of_its_own(tmp_path):
     run = subprocess.run([*words, json.dumps(good)], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     assert run.stdout.startswith("relative error")
+
+
+def test_both_sides_train_on_the_same_tokens(tmp_path, monkeypatch):
+    monkeypatch.setenv("PONDER_CACHE", str(tmp_path / "cache"))
+    text = "To be, or not to be: that is the question.\n" * 100
+    config = train_124m.recipe(text, tmp_path, 20, smoke=True)
+    train_124m.write_tokens(config, tmp_path)
+    data = load_data(config)
+    assert data.vocabulary.size == train_124m.VOCABULARY
+    [windows] = data.sources
+    assert isinstance(windows, Windows)
+    files = [np.fromfile(tmp_path / f"{name}.bin", dtype=np.uint16) for name in ("train", "val")]
+    for file, own in zip(files, (windows.train, windows.held_out), strict=True):
+        assert np.array_equal(file, own)
+    assert data.tokenizer.decode(np.concatenate(files).tolist()) == text
+
+
+TRAIN_PY = """
+import sys
+import torch
+
+given = dict(word[2:].split("=") for word in sys.argv[1:])
+assert given["batch_size"] == "4" and given["block_size"] == "64"
+print("step 0: train loss 9.9999, val loss 9.9999")
+for i in range(int(given["max_iters"]) + 1):
+    print(f"iter {i}: loss {i / 10:.4f}, time {100 + i}.00ms, mfu -100.00%")
+
+
+class Model(torch.nn.Module):
+    def forward(self, x, y):
+        found = y != -1
+        return None, (x * found).sum() / found.sum()
+
+
+model, ctx = Model(), torch.no_grad()
+"""
+
+
+@pytest.mark.slow
+def test_a_training_run_beside_nanogpt(tmp_path):
+    """What train.py prints, and the model that it leaves, become rows and curves; then again."""
+    (tmp_path / "train.py").write_text(TRAIN_PY)
+    text = tmp_path / "text.txt"
+    text.write_text("abcdefghij" * 300)
+    words = [sys.executable, "-m", "ponder.benchmarks.train_124m", "--smoke", "--resume"]
+    words += ["--nanogpt", str(tmp_path), "--text", str(text), "--out", str(tmp_path / "out")]
+    run = subprocess.run(words, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:] + run.stdout[-2000:]
+    found = measure.read(tmp_path / "out" / "train_124m.csv") or []
+    rows = {row.implementation: row for row in found}
+    assert list(rows) == ["nanoGPT", "ponder", "ponder Muon"]
+    assert float(rows["nanoGPT"].ms_p50) == (104.5 + 114.5) / 2
+    with open(tmp_path / "out" / "train_124m_curves.csv", newline="") as file:
+        curves = list(csv.DictReader(file))
+    peer = [tuple(row.values())[2:] for row in curves if row["implementation"] == "nanoGPT"]
+    assert [row[:3] for row in peer] == [("10", "1.095", "0.45"), ("20", "2.24", "1.45")]
+    # Letters a to j are tokens 4 to 13; the last of the 300 held out is predicted, not seen.
+    assert float(peer[-1][3]) == pytest.approx((8.5 * 300 - 13) / 299, abs=1e-4)
+    losses = [float(row["train_loss"]) for row in curves if row["implementation"] == "ponder Muon"]
+    assert losses[1] < losses[0] < 11
+    assert draw(tmp_path / "out", tmp_path)[-1].stat().st_size > 5000
+    again = subprocess.run(words, capture_output=True, text=True)
+    assert again.returncode == 0 and "tokens/s" not in again.stdout
