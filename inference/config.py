@@ -33,15 +33,17 @@ class SearchOptions:
     """sizes: the lines of beam, dvts and rebase, the expansions of mcts, the attempts of revise"""
     width: int = 4
     """children of each line that is kept, of each leaf that is expanded; at most the size"""
-    step: int = 16
-    """tokens of a step, after which lines are judged"""
+    step: int | Literal["task"] = 16
+    """tokens of a step, after which lines are judged; task: a step ends with the task's own, where
+    it has them (countdown, permute; lines, for word problems), as a process verifier wants it"""
 
     def faults(self) -> list[str]:
         """What is wrong with the fields."""
         faults = []
         for name in ("width", "step"):
-            if getattr(self, name) < 1:
-                faults.append(f"{name} is {getattr(self, name)}; it must be at least 1")
+            value = getattr(self, name)
+            if value != "task" and value < 1:
+                faults.append(f"{name} is {value}; it must be at least 1")
         if not self.lines or min(self.lines) < 1:
             faults.append(f"lines is {list(self.lines)}; each must be at least 1")
         elif self.width >= 1 and {"beam", "dvts"} & {*self.search}:

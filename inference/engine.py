@@ -11,7 +11,7 @@ and each sample draws from a random stream of its own.
 import copy
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import islice
 from typing import Protocol
 
@@ -167,9 +167,11 @@ class LocalEngine:
         self,
         requests: Iterable[Request],
         *,
+        ends: Collection[int] = (),
         watch: Callable[[Request, list[int]], None] | None = None,
     ) -> Iterator[Sample]:
-        """The sample of each request, in the order in which they finish.
+        """The sample of each request, in the order in which they finish. ends: tokens behind which
+        a sample ends, as it does behind <eos>.
 
         `requests` is read as slots fall free, up to two fillings of the slots ahead. Those that
         share a prompt should be adjacent: a prompt is forgotten when no waiting request has it.
@@ -181,7 +183,7 @@ class LocalEngine:
         samples have no room in memory: see `plan`. The same where memory runs out all the same.
         """
         try:
-            yield from self._generate(requests, watch)
+            yield from self._generate(requests, ends, watch)
         except torch.OutOfMemoryError as error:
             raise ValueError(
                 f"memory ran out with {self.slots} slots; the samples until then are whole, and "
@@ -189,7 +191,10 @@ class LocalEngine:
             ) from error
 
     def _generate(
-        self, requests: Iterable[Request], watch: Callable[[Request, list[int]], None] | None
+        self,
+        requests: Iterable[Request],
+        ends: Collection[int],
+        watch: Callable[[Request, list[int]], None] | None,
     ) -> Iterator[Sample]:
         source = map(self._checked, requests)
         waiting = deque(islice(source, 2 * self.slots))
@@ -198,7 +203,7 @@ class LocalEngine:
         plan = self.plan(waiting)
         rows = min(self.rows, plan.slots)
         network = self.network()
-        blocks = [Slots(self, network, rows) for _ in range(plan.slots // rows)]
+        blocks = [Slots(self, network, rows, ends) for _ in range(plan.slots // rows)]
         clock = 0.0  # seconds that a sample which has run from the start owes
         with Workers(len(blocks) if self.device.type == "cpu" else 1) as workers:
             prompts = Prompts(

@@ -61,10 +61,10 @@ class Sample:
 
     tokens holds the whole completion: sampled_tokens of them drawn from the model and
     forced_tokens (a forced </think>, cues) put in; it ends with <eos> where finish is "stop", and
-    was cut at max_tokens where it is "length". logprob is the sum of the sampled tokens' natural
-    log-probabilities under the model itself (temperature 1, no filter). seconds is the sample's
-    share of the wall-clock time: every step is divided among the samples then alive, and every
-    prefill among the first requests that wait for it.
+    was cut at max_tokens, or at a token that was to end it, where it is "length". logprob is the
+    sum of the sampled tokens' natural log-probabilities under the model itself (temperature 1, no
+    filter). seconds is the sample's share of the wall-clock time: every step is divided among the
+    samples then alive, and every prefill among the first requests that wait for it.
     """
 
     request: Request

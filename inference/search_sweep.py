@@ -1,13 +1,14 @@
 """A sweep's searches: which are wanted, how they run on the model, what is kept of each."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from .. import tasks
+from ..models.verifier import step_ends
 from . import cost
-from .config import SearchName, SweepConfig
+from .config import SweepConfig
 from .engine import SamplingParams
 from .search import SEARCHES, Found, Judge, Node, Search, Steps, stream
 from .search_table import Line, SearchKey, SearchRecord, missing, parse_search
@@ -16,7 +17,7 @@ from .store import Store, params_text
 from .verifier import Scorer
 
 # Which of the options beside its size a search depends on.
-SETTINGS: dict[SearchName, tuple[str, ...]] = {
+SETTINGS: dict[str, tuple[str, ...]] = {
     "beam": ("width", "step"),
     "dvts": ("width", "step"),
     "rebase": ("step",),
@@ -50,19 +51,21 @@ class Searches:
     """The searches that a sweep's configuration names, on its model.
 
     params: how tokens are drawn, max_tokens of a whole completion; verifier: what judges lines,
-    their own confidence where there is none. Raises ValueError where there
-    are searches, and the speaker is not ponder's own engine.
+    their own confidence where there is none. Raises ValueError where there are searches, and the
+    speaker is not ponder's own engine, or the task has no steps of its own that they should take.
     """
 
     def __init__(
         self,
         config: SweepConfig,
+        task: tasks.Task,
         speaker: Speaker,
         params: SamplingParams,
         verifier: Scorer | None = None,
     ):
         self.options, self.seed, self.params = config.searches, config.seed, params
-        self.speaker = speaker
+        self.task, self.speaker = task, speaker
+        self.ends: Collection[int] = ()
         if self.options.search:
             if not isinstance(speaker, LocalSpeaker):
                 raise ValueError(
@@ -70,6 +73,13 @@ class Searches:
                     "ponder's own engine drew: take a model of this machine and --engine ponder"
                 )
             self.judging = judging(verifier, speaker)
+            if self.options.step == "task":
+                self.ends = step_ends(speaker.tokenizer, getattr(task, "step_end", ""))
+                if not self.ends:
+                    raise ValueError(
+                        f"step is task, and {task.name} has no steps of its own (countdown has); "
+                        "say how many tokens a step has"
+                    )
 
     def wanted(self, store: Store, problems: Iterable[int]) -> list[SearchKey]:
         """The searches of these problems that the store lacks."""
@@ -86,15 +96,23 @@ class Searches:
             seed=self.seed,
         )
 
-    def run(
-        self, keys: list[SearchKey], task: tasks.Task, problems: list[tasks.Problem]
-    ) -> Iterator[SearchRecord]:
+    def run(self, keys: list[SearchKey], problems: list[tasks.Problem]) -> Iterator[SearchRecord]:
         """The search of each key, as they come to an end."""
-        speaker = self.speaker
+        for stepping, ends in (True, self.ends), (False, ()):
+            chosen = [
+                k for k in keys if ("step" in SETTINGS[parse_search(k.search)[0]]) == stepping
+            ]
+            yield from self._run(chosen, problems, ends)
+
+    def _run(
+        self, keys: list[SearchKey], problems: list[tasks.Problem], ends: Collection[int]
+    ) -> Iterator[SearchRecord]:
+        speaker, step = self.speaker, self.options.step
         if not keys or not isinstance(speaker, LocalSpeaker):
             return
+        most = self.params.max_tokens
         steps = Steps(
-            *(self.params, self.options.step, self.seed),
+            *(self.params, most if step == "task" else step, self.seed),
             *(speaker.eos, speaker.think_end, speaker.cue),
         )
         encode = lru_cache(maxsize=64)(speaker.encode)
@@ -106,9 +124,10 @@ class Searches:
 
         # Two fillings of the slots: enough to keep them busy, little to lose.
         busy = 2 * speaker.engine.slots
-        for place, found in stream(speaker.sample, map(search, keys), busy):
+        sample = partial(speaker.sample, ends=ends)
+        for place, found in stream(sample, map(search, keys), busy):
             key = keys[place]
-            yield _record(key, found, speaker, self.judging, task, problems[key.problem])
+            yield _record(key, found, speaker, self.judging, self.task, problems[key.problem])
 
 
 def _record(

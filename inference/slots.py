@@ -1,6 +1,6 @@
 """Slots: the rows that decode together, from a request to its finished sample."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -30,7 +30,8 @@ class Slots:
     Every row is computed, in use or not, so that the shapes that the model sees are fixed.
     """
 
-    def __init__(self, engine: Any, network: Any, rows: int):
+    def __init__(self, engine: Any, network: Any, rows: int, ends: Collection[int] = ()):
+        """ends: the tokens behind which a sample ends, besides <eos>."""
         self.engine, self.network = engine, network
         device, dtype, config = engine.device, engine.dtype, engine.model.config
         self.running: dict[int, Run] = {}
@@ -43,6 +44,8 @@ class Slots:
         self.temperature, self.top_p, self.min_p, self.logprob = self.numbers
         self.top_p.fill_(1.0)  # sample_tokens looks at idle rows too
         self.done = torch.ones(rows, dtype=torch.bool, device=device)
+        self.last = torch.zeros(config.vocab_size, dtype=torch.bool, device=device)
+        self.last[[engine.eos, *ends]] = True
         self.forcing = Forcing(rows, think_end=engine.think_end, cue=engine.cue, device=device)
         self.tokens = torch.zeros(rows, 1, dtype=torch.int64, device=device)
         self.cache = KVCache(config, rows, 0, device=device, dtype=dtype)
@@ -131,7 +134,7 @@ class Slots:
         self.logprob += logprob.masked_fill_(self.done | forced, 0.0)
         self.tokens.scatter_(1, self.count[:, None], token[:, None])
         self.count += ~self.done  # a finished row writes behind its tokens
-        self.done |= (token == self.engine.eos) | (self.count == self.most)
+        self.done |= self.last[token] | (self.count == self.most)
         self.length += 1
         self.length.masked_fill_(self.done, 0)
         self.token.copy_(token)

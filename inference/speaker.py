@@ -9,7 +9,7 @@ import hashlib
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
@@ -309,7 +309,11 @@ class LocalSpeaker:
         yield from map(self._completion, self.sample(requests, watch=watch))
 
     def sample(
-        self, requests: Iterable[Request], *, watch: Watch | None = None
+        self,
+        requests: Iterable[Request],
+        *,
+        ends: Collection[int] = (),
+        watch: Watch | None = None,
     ) -> Iterator[Sample]:
         """As the engine's `generate`; where memory runs out it goes on with half the slots. watch:
         where every request's key is an Ask."""
@@ -326,7 +330,7 @@ class LocalSpeaker:
             try:
                 # A chain, once at its end, would not see what a source has to give later.
                 for sample in self.engine.generate(
-                    map(noted, chain(again, source) if again else source), watch=watcher
+                    map(noted, chain(again, source) if again else source), ends=ends, watch=watcher
                 ):
                     del unfinished[id(sample.request)]
                     yield sample

@@ -73,7 +73,7 @@ def _sweep(config: SweepConfig, shard: Shard) -> Path:
         prompts = [problem.prompt for problem in problems]
         most = speaker.fit(prompts, budgets=budgets, max_tokens=config.max_tokens)
         params = replace(_sampled(config), max_tokens=most)
-        return speaker, most, Searches(config, speaker, params, verifier)
+        return speaker, most, Searches(config, task, speaker, params, verifier)
 
     folder = config.out / "sweep"
     found: list[tuple[Speaker, int, Searches]] = []  # the first process's, not to be opened twice
@@ -124,7 +124,7 @@ def _sweep(config: SweepConfig, shard: Shard) -> Path:
         _keep(records, store.add, _bar(len(wanted), "sample", shard))
         if keys:
             add = partial(search_table.add, store)
-            _keep(searches.run(keys, task, problems), add, _bar(len(keys), "search", shard))
+            _keep(searches.run(keys, problems), add, _bar(len(keys), "search", shard))
     failures = sum(map(Counter, shard.gathered(speaker.failures)), Counter[str]())
 
     page = config.out / "report" / "index.html"

@@ -208,6 +208,36 @@ def test_extended_thoughts_are_rows_of_their_own(swept, no_report, tmp_path):
     assert len(curves.greedy) == 1 and all(r.setting == "" for r in curves.votes[4])
 
 
+def test_steps_of_the_task(swept, no_report, tmp_path):
+    """A line is judged where the task's steps end, and nowhere else but at its own end."""
+    options = replace(swept.searches, search=("beam", "rebase"), step="task")
+    with pytest.raises(ValueError, match="step is task, and last_digit has no steps of its own"):
+        sweep(replace(swept, out=tmp_path, searches=options))
+    assert not (tmp_path / "sweep").exists()
+    judged = []
+
+    class Stepped(LastDigit):
+        step_end = "3"
+
+    def judge(prompt, completions):
+        judged.extend(completions)
+        return [1 / (1 + len(tokens)) for tokens in completions]
+
+    config = replace(swept, searches=options)
+    speaker = open_speaker(config, slots=8, precision="fp32", budgets=True, cue=None)
+    searches = Searches(config, Stepped(), speaker, SamplingParams(max_tokens=14))
+    searches.judging = Judging("mine", judge)
+    with Store.create(tmp_path / "samples.sqlite", {}) as store:
+        keys = searches.wanted(store, range(5))
+    assert all(" step=task judge=mine" in key.search for key in keys) and len(keys) == 20
+    found = list(searches.run(keys, Stepped().problems("test", 5, 0)))
+    assert len(found) == 20
+    end = speaker.tokenizer.token_to_id("3")
+    cut = [tokens for tokens in judged if tokens[-1] != speaker.eos and len(tokens) < 14]
+    assert len(cut) > 10 and all(tokens[-1] == end for tokens in cut)
+    assert any(end in tokens[:-1] for tokens in judged)  # they went on behind it
+
+
 def test_what_cannot_be_searched_or_extended_is_named(swept, tmp_path):
     wrong = replace(swept, out=tmp_path)
     with pytest.raises(ValueError, match="lines is .2, 3.; for beam and dvts each must be a mult"):
@@ -222,7 +252,7 @@ def test_what_cannot_be_searched_or_extended_is_named(swept, tmp_path):
         sweep(replace(wrong, model="http://localhost:1/v1", precision="auto", extend=(1,)))
     config = replace(wrong, searches=replace(swept.searches, search=("beam",)))
     with pytest.raises(ValueError, match="search is beam; searches go on from tokens that pond"):
-        Searches(config, object(), SamplingParams())
+        Searches(config, tasks.get("last_digit"), object(), SamplingParams())
     assert not (tmp_path / "sweep").exists()
 
 
