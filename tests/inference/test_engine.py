@@ -128,6 +128,23 @@ def mixed_requests(prompts=6, samples=3, vocabulary=21):
     return requests
 
 
+def test_a_sample_ends_behind_the_tokens_that_end_it(device):
+    """It is the plain one as far as that, to the bit; a forced token ends it too."""
+    engine = LocalEngine(gpt(device), slots=16, eos=EOS, think_end=END)
+    requests = mixed_requests()
+    plain = {s.request.key: s for s in engine.generate(requests)}
+    ends = {END, 5, 9}
+    found = {s.request.key: s for s in engine.generate(requests, ends=ends)}
+    assert found.keys() == plain.keys()
+    for key, sample in found.items():
+        whole = plain[key].tokens
+        stop = next((i for i, t in enumerate(whole) if t in ends), len(whole) - 1)
+        assert sample.tokens == whole[: stop + 1]
+        assert sample.finish == ("stop" if sample.tokens[-1] == EOS else "length")
+    cut = [key for key in found if len(found[key].tokens) < len(plain[key].tokens)]
+    assert len(cut) > 20 and any(found[key].forced_tokens for key in cut)
+
+
 prompts = st.lists(st.integers(0, 10), min_size=1, max_size=70).map(tuple)
 
 

@@ -23,10 +23,12 @@ from ponder.inference.engine import SamplingParams
 from ponder.inference.evaluation import evaluate
 from ponder.inference.findings import search_rows
 from ponder.inference.report import csv_text
-from ponder.inference.search_sweep import Searches
+from ponder.inference.search_sweep import Judging, Searches
 from ponder.inference.search_table import Line, Searched
+from ponder.inference.speaker import open_speaker
 from ponder.inference.store import Store
 from ponder.inference.sweep import redraw, sweep
+from ponder.tasks.last_digit import LastDigit
 
 SEARCHES = ("beam", "dvts", "rebase", "mcts", "revise")
 
@@ -227,7 +229,7 @@ def test_steps_of_the_task(swept, no_report, tmp_path):
     speaker = open_speaker(config, slots=8, precision="fp32", budgets=True, cue=None)
     searches = Searches(config, Stepped(), speaker, SamplingParams(max_tokens=14))
     searches.judging = Judging("mine", judge)
-    with Store.create(tmp_path / "samples.sqlite", {}) as store:
+    with Store(tmp_path / "samples.sqlite", identity={}) as store:
         keys = searches.wanted(store, range(5))
     assert all(" step=task judge=mine" in key.search for key in keys) and len(keys) == 20
     found = list(searches.run(keys, Stepped().problems("test", 5, 0)))
