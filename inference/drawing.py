@@ -103,14 +103,16 @@ def note(
     axes.annotate(text, place, xytext=off, textcoords="offset points", **style)
 
 
-def line(axes: Axes, x: Sequence[float], rows: list[Result], label: str, colour: str) -> None:
+def line(
+    axes: Axes, x: Sequence[float], rows: list[Result], label: str, colour: str, style: str = "o-"
+) -> None:
     """A line with a band, or whiskers where few points would make the band a box."""
     low, high = [r.ci_low for r in rows], [r.ci_high for r in rows]
     if len(rows) < 4:
         axes.vlines(x, low, high, color=colour, linewidth=1, alpha=0.6)
     else:
         axes.fill_between(x, low, high, color=colour, alpha=0.16, linewidth=0)
-    axes.plot(x, [r.accuracy for r in rows], "o-", color=colour, label=label)
+    axes.plot(x, [r.accuracy for r in rows], style, color=colour, label=label)
 
 
 def rings(axes: Axes, best: Sequence[Result], cost: Callable[[Result], float]) -> None:

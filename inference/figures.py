@@ -26,6 +26,8 @@ from .exchange import Line
 from .page import human, short_budget, spread, visible, vote_text
 from .policy import Policy
 
+VERIFIED = ", verifier"  # behind the name of a search that a trained verifier judged
+
 
 def png(results: Sequence[Result]) -> bytes:
     """The picture of accuracy against compute, as a PNG."""
@@ -136,7 +138,7 @@ def draw_searches(axes: Axes, curves: Curves, unit: str, columns: int = 3, title
             lines[plain[r.strategy]].append(r)
         elif r.setting and not r.strategy.endswith("-vote"):
             trained = "judge=" in r.setting and not r.setting.endswith("judge=confidence")
-            label = r.strategy + (", verifier" if trained else "")
+            label = r.strategy + VERIFIED * trained
             lines.setdefault(label, []).append(r)
     lines = {label: rows for label, rows in lines.items() if rows}
     drawn = [r for rows in lines.values() for r in rows]
@@ -151,12 +153,16 @@ def _compare(
     columns: int = 3,
     title: str = "",
 ) -> None:
-    """A line of accuracy against cost for each label, and rings around the best rows."""
+    """A line of accuracy against cost for each label, and rings around the best rows. "NAME,
+    verifier" has NAME's colour; NAME is then dashed."""
     axis, cost, tick = UNITS[unit]
     names = "vote-4 greedy budget-3 outvoted ink vote-2 budget-1 muted never vote-1".split()
-    for i, (label, rows) in enumerate(lines.items()):
+    kinds = list(dict.fromkeys(label.removesuffix(VERIFIED) for label in lines))
+    for label, rows in lines.items():
         rows = sorted(rows, key=cost)
-        line(axes, [cost(r) for r in rows], rows, label, COLOURS[names[i % len(names)]])
+        colour = COLOURS[names[kinds.index(label.removesuffix(VERIFIED)) % len(names)]]
+        style = "o--" if label + VERIFIED in lines else "o-"
+        line(axes, [cost(r) for r in rows], rows, label, colour, style)
     rings(axes, best, cost)
     rows = [r for of_one in lines.values() for r in of_one]
     cost_axis(axes, [cost(r) for r in rows], axis, tick)
