@@ -167,7 +167,7 @@ def _compare(
     rows = [r for of_one in lines.values() for r in of_one]
     cost_axis(axes, [cost(r) for r in rows], axis, tick)
     finish(axes, rows[0].guess_accuracy, columns, title)
-    axes.set_ylim(0, math.ceil(5 * max(r.ci_high for r in rows)) / 5 + 0.01)
+    axes.set_ylim(0, math.ceil(5 * max(r.ci_high for r in rows)) / 5 + 0.03)
 
 
 def draw_coverage(axes: Axes, rows: Sequence[dict[str, Any]], title: str = "") -> None:
