@@ -8,6 +8,7 @@ then lists what a grid still lacks.
 
 import json
 import sqlite3
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from .scores import Scores
 
 SCHEMA_VERSION = 1
+TIMEOUT = 60  # seconds to wait for another process
 
 # An unlimited budget is NULL, and NULLs are distinct to a unique index: hence ifnull. The index is
 # in the order in which pools are read.
@@ -215,7 +217,7 @@ class Store:
             raise ValueError(f"{path}: there is no sample store")
         if identity is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._db = sqlite3.connect(self.path, timeout=60, isolation_level=None)
+        self._db = sqlite3.connect(self.path, timeout=TIMEOUT, isolation_level=None)
         try:
             self._open(identity)
         except sqlite3.DatabaseError as error:
@@ -241,7 +243,7 @@ class Store:
                 if version
                 else f"{self.path} is an SQLite file, but not a sample store"
             )
-        self._db.execute("PRAGMA journal_mode = WAL")
+        self._write_ahead()
         self._db.execute("PRAGMA synchronous = FULL")  # a batch outlives a power cut, too
         self._db.execute("PRAGMA foreign_keys = ON")
         self._db.execute(SEARCHES)
@@ -249,6 +251,19 @@ class Store:
         self.identity: dict[str, Any] = {name: json.loads(value) for name, value in rows}
         if identity is not None:
             self._check_identity({name: _json_value(value) for name, value in identity.items()})
+
+    def _write_ahead(self) -> None:
+        """Two that turn this on in a new file at once wait for each other's read lock, and SQLite
+        sends one of them away at once, whatever its timeout: it comes back."""
+        end = time.monotonic() + TIMEOUT
+        while True:
+            try:
+                self._db.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > end:
+                    raise
+            time.sleep(0.01)
 
     def _is_new(self) -> bool:
         (version,) = self._db.execute("PRAGMA user_version").fetchone()

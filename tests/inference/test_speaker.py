@@ -27,9 +27,9 @@ def test_out_of_memory_ends_in_fewer_slots_and_every_sample_once(model, monkeypa
     generate = LocalEngine.generate
     calls: list[int] = []
 
-    def failing(self, requests, *, watch=None):
+    def failing(self, requests, **options):
         calls.append(self.slots)
-        for n, sample in enumerate(generate(self, requests, watch=watch)):
+        for n, sample in enumerate(generate(self, requests, **options)):
             if self.slots > 8 and n == 5:
                 raise error
             yield sample
@@ -87,8 +87,8 @@ def test_where_nothing_helps_there_is_a_sentence_and_what_was_finished_stays(mod
     speaker = LocalSpeaker(str(model), slots=8, precision="fp32")
     generate = LocalEngine.generate
 
-    def failing(self, requests, *, watch=None):
-        for n, sample in enumerate(generate(self, requests, watch=watch)):
+    def failing(self, requests, **options):
+        for n, sample in enumerate(generate(self, requests, **options)):
             if n == 3:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             yield sample

@@ -248,6 +248,26 @@ def test_several_writers_at_once(tmp_path):
         assert len(store) == 100
 
 
+def test_a_new_store_opened_by_several_at_once(tmp_path):
+    failures = []
+
+    def open_it(path, gate):
+        gate.wait(60)
+        try:
+            Store(path, identity=IDENTITY).close()
+        except Exception as error:
+            failures.append(error)
+
+    for i in range(60):  # one in twenty met the fault
+        case = tmp_path / f"{i}.sqlite", threading.Barrier(6)
+        workers = [threading.Thread(target=open_it, args=case) for _ in range(6)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    assert not failures
+
+
 def sampling(**changes):
     plain = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0, "extend": 0}
     return SimpleNamespace(**(plain | changes))
