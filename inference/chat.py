@@ -1,5 +1,6 @@
 """Text around a model: its chat template, the spelling of thoughts, and what a terminal may see."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ class ChatTokenizer:
 
     path: a folder or a Hub id. With a chat template the prompt becomes the user's message behind
     the `system` one; without one it stays as it is. think: open a thought behind it where the
-    template does not. Raises ValueError where no tokenizer can be had.
+    template does not; without a template one is opened wherever the tokenizer has <think> and
+    </think>, the mark of a model that thinks. Raises ValueError where no tokenizer can be had.
     """
 
     def __init__(self, path: str, *, system: str | None, think: bool):
@@ -21,7 +23,7 @@ class ChatTokenizer:
 
         if not (Path(path).is_dir() or hub.HUB_ID.fullmatch(path)):
             raise ValueError(f"there is no folder {path} with a tokenizer")
-        self.path, self.system, self.think = path, system, think
+        self.path, self.system = path, system
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
         except Exception as error:  # what it raises depends on the tokenizer and on the network
@@ -33,6 +35,8 @@ class ChatTokenizer:
             raise ValueError(
                 f"system is {system!r}; the tokenizer of {path} has no chat template to put it into"
             )
+        thinks = {THINK, THINK_END} <= self.tokenizer.get_vocab().keys()
+        self.think = think or (thinks and not self.template)
 
     def render(self, prompt: str) -> str:
         """The prompt as the model reads it; ValueError for one that is empty."""
@@ -76,9 +80,28 @@ def opens_thought(text: str) -> bool:
 
 def thoughtful(text: str, opened: bool) -> str:
     """A completion's text with the <think> that its prompt, or its server, kept."""
-    text = text.lstrip() if text.lstrip().startswith(THINK) else text
-    inside = opened or THINK_END in text
-    return THINK + text if inside and not text.startswith(THINK) else text
+    if opened:
+        return THINK + text
+    if text.lstrip().startswith(THINK):
+        return text.lstrip()
+    return THINK + text if THINK_END in text else text
+
+
+def think_tokens(text: str, tokens: Sequence[int], opened: bool, think_end: int | None) -> int:
+    """How many tokens of a completion lie inside its thought; text: what it says, as `thoughtful`
+    gives it."""
+    if not text.startswith(THINK):
+        return 0
+    end = tokens.index(think_end) if think_end in tokens else len(tokens)
+    return end - (not opened)
+
+
+def no_thoughts(path: str | Path) -> str:
+    """What to tell who wants budgets of thinking from a model that has no thoughts."""
+    return (
+        f"the tokenizer of {path} has no tokens {THINK} and {THINK_END}; leave budgets "
+        "away (in a sweep: --budgets with no number), or take a model that thinks"
+    )
 
 
 def printable(text: str) -> str:

@@ -83,7 +83,7 @@ class LocalEngine:
         model: GPT,
         *,
         slots: int = 64,
-        eos: int,
+        eos: int | tuple[int, ...],
         think_end: int | None = None,
         cue: tuple[int, ...] = (),
         device: torch.device | str | None = None,
@@ -91,19 +91,21 @@ class LocalEngine:
         invariant: bool = False,
     ):
         vocabulary = model.config.vocab_size
-        for name, token in (("eos", eos), ("think_end", think_end), *(("cue", t) for t in cue)):
+        self.eos = (eos,) if isinstance(eos, int) else tuple(eos)
+        named = *(("eos", t) for t in self.eos), *(("cue", t) for t in cue)
+        for name, token in (("think_end", think_end), *named):
             if token is not None and not 0 <= token < vocabulary:
                 raise ValueError(f"{name} is {token}; the model's tokens are 0 to {vocabulary - 1}")
-        if eos == think_end:
-            raise ValueError(f"eos and think_end are both {eos}; they must differ")
-        if {eos, think_end} & {*cue}:
+        if think_end in self.eos:
+            raise ValueError(f"eos and think_end are both {think_end}; they must differ")
+        if {*self.eos, think_end} & {*cue}:
             raise ValueError(f"cue is {cue}; it may hold neither eos nor think_end")
         if slots < 1:
             raise ValueError(f"slots is {slots}; it must be at least 1")
         own = next(model.parameters(), torch.empty(0))
         self.device = own.device if device is None else torch.device(device)
         self.dtype = own.dtype if dtype is None else dtype
-        self.model, self.eos, self.think_end, self.cue = model, eos, think_end, cue
+        self.model, self.think_end, self.cue = model, think_end, cue
         config, gpu = model.config, self.device.type == "cuda"
         self.rows = round_up(slots, ROWS)  # of a block, that decodes together
         if gpu and invariant:

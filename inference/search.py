@@ -80,13 +80,12 @@ class Found:
 @dataclass(frozen=True)
 class Steps:
     """How every search samples: params of a completion (max_tokens, and the thinking budget, over
-    the whole of it), the tokens of a step, the seed, the ids that end a text and a thought, and
-    the cue with which a thought is taken up again."""
+    the whole of it), the tokens of a step, the seed, the id that ends a thought, and the cue
+    with which a thought is taken up again."""
 
     params: SamplingParams
     step: int
     seed: int
-    eos: int
     think_end: int | None = None
     cue: Tokens = ()
 

@@ -113,7 +113,7 @@ class Searches:
         most = self.params.max_tokens
         steps = Steps(
             *(self.params, most if step == "task" else step, self.seed),
-            *(speaker.eos, speaker.think_end, speaker.cue),
+            *(speaker.think_end, speaker.cue),
         )
         encode = lru_cache(maxsize=64)(speaker.encode)
 
@@ -138,13 +138,15 @@ def _record(
     task: tasks.Task,
     problem: tasks.Problem,
 ) -> SearchRecord:
+    prompt = speaker.encode(problem.prompt)
+
     def line(node: Node) -> Line:
-        return Line(*tasks.judge(task, problem, speaker.decode(node.tokens)), node.value)
+        return Line(*tasks.judge(task, problem, speaker.decode(node.tokens, prompt)), node.value)
 
     others = [node for node in found.finished if node is not found.best]
     return SearchRecord(
         key=key,
-        text=speaker.decode(found.best.tokens),
+        text=speaker.decode(found.best.tokens, prompt),
         lines=tuple(map(line, [found.best, *others])),
         prompt_tokens=found.prompt_tokens,
         sampled_tokens=found.sampled_tokens,

@@ -45,7 +45,7 @@ class Slots:
         self.top_p.fill_(1.0)  # sample_tokens looks at idle rows too
         self.done = torch.ones(rows, dtype=torch.bool, device=device)
         self.last = torch.zeros(config.vocab_size, dtype=torch.bool, device=device)
-        self.last[[engine.eos, *ends]] = True
+        self.last[[*engine.eos, *ends]] = True
         self.forcing = Forcing(rows, think_end=engine.think_end, cue=engine.cue, device=device)
         self.tokens = torch.zeros(rows, 1, dtype=torch.int64, device=device)
         self.cache = KVCache(config, rows, 0, device=device, dtype=dtype)
@@ -162,7 +162,7 @@ class Slots:
                     sampled_tokens=count - forced,
                     forced_tokens=forced,
                     logprob=logprob,
-                    finish="stop" if drawn[-1] == self.engine.eos else "length",
+                    finish="stop" if drawn[-1] in self.engine.eos else "length",
                     seconds=run.seconds + seconds,
                 )
             )

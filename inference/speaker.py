@@ -23,6 +23,15 @@ from tokenizers.decoders import DecodeStream
 from ..models import hub
 from ..models.gpt import GPT, GPTConfig
 from ..models.memory import available, parameter_count, require
+from .chat import (
+    THINK,
+    THINK_END,
+    ChatTokenizer,
+    no_thoughts,
+    opens_thought,
+    think_tokens,
+    thoughtful,
+)
 from .config import GenerateConfig, SweepConfig
 from .decoder import ROWS, bf16_pays
 from .engine import LocalEngine, Request, Sample, SamplingParams
@@ -44,7 +53,8 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A finished sample. Its text begins with <think> where the model thought, and has no <eos>.
+    """A finished sample. Its text begins with <think> where the model thought, and lacks the token
+    that ended it.
 
     sampled_tokens were drawn from the model, forced_tokens (a forced </think>, cues) put in;
     think_tokens of both lie inside the thinking. logprob is the natural log-probability of what was
@@ -125,13 +135,14 @@ def open_speaker(
             budgets=budgets,
             cue=cue,
         )
-    if config.system is not None:
-        raise ValueError(
-            f"system is {config.system!r}; ponder's engine has no chat template to put it into: "
-            "take --engine transformers"
-        )
     return LocalSpeaker(
-        config.model, slots=slots, precision=precision, cue=cue, invariant=config.invariant
+        config.model,
+        slots=slots,
+        precision=precision,
+        system=config.system,
+        budgets=budgets,
+        cue=cue,
+        invariant=config.invariant,
     )
 
 
@@ -147,8 +158,8 @@ def room(
     left = context - prompt_tokens
     if left < 1:
         raise ValueError(
-            f"the prompt has {prompt_tokens} tokens with <think>; the model's context of {context} "
-            f"leaves room for at most {context - 1}"
+            f"the prompt has {prompt_tokens} tokens as the model reads it; its context of "
+            f"{context} leaves room for at most {context - 1}"
         )
     if max_tokens is not None and max_tokens > left:
         raise ValueError(
@@ -170,7 +181,7 @@ def room(
 def model_hash(folder: Path) -> str:
     """What the model is, whatever its folder is called: a hash of configuration and weights."""
     digest = hashlib.sha256()
-    names = ("config.json", "tokenizer.json")
+    names = ("config.json", "tokenizer.json", hub.TEMPLATE)
     for path in sorted([folder / n for n in names] + list(folder.glob("*.safetensors"))):
         if path.exists():
             digest.update(path.name.encode())
@@ -209,11 +220,15 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 class LocalSpeaker:
-    """A model of this machine on ponder's engine, with its tokenizer and its special tokens.
+    """A model of this machine on ponder's engine, with its tokenizer and its chat template.
 
-    precision is fp32, bf16, or auto: bf16 on a GPU, and on a CPU where it is measured to be faster.
-    cue: what `extend` puts in the place of a </think>. invariant: the samples are the same to the
-    bit whatever the slots. Where memory runs out it goes on with half the slots.
+    Without a template prompts are read as they stand, and <think> behind them where the tokenizer
+    has it: it is the mark of a model that thinks. With one, a thought is opened where the template
+    does it, and with budgets always. precision is fp32, bf16, or auto: bf16 on a GPU, and on a CPU
+    where it is measured to be faster. cue: what `extend` puts in the place of a </think>.
+    invariant: the samples are the same to the bit whatever the slots. Where memory runs out it goes
+    on with half the slots. ValueError for budgets or a cue where the tokenizer has no <think> and
+    </think>.
     """
 
     def __init__(
@@ -222,10 +237,24 @@ class LocalSpeaker:
         *,
         slots: int,
         precision: str = "auto",
+        system: str | None = None,
+        budgets: bool = False,
         cue: str | None = None,
         invariant: bool = False,
     ):
         self.folder, self.invariant = Path(path), invariant
+        self.chat: ChatTokenizer | None = None
+        if system is not None or hub.load_template(path) is not None:
+            self.chat = ChatTokenizer(path, system=system, think=budgets)
+        self.tokenizer: Tokenizer = (
+            self.chat.tokenizer.backend_tokenizer if self.chat else hub.load_tokenizer(path)
+        )
+        think, self.think_end = map(self.tokenizer.token_to_id, (THINK, THINK_END))
+        self.thought = () if think is None or self.think_end is None else (think,)
+        if (budgets or cue is not None) and not self.thought:
+            raise ValueError(no_thoughts(path))
+        self.ends = hub.load_ends(path, self.tokenizer)
+        self.cue = () if cue is None else self._known(cue, "cue")
         on = device()
         free = available(torch.device(on))
         if free is not None:
@@ -239,11 +268,6 @@ class LocalSpeaker:
         self.dtype = DTYPE[precision]
         if on != "cpu":
             self.model.to(self.dtype)
-        self.tokenizer: Tokenizer = hub.load_tokenizer(path)
-        self.think = self._token("<think>")
-        self.think_end = self._token("</think>")
-        self.eos = self._token("<eos>")
-        self.cue = () if cue is None else self._known(cue, "cue")
         self.shape: GPTConfig | None = self.model.config
         self.identity = {"model": model_hash(local_folder(path)), "precision": precision}
         self.failures: Counter[str] = Counter()
@@ -253,27 +277,27 @@ class LocalSpeaker:
         return LocalEngine(
             self.model,
             slots=slots,
-            eos=self.eos,
+            eos=self.ends,
             think_end=self.think_end,
             cue=self.cue,
             dtype=self.dtype,
             invariant=self.invariant,
         )
 
-    def _token(self, text: str) -> int:
-        token = self.tokenizer.token_to_id(text)
-        if token is None:
-            raise ValueError(
-                f"the tokenizer of {self.folder} has no {text} token; budgets of thinking need a "
-                "model that was trained with <think>, </think> and <eos>"
-            )
-        return token
-
     def encode(self, prompt: str) -> tuple[int, ...]:
-        """The prompt with <think> behind it; ValueError for what the vocabulary cannot say."""
+        """The tokens that the model reads; ValueError for what the vocabulary cannot say."""
+        if self.chat:
+            return self.chat.encode(prompt)[0]
         if not prompt:
             raise ValueError("the prompt is empty; there is nothing to answer")
-        return (*self._known(prompt, "prompt"), self.think)
+        return (*self._known(prompt, "prompt"), *self.thought)
+
+    def opened(self, prompt: Sequence[int]) -> bool:
+        """Whether a prompt's tokens end inside a thought."""
+        return opens_thought(self._text(prompt[-4:]))
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(tokens), skip_special_tokens=False)
 
     def _known(self, text: str, what: str) -> tuple[int, ...]:
         """The text's tokens; ValueError for what the vocabulary cannot say."""
@@ -342,20 +366,22 @@ class LocalSpeaker:
             least = self.engine.rows if self.invariant else ROWS
             self.engine = self._engine(halved(self.engine.slots, least))
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        """The text of a completion, with <think> before it and without its <eos>."""
-        tokens = list(tokens[:-1] if tokens and tokens[-1] == self.eos else tokens)
-        return "<think>" + self.tokenizer.decode(tokens, skip_special_tokens=False)
+    def decode(self, tokens: Sequence[int], prompt: Sequence[int]) -> str:
+        """The text of a completion, with <think> before it where the prompt opened a thought, and
+        without the token that ended it."""
+        whole = tokens[:-1] if tokens and tokens[-1] in self.ends else tokens
+        return thoughtful(self._text(whole), self.opened(prompt))
 
     def _completion(self, sample: Sample) -> Completion:
-        end = self.think_end
+        tokens, prompt = sample.tokens, sample.request.prompt
+        text = self.decode(tokens, prompt)
         return Completion(
             ask=sample.request.key,
-            text=self.decode(sample.tokens),
-            prompt_tokens=len(sample.request.prompt),
+            text=text,
+            prompt_tokens=len(prompt),
             sampled_tokens=sample.sampled_tokens,
             forced_tokens=sample.forced_tokens,
-            think_tokens=(sample.tokens.index(end) if end in sample.tokens else len(sample.tokens)),
+            think_tokens=think_tokens(text, tokens, self.opened(prompt), self.think_end),
             logprob=sample.logprob,
             finish=sample.finish,
             seconds=sample.seconds,
@@ -384,10 +410,11 @@ class _TokenWatch:
 
     def __call__(self, request: Request, tokens: list[int]) -> None:
         ask: Ask = request.key
-        lead = "" if id(ask) in self.streams else "<think>"
+        begins = id(ask) not in self.streams
+        lead = THINK if begins and self.speaker.opened(request.prompt) else ""
         stream = self.streams.setdefault(id(ask), DecodeStream(skip_special_tokens=False))
         for token in tokens:
-            if token != self.speaker.eos:
+            if token not in self.speaker.ends:
                 lead += stream.step(self.speaker.tokenizer, token) or ""
             self.watch(ask, lead)
             lead = ""

@@ -18,7 +18,17 @@ import torch
 from torch import Tensor
 
 from ..kernels import sample_tokens
-from .chat import THINK, THINK_END, ChatTokenizer, first_line, known_shape, thoughtful
+from ..models import register
+from .chat import (
+    THINK,
+    THINK_END,
+    ChatTokenizer,
+    first_line,
+    known_shape,
+    no_thoughts,
+    think_tokens,
+    thoughtful,
+)
 from .engine import stream_key
 from .forcing import NEVER, Forcing
 from .speaker import (
@@ -59,6 +69,7 @@ class TransformersSpeaker:
         self.device, self.slots = device(), slots
         if precision == "auto":
             precision = "fp32" if self.device == "cpu" else "bf16"
+        register()  # models of type ponder
         self.chat = ChatTokenizer(path, system=system, think=budgets)
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(
@@ -69,10 +80,7 @@ class TransformersSpeaker:
             raise ValueError(f"no model of {path} could be loaded: {first_line(error)}") from None
         self.think_end = self._token(THINK_END)
         if budgets and (self.think_end is None or self._token(THINK) is None):
-            raise ValueError(
-                f"the tokenizer of {path} has no tokens <think> and </think>; leave budgets away "
-                "(--budgets with no number), or take a model that thinks"
-            )
+            raise ValueError(no_thoughts(path))
         self.cue: tuple[int, ...] = ()
         if cue is not None:
             if self.think_end is None:
@@ -201,6 +209,10 @@ class TransformersSpeaker:
         last = {"logits_to_keep": 1} if self._keeps_logits else {}
         out = self.model(input_ids=tokens, use_cache=True, **last)
         cache = out.past_key_values
+        if cache is None:
+            raise ValueError(
+                f"the model of {self.chat.path} keeps no cache; samples of it cannot be drawn"
+            )
         if not hasattr(cache, "batch_repeat_interleave"):
             out = self.model(input_ids=tokens.expand(rows, -1), use_cache=True, **last)
             return out.logits[:, -1], out.past_key_values
@@ -218,17 +230,13 @@ class TransformersSpeaker:
         seconds: float,
     ) -> Completion:
         text = self._text(tokens, opened)
-        thinking = 0
-        if text.startswith(THINK):
-            end = tokens.index(self.think_end) if self.think_end in tokens else len(tokens)
-            thinking = end - (not opened)
         return Completion(
             ask=ask,
             text=text,
             prompt_tokens=prompt_tokens,
             sampled_tokens=len(tokens) - forced,
             forced_tokens=forced,
-            think_tokens=thinking,
+            think_tokens=think_tokens(text, tokens, opened, self.think_end),
             logprob=logprob,
             finish="stop" if tokens[-1] in self.ends.tolist() else "length",
             seconds=seconds,

@@ -80,12 +80,15 @@ class PonderForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """input_ids (B, T) → logits (B, T, V); the last `logits_to_keep` of them where given.
 
-        position_ids are those of unpadded rows: 0, 1, … after what the cache holds. Raises
-        ValueError for an attention_mask with zeros, and for more tokens than the context.
+        position_ids are those of unpadded rows: 0, 1, … after what the cache holds; use_cache
+        begins a cache where none is given. Raises ValueError for an attention_mask with zeros, and
+        for more tokens than the context.
         """
         if attention_mask is not None and not attention_mask.all():
             raise ValueError("attention_mask has zeros; a ponder model takes rows of equal length")
         c, cache, length = self.model.config, None, input_ids.shape[1]
+        if past_key_values is None and use_cache:
+            past_key_values = DynamicCache()
         if past_key_values is not None:
             cache = _Past(past_key_values, input_ids, c.n_layer)
             length += past_key_values.get_seq_length()

@@ -27,6 +27,7 @@ from .gpt import GPT, GPTConfig
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TEMPLATE = "chat_template.jinja"
+SETTINGS = "tokenizer_config.json"
 SHARD_BYTES = 5_000_000_000
 QWEN2_SPLIT = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|"  # in the tokenizer.json of Qwen's own models
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -116,6 +117,33 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         raise ValueError(f"{file} is not a tokenizer: {_first_line(error)}") from None
 
 
+def load_ends(path: str | os.PathLike[str], tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The ids that end a text (a chat model may have several): what the folder's
+    generation_config.json, config.json and tokenizer_config.json name, or the tokenizer's <eos>."""
+    files = ["generation_config.json", "config.json", SETTINGS]
+    folder, found = _folder(path, files), set()
+    for name in files:
+        said = read_settings(folder / name).get("eos_token" if name == SETTINGS else "eos_token_id")
+        for token in said if isinstance(said, list) else [said]:
+            if isinstance(token, dict):  # a token with its properties
+                token = token.get("content")
+            found.add(tokenizer.token_to_id(token) if isinstance(token, str) else token)
+    if found <= {None}:
+        found = {tokenizer.token_to_id("<eos>")}
+    return tuple(sorted(token for token in found if token is not None))
+
+
+def load_template(path: str | os.PathLike[str]) -> str | None:
+    """The chat template (Jinja) of a Hugging Face folder's tokenizer; None where it has none."""
+    folder = _folder(path, [TEMPLATE, SETTINGS])
+    if (folder / TEMPLATE).is_file():
+        return (folder / TEMPLATE).read_text(encoding="utf-8")
+    template = read_settings(folder / SETTINGS).get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template
+
+
 def _folder(path: str | os.PathLike[str], files: list[str]) -> Path:
     folder = Path(path)
     if folder.is_dir():
@@ -151,6 +179,16 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError("this is not a JSON object")
     return content
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """What a JSON file says that a folder may lack; ValueError where it is no object."""
+    if not file.is_file():
+        return {}
+    try:
+        return read_json(file)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -366,7 +404,7 @@ def _write_settings(
         tokenizer.save(str(aside / "tokenizer.json"))
         _write_json(aside / "special_tokens_map.json", roles)
         _write_json(
-            aside / "tokenizer_config.json",
+            aside / SETTINGS,
             dict(
                 tokenizer_class="PreTrainedTokenizerFast",  # what tokenizer.json says, no more
                 model_max_length=config.context,

@@ -49,7 +49,7 @@ class Corpus(Protocol):
         ...
 
     def thinks(self) -> bool:
-        """Whether its rows are written with <think> and </think>."""
+        """Whether its rows hold <think> and </think>."""
         ...
 
     def texts(self) -> Iterator[str]:

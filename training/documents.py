@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 from functools import cached_property, lru_cache
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ from .config import TrainConfig
 from .packing import PackedRows, Pieces, Shorten, cut, pack
 from .render import renderer, schema_of
 from .sources import open_rows
-from .tokenizer import SPECIAL, Vocabulary
+from .tokenizer import THOUGHT, Vocabulary, specials
 from .tokens import open_tokens, tokenize
 
+LOOK_ROWS = 256  # that say whether a data set holds thoughts
 LEARN_CHARACTERS = 100_000_000  # a tokenizer learns from the beginning of a data set
 
 
@@ -33,22 +34,29 @@ class Documents:
         self.identity = [self.data.identity, self.column, self.limit]
 
     @cached_property
-    def schema(self) -> str:
-        """What the first row is, and every other one must be."""
+    def look(self) -> dict[str, Any]:
+        """What its first rows are: "schema", that every other one must have, and "thinks"."""
 
         def look(folder: Path) -> dict[str, Any]:
-            first = next(iter(self.data.train()), None)
-            if first is None:
+            first = list(islice(self.data.train(), LOOK_ROWS))
+            if not first:
                 raise ValueError(f"{self.name} holds no row; there is nothing to train on")
-            return {"schema": schema_of(first, self.column)}
+            schema = schema_of(first[0], self.column)
+            documents = chain.from_iterable(map(renderer(schema, self.column, "", None), first))
+            thinks = any(THOUGHT[0] in text for document in documents for text, _ in document.parts)
+            return {"schema": schema, "thinks": thinks}
 
-        return cached("schema", self.identity, look)[1]["schema"]
+        return cached("look", self.identity, look)[1]
+
+    @property
+    def schema(self) -> str:
+        return self.look["schema"]
 
     def thinks(self) -> bool:
-        return self.schema == "worked"
+        return self.look["thinks"]
 
     def texts(self) -> Iterator[str]:
-        special = re.compile("|".join(map(re.escape, SPECIAL)))
+        special = re.compile("|".join(map(re.escape, specials(self.thinks()))))
         render = renderer(self.schema, self.column, "", None)
         for rows in (self.data.train(), self.data.validation()):
             left = min(LEARN_CHARACTERS, 16 * self.limit or LEARN_CHARACTERS)
@@ -114,7 +122,7 @@ class PackedDocuments:
             PackedRows(rows, name, config.context, *arrays, pad) for name in ("train", "held_out")
         )
         self.shorten = None
-        if corpus.thinks() and config.full_traces < 1:
+        if corpus.schema == "worked" and config.full_traces < 1:
             ends = vocabulary.id("<think>"), vocabulary.id("</think>")
             count = len(self.train.start)
             self.shorten = Shorten(*ends, config.full_traces, count, config.seed)

@@ -13,7 +13,7 @@ from .batch import IGNORE, Batch
 from .cache import cached
 from .config import TrainConfig
 from .sources import Files, read_text
-from .tokenizer import Vocabulary
+from .tokenizer import THOUGHT, Vocabulary
 
 PARTS = ("train", "validation")
 
@@ -30,7 +30,10 @@ class LongText:
         self.identity = Files("text", path).identity
 
     def thinks(self) -> bool:
-        return False
+        def look(folder: Path) -> dict[str, Any]:
+            return {"thinks": any(THOUGHT[0] in part for part in self.parts)}
+
+        return cached("thinks", self.identity, look)[1]["thinks"]
 
     @cached_property
     def parts(self) -> tuple[str, str]:

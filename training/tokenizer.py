@@ -20,7 +20,7 @@ SPECIAL = ("<eos>", "<think>", "</think>", "<unk>")
 THOUGHT = SPECIAL[1:3]
 # What ends a text in the tokenizers of others, where no tokenizer_config.json says it.
 ENDS = ("<eos>", "<|endoftext|>", "</s>", "<|end_of_text|>", "<|im_end|>")
-FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+FILES = ("tokenizer.json", hub.SETTINGS, hub.TEMPLATE)
 
 
 @dataclass(frozen=True)
@@ -69,26 +69,36 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, model: str) -> None:
         )
 
 
-def character_tokenizer(alphabet: Iterable[str]) -> Tokenizer:
+def specials(thinks: bool) -> list[str]:
+    """The special tokens of a learned tokenizer, by which engines tell whether a model thinks."""
+    return [token for token in SPECIAL if thinks or token not in THOUGHT]
+
+
+def character_tokenizer(alphabet: Iterable[str], *, thinks: bool = True) -> Tokenizer:
     """One token a character, in code-point order, behind the special tokens."""
-    vocabulary = {token: i for i, token in enumerate((*SPECIAL, *sorted(set(alphabet))))}
+    special = specials(thinks)
+    vocabulary = {token: i for i, token in enumerate((*special, *sorted(set(alphabet))))}
     # BPE with no merges splits into characters; it is twice as fast as a splitting expression.
     tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
-    tokenizer.add_special_tokens(list(SPECIAL))
+    tokenizer.add_special_tokens(special)
     tokenizer.decoder = decoders.Fuse()  # type: ignore[assignment]
     return _thoughts_shown(tokenizer)
 
 
-def bpe_tokenizer(texts: Iterable[str], size: int) -> Tokenizer:
+def bpe_tokenizer(texts: Iterable[str], size: int, *, thinks: bool = True) -> Tokenizer:
     """Byte-level byte-pair encoding with `size` tokens, trained on the texts (Sennrich 2016)."""
-    if size < 256 + len(SPECIAL):
-        raise ValueError(f"a BPE tokenizer of {size} tokens is too small; at least 260 are needed")
+    special = specials(thinks)
+    if size < 256 + len(special):
+        raise ValueError(
+            f"a BPE tokenizer of {size} tokens is too small; at least {256 + len(special)} are "
+            "needed"
+        )
     tokenizer = Tokenizer(models.BPE(unk_token=None))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     trainer = trainers.BpeTrainer(
         vocab_size=size,
-        special_tokens=list(SPECIAL),
+        special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -105,42 +115,44 @@ def _thoughts_shown(tokenizer: Tokenizer) -> Tokenizer:
     return Tokenizer.from_str(json.dumps(said))
 
 
-def byte_tokenizer() -> Tokenizer:
+def byte_tokenizer(*, thinks: bool = True) -> Tokenizer:
     """One token a byte of UTF-8: 256 of them behind the special tokens, for any text there is."""
-    return bpe_tokenizer([], 256 + len(SPECIAL))
+    return bpe_tokenizer([], 256 + len(specials(thinks)), thinks=thinks)
 
 
 def load_vocabulary(kind: str, corpora: Sequence["Corpus"]) -> Vocabulary:
     """`char`, `byte`, `bpe:SIZE`, a tokenizer.json or its folder, or the id of one on the Hub.
 
-    What is learned from the corpora is learned once: the cache keeps it. A tokenizer from elsewhere
-    is given the tokens that the corpora need and it lacks; its note says so.
+    What is learned from the corpora is learned once: the cache keeps it. Only where they hold
+    thoughts are <think> and </think> among its tokens. A tokenizer from elsewhere is given the
+    tokens that the corpora need and it lacks; its note says so.
     """
+    thinks = any(corpus.thinks() for corpus in corpora)
     if kind == "byte":
-        return Vocabulary(byte_tokenizer())
+        return Vocabulary(byte_tokenizer(thinks=thinks))
     if kind == "char" or kind.startswith("bpe:"):
-        return Vocabulary(_learned(kind, corpora))
-    return _read(kind, any(corpus.thinks() for corpus in corpora))
+        return Vocabulary(_learned(kind, corpora, thinks))
+    return _read(kind, thinks)
 
 
-def _learned(kind: str, corpora: Sequence["Corpus"]) -> Tokenizer:
+def _learned(kind: str, corpora: Sequence["Corpus"], thinks: bool) -> Tokenizer:
     size = kind.removeprefix("bpe:")
     if kind != "char" and not size.isdigit():
         raise ValueError(f"tokenizer is {kind!r}; bpe needs a number of tokens, as in bpe:4096")
     alphabets = [corpus.alphabet for corpus in corpora]
     if kind == "char" and None not in alphabets:
-        return character_tokenizer("".join(map(str, alphabets)))
+        return character_tokenizer("".join(map(str, alphabets)), thinks=thinks)
 
     def learn(folder: Path) -> dict[str, Any]:
         texts = (text for corpus in corpora for text in corpus.texts())
         if kind == "char":
-            tokenizer = character_tokenizer(set().union(*texts))
+            tokenizer = character_tokenizer(set().union(*texts), thinks=thinks)
         else:
-            tokenizer = bpe_tokenizer(texts, int(size))
+            tokenizer = bpe_tokenizer(texts, int(size), thinks=thinks)
         tokenizer.save(str(folder / "tokenizer.json"))
         return {}
 
-    folder, _ = cached("tokenizer", [kind, *(c.identity for c in corpora)], learn)
+    folder, _ = cached("tokenizer", [kind, thinks, *(c.identity for c in corpora)], learn)
     return Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 
@@ -153,7 +165,7 @@ def _read(kind: str, thinks: bool) -> Vocabulary:
     # Both may be set in a tokenizer.json, and would cut or fill what is encoded.
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    settings = _settings(file.with_name("tokenizer_config.json"))
+    settings = hub.read_settings(file.with_name(hub.SETTINGS))
     vocabulary = tokenizer.get_vocab()
     begins, ends = (
         token.get("content") if isinstance(token, dict) else token
@@ -171,21 +183,7 @@ def _read(kind: str, thinks: bool) -> Vocabulary:
         tokenizer = _thoughts_shown(tokenizer)
         ids = ", ".join(str(tokenizer.token_to_id(token)) for token in missing)
         note += f"; {' and '.join(missing)} it had not: added as {ids}"
-    template = settings.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    if (apart := file.with_name("chat_template.jinja")).is_file():
-        template = apart.read_text(encoding="utf-8")
-    return Vocabulary(tokenizer, eos, bos, template, note)
-
-
-def _settings(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{file} is not a JSON object: {error}") from None
+    return Vocabulary(tokenizer, eos, bos, hub.load_template(file.parent), note)
 
 
 def _file(kind: str) -> Path:

@@ -16,10 +16,10 @@ ALPHABET = "0123456789+-*=[]abcdefghijklmnopqrstuvwxyz. \n"
 
 @pytest.fixture
 def tokenizer(tmp_path):
-    """Makes the folder of a tokenizer with that template."""
+    """Makes the folder of a tokenizer with that template, of a model that thinks or not."""
 
-    def make(template: str | None) -> str:
-        character_tokenizer(ALPHABET).save(str(tmp_path / "tokenizer.json"))
+    def make(template: str | None, thinks: bool = True) -> str:
+        character_tokenizer(ALPHABET, thinks=thinks).save(str(tmp_path / "tokenizer.json"))
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>"}
         if template:
             settings["chat_template"] = template
@@ -32,7 +32,7 @@ def tokenizer(tmp_path):
 @pytest.mark.parametrize(
     ("template", "think", "text"),
     [
-        (None, False, "1+1="),
+        (None, False, "1+1=<think>"),
         (None, True, "1+1=<think>"),
         (PLAIN, False, "[system]be brief.\n[user]1+1=\n[assistant]"),
         (PLAIN, True, "[system]be brief.\n[user]1+1=\n[assistant]<think>\n"),
@@ -53,6 +53,13 @@ def test_a_prompt_is_rendered_as_its_model_expects_it(tokenizer, template, think
     assert chat.tokenizer.decode(tokens) == text
     think_id = chat.tokenizer.convert_tokens_to_ids("<think>")
     assert tokens.count(think_id) == opened
+
+
+def test_a_prompt_of_a_model_that_does_not_think_stays_as_it_is(tokenizer):
+    chat = ChatTokenizer(tokenizer(None, thinks=False), system=None, think=False)
+    assert chat.render("1+1=") == "1+1="
+    tokens, opened = chat.encode("1+1=")
+    assert len(tokens) == 4 and not opened
 
 
 @pytest.mark.parametrize(
@@ -84,7 +91,7 @@ def test_a_prompt_that_cannot_be_rendered_gets_one_sentence(
         ("ab</think>4", False, "<think>ab</think>4"),  # a server that kept what its template wrote
         ("<think>ab</think>4", False, "<think>ab</think>4"),
         ("\n<think>ab</think>4", False, "<think>ab</think>4"),
-        ("<think>ab</think>4", True, "<think>ab</think>4"),
+        ("<think>ab</think>4", True, "<think><think>ab</think>4"),  # it began one inside the other
         ("ab", True, "<think>ab"),  # cut while it thought
         ("4", False, "4"),
         ("", False, ""),

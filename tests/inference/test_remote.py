@@ -496,7 +496,7 @@ def down() -> str:
         (dict(budgets=(2,)), "thinking budgets of mock need the chat template"),
         (dict(tokenizer="nowhere"), "there is no folder nowhere with a tokenizer"),
         (dict(tokenizer=True, context=None), "does not say how long the context of mock is"),
-        (dict(tokenizer=True, context=5), "the model's context of 5 leaves room for at most 4"),
+        (dict(tokenizer=True, context=5), "its context of 5 leaves room for at most 4"),
         (dict(tokenizer=True, max_tokens=60), "max_tokens is 60; after .* the context of 64"),
         (dict(tokenizer=True, budgets=(70,)), "a budget of 70 does not fit"),
         (dict(tokenizer=True, system="x"), "has no chat template to put it into"),

@@ -65,7 +65,7 @@ def judge(prompt, lines):
     return [value(line) for line in lines]
 
 
-STEPS = Steps(SamplingParams(max_tokens=10), step=1, seed=0, eos=EOS)
+STEPS = Steps(SamplingParams(max_tokens=10), step=1, seed=0)
 
 
 def found_by(searcher, engine=None):
@@ -170,7 +170,7 @@ def test_a_stream_of_its_own_for_every_step():
 
 
 def test_budget_and_length_are_of_the_whole_completion():
-    steps = Steps(SamplingParams(max_tokens=10, budget=6), 4, 0, EOS, THINK_END)
+    steps = Steps(SamplingParams(max_tokens=10, budget=6), 4, 0, THINK_END)
     first = steps.request(PROMPT, Node(), 0).params
     assert (first.max_tokens, first.budget) == (4, 6)
     thinking = steps.request(PROMPT, Node(tokens=(1, 2, 3, 4)), 0)
@@ -182,7 +182,7 @@ def test_budget_and_length_are_of_the_whole_completion():
 
 
 def test_a_line_that_never_ends_is_cut():
-    steps = Steps(SamplingParams(max_tokens=4), step=1, seed=0, eos=EOS)
+    steps = Steps(SamplingParams(max_tokens=4), step=1, seed=0)
     for name in ("beam", "dvts", "rebase", "mcts"):  # a tree gives one token at a time
         (found,) = run(Tree(depth=100), [SEARCHES[name](8, 4).search(PROMPT, steps, judge)])
         assert all(len(node.tokens) == 4 for node in found.finished)
@@ -194,7 +194,7 @@ def test_shapes_that_cannot_be_are_named(beams, width):
         with pytest.raises(ValueError, match=f"{beams} beams of width {width}; the beams must be"):
             kind(beams=beams, width=width)
     with pytest.raises(ValueError, match="a step of 0 tokens"):
-        Steps(SamplingParams(), 0, 0, EOS)
+        Steps(SamplingParams(), 0, 0)
 
 
 def test_costs_count_what_is_read_again():
@@ -241,7 +241,7 @@ class Chain:
 
 def revised(attempts, most=100, judge=judge):
     engine = Chain()
-    steps = Steps(SamplingParams(max_tokens=most), 2, 0, EOS, THINK_END, Chain.CUE)
+    steps = Steps(SamplingParams(max_tokens=most), 2, 0, THINK_END, Chain.CUE)
     (found,) = run(engine, [Revision(attempts).search(PROMPT, steps, judge)])
     return found, engine.requests
 
@@ -292,7 +292,7 @@ def test_costs_are_what_an_engine_spends(slots):
     """What it prefilled is `read`, and what it drew the tokens."""
     mock = Mock(table=random_table())
     engine = LocalEngine(mock, slots=slots, eos=0)
-    steps = Steps(SamplingParams(max_tokens=12), step=3, seed=0, eos=0)
+    steps = Steps(SamplingParams(max_tokens=12), step=3, seed=0)
     kinds = [make(4, 2) for make in SEARCHES.values()] * 4
     found = run(
         engine,

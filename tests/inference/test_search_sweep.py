@@ -235,7 +235,7 @@ def test_steps_of_the_task(swept, no_report, tmp_path):
     found = list(searches.run(keys, Stepped().problems("test", 5, 0)))
     assert len(found) == 20
     end = speaker.tokenizer.token_to_id("3")
-    cut = [tokens for tokens in judged if tokens[-1] != speaker.eos and len(tokens) < 14]
+    cut = [tokens for tokens in judged if tokens[-1] not in speaker.ends and len(tokens) < 14]
     assert len(cut) > 10 and all(tokens[-1] == end for tokens in cut)
     assert any(end in tokens[:-1] for tokens in judged)  # they went on behind it
 

@@ -62,6 +62,17 @@ def test_one_sample_is_shown_token_by_token(config, speaker, monkeypatch):
     assert len(pieces) == tokens - (whole.finish == "stop")
 
 
+def test_a_model_that_learned_no_thoughts_is_given_none(text_model, capsys, monkeypatch):
+    words = f"generate 3+8= --model {text_model} --max-tokens 4 --precision fp32"
+    for samples in (1, 2):  # streamed, and whole
+        assert run(f"{words} --samples {samples}".split()) == 0
+        shown = capsys.readouterr()
+        assert "think" not in shown.out
+        assert f"4 prompt + {4 * samples} sampled + 0 forced tokens" in shown.err
+    assert run([*words.split(), "--budget", "2"]) == 2
+    assert "has no tokens <think> and </think>" in capsys.readouterr().err
+
+
 def test_several_prompts_stand_above_their_samples(config, speaker, capsys):
     generate(replace(config, prompts=("3+8=", "4*2="), samples=2))
     expected = []
@@ -195,7 +206,7 @@ def test_a_server_answers_from_the_shell_and_what_is_missing_is_said(capsys):
     [
         (dict(prompts=("",)), "the prompt is empty"),
         (dict(prompts=("3+x=",)), "the prompt has 'x', which the tokenizer"),
-        (dict(prompts=("1+" * 40,)), "81 tokens with <think>; the model's context of 64"),
+        (dict(prompts=("1+" * 40,)), "81 tokens as the model reads it; its context of 64"),
         (dict(max_tokens=60), "max_tokens is 60; after 5 prompt tokens"),
         (dict(budget=80), "a budget of 80 does not fit"),
         (dict(system="Be brief."), "no chat template to put it into"),

@@ -208,5 +208,5 @@ def test_a_model_without_think_tokens_is_named(model, config, tmp_path):
     shutil.copytree(model, folder)
     plain = Tokenizer(models.BPE({"<unk>": 0, "a": 1}, [], unk_token="<unk>"))
     plain.save(str(folder / "tokenizer.json"))
-    with pytest.raises(ValueError, match="has no <think> token"):
+    with pytest.raises(ValueError, match="has no tokens <think> and </think>; leave budgets away"):
         sweep(replace(config, model=str(folder)))

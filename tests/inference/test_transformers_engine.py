@@ -13,10 +13,12 @@ from tokenizers import Tokenizer, decoders, models
 
 from ponder.inference.config import SweepConfig
 from ponder.inference.engine import SamplingParams
-from ponder.inference.speaker import Ask, LocalSpeaker
+from ponder.inference.speaker import Ask, LocalSpeaker, model_hash
 from ponder.inference.sweep import sweep
 from ponder.inference.transformers_engine import TransformersSpeaker
+from ponder.training.tokenizer import character_tokenizer
 
+from .conftest import save_random
 from .test_sweep import samples
 
 
@@ -52,6 +54,26 @@ def test_the_samples_are_those_of_ponders_engine(model, theirs):
         assert b.logprob == pytest.approx(a.logprob, abs=1e-3)
         assert replace(b, logprob=a.logprob, seconds=a.seconds) == a
     assert theirs.shape == ours.shape and theirs.identity["model"] == ours.identity["model"]
+
+
+def test_a_model_that_only_ponder_has_is_sampled_alike(tmp_path):
+    words = character_tokenizer("0123456789+-*=", thinks=False)
+    save_random(tmp_path, words, gated=False, activation="relu2")
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "ponder"
+    theirs = TransformersSpeaker(str(tmp_path), slots=4, precision="fp32")
+    ours = LocalSpeaker(str(tmp_path), slots=8, precision="fp32")
+    params = SamplingParams(temperature=0.7, max_tokens=20)
+    drawn = [Ask("3+8=", params, 7, i, key=i) for i in range(6)]
+    mine, other = by_key(ours.generate(drawn)), by_key(theirs.generate(drawn))
+    assert {k: c.text for k, c in mine.items()} == {k: c.text for k, c in other.items()}
+    assert len({c.text for c in mine.values()}) > 1
+
+    forward = theirs.model.forward
+    theirs.model.forward = lambda *args, **options: replace(
+        forward(*args, **options), past_key_values=None
+    )
+    with pytest.raises(ValueError, match="keeps no cache; samples of it cannot be drawn"):
+        list(theirs.generate(drawn))
 
 
 def test_a_sample_does_not_depend_on_its_neighbours(theirs):
@@ -145,6 +167,51 @@ def test_greedy_is_what_transformers_generates(gpt2):
         assert (completion.sampled_tokens, completion.think_tokens) == (len(new), 0)
         assert completion.prompt_tokens == len(prompt)
     assert len(ends) == 3  # both ends and neither were met
+
+
+def test_ponders_engine_gives_the_same_samples_of_a_chat_model(gpt2):
+    theirs = TransformersSpeaker(gpt2, slots=4, precision="fp32", system="0-1")
+    ours = LocalSpeaker(gpt2, slots=8, precision="fp32", system="0-1")
+    kinds = [
+        SamplingParams(temperature=0.0, max_tokens=25),
+        SamplingParams(temperature=1.0, max_tokens=25),
+        SamplingParams(temperature=1.3, top_p=0.9, max_tokens=25),
+    ]
+    drawn = [Ask(f"{a}+{b}", kinds[a], 3, b, key=(a, b)) for a in range(3) for b in range(9)]
+    mine, other = by_key(ours.generate(drawn)), by_key(theirs.generate(drawn))
+    assert ours.ends == (0, 1) and {c.finish for c in mine.values()} == {"stop", "length"}
+    for key, a in mine.items():
+        b = other[key]
+        assert b.logprob == pytest.approx(a.logprob, abs=1e-3)
+        assert replace(b, logprob=a.logprob, seconds=a.seconds) == a
+        assert a.prompt_tokens == len("0-1=3+2=") and a.think_tokens == 0
+        assert "<think>" not in a.text
+    with pytest.raises(ValueError, match="has no tokens <think> and </think>; leave budgets away"):
+        LocalSpeaker(gpt2, slots=8, budgets=True)
+    with pytest.raises(ValueError, match="has no tokens <think> and </think>"):
+        LocalSpeaker(gpt2, slots=8, cue="+")
+
+
+@pytest.mark.parametrize("budgets", [False, True])
+def test_thoughts_of_a_chat_model_are_the_same_in_both_engines(tmp_path, budgets):
+    save_random(tmp_path, character_tokenizer("0123456789+-*=\n"), template=TEMPLATE)
+    # Its template opens no thought: it does so itself, or is made to.
+    options: dict = dict(precision="fp32", budgets=budgets, system="1+2")
+    theirs = TransformersSpeaker(str(tmp_path), slots=4, **options)
+    ours = LocalSpeaker(str(tmp_path), slots=8, **options)
+    assert ours.identity["model"] == theirs.identity["model"] == model_hash(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    assert ours.identity["model"] != model_hash(tmp_path)  # it is another one now
+    budget = 4 if budgets else None
+    kinds = [SamplingParams(temperature=1.0, max_tokens=40, budget=b) for b in (None, budget)]
+    drawn = [Ask("3*8", kinds[i % 2], 3, i, key=i) for i in range(24)]
+    mine, other = by_key(ours.generate(drawn)), by_key(theirs.generate(drawn))
+    for key, a in mine.items():
+        b = other[key]
+        assert replace(b, logprob=a.logprob, seconds=a.seconds) == a
+        assert a.text.startswith("<think>") or not budgets
+        assert a.prompt_tokens == len("1+2=3*8=") + budgets * 2  # <think> and a line's end
+    assert len({c.think_tokens for c in mine.values()}) > 2
 
 
 def test_a_sweep_of_a_transformers_model_resumes_to_the_same_samples(gpt2, tmp_path, monkeypatch):

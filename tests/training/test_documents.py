@@ -114,6 +114,23 @@ def test_what_learned_conversations_is_asked_as_it_learned(tmp_path):
     assert load(write(path, sums(99))).template is None
 
 
+@pytest.mark.parametrize("thinks", [False, True])
+def test_conversations_have_tokens_for_thoughts_where_they_hold_any(tmp_path, thinks):
+    thought = "<think>one more</think>" if thinks else ""
+    turns = [
+        [dict(role="user", content=f"{n}+1?"), dict(role="assistant", content=f"{thought}{n + 1}")]
+        for n in range(99)
+    ]
+    path = write(tmp_path / "a.jsonl", [dict(messages=said) for said in turns])
+    data = load(path, tokenizer="char")
+    assert (data.tokenizer.token_to_id("<think>") is not None) == thinks
+    texts = [whole for whole, _ in documents(data, [*epoch(data, 0), *data.validation()])]
+    assert len(texts) == 99 and all(text.count("<think>") == thinks for text in texts)
+    (tmp_path / "a.txt").write_text(f"{thought}and more. " * 99)
+    text = load(tmp_path / "a.txt", "text", context=16)
+    assert (text.tokenizer.token_to_id("<think>") is not None) == thinks
+
+
 def test_gsm8k_trains(gsm8k, tmp_path):
     changes = dict(context=256, tokenizer="bpe:400", steps=40, log_every=5, eval_every=0)
     config = preset("tiny", data=f"jsonl:{gsm8k}", out=tmp_path, precision="fp32", **changes)

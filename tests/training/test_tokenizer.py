@@ -110,7 +110,7 @@ def test_a_tokenizer_of_others_keeps_its_own_end_and_gets_what_it_lacks(foreign)
     assert (bare.eos, bare.bos, bare.template) == ("<eos>", None, "{{ eos_token }}")
     assert "; <eos> it had not: added as 6" in bare.note
     (foreign / "tokenizer_config.json").write_text("{")
-    with pytest.raises(ValueError, match="tokenizer_config.json is not a JSON object"):
+    with pytest.raises(ValueError, match="tokenizer_config.json: this is not JSON"):
         load_vocabulary(str(foreign), [Text()])
 
 
@@ -136,6 +136,18 @@ def test_a_tokenizer_that_cannot_be_is_named(kind, message, tmp_path):
     (tmp_path / "broken.json").write_text("{}")
     with pytest.raises(ValueError, match=message):
         load_vocabulary(kind.replace("FOLDER", str(tmp_path)), [Text()])
+
+
+@pytest.mark.parametrize("kind", ["char", "byte", "bpe:300"])
+def test_only_a_corpus_with_thoughts_makes_them_tokens(kind, tmp_path, monkeypatch):
+    monkeypatch.setenv("PONDER_CACHE", str(tmp_path))
+    plain, thinking = (load_vocabulary(kind, [Text(thinks)]) for thinks in (False, True))
+    assert plain.tokenizer.token_to_id("<think>") is None
+    assert plain.tokenizer.token_to_id("</think>") is None
+    assert (plain.id("<eos>"), plain.id("<unk>")) == (0, 1)
+    assert thinking.id("</think>") == 2
+    mixed = load_vocabulary(kind, [Text(), Text(thinks=True)])
+    assert mixed.id("<think>") == 1
 
 
 @pytest.mark.parametrize("tokenizer", [character_tokenizer("19"), BYTES])
