@@ -68,8 +68,7 @@ def layer_activations(shape: GPTConfig, length: int, precision: str, *, triton: 
         attention = a * (2 * q + 2 * kv + before) + 4 * shape.n_head
         return 2 * 4 * C + 2 * a * C + attention + statistics + (2 if shape.gated else 1) * a * F
     mlp = (4 if shape.gated else 2) * a * F
-    # Normalized and scaled, each norm keeps its input twice, in fp32.
-    norms = 4 * 4 * C + 2 * 4 * (q + kv) * shape.qk_norm
+    norms = 2 * 4 * C + a * (q + kv) * shape.qk_norm  # what each one got
     tables = 8 * shape.head_dim  # of the rotary positions, once a row
     if precision == "fp32":
         attention = 4 * (2 * q + 2 * kv + shape.n_head)
@@ -115,10 +114,14 @@ def training_memory(
         head = tokens * (8 + 2 * a) * C + 4 * V * C
         logits = chunk * (a if triton else 8 + a)
     else:
-        head, logits = tokens * (12 * C + 4 * V), tokens * V * (4 + a)
+        head, logits = tokens * ((4 + a) * C + 4 * V), tokens * V * 8
     activations = kept + head + casts / (1 if shards == 1 else shape.n_layer)
-    # One layer's backward: gradients of the MLP's inside, of the stream and of a norm's input.
-    one = tokens * ((3 if shape.gated else 2) * a * shape.n_inner + 3 * 4 * C)
+    # One layer's backward: gradients of the MLP's inside, of the stream and of a norm's input. What
+    # PyTorch's pieces kept is freed as they go.
+    if triton:
+        one = tokens * ((3 if shape.gated else 2) * a * shape.n_inner + 3 * 4 * C)
+    else:
+        one = tokens * ((2 if shape.gated else 1) * a * shape.n_inner + 4 * C) - head
     gradients = 4 * P / shards
     backward = {
         "gradients": gradients if accumulation > 1 else max(0.0, gradients - activations),

@@ -32,6 +32,12 @@ GATED = GPTConfig(
 )  # fmt: skip
 
 
+GPT2 = replace(
+    PLAIN, qk_norm=False, norm="layer", positions="learned", attention_bias=True, mlp_bias=True
+)
+QWEN2 = replace(GATED, qk_norm=False, qkv_bias=True, mlp_bias=True)
+
+
 class Live(TorchDispatchMode):
     """Counts the bytes of all tensors that are alive."""
 
@@ -60,7 +66,17 @@ class Live(TorchDispatchMode):
         weakref.finalize(storage, gone)
 
 
-@pytest.mark.parametrize("shape", [PLAIN, GATED], ids=["plain", "gated"])
+@pytest.fixture(autouse=True)
+def unseen(monkeypatch):
+    """Under a dispatch mode, as `Live` is one, norms and activations are made of PyTorch's pieces,
+    for whoever looks at them; a training run's keep less."""
+    for module in ("norm", "_activations"):
+        monkeypatch.setattr(f"ponder.kernels.{module}.traced", lambda: False)
+
+
+@pytest.mark.parametrize(
+    "shape", [PLAIN, GATED, GPT2, QWEN2], ids=["plain", "gated", "gpt2", "qwen2"]
+)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     ("rows", "accumulation", "optimizer"), [(16, 1, "muon"), (8, 2, "adamw"), (1, 1, "muon")]
@@ -86,7 +102,7 @@ def test_the_peak_of_a_training_step_is_as_counted(shape, precision, rows, accum
         accumulation=accumulation,
         triton=False,
     )
-    assert sum(counted.values()) == pytest.approx(live.peak, rel=0.1), counted
+    assert sum(counted.values()) == pytest.approx(live.peak, rel=0.05), counted
 
 
 def kept(shape, precision):
@@ -123,12 +139,6 @@ def test_the_triton_kernels_keep_what_is_counted(gated, precision, monkeypatch):
     # The difference of two layers and one: neither the head nor the first layer's casts.
     more = kept(replace(shape, n_layer=2), precision) - kept(shape, precision)
     assert more == 16 * layer_activations(shape, 16, precision, triton=True)
-
-
-GPT2 = replace(
-    PLAIN, qk_norm=False, norm="layer", positions="learned", attention_bias=True, mlp_bias=True
-)
-QWEN2 = replace(GATED, qk_norm=False, qkv_bias=True, mlp_bias=True)
 
 
 @pytest.mark.parametrize("shape", [PLAIN, GATED, GPT2, QWEN2])
