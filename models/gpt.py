@@ -13,7 +13,7 @@ positions, a plain MLP and biases everywhere, GPT-2 (Radford et al. 2019).
 Shapes: B sequences, T tokens, C = n_embd, V = vocab_size.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from typing import TYPE_CHECKING
 
@@ -221,6 +221,28 @@ class GPT(nn.Module):
     def parameter_count(self) -> int:
         """Parameters, the tied head counted once."""
         return sum(p.numel() for p in self.parameters())
+
+    @torch.no_grad()
+    def grow_vocabulary(self, size: int) -> "GPT":
+        """This model, in place, with room for `size` tokens; ValueError where it has more.
+
+        In the embedding, and in a head of its own, what is new is the mean of what is there, so
+        that the model still says what it said. Source: Hewitt 2021, "Initializing new word
+        embeddings for pretrained language models".
+        """
+        more = size - self.config.vocab_size
+        if more < 0:
+            raise ValueError(f"size is {size}; the model has {self.config.vocab_size} tokens")
+        embedding, head = self.embed_tokens, self.lm_head
+        for layer in (embedding,) if self.config.tie_embeddings else (embedding, head):
+            old = layer.weight
+            new = torch.cat([old, old.mean(0, keepdim=True).expand(more, -1)])
+            layer.weight = nn.Parameter(new, old.requires_grad)
+        if self.config.tie_embeddings:
+            head.weight = embedding.weight
+        embedding.num_embeddings = head.out_features = size
+        self.config = replace(self.config, vocab_size=size)
+        return self
 
     def hidden(
         self,

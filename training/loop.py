@@ -58,14 +58,17 @@ def model_config(config: TrainConfig, vocab_size: int) -> GPTConfig:
     return GPTConfig(vocab_size=vocab_size, **fields)
 
 
-def _check_init(config: TrainConfig, data: Data, shape: GPTConfig) -> None:
-    """ValueError where the checkpoint does not take the data's tokens or lengths."""
-    check_vocabulary(data.tokenizer, shape.vocab_size, config.init)
+def _taken_up(config: TrainConfig, data: Data, shape: GPTConfig) -> GPTConfig:
+    """The checkpoint's shape, with room for the tokens that its tokenizer was given; ValueError
+    where it does not take the data's tokens or lengths."""
+    words = data.vocabulary
+    check_vocabulary(words.size - words.added, shape.vocab_size, config.init)
     if config.context > shape.context:
         raise ValueError(
             f"context is {config.context}; {config.init} has one of {shape.context}, so set it to "
             "at most that"
         )
+    return replace(shape, vocab_size=max(shape.vocab_size, words.size))
 
 
 class Stop:
@@ -109,9 +112,10 @@ def train(config: TrainConfig, *, model_folder: Path | None = None) -> Path:
     if given is None:
         model_config(config, 1)  # a shape that cannot be is told before the data are read
     data = load_data(config)
-    shape = model_config(config, data.vocabulary.size) if given is None else given
-    if given:
-        _check_init(config, data, given)
+    if given is None:
+        shape = model_config(config, data.vocabulary.size)
+    else:
+        shape = _taken_up(config, data, given)
     with Stop() as stop:
         return _Run(config, data, shape, stop, model_folder or config.out).go()
 
@@ -166,7 +170,8 @@ class _Run:
         self.sharded = self.accelerator.is_fsdp2
         set_seed(config.seed)
         if config.init and not state:
-            self.raw = self._model(hub.load(config.init, dtype=torch.float32).train())
+            given = hub.load(config.init, dtype=torch.float32)
+            self.raw = self._model(given.grow_vocabulary(shape.vocab_size).train())
         else:
             self.raw = self._model(GPT(shape))
         optimizer = build_optimizer(self.raw, config)

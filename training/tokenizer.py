@@ -36,6 +36,8 @@ class Vocabulary:
     """its chat template (Jinja), if it has one"""
     note: str = ""
     """what a user should know of it"""
+    added: int = 0
+    """how many ids the tokens take that it was given, behind its own"""
 
     @cached_property
     def digest(self) -> str:
@@ -59,9 +61,8 @@ class Vocabulary:
         return number
 
 
-def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, model: str) -> None:
-    """ValueError where the tokenizer has ids that a model of `vocab_size` tokens does not."""
-    size = Vocabulary(tokenizer).size
+def check_vocabulary(size: int, vocab_size: int, model: str) -> None:
+    """ValueError where a tokenizer of `size` ids has some that a model of `vocab_size` does not."""
     if size > vocab_size:
         raise ValueError(
             f"the tokenizer has ids up to {size - 1} and {model} only {vocab_size} tokens; "
@@ -178,12 +179,14 @@ def _read(kind: str, thinks: bool) -> Vocabulary:
     needed = (eos, *(THOUGHT if thinks else ()))
     missing = [token for token in needed if token not in vocabulary]
     note = f"the tokenizer {kind} ends documents with {eos}"
+    own = Vocabulary(tokenizer).size
     if missing:
         tokenizer.add_special_tokens(missing)
         tokenizer = _thoughts_shown(tokenizer)
         ids = ", ".join(str(tokenizer.token_to_id(token)) for token in missing)
         note += f"; {' and '.join(missing)} it had not: added as {ids}"
-    return Vocabulary(tokenizer, eos, bos, hub.load_template(file.parent), note)
+    added = Vocabulary(tokenizer).size - own
+    return Vocabulary(tokenizer, eos, bos, hub.load_template(file.parent), note, added)
 
 
 def _file(kind: str) -> Path:

@@ -1,6 +1,7 @@
 """GPT against Transformers' models with the same weights, and its own promises."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -203,3 +204,22 @@ def test_unsound_configurations_are_told_at_once():
 def test_more_tokens_than_the_context():
     with pytest.raises(ValueError, match="65 tokens are more than the model's context of 64"):
         GPT(TINY)(torch.zeros(1, 65, dtype=torch.long))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_grown_vocabulary_says_what_it_said(tied):
+    torch.manual_seed(0)
+    model = GPT(replace(TINY, tie_embeddings=tied))
+    torch.nn.init.normal_(model.lm_head.weight)
+    tokens = torch.arange(12).view(2, 6)
+    before, size = model(tokens), TINY.vocab_size
+    assert model.grow_vocabulary(size) is model and model(tokens).equal(before)
+    after = model.grow_vocabulary(size + 3)(tokens)
+    torch.testing.assert_close(after[..., :size], before)
+    torch.testing.assert_close(after[..., size:], before.mean(-1, keepdim=True).expand(-1, -1, 3))
+    assert model.config.vocab_size == model.lm_head.out_features == size + 3
+    assert (model.lm_head.weight is model.embed_tokens.weight) == tied
+    model(tokens + size - 9, tokens).backward()  # the new ones too
+    assert model.embed_tokens.weight.grad[size:].abs().sum() > 0
+    with pytest.raises(ValueError, match=f"size is 5; the model has {size + 3} tokens"):
+        model.grow_vocabulary(5)

@@ -433,6 +433,27 @@ def test_a_checkpoint_is_trained_further(config, checkpoint):
     assert learned[-1]["val_loss"] < 0.8 * learned[0]["train_loss"]
 
 
+def test_a_checkpoint_of_plain_text_learns_to_think(config, tmp_path):
+    """What it has no room for, it is given: <think> and </think> behind its own tokens."""
+    config, _ = config
+    text = tmp_path / "sums.txt"
+    text.write_text("".join(f"{n}+{n + 1}={2 * n + 1}\n" for n in range(400)))
+    fields = dict(steps=3, eval_every=0, save_every=0)
+    plain = replace(config, data=f"text:{text}", out=tmp_path / "plain", **fields)
+    train(plain)
+    rows = tmp_path / "rows.jsonl"
+    worked = [dict(question=f"{n}+1=", answer=f"{n}+1 #### {n + 1}") for n in range(99)]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in worked))
+    further = replace(plain, data=f"jsonl:{rows}", out=tmp_path / "more", init=str(plain.out))
+    train(further)
+    before, after = (hub.load_config(run.out).vocab_size for run in (plain, further))
+    assert after == before + 2
+    words = hub.load_tokenizer(further.out)
+    assert words.encode("1<think>").ids == [*hub.load_tokenizer(plain.out).encode("1").ids, before]
+    train(replace(further, resume=True))  # its checkpoint has that shape
+    assert newest(further.out)["step"] == 3
+
+
 def test_a_checkpoint_that_does_not_fit_is_named(config, checkpoint, tmp_path):
     config, _ = config
     config = replace(config, out=tmp_path / "out", init=str(checkpoint))

@@ -102,6 +102,7 @@ def test_a_tokenizer_of_others_keeps_its_own_end_and_gets_what_it_lacks(foreign)
     assert ids == [0, 1, 2, 0]  # neither truncated nor padded
     thinking = load_vocabulary(str(foreign / "tokenizer.json"), [Text(thinks=True)])
     assert "; <think> and </think> it had not: added as 6, 7" in thinking.note
+    assert (plain.added, thinking.added) == (0, 2)
     ids = thinking.tokenizer.encode("<think>be", add_special_tokens=False).ids
     assert ids == [6, 0] and "<think>" in thinking.tokenizer.decode(ids)
     (foreign / "tokenizer_config.json").unlink()
@@ -115,10 +116,10 @@ def test_a_tokenizer_of_others_keeps_its_own_end_and_gets_what_it_lacks(foreign)
 
 
 def test_ids_beyond_the_model_are_named(foreign):
-    tokenizer = Tokenizer.from_file(str(foreign / "tokenizer.json"))
-    check_vocabulary(tokenizer, 6, "the checkpoint")
+    size = Vocabulary(Tokenizer.from_file(str(foreign / "tokenizer.json"))).size
+    check_vocabulary(size, 6, "the checkpoint")
     with pytest.raises(ValueError, match="ids up to 5 and the checkpoint only 5 tokens"):
-        check_vocabulary(tokenizer, 5, "the checkpoint")
+        check_vocabulary(size, 5, "the checkpoint")
     holes = Tokenizer(models.WordLevel({"be": 0, "or": 9}, unk_token="be"))
     assert Vocabulary(holes).size == 10
 
