@@ -8,7 +8,7 @@ code on tiny shapes and keeps nothing.
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from ponder.benchmarks import (
@@ -36,23 +36,23 @@ GROUPS = [*CASES, *RUNS, *WHOLE]
 BY_NAME_ALONE = ("mlp_autotuned",)  # minutes of compiling for each case
 
 
-def measured(folder: Path) -> set[tuple[str, str]]:
-    """(benchmark, case) of every row that is there."""
+def measured(folder: Path) -> set[tuple[str, str, str]]:
+    """(benchmark, case, implementation) of every row that is there."""
     found = [read(path) or [] for path in folder.glob("*.csv")]
-    return {(row.benchmark, row.case) for rows in found for row in rows}
+    return {(row.benchmark, row.case, row.implementation) for rows in found for row in rows}
 
 
 def results(
-    group: str, only: str, smoke: bool, done: set[tuple[str, str]] | None = None
+    group: str, only: str, smoke: bool, done: Collection[tuple[str, str, str]] = ()
 ) -> Iterator[list[Row]]:
-    """The rows of a group, as they come, but for those of `done`."""
-    done = done or set()
+    """The rows of a group, as they come, but for those of `done`, as `measured` names them."""
+    there = {(benchmark, case) for benchmark, case, _ in done}
     if group in WHOLE:
         if smoke:
             return
         if group == "sampling":
-            yield from sampling.run(done={case for benchmark, case in done if benchmark == group})
-        elif group not in {benchmark for benchmark, _ in done}:
+            yield from sampling.run(done={(c, who) for name, c, who in done if name == group})
+        elif group not in {benchmark for benchmark, _ in there}:
             yield train_step.run()
     elif DEVICE == "cpu" and not smoke:
         print(f"{group}: no GPU here, so there is nothing to compare")
@@ -61,7 +61,7 @@ def results(
     else:
         for case in CASES[group](smoke):
             cases = {(case.benchmark, f"{case.name} {mode}") for mode in case.modes}
-            if only in case.name and not cases <= done:
+            if only in case.name and not cases <= there:
                 yield list(measure(case, repeats=2 if smoke else 20))
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from ponder.benchmarks import isolated, measure, on_gpu, train_124m
+from ponder.benchmarks import isolated, measure, on_gpu, sampling, train_124m
 from ponder.benchmarks.__main__ import measured, results
 from ponder.benchmarks.comparison import Case
 from ponder.benchmarks.comparison import measure as measure_case
@@ -101,6 +101,21 @@ def test_a_run_goes_on_at_the_case_where_it_stopped(tmp_path, monkeypatch):
     measure.write([measure.row("decode", cases[0], "bf16", "ponder", [1.0])], tmp_path)
     again = [r.case for rows in results("decode", "", True, measured(tmp_path)) for r in rows]
     assert again == [case for case in cases if case != cases[0]]
+
+
+def test_a_peer_that_may_not_come_back_is_behind_all_others(monkeypatch):
+    monkeypatch.setattr(sampling, "_run", lambda *arguments: arguments[:4])
+
+    def order(done=()):
+        return list(sampling.run((64, 8), (1, 16), ("bf16",), sampling.PEERS, False, done))
+
+    cases = [("bf16", 64, 1), ("bf16", 64, 16), ("bf16", 8, 1)]
+    others = [(*case, ["generate", "generate static"]) for case in cases]
+    assert order() == others + [(*case, ["generate_batch"]) for case in cases]
+    done = {(sampling.case_of(64, 16), "ponder")}
+    assert order(done) == [others[0], others[2], *order()[3:]]
+    with pytest.raises(TimeoutError, match="longer than 0.01 s"), sampling._patience(0.01):
+        time.sleep(5)
 
 
 def test_tables_say_what_the_rows_say(tmp_path):
