@@ -10,9 +10,10 @@ from ..models.verifier import step_ends
 from . import cost
 from .config import SweepConfig
 from .engine import SamplingParams
+from .local import LocalSpeaker
 from .search import SEARCHES, Found, Judge, Node, Search, Steps, stream
 from .search_table import Line, SearchKey, SearchRecord, missing, parse_search
-from .speaker import LocalSpeaker, Speaker
+from .speaker import Speaker
 from .store import Store, params_text
 from .verifier import Scorer
 

@@ -293,13 +293,22 @@ class Countdown(WorkedTask):
         return self.solve(statement)
 
     def slip(self, problem: Problem, rng: random.Random) -> str:
-        """Operations at random on the way to one number, or till the target would be next."""
+        """Operations at random on the way to one number, or till the target would be next.
+
+        Every other time they keep near the target, and the last one is said to give it: so end
+        four of five wrong paths of models.
+        """
         state, target = problem.data
-        text = ""
+        text, claims = "", rng.random() < 0.5
         while True:
             moves = [m for m in _moves(state) if _gains(m) and m.result != target]
             if not moves:
                 return text
+            near = sorted(moves, key=lambda m: abs(m.result - target))
+            if claims and len(state) == 2:
+                return text + str(near[0]._replace(result=target, state=(target,)))
+            if claims:
+                moves = near[: len(near) // 2 + 1]
             move = rng.choice(moves)
             text, state = text + str(move), move.state
 

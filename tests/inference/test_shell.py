@@ -12,8 +12,9 @@ from ponder.cli import run
 from ponder.inference import Unfinished
 from ponder.inference.config import GenerateConfig, ServerOptions
 from ponder.inference.engine import SamplingParams
+from ponder.inference.local import LocalSpeaker
 from ponder.inference.shell import DIM, PLAIN, Screen, _read, generate
-from ponder.inference.speaker import Ask, LocalSpeaker
+from ponder.inference.speaker import Ask
 
 from .mock_server import MockServer
 

@@ -8,8 +8,9 @@ import torch
 
 from ponder.inference.decoder import CPU_BLOCK
 from ponder.inference.engine import LocalEngine, SamplingParams
+from ponder.inference.local import LocalSpeaker
 from ponder.inference.slots import Slots
-from ponder.inference.speaker import Ask, LocalSpeaker, out_of_memory
+from ponder.inference.speaker import Ask, out_of_memory
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def samples(out: Path) -> list[tuple]:
     ("asker", "message"),
     [
         ("engine", "drawing 8 samples at a time of up to .* needs .* fewer slots"),
-        ("speaker", r"the model .* needs .*\(weights .*\) and there are 0.00; take a smaller one"),
+        ("local", r"the model .* needs .*\(weights .*\) and there are 0.00; take a smaller one"),
     ],
 )
 def test_what_cannot_fit_is_refused_before_the_folder_is_there(config, asker, message, monkeypatch):
@@ -148,7 +148,7 @@ def test_a_sweep_killed_twenty_times_ends_with_the_same_samples(config, tmp_path
 def test_a_resumed_sweep_keeps_the_precision_that_was_measured(config, monkeypatch):
     config = replace(config, precision="auto")
     measured = iter((True, False))
-    monkeypatch.setattr("ponder.inference.speaker.bf16_pays", lambda *_: next(measured))
+    monkeypatch.setattr("ponder.inference.local.bf16_pays", lambda *_: next(measured))
     sweep(config)
     before = samples(config.out)
     sweep(replace(config, resume=True))

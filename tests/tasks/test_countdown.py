@@ -278,8 +278,9 @@ def test_paths_are_the_searches_without_their_dead_ends():
     assert dead > 1000
 
 
-def test_a_slip_is_legal_and_misses_the_target():
+def test_a_slip_is_legal_and_misses_the_target_or_claims_to_have_it():
     rng = random.Random(0)
+    claims = 0
     for problem in PROBLEMS:
         numbers, target = problem.data
         steps, hand = TASK.slip(problem, rng).split(";")[:-1], numbers
@@ -289,10 +290,15 @@ def test_a_slip_is_legal_and_misses_the_target():
             expression, result = move.split("=")
             used = sorted(map(int, re.findall(r"[0-9]+", expression)))
             rest = Counter(hand) - Counter(used)
-            assert eval(expression) == int(result) != target
+            if int(result) == target:
+                claims += 1
+                assert step is steps[-1] and len(hand) == 2 and eval(expression) != target
+            else:
+                assert eval(expression) == int(result)
             hand = tuple(map(int, left.split(",")))
             assert Counter(hand) == rest + Counter([int(result)])
             assert list(hand) == sorted(hand)
+    assert 0.3 < claims / len(PROBLEMS) < 0.6
 
 
 def test_a_prompt_says_which_problem_it_is():
