@@ -614,3 +614,40 @@ def test_hub_id_without_network(monkeypatch, tmp_path):
         ) as caught:
             read("nobody/nothing")
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("files", "ends"),
+    [
+        ({}, (0,)),  # the tokenizer's own <eos>
+        ({"config.json": {"eos_token_id": 5}}, (5,)),
+        ({"config.json": {"eos_token_id": None}}, (0,)),
+        ({"generation_config.json": {"eos_token_id": [7, 5]}, "config.json": {}}, (5, 7)),
+        ({"tokenizer_config.json": {"eos_token": "b"}, "config.json": {"eos_token_id": 0}}, (0, 5)),
+        ({"tokenizer_config.json": {"eos_token": {"content": "a"}}}, (4,)),
+        ({"tokenizer_config.json": {"eos_token": "unheard of"}}, (0,)),
+    ],
+)
+def test_a_text_ends_where_any_file_says_so(tmp_path, files, ends):
+    tokenizer = character_tokenizer("abcd")
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    assert hub.load_ends(tmp_path, tokenizer) == ends
+
+
+def test_a_chat_template_is_found_where_it_is_kept(tmp_path):
+    settings = tmp_path / "tokenizer_config.json"
+    assert hub.load_template(tmp_path) is None
+    settings.write_text(json.dumps({"eos_token": "<eos>"}))
+    assert hub.load_template(tmp_path) is None
+    settings.write_text(json.dumps({"chat_template": "one"}))
+    assert hub.load_template(tmp_path) == "one"
+    named = [dict(name="tool_use", template="two"), dict(name="default", template="three")]
+    settings.write_text(json.dumps({"chat_template": named}))
+    assert hub.load_template(tmp_path) == "three"
+    (tmp_path / "chat_template.jinja").write_text("four")
+    assert hub.load_template(tmp_path) == "four"
+    (tmp_path / "chat_template.jinja").unlink()
+    settings.write_text("[]")
+    with pytest.raises(ValueError, match="tokenizer_config.json: this is not a JSON object"):
+        hub.load_template(tmp_path)
