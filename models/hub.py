@@ -10,7 +10,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from . import layout
 from .config_json import from_fields, model_type, to_fields
@@ -53,7 +55,7 @@ def load(
     folder = _folder(path, HUB_FILES)
     config = load_config(folder)
     kind = model_type(config)
-    with torch.device("meta"):
+    with shapes_alone():
         model = GPT(config)
     expected = {n: t.shape for n, t in layout.to_checkpoint(kind, model.state_dict()).items()}
     state = read_tensors(folder, expected, config, dtype=dtype, device=device)
@@ -69,6 +71,24 @@ def load(
         model.lm_head.weight = model.embed_tokens.weight
     model.rotary.reset(embedding.device)
     return model
+
+
+@contextmanager
+def shapes_alone() -> Iterator[None]:
+    """Modules that are made here have tensors without memory, on the meta device."""
+    with torch.device("meta"), _NothingDrawn():
+        yield
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """No initial numbers for tensors that hold none: the first `normal_` on the meta device would
+    import all of torch.compile, which takes a second or two."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in (Tensor.normal_, torch.nn.init.normal_):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def read_tensors(

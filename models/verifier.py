@@ -148,7 +148,7 @@ def load_verifier(
     config = hub.load_config(folder)
     reading = _reading(folder)
     kind = model_type(config)
-    with torch.device("meta"):
+    with hub.shapes_alone():
         verifier = Verifier(GPT(config), reading)
     body = layout.to_checkpoint(kind, verifier.model.state_dict())
     expected = {name: tensor.shape for name, tensor in body.items()}

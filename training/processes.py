@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from ..models import GPT
+from ..models import GPT, hub
 from ..models.verifier import Verifier
 from .config import TrainConfig
 from .optimizer import Together
@@ -124,7 +124,7 @@ def whole_model(model: Model, blank: Callable[[], Model], *, sharded: bool, main
     state = gather_weights(model)
     if not main:
         return None
-    with torch.device("meta"):
+    with hub.shapes_alone():
         copy = blank()
     copy.load_state_dict(state, assign=True)
     body = copy.model if isinstance(copy, Verifier) else copy
