@@ -1,7 +1,7 @@
 """The figures of a report."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,11 +21,13 @@ from .drawing import (
     samples_axis,
     shades,
 )
-from .evaluation import SLACK, Result
+from .evaluation import Result
 from .exchange import Line
 from .page import human, short_budget, spread, visible, vote_text
 from .policy import Policy
 
+# Labels of points whose cost differs by less than that share, and accuracy by less, would overlap.
+CLOSE = 0.2, 0.05
 VERIFIED = ", verifier"  # behind the name of a search that a trained verifier judged
 
 
@@ -75,32 +77,31 @@ def draw_compute(
 def _name_budgets(axes: Axes, rows: Sequence[Result], cost: Callable[[Result], float]) -> None:
     """The rows' budgets beside their points."""
     before = None
-    for r, label in _labels(rows, cost):
+    for group in _near(rows, cost):
+        first, last = group[0], group[-1]
+        label = "–".join(dict.fromkeys(short_budget(r.think_budget) for r in (first, last)))
         # Clear of the line, which arrives from below, and of the ring around a point.
-        level = before is not None and abs(r.accuracy - before.accuracy) < 0.05
-        side = ((8, 0), "left") if level else ((-8, 0), "right")
-        note(axes, label, (cost(r), r.accuracy), *side)
-        before = r
+        level = before is not None and abs(last.accuracy - before.accuracy) < CLOSE[1]
+        left, right = sorted((first, last), key=cost)
+        r, off, side = (right, 8, "left") if level else (left, -8, "right")
+        note(axes, label, (cost(r), r.accuracy), (off, 0), side)
+        before = last
 
 
-def _labels(
-    rows: Sequence[Result], cost: Callable[[Result], float]
-) -> Iterator[tuple[Result, str]]:
-    """Rows and their budgets; of budgets that come to the same, one row and both ends."""
+def _near(rows: Sequence[Result], cost: Callable[[Result], float]) -> list[list[Result]]:
+    """The rows, those together whose labels would stand on each other."""
     groups: list[list[Result]] = []
     for r in spread(rows, 9):
         first = groups[-1][0] if groups else None
         if (
             first
-            and abs(cost(r) / cost(first) - 1) < SLACK
-            and abs(r.accuracy - first.accuracy) < SLACK
+            and abs(cost(r) / cost(first) - 1) < CLOSE[0]
+            and abs(r.accuracy - first.accuracy) < CLOSE[1]
         ):
             groups[-1].append(r)
         else:
             groups.append([r])
-    for group in groups:
-        ends = dict.fromkeys(short_budget(r.think_budget) for r in (group[0], group[-1]))
-        yield group[-1], "–".join(ends)
+    return groups
 
 
 def draw_models(
