@@ -1,7 +1,8 @@
 """What a model does behind a right and a wrong first attempt: noticed.py NAME=samples.sqlite ...
 
 One row for each model and case, of single samples with unlimited thinking: how many there are, the
-share that is right in the end, and the share of the other samples of the same problems that is.
+share that is right in the end, the share of the other samples of the same problems that is, and the
+share whose second attempt is the first one, word for word.
 """
 
 import csv
@@ -18,19 +19,21 @@ QUERY = """
 """
 
 
-def case(prompt: str, text: str) -> tuple[str, str]:
-    """("right" or "wrong" first attempt, "yes" or "no" for another one behind it)."""
+def case(prompt: str, text: str) -> tuple[tuple[str, str], bool]:
+    """("right" or "wrong" first attempt, "yes" or "no" for another one behind it), and whether that
+    one repeats it."""
     problem = TASK.read(prompt)
     thought = text.removeprefix("<think>").partition("</think>")[0]
-    first, cue, _ = thought.partition(TASK.cue)
+    first, *more = thought.split(TASK.cue)
     labels = TASK.step_labels(problem, first)
     right = bool(labels) and all(labels) and first.endswith(f":{problem.data[1]};")
-    return "right" if right else "wrong", "yes" if cue else "no"
+    kind = "right" if right else "wrong", "yes" if more else "no"
+    return kind, more[:1] == [first]
 
 
 def main() -> None:
     table = csv.writer(sys.stdout, lineterminator="\n")
-    table.writerow("model first_attempt tried_again samples right others_right".split())
+    table.writerow("model first_attempt tried_again samples right others_right repeated".split())
     for argument in sys.argv[1:]:
         name, _, path = argument.partition("=")
         pools = defaultdict(list)
@@ -39,11 +42,11 @@ def main() -> None:
         found = defaultdict(list)
         for pool in pools.values():
             total = sum(correct for _, correct in pool)
-            for kind, correct in pool:
-                found[kind].append((correct, (total - correct) / (len(pool) - 1)))
-        for kind, pairs in sorted(found.items()):
-            shares = (f"{sum(column) / len(pairs):.4f}" for column in zip(*pairs, strict=True))
-            table.writerow([name, *kind, len(pairs), *shares])
+            for (kind, repeats), correct in pool:
+                found[kind].append((correct, (total - correct) / (len(pool) - 1), repeats))
+        for kind, rows in sorted(found.items()):
+            shares = (f"{sum(column) / len(rows):.4f}" for column in zip(*rows, strict=True))
+            table.writerow([name, *kind, len(rows), *shares])
 
 
 main()
