@@ -169,7 +169,7 @@ def legend(axes: Axes, columns: int, title: str = "") -> None:
             loc="outside upper left",
             borderaxespad=0,
             ncols=columns,
-            handlelength=1.8,
+            handlelength=2.4,  # a dash and a half on both sides of a marker
             columnspacing=1.4,
             handletextpad=0.5,
         )
