@@ -121,7 +121,7 @@ def test_a_sweep_killed_twenty_times_ends_with_the_same_samples(config, tmp_path
     killed = replace(config, out=tmp_path / "killed", resume=True)
     # Forked from a process that has imported what takes long: 20 starts take the time of one.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ponder.inference.sweep", "torch._dynamo"])
+    context.set_forkserver_preload(["ponder.inference.sweep", "ponder.inference.local"])
     random = Random(0)
     deadline = time.monotonic() + 240
     before = 0
