@@ -97,10 +97,11 @@ def think_tokens(text: str, tokens: Sequence[int], opened: bool, think_end: int 
 
 
 def no_thoughts(path: str | Path) -> str:
-    """What to tell who wants budgets of thinking from a model that has no thoughts."""
+    """What to tell who wants budgets, or longer thoughts, of a model that has none."""
     return (
-        f"the tokenizer of {path} has no tokens {THINK} and {THINK_END}; leave budgets "
-        "away (in a sweep: --budgets with no number), or take a model that thinks"
+        f"the tokenizer of {path} has no tokens {THINK} and {THINK_END}, which budgets and longer "
+        "thoughts need; take a model that thinks, or leave them away (in a sweep: --budgets with "
+        "no number)"
     )
 
 

@@ -92,6 +92,10 @@ class LocalSpeaker:
         self.failures: Counter[str] = Counter()
         self.engine = self._engine(slots)
 
+    @property
+    def slots(self) -> int:
+        return self.engine.slots
+
     def _engine(self, slots: int) -> LocalEngine:
         return LocalEngine(
             self.model,

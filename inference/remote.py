@@ -111,6 +111,10 @@ class RemoteSpeaker:
         name = name or next(iter(models))
         return printable(name), models.get(name, {})
 
+    @property
+    def slots(self) -> int:
+        return self.server.options.concurrency
+
     def _tokenizer(self, path: str | None, budgets: bool) -> ChatTokenizer:
         if path is None and not hub.HUB_ID.fullmatch(self.name):
             raise ValueError(

@@ -72,6 +72,11 @@ class Speaker(Protocol):
     shape: GPTConfig | None
     failures: Counter[str]
 
+    @property
+    def slots(self) -> int:
+        """How many samples it draws at once, at most; seconds depend on it."""
+        ...
+
     def fit(
         self, prompts: Sequence[str], *, budgets: Sequence[int | None], max_tokens: int | None
     ) -> int:

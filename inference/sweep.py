@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from .. import tasks
-from ..provenance import open_run, read_run
+from ..provenance import note, open_run, read_run
 from . import Unfinished, search_table
 from .chat import known_shape
 from .comparison import write_comparison
@@ -108,6 +108,9 @@ def _sweep(config: SweepConfig, shard: Shard) -> Path:
         mine = shard.problems(len(problems))
         wanted = _wanted(config, whole, mine, budgets)
         keys = searches.wanted(whole, mine)
+    if shard.first and (wanted or keys):  # seconds depend on it; a sweep that goes on may change it
+        before = read_run(config.out)["sweep"].get("slots", [])
+        note(config.out, "sweep", {"slots": sorted({*before, speaker.slots})})
     with Store(shard.store(folder), identity=identity) as store:
         store.add_problems(problems)
         asks = (

@@ -77,6 +77,7 @@ def test_a_sweep_fills_its_grid_and_enforces_its_budgets(config):
     assert page.read_text().count("<html") == 1
     run = json.loads((config.out / "run.json").read_text())["sweep"]
     assert run["configuration"]["problems"] == 6
+    assert run["slots"] == [8]
 
 
 def test_what_is_stored_agrees_with_the_verifier(config):
@@ -208,5 +209,7 @@ def test_a_model_without_think_tokens_is_named(model, config, tmp_path):
     shutil.copytree(model, folder)
     plain = Tokenizer(models.BPE({"<unk>": 0, "a": 1}, [], unk_token="<unk>"))
     plain.save(str(folder / "tokenizer.json"))
-    with pytest.raises(ValueError, match="has no tokens <think> and </think>; leave budgets away"):
+    with pytest.raises(
+        ValueError, match="has no tokens <think> and </think>, which budgets and longer"
+    ):
         sweep(replace(config, model=str(folder)))

@@ -187,7 +187,9 @@ def test_ponders_engine_gives_the_same_samples_of_a_chat_model(gpt2):
         assert replace(b, logprob=a.logprob, seconds=a.seconds) == a
         assert a.prompt_tokens == len("0-1=3+2=") and a.think_tokens == 0
         assert "<think>" not in a.text
-    with pytest.raises(ValueError, match="has no tokens <think> and </think>; leave budgets away"):
+    with pytest.raises(
+        ValueError, match="has no tokens <think> and </think>, which budgets and longer"
+    ):
         LocalSpeaker(gpt2, slots=8, budgets=True)
     with pytest.raises(ValueError, match="has no tokens <think> and </think>"):
         LocalSpeaker(gpt2, slots=8, cue="+")
@@ -246,7 +248,7 @@ def test_a_sweep_of_a_transformers_model_resumes_to_the_same_samples(gpt2, tmp_p
     ("changes", "message"),
     [
         (dict(model="nowhere"), "there is no folder nowhere"),
-        (dict(budgets=(2,)), "has no tokens <think> and </think>; leave budgets away"),
+        (dict(budgets=(2,)), "has no tokens <think> and </think>, which budgets and longer"),
         (dict(max_tokens=60), "max_tokens is 60; after .* the context of 48"),
         (dict(task="permute"), "holds what the tokenizer of .* does not know"),
     ],
