@@ -62,6 +62,10 @@ class LocalSpeaker:
         invariant: bool = False,
     ):
         self.folder, self.invariant = Path(path), invariant
+        try:
+            shape = hub.load_config(path)
+        except hub.NotAGPT as error:
+            raise ValueError(f"{error}; --engine transformers takes any causal model") from None
         self.chat: ChatTokenizer | None = None
         if system is not None or hub.load_template(path) is not None:
             self.chat = ChatTokenizer(path, system=system, think=budgets)
@@ -77,7 +81,7 @@ class LocalSpeaker:
         on = device()
         free = available(torch.device(on))
         if free is not None:
-            weights = {"weights": 4 * parameter_count(hub.load_config(path))}
+            weights = {"weights": 4 * parameter_count(shape)}
             require(weights, free, f"the model {path}", "take a smaller one")
         self.model: GPT = hub.load(path, device=on, dtype=torch.float32)
         self.model.eval()

@@ -73,6 +73,10 @@ def load(
     return model
 
 
+class NotAGPT(ValueError):
+    """A folder's config.json asks for a model that GPT does not compute."""
+
+
 @contextmanager
 def shapes_alone() -> Iterator[None]:
     """Modules that are made here have tensors without memory, on the meta device."""
@@ -118,12 +122,16 @@ def read_tensors(
 
 
 def load_config(path: str | os.PathLike[str]) -> GPTConfig:
-    """The shape of the GPT in a Hugging Face folder, from its config.json; errors as `load`'s."""
+    """The shape of the GPT in a Hugging Face folder, from its config.json; errors as `load`'s,
+    `NotAGPT` where the file is one and says something else."""
     source = _folder(path, ["config.json"]) / "config.json"
+    kind = ValueError
     try:
-        return from_fields(read_json(source))
+        fields = read_json(source)
+        kind = NotAGPT
+        return from_fields(fields)
     except ValueError as error:
-        raise ValueError(f"{source}: {error}") from None
+        raise kind(f"{source}: {error}") from None
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:

@@ -260,6 +260,19 @@ def test_a_model_that_cannot_be_swept_gets_one_sentence(gpt2, tmp_path, changes,
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
+def test_ponders_engine_names_the_other_one_for_a_model_it_does_not_know(gpt2, tmp_path):
+    folder = tmp_path / "other"
+    shutil.copytree(gpt2, folder)
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(fields | {"model_type": "mamba"}))
+    with pytest.raises(ValueError, match="model_type is 'mamba'; .*; --engine transformers takes"):
+        LocalSpeaker(str(folder), slots=1)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="this is not JSON") as error:
+        LocalSpeaker(str(folder), slots=1)
+    assert "--engine" not in str(error.value)
+
+
 def test_a_folder_without_safetensors_is_refused(gpt2, tmp_path):
     shutil.copytree(gpt2, tmp_path / "pickled")
     torch.save({}, tmp_path / "pickled" / "pytorch_model.bin")
