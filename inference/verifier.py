@@ -14,6 +14,7 @@ from ..models.verifier import Verifier, encode_solutions, load_verifier, step_en
 from . import cost
 from .prompts import LENGTH_STEP, round_up
 from .speaker import device, model_hash
+from .workers import MOST, Workers
 
 Tokens = tuple[int, ...]
 ROWS = {"cpu": 8, "cuda": 64}  # that are read at once
@@ -84,7 +85,6 @@ class Scorer:
                 ends.append(place)
         return ends
 
-    @torch.inference_mode()
     def values(self, rows: Sequence[Tokens]) -> list[list[float]]:
         """The value after each token of each row, (T,) numbers; ValueError for a row that is longer
         than the verifier's context."""
@@ -98,16 +98,27 @@ class Scorer:
         by_width: dict[int, list[int]] = {}
         for i, row in enumerate(rows):
             by_width.setdefault(min(round_up(len(row), LENGTH_STEP), context), []).append(i)
-        found: list[list[float]] = [[] for _ in rows]
         most = ROWS.get(self.device.type, ROWS["cuda"])
-        for width, places in by_width.items():
-            for first in range(0, len(places), most):
-                block = places[first : first + most]
-                padded = [rows[i] + (0,) * (width - len(rows[i])) for i in block]
-                padded += [(0,) * width] * (most - len(block))
-                logits = self.verifier(torch.tensor(padded, device=self.device))
-                for i, values in zip(block, logits.sigmoid().tolist(), strict=False):
-                    found[i] = values[: len(rows[i])]
+        blocks = [
+            (width, places[first : first + most])
+            for width, places in by_width.items()
+            for first in range(0, len(places), most)
+        ]
+
+        @torch.inference_mode()  # which each thread has for itself
+        def read(block: tuple[int, list[int]]) -> list[list[float]]:
+            width, places = block
+            padded = [rows[i] + (0,) * (width - len(rows[i])) for i in places]
+            padded += [(0,) * width] * (most - len(places))
+            logits = self.verifier(torch.tensor(padded, device=self.device))
+            return logits[: len(places)].sigmoid().tolist()
+
+        found: list[list[float]] = [[] for _ in rows]
+        with Workers(MOST if self.device.type == "cpu" else 1) as workers:
+            read_blocks = workers.run(read, blocks, alike=True)
+        for (_, places), values in zip(blocks, read_blocks, strict=True):
+            for i, of in zip(places, values, strict=True):
+                found[i] = of[: len(rows[i])]
         return found
 
     def judge(

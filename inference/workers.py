@@ -43,10 +43,14 @@ class Workers:
             started.wait()
             torch.set_num_threads(threads)  # what threads to come begin with is the process's
 
-    def run(self, work: Callable[[T], R], things: Iterable[T]) -> list[R]:
-        """work(thing) of each, in their order; the first exception is raised."""
+    def run(self, work: Callable[[T], R], things: Iterable[T], *, alike: bool = False) -> list[R]:
+        """work(thing) of each, in their order; the first exception is raised.
+
+        One thing alone has all of PyTorch's threads; with `alike` as many as each of several, so
+        that what rounds otherwise on another number of threads does not show its companions.
+        """
         things = list(things)
-        if self.pool is None or len(things) < 2:
+        if self.pool is None or (len(things) < 2 and not alike):
             return [work(thing) for thing in things]
         return list(self.pool.map(work, things))
 

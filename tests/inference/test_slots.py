@@ -170,6 +170,8 @@ def test_workers_keep_order_and_raise_and_leave_the_setting():
                 lambda i: (i, torch.ones(2).sum(), torch.get_num_threads()), range(5)
             )
             assert [(i, n) for i, _, n in each] == [(i, 2) for i in range(5)]
+            assert workers.run(_threads_of_an_operation, [0]) == [(0, 4)]
+            assert workers.run(_threads_of_an_operation, [0], alike=True) == [(0, 2)]
             with pytest.raises(ZeroDivisionError):
                 workers.run(lambda i: 1 / i, [1, 0])
             assert torch.get_num_threads() == 4
