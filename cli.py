@@ -1,5 +1,6 @@
 """The command `ponder`: parses, calls, prints. No torch is imported before a command needs it."""
 
+import errno
 import importlib.util
 import os
 import sys
@@ -26,6 +27,10 @@ commands:
 options:
   --version  the version
 """
+
+
+# What a disk or its owner says to a write: no fault of ours.
+REFUSALS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EFBIG}
 
 
 @dataclass(frozen=True)
@@ -225,6 +230,11 @@ def run(arguments: list[str]) -> int:
     except BrokenPipeError:  # the reader has enough: ponder generate ... | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the exit
         return 141
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        print(f"ponder: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("ponder: interrupted; what was finished is kept", file=sys.stderr)
         return 130

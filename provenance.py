@@ -96,7 +96,7 @@ def open_run(out: Path, kind: str, configuration: dict[str, Any], *, resume: boo
             raise ValueError(
                 f"{out} holds this {kind} run already; say --resume to go on, or take another --out"
             )
-    runs[kind] = {
+    runs[kind] = (before or {}) | {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "configuration": plain,
         "seed": plain.get("seed"),

@@ -429,7 +429,8 @@ def _write_settings(
         )
         roles = dict(bos_token=bos, eos_token=eos, pad_token=eos, unk_token="<unk>")
         roles = {role: token for role, token in roles.items() if token in special}
-        tokenizer.save(str(aside / "tokenizer.json"))
+        text = tokenizer.to_str(pretty=True)  # tokenizers raises no OSError on a full disk
+        (aside / "tokenizer.json").write_text(text, encoding="utf-8")
         _write_json(aside / "special_tokens_map.json", roles)
         _write_json(
             aside / SETTINGS,

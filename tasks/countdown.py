@@ -203,9 +203,9 @@ class Countdown(WorkedTask):
     numbers then in hand, ascending. The search goes back without a word to the last state that
     has moves left. The answer is one expression, and any right one is accepted.
 
-    traces: "search" writes every state that is visited (55 characters at the median, 1,500 at the
-    most), "path" those alone that lead to the target (at most 3 steps): a model of paths guesses,
-    and searches by being sampled often.
+    traces: "search" writes every state that is visited (55 characters at the median, some 1,900 at
+    the most), "path" those alone that lead to the target (at most 3 steps): a model of paths
+    guesses, and searches by being sampled often.
 
     numbers: the least and the greatest number to start from; targets: the least and the greatest
     target; size: how many numbers, 2 to 4. The target is what a random walk that uses all the

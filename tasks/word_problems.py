@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,13 @@ class WordProblems:
         split = "train" if "train" in self.source.splits else "test"
         texts = (p.prompt + p.answer + self.trace(p) for p in self._split(split))
         return "".join(sorted(set().union(*map(set, texts))))
+
+    @property
+    def content(self) -> str:
+        """A digest of the training problems, in their order; "" where there are none."""
+        known = self._problems.get("train", [])
+        texts = (f"{p.prompt}\0{self.trace(p)}\0{p.answer}\0" for p in known)
+        return blake2b("".join(texts).encode(), digest_size=8).hexdigest() if known else ""
 
     def problems(self, split: str, count: int, seed: int) -> list[Problem]:
         """count problems of a split ("train", "val" or "test"), in an order drawn with the seed.
@@ -246,7 +254,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
         if path.suffix == ".json":
             rows = json.loads(text)
         else:
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
     except (ValueError, OSError) as error:
         raise ValueError(f"{path} could not be read: {error}") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):

@@ -1,5 +1,6 @@
 """The command as a user meets it: what it says of bad input, and that help is light."""
 
+import errno
 import subprocess
 import sys
 
@@ -73,6 +74,22 @@ def test_bad_input_is_one_sentence_and_exit_code_2(words, message, tmp_path, mon
     assert status == 2, error
     assert message in error and error.startswith("ponder: ")
     assert error.count("\n") == 1 and "Traceback" not in error
+
+
+def test_what_a_disk_refuses_is_one_sentence(monkeypatch, capsys):
+    def refuse(words):
+        raise OSError(errno.EROFS, "Read-only file system", "/data/report.html")
+
+    monkeypatch.setitem(cli.COMMANDS, "report", refuse)
+    assert cli.run(["report", "x"]) == 2
+    assert capsys.readouterr().err == "ponder: /data/report.html: Read-only file system\n"
+
+    def fail(words):
+        raise OSError(errno.ENOTCONN, "no fault of a disk")
+
+    monkeypatch.setitem(cli.COMMANDS, "report", fail)
+    with pytest.raises(OSError, match="no fault of a disk"):
+        cli.run(["report", "x"])
 
 
 def test_an_unknown_field_is_named():

@@ -9,6 +9,14 @@ from typing import Any, Literal
 DATA_KINDS = ("task", "text", "jsonl", "json", "parquet", "hub", "samples")
 
 
+def is_documents(name: str) -> bool:
+    """Whether `data` of this name is a set of documents: no task, sweep or single text."""
+    kind, _, place = name.partition(":")
+    if kind == "text":
+        return any(c in place for c in "*?[")  # a pattern that several files may match
+    return kind not in ("task", "samples")
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """A training run. Times are in optimizer steps, lengths in tokens."""
@@ -21,7 +29,8 @@ class TrainConfig:
     weights: tuple[float, ...] = ()
     """how much of every batch each of `data` gives; none: all the same"""
     data_tokens: int = 0
-    """the most tokens to take of each data set, which hub: then streams; 0: all"""
+    """the most tokens to take of each set of documents, which hub: then streams; 0: all. A single
+    text and tasks are not bounded"""
     out: Path = Path("runs/train")
     """the folder that holds the model (a Hugging Face folder), train/ and run.json"""
     tokenizer: str = "char"
@@ -126,6 +135,8 @@ class TrainConfig:
         ):
             if not 0 <= getattr(self, name) < math.inf:
                 faults.append(f"{name} is {getattr(self, name)}; it must be at least 0")
+        if not 0 <= self.seed < 1 << 32:
+            faults.append(f"seed is {self.seed}; it must be from 0 to {(1 << 32) - 1}")
         for name in ("lr", "matrix_lr"):
             if not 0 < getattr(self, name) < math.inf:
                 faults.append(f"{name} is {getattr(self, name)}; it must be above 0")
@@ -136,6 +147,11 @@ class TrainConfig:
             faults.append(f"ema is {self.ema}; it must be at least 0 and below 1")
         if self.data_tokens < 0:
             faults.append(f"data_tokens is {self.data_tokens}; it must be at least 0")
+        if self.data_tokens and not any(map(is_documents, self.sources)):
+            faults.append(
+                f"data_tokens is {self.data_tokens}, and {', '.join(self.sources)} has no "
+                "documents to count; leave it at 0"
+            )
         if self.accumulation < 1 or self.batch_size % self.accumulation:
             faults.append(
                 f"accumulation is {self.accumulation}; it must divide batch_size {self.batch_size}"

@@ -8,11 +8,12 @@ import os
 from collections.abc import Iterator, Sequence
 from itertools import chain
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from .batch import IGNORE, Batch, Corpus, Source, join
 from .cache import digest
-from .config import TrainConfig
+from .config import TrainConfig, is_documents
 from .documents import Documents
 from .problems import Problems
 from .render import PLAIN_TEMPLATE
@@ -91,9 +92,9 @@ def open_corpus(config: TrainConfig, name: str) -> Corpus:
         return SolverTraces(config, place)
     if kind == "task":
         return Problems(config, place)
-    if kind == "text" and not any(c in place for c in "*?["):
-        return LongText(config, name, place)
-    return Documents(config, name, "jsonl" if kind == "json" else kind, place)
+    if is_documents(name):
+        return Documents(config, name, "jsonl" if kind == "json" else kind, place)
+    return LongText(config, name, place)
 
 
 def load_data(config: TrainConfig) -> Data:
@@ -110,6 +111,11 @@ def load_data(config: TrainConfig) -> Data:
         template = vocabulary.template or opening + PLAIN_TEMPLATE
     data = Data(config, vocabulary, sources, config.weights, template)
     data.batch(0)
+    # A source's part of a batch varies by a row: the largest must be there too.
+    given = np.array([data.given(step * config.batch_size) for step in range(1000)])
+    for source, most in zip(sources, np.diff(given, axis=0).max(0).tolist(), strict=True):
+        if most:
+            source.rows(0, 0, most)
     if os.environ.get("RANK", "0") == "0":
         print(*filter(None, [vocabulary.note]), *sources, sep="\n")
     return data

@@ -82,6 +82,11 @@ class Documents:
             return _pack(folder, tokens, arrays[1], config.context)
 
         rows, packed = cached("rows", [tokens.name, config.context], fill)
+        if not packed["held_out"]["rows"]:
+            raise ValueError(
+                f"the documents of {self.name} that are held out hold nothing to learn; give "
+                "documents, or a validation split, that do"
+            )
         return PackedDocuments(self, config, vocabulary, arrays, facts, rows, packed)
 
 

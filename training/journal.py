@@ -18,8 +18,9 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     """The rows; none where there is no file, and a last line that lacks its end is left out."""
     if not file.exists():
         return []
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    # str.splitlines would also cut at what a model may write, as U+2028.
+    whole = file.read_text(encoding="utf-8").split("\n")[:-1]
+    return [json.loads(line) for line in whole]
 
 
 def forget_after(file: Path, step: int) -> None:

@@ -9,7 +9,6 @@ import csv
 import io
 import json
 import math
-import os
 import random
 import re
 import sysconfig
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..provenance import open_run, write_aside
 from .config import TrainConfig
+from .journal import read_rows
 
 if TYPE_CHECKING:
     from .scaling import Fit, Interval
@@ -35,8 +35,8 @@ class ScaleConfig:
     out: Path = Path("runs/scale")
     """the folder that gets runs/, scaling/ and run.json"""
     data: str = "stdlib"
-    """stdlib (the source of Python's standard library, which every machine has), task:NAME,
-    text:PATH or hub:NAME[:COLUMN]"""
+    """stdlib (the source of Python's standard library, which every machine has), text:PATH or
+    hub:NAME[:COLUMN]"""
     tokenizer: str = "char"
     sizes: tuple[str, ...] = ("2x32", "2x48", "2x64", "2x96", "2x128")
     """layers x width"""
@@ -93,6 +93,27 @@ class ScaleConfig:
                 faults.append(f"{name} are {len(set(values))}; a fit needs at least 3 different")
         if len(set(self.sizes)) * len(set(self.tokens)) < 7:
             faults.append("a fit needs at least 7 runs")
+        if self.data.startswith("task:"):
+            faults.append(
+                f"data is {self.data}; a law counts tokens, and problems are padded by their "
+                "lengths: take text:PATH or hub:NAME"
+            )
+        if faults:
+            raise ValueError("; ".join(dict.fromkeys(faults)))
+        weights = {
+            math.prod(map(int, (*size.split("x"), size.split("x")[1]))) for size in self.sizes
+        }
+        if len(weights) < 3:
+            faults.append(
+                f"sizes are {', '.join(self.sizes)}, of {len(weights)} different numbers of "
+                "parameters; a fit needs at least 3"
+            )
+        steps = {round(count / self.batch_tokens) for count in self.tokens}
+        if self.held_out in self.sizes and round(self.held_out_tokens / self.batch_tokens) in steps:
+            faults.append(
+                f"held_out is {self.held_out} with {self.held_out_tokens} tokens, a run of the "
+                "ladder; a prediction is of a run that the law has not seen"
+            )
         if faults:
             raise ValueError("; ".join(dict.fromkeys(faults)))
 
@@ -192,7 +213,7 @@ def rung_config(config: ScaleConfig, size: str, tokens: int) -> TrainConfig:
     heads = width // head_dim(width)
     data = config.data
     if data == "stdlib":
-        data = f"text:{config.out / 'text.txt'}"
+        data = f"text:{(config.out / 'text.txt').absolute()}"  # however `out` is written
     return TrainConfig(
         data=data,
         out=config.out / "runs" / name,
@@ -228,15 +249,20 @@ def scale(config: ScaleConfig) -> Path:
     Stopped runs go on where they were, with `resume`. A run that diverges is left out of the fit,
     and said to be. ValueError where too few are left.
     """
+    from .processes import main_alone, process_state
+
     config.check()
     identity = {k: v for k, v in asdict(config).items() if k not in ("out", "resume", "resamples")}
-    main = os.environ.get("RANK", "0") == "0"
-    if main:
+    folder = config.out / "scaling"
+
+    def begin() -> None:
         open_run(config.out, "scale", identity, resume=config.resume)
+        folder.mkdir(exist_ok=True)
         if config.data == "stdlib":
             _write_stdlib(config.out / "text.txt")
-    folder = config.out / "scaling"
-    folder.mkdir(parents=True, exist_ok=True)
+
+    main_alone(begin)
+    main = process_state().is_main_process
     plan = [rung_config(config, size, count) for size in config.sizes for count in config.tokens]
     plan.sort(key=lambda c: _parameters(c) * c.steps)
     rungs = []
@@ -272,14 +298,14 @@ def _train_rung(config: TrainConfig, *, held_out: bool) -> Rung:
 
     rung = Rung(config.out.name, config.n_layer, config.n_embd, _parameters(config), held_out)
     failed = config.out / "diverged.txt"
-    if not failed.exists() and _last_row(config).get("step") != config.steps:
+    if not failed.exists() and not _finished(config):
         try:
             train(config)
         except Diverged as error:
             failed.write_text(f"{error}\n")
             print(f"{rung.name} diverged: {error}; delete {config.out} to try it again", flush=True)
         else:
-            if _last_row(config).get("step") != config.steps:
+            if not _finished(config):
                 raise KeyboardInterrupt  # it was asked to stop, and saved
     if failed.exists():
         return replace(rung, status="diverged")
@@ -296,11 +322,14 @@ def _train_rung(config: TrainConfig, *, held_out: bool) -> Rung:
     )
 
 
+def _finished(config: TrainConfig) -> bool:
+    """Whether the last step is measured and the model, which follows, is there."""
+    return _last_row(config).get("step") == config.steps and (config.out / "config.json").exists()
+
+
 def _last_row(config: TrainConfig) -> dict:
-    metrics = config.out / "train" / "metrics.jsonl"
-    lines = metrics.read_text().splitlines() if metrics.exists() else []
-    whole = [line for line in lines if line.endswith("}")]
-    return json.loads(whole[-1]) if whole else {}
+    rows = read_rows(config.out / "train" / "metrics.jsonl")
+    return rows[-1] if rows else {}
 
 
 def _write_stdlib(path: Path) -> None:

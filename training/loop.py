@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from safetensors import SafetensorError
 from torch import distributed
@@ -32,9 +31,12 @@ from .memory import check_free
 from .optimizer import Average, build_optimizer
 from .processes import (
     DTYPE,
+    alone_in,
     build_accelerator,
     gather,
     gather_weights,
+    main_alone,
+    process_state,
     scatter,
     scatter_weights,
     wants_shards,
@@ -116,8 +118,8 @@ def train(config: TrainConfig, *, model_folder: Path | None = None) -> Path:
         shape = model_config(config, data.vocabulary.size)
     else:
         shape = _taken_up(config, data, given)
-    with Stop() as stop:
-        return _Run(config, data, shape, stop, model_folder or config.out).go()
+    with Stop() as stop, ExitStack() as held:
+        return _Run(config, data, shape, stop, held, model_folder or config.out).go()
 
 
 class _Run:
@@ -129,12 +131,17 @@ class _Run:
     """
 
     def __init__(
-        self, config: TrainConfig, data: Data, shape: GPTConfig, stop: Stop, model_folder: Path
+        self,
+        config: TrainConfig,
+        data: Data,
+        shape: GPTConfig,
+        stop: Stop,
+        held: ExitStack,
+        model_folder: Path,
     ):
+        """held: closed when the run is over, it gives back the folder."""
         self.config, self.data, self.shape, self.stop = config, data, shape, stop
-        # Said in so many words: accelerate runs several processes on CPUs only where it is told.
-        cpu = not torch.accelerator.is_available()
-        processes = PartialState(cpu=cpu)
+        processes = process_state()
         self.ranks, self.rank = processes.num_processes, processes.process_index
         self.main = processes.is_main_process
         device = torch.device(processes.device or "cpu")
@@ -156,7 +163,7 @@ class _Run:
         self.metrics, self.samples = self.folder / "metrics.jsonl", self.folder / "samples.jsonl"
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.keep)
         check_free(config, shape, device, ranks=self.ranks, sharded=sharded)
-        state = self._claim()
+        state = self._claim(held)
         # Measured once a run: not anew where it goes on, and not by each process for itself.
         if state:
             precision = state["precision"]
@@ -166,7 +173,7 @@ class _Run:
             )
             [precision] = broadcast_object_list([precision])
         self.precision = precision
-        self.accelerator = build_accelerator(config, precision, cpu=cpu, sharded=sharded)
+        self.accelerator = build_accelerator(config, precision, sharded=sharded)
         self.sharded = self.accelerator.is_fsdp2
         set_seed(config.seed)
         if config.init and not state:
@@ -197,7 +204,8 @@ class _Run:
         for file in (self.metrics, self.samples):
             self._write(partial(forget_after, file, self.step))
         self.peak = peak_flops(self.accelerator.device, DTYPE[precision]) * self.ranks
-        self.flops = 3 * shape.flops_per_token(config.context)  # backward costs two forwards
+        head = 2 * shape.n_embd * shape.vocab_size if config.verifier else 0  # which that lacks
+        self.flops = 3 * (shape.flops_per_token(config.context) - head)  # backward: two forwards
         self.first_bad = torch.tensor(config.steps + 1, device=self.accelerator.device)
         start_trackers(self.accelerator, config, self.step)
 
@@ -205,25 +213,25 @@ class _Run:
         """What is trained: a GPT, or the verifier that it becomes."""
         return Verifier(gpt, reading(self.data.sources)) if self.config.verifier else gpt
 
-    def _claim(self) -> dict[str, Any] | None:
+    def _claim(self, held: ExitStack) -> dict[str, Any] | None:
         """Claim the folder; the state to go on from, or None where the run begins."""
-        step, fault = None, ""
-        if self.main:
+
+        def claimed() -> int | None:
             try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                held.enter_context(alone_in(self.folder))
                 # Data that changed since the run began would make another run of it.
                 identity = self.config.identity() | {"data_fingerprint": self.data.fingerprint}
                 open_run(self.out, "train", identity, resume=self.config.resume)
-                self.folder.mkdir(exist_ok=True)
-                if self.config.resume:
-                    step = self.checkpoints.newest()
-            except ValueError as error:
-                fault = str(error)
+                return self.checkpoints.newest() if self.config.resume else None
             except OSError as error:
-                fault = f"{self.out} cannot be written to: {error.strerror}; take another --out"
+                reason = error.strerror or error
+                raise ValueError(
+                    f"{self.out} cannot be written to: {reason}; take another --out"
+                ) from None
+
         # The main process alone looks at checksums; all take the same checkpoint, or none.
-        [step, fault] = broadcast_object_list([step, fault])
-        if fault:
-            raise ValueError(fault)
+        step = main_alone(claimed)
         return None if step is None else self.checkpoints.load(step)
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -484,17 +492,18 @@ class _Run:
 
     def _write(self, action: Callable[[], Any]) -> None:
         """Let the main process write; where it cannot, all processes end with one sentence."""
-        fault = ""
-        if self.main:
+
+        def attempt() -> None:
             try:
                 action()
             except (OSError, SafetensorError) as error:
-                fault = getattr(error, "strerror", None) or str(error)
-        [fault] = broadcast_object_list([fault])
-        if fault:
-            steps = self.checkpoints.steps()
-            kept = f"the checkpoint of step {steps[-1]} is kept, make room and say --resume"
-            raise ValueError(
-                f"{self.out} cannot be written to after step {self.step}: {fault}; "
-                f"{kept if steps else 'nothing was saved yet'}"
-            )
+                steps = self.checkpoints.steps()
+                kept = "nothing was saved yet"
+                if steps:
+                    kept = f"the checkpoint of step {steps[-1]} is kept, make room and say --resume"
+                reason = getattr(error, "strerror", None) or error
+                raise ValueError(
+                    f"{self.out} cannot be written to after step {self.step}: {reason}; {kept}"
+                ) from None
+
+        main_alone(attempt)

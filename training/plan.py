@@ -5,6 +5,7 @@ products at a share of the peak, what is read and written besides at a share of 
 the part of the communication that the backward pass does not hide.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
@@ -246,8 +247,8 @@ def _check(config: PlanConfig, shape: GPTConfig, hardware: Device) -> None:
         faults.append(
             f"precision is {config.precision}; {hardware.name} has {', '.join(hardware.peak)}"
         )
-    if not config.tokens >= 0:
-        faults.append(f"tokens is {config.tokens:g}; it must be 0 or more")
+    if not 0 <= config.tokens < math.inf:
+        faults.append(f"tokens is {config.tokens:g}; it must be 0 or more, and finite")
     if not faults and config.what == "train":
         sequences = config.batch_tokens // shape.context
         if config.batch_tokens % shape.context or sequences % config.devices or not sequences:

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,16 @@ from .tokenizer import Vocabulary
 VALIDATION_PROBLEMS = 1024
 ATTEMPTS = 3  # before the last one, in a thought with retries, at most
 LEARN_PROBLEMS = 4096  # for a tokenizer to learn from
+SURVEYED = 256  # examples that tell how many are longer than the context
+ROUNDS = 100  # of drawing others for those
+
+
+class Example(NamedTuple):
+    """A problem with its worked thought, as it is learned."""
+
+    row: np.ndarray  # its tokens
+    forced: bool  # whether its </think> is, and so no target
+    wrong: list[bool]  # which of the attempts before the last one are
 
 
 class Problems:
@@ -24,7 +34,8 @@ class Problems:
     def __init__(self, config: TrainConfig, name: str):
         self.name, self.task = f"task:{name}", tasks.get(name)
         self.alphabet: str = self.task.alphabet
-        self.identity = [self.name, self.alphabet]
+        content = getattr(self.task, "content", "")  # of what is read, not drawn
+        self.identity = [self.name, self.alphabet, *([content] if content else [])]
 
     def thinks(self) -> bool:
         return True
@@ -58,6 +69,13 @@ class ProblemRows:
         self.think, self.end_think = vocabulary.id("<think>"), vocabulary.id("</think>")
         self.eos = vocabulary.id(vocabulary.eos)
         self.cue = self._cue() if config.retries else None
+        lengths = [len(e.row) - 1 for e in self._drawn("train", SURVEYED, random.Random("lengths"))]
+        self.long = sum(length > config.context for length in lengths) / len(lengths)
+        if self.long > 0.5:
+            raise ValueError(
+                f"{self.long:.0%} of the examples of {self.task.name} have more tokens than the "
+                f"context, which is {config.context}; of {SURVEYED} the longest has {max(lengths)}"
+            )
 
     def _cue(self) -> int:
         """The token that takes a thought up again; ValueError where there is none."""
@@ -69,7 +87,13 @@ class ProblemRows:
         return self.vocabulary.id(cue)
 
     def __str__(self) -> str:
-        return f"{self.name}: new problems at every step"
+        text = f"{self.name}: new problems at every step"
+        if self.long:
+            text += (
+                f"; about {self.long:.1%} are longer than the context of {self.config.context} and "
+                "left out"
+            )
+        return text
 
     def rows(self, step: int, start: int, count: int) -> Batch:
         return self._rows("train", count, f"{self.config.seed}/{step}")
@@ -78,7 +102,35 @@ class ProblemRows:
         yield self._rows("val", VALIDATION_PROBLEMS, "0")
 
     def _rows(self, split: str, count: int, key: str) -> Batch:
+        """Examples that the context holds; others are left out, of "train" drawn anew."""
         draw = random.Random(f"{split}/{key}")
+        examples: list[Example] = []
+        for _ in range(ROUNDS if split == "train" else 1):
+            drawn = self._drawn(split, count - len(examples), draw)
+            examples += [e for e in drawn if len(e.row) - 1 <= self.config.context]
+            if len(examples) == count:
+                break
+        if not examples or (split == "train" and len(examples) < count):
+            raise ValueError(
+                f"of {count} examples of {self.task.name} ({split}) {len(examples)} fit the "
+                f"context of {self.config.context}; make it longer"
+            )
+        rows = [example.row for example in examples]
+        width = -(-(max(map(len, rows)) - 1) // 8) * 8  # few distinct shapes
+        tokens = np.full((len(rows), width), self.eos)
+        targets = np.full((len(rows), width), IGNORE)
+        for i, row in enumerate(rows):
+            start = int(np.flatnonzero(row == self.think)[0])
+            tokens[i, : len(row) - 1] = row[:-1]
+            targets[i, start : len(row) - 1] = row[start + 1 :]
+        forced = np.array([example.forced for example in examples])
+        targets[forced[:, None] & (targets == self.end_think)] = IGNORE
+        for row, target, example in zip(tokens, targets, examples, strict=True):
+            if example.wrong:
+                self._hide(row, target, example.wrong)
+        return Batch(torch.from_numpy(tokens), torch.from_numpy(targets))
+
+    def _drawn(self, split: str, count: int, draw: random.Random) -> list[Example]:
         texts, forced, attempts = [], [], []
         # A small task may hold out fewer than are asked for.
         drawn = partial(tasks.at_most, self.task) if split == "val" else self.task.problems
@@ -99,24 +151,7 @@ class ProblemRows:
         rows = np.split(flat, np.flatnonzero(flat == self.eos)[:-1] + 1)
         prefix = self.vocabulary.prefix
         rows = [np.concatenate([prefix, row]) for row in rows] if prefix else rows
-        width = max(map(len, rows)) - 1
-        if width > self.config.context:
-            raise ValueError(
-                f"an example of {self.task.name} has {width} tokens; context is "
-                f"{self.config.context}, so set it to at least {width}"
-            )
-        width = -(-width // 8) * 8  # few distinct shapes
-        tokens = np.full((len(rows), width), self.eos)
-        targets = np.full((len(rows), width), IGNORE)
-        for i, row in enumerate(rows):
-            start = int(np.flatnonzero(row == self.think)[0])
-            tokens[i, : len(row) - 1] = row[:-1]
-            targets[i, start : len(row) - 1] = row[start + 1 :]
-        targets[np.array(forced)[:, None] & (targets == self.end_think)] = IGNORE
-        for row, target, wrong in zip(tokens, targets, attempts, strict=True):
-            if wrong:
-                self._hide(row, target, wrong)
-        return Batch(torch.from_numpy(tokens), torch.from_numpy(targets))
+        return [Example(*parts) for parts in zip(rows, forced, attempts, strict=True)]
 
     def _attempts(
         self, problem: tasks.Problem, whole: str, draw: random.Random

@@ -5,16 +5,19 @@ number of processes, sharded or not, goes on from it.
 """
 
 import os
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DistributedType,
     FullyShardedDataParallelPlugin,
     ProjectConfiguration,
+    broadcast_object_list,
 )
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -32,7 +35,55 @@ from .optimizer import Together
 
 DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Model = GPT | Verifier
+T = TypeVar("T")
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def process_state() -> PartialState:
+    """How many processes there are, and which of them this is."""
+    # Said in so many words: accelerate runs several processes on CPUs only where it is told.
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def main_alone(action: Callable[[], T]) -> T:
+    """What the main process's `action` returns, on every process; where it raises ValueError or
+    OSError, all raise ValueError. What it returns must pickle."""
+    found, fault = None, None
+    if process_state().is_main_process:
+        try:
+            found = action()
+        except ValueError as error:
+            fault = str(error)
+        except OSError as error:
+            fault = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    found, fault = broadcast_object_list([found, fault])
+    if fault is not None:
+        raise ValueError(fault)
+    return cast(T, found)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other processes' runs out of a folder; ValueError where one is in it. The lock of a
+    process that is killed is gone with it; on Windows there is none."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another process is at work in {folder}; wait for its end, or take another --out"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(handle)
 
 
 def wants_shards(config: TrainConfig) -> bool:
@@ -50,9 +101,7 @@ def wants_shards(config: TrainConfig) -> bool:
     return config.shard or launched
 
 
-def build_accelerator(
-    config: TrainConfig, precision: str, *, cpu: bool, sharded: bool
-) -> Accelerator:
+def build_accelerator(config: TrainConfig, precision: str, *, sharded: bool) -> Accelerator:
     """accelerate, set up for this run: its devices, processes, precision and trackers."""
     folder = str(config.out / "train")
     plugin = None
@@ -72,7 +121,7 @@ def build_accelerator(
     AcceleratorState._reset_state(reset_partial_state=True)
     launched = os.environ.get("ACCELERATE_USE_FSDP")
     accelerator = Accelerator(
-        cpu=cpu,
+        cpu=not torch.accelerator.is_available(),
         mixed_precision="no" if precision == "fp32" else precision,
         fsdp_plugin=plugin,
         log_with=list(config.trackers) or None,

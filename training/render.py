@@ -152,7 +152,16 @@ def _conversation(row: Row, eos: str, template: str) -> Iterator[Document]:
             whole = render(turns[: i + 1])
             # A template may open the answer with more than an answer in the past begins with.
             before = (render(turns[:i], True), render(turns[:i]) if i else "")
-            answers.append((next((b for b in before if whole.startswith(b)), ""), whole))
+            said = next((b for b in before if whole.startswith(b)), None)
+            if said is None:  # the answer's own words then tell where it begins
+                words = turn["content"].strip()
+                if not words or words not in whole:
+                    raise ValueError(
+                        f"{row.where}: the chat template rewrites what stands before turn {i + 1}, "
+                        "so that its answer is not to be told from it; take another tokenizer"
+                    )
+                said = whole[: whole.rindex(words)]
+            answers.append((said, whole))
     if not answers:
         raise ValueError(f"{row.where}: messages has no turn of the assistant to learn from")
     grows = all(b.startswith(a) for (_, a), (b, _) in zip(answers, answers[1:], strict=False))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..models import GPT, KVCache
-from ..tasks import Task
+from ..tasks import Task, at_most
 from .data import Data
 
 NEW_TOKENS = 64  # of a continued text
@@ -53,7 +53,7 @@ def write_samples(model: GPT, data: Data, count: int) -> list[dict[str, Any]]:
     task = _task(data)
     tokenizer = data.tokenizer
     if task is not None:
-        problems = task.problems("val", count, 0)
+        problems = at_most(task, "val", count, 0)
         prompts = [tokenizer.encode(problem.prompt + "<think>").ids for problem in problems]
         eos, limit = tokenizer.token_to_id(data.vocabulary.eos), model.config.context
     else:

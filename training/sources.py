@@ -59,7 +59,12 @@ class Files:
 
     @cached_property
     def identity(self) -> Any:
-        stats = [(path, path.stat()) for path in self.paths]
+        stats = []
+        for path in self.paths:
+            try:
+                stats.append((path, path.stat()))
+            except OSError as error:
+                raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
         return [self.kind, [[str(p.resolve()), s.st_size, s.st_mtime_ns] for p, s in stats]]
 
     def train(self) -> Iterator[Row]:
@@ -102,6 +107,8 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
                 raise ValueError(
                     f"{where} is not JSON: {error.msg} at character {error.colno}"
                 ) from None
+            except (ValueError, RecursionError) as error:  # a number too long, lists too deep
+                raise ValueError(f"{where} cannot be read: {error}") from None
             if not isinstance(values, dict):
                 raise ValueError(f"{where} is a {type(values).__name__}, not an object of columns")
             yield Row(where, values)
@@ -133,6 +140,8 @@ def read_text(path: Path) -> str:
         raise ValueError(f"there is no text file {path}")
     try:
         text = path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8: byte {error.start} cannot be read") from None
     if not text.strip():

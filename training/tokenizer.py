@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,8 +47,9 @@ class Vocabulary:
     @cached_property
     def prefix(self) -> list[int]:
         """What the tokenizer puts before every text: often nothing, or a token of beginning."""
-        ids = self.tokenizer.encode("").ids
-        return ids[:-1] if ids[-1:] == [self.id(self.eos)] else ids
+        said = self.tokenizer.encode("a")
+        given = zip(said.ids, said.special_tokens_mask, strict=True)
+        return [id for id, _ in takewhile(lambda token: token[1], given)]
 
     @property
     def size(self) -> int:
@@ -150,7 +152,8 @@ def _learned(kind: str, corpora: Sequence["Corpus"], thinks: bool) -> Tokenizer:
             tokenizer = character_tokenizer(set().union(*texts), thinks=thinks)
         else:
             tokenizer = bpe_tokenizer(texts, int(size), thinks=thinks)
-        tokenizer.save(str(folder / "tokenizer.json"))
+        text = tokenizer.to_str(pretty=True)  # tokenizers raises no OSError on a full disk
+        (folder / "tokenizer.json").write_text(text, encoding="utf-8")
         return {}
 
     folder, _ = cached("tokenizer", [kind, thinks, *(c.identity for c in corpora)], learn)
@@ -180,9 +183,12 @@ def _read(kind: str, thinks: bool) -> Vocabulary:
     missing = [token for token in needed if token not in vocabulary]
     note = f"the tokenizer {kind} ends documents with {eos}"
     own = Vocabulary(tokenizer).size
-    if missing:
-        tokenizer.add_special_tokens(missing)
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    if not known.issuperset(needed):
+        # What is a word of the model alone is not found in a text that has it.
+        tokenizer.add_special_tokens([token for token in needed if token not in known])
         tokenizer = _thoughts_shown(tokenizer)
+    if missing:
         ids = ", ".join(str(tokenizer.token_to_id(token)) for token in missing)
         note += f"; {' and '.join(missing)} it had not: added as {ids}"
     added = Vocabulary(tokenizer).size - own

@@ -123,8 +123,10 @@ def hold_out(keys: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """
     order = np.argsort(keys, kind="stable")
     most = min(VALIDATION_SHARE * lengths.sum(), VALIDATION_TOKENS)
+    fits = order[lengths[order] <= most]  # one long document is no validation set
+    order = fits if len(fits) else order[np.argsort(lengths[order], kind="stable")]
     count = max(1, int(np.searchsorted(np.cumsum(lengths[order]), most, side="right")))
-    held_out = keys <= keys[order[:count]].max(initial=0)
+    held_out = np.isin(keys, keys[order[:count]])
     if held_out.sum() > 2 * count:
         held_out = np.isin(np.arange(len(keys)), order[:count])
     return held_out

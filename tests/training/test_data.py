@@ -1,7 +1,9 @@
 """Batches as functions of the step: from a text, from tasks, and mixed."""
 
 import hashlib
+import json
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -86,8 +88,49 @@ def test_task_rows_read_as_prompt_thought_answer():
 
 
 def test_task_example_beyond_the_context_is_named():
-    with pytest.raises(ValueError, match=r"last_digit has \d+ tokens; context is 8"):
+    with pytest.raises(
+        ValueError,
+        match=r"100% of the examples of last_digit .* context, which is 8; .* longest has \d+",
+    ):
         load_data(preset("tiny", data="task:last_digit", context=8))
+
+
+def test_problems_beyond_the_context_are_left_out_and_told(capsys):
+    config = preset("tiny", data="task:last_digit", batch_size=64)
+    whole = load_data(config).batch(3).tokens
+    widths = (whole != load_data(config).vocabulary.id("<eos>")).sum(1)
+    context = int(widths.sort().values[50])
+    capsys.readouterr()
+    data = load_data(preset("tiny", data="task:last_digit", batch_size=64, context=context))
+    assert "are longer than the context" in capsys.readouterr().out
+    fits = widths <= context
+    for step in (3, 0, 3):
+        tokens = data.batch(step).tokens
+        assert tokens.shape[0] == 64 and tokens.shape[1] <= -(-context // 8) * 8
+        assert (tokens != data.vocabulary.id("<eos>")).sum(1).max() <= context
+    assert torch.equal(tokens[: fits.sum(), :context], whole[fits][:, :context])
+    assert next(data.validation()).tokens.shape[0] > 100
+
+
+def test_a_file_of_problems_is_known_by_its_content(tmp_path):
+    rows = [{"question": f"{i} + 1?", "answer": f"one more\n#### {i + 1}"} for i in range(200)]
+    found = []
+    for order in (1, -1, 1):
+        file = tmp_path / "sums.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows[::order]))
+        config = preset("tiny", data=f"task:gsm8k:{file}", context=64)
+        found.append(load_data(config).fingerprint)
+    assert found[0] == found[2] != found[1]
+
+
+def test_the_largest_part_of_a_mixture_is_there(tmp_path):
+    few, many = tmp_path / "few.jsonl", tmp_path / "many.txt"
+    few.write_text("".join(json.dumps({"text": "to be or not " * 3}) + "\n" for _ in range(3)))
+    many.write_text(TEXT)
+    config = preset("tiny", data=(f"jsonl:{few}", f"text:{many}"), context=48, batch_size=8)
+    load_data(replace(config, weights=(0.25, 0.75)))
+    with pytest.raises(ValueError, match=r"fills 2 rows of 48 tokens, and a batch takes 3"):
+        load_data(replace(config, weights=(0.3, 0.7)))
 
 
 @pytest.mark.parametrize(

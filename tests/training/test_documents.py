@@ -220,6 +220,11 @@ def test_held_out_documents_are_few_and_no_ones_twins():
     # One key alone cannot keep its documents together.
     assert hold_out(np.zeros(100, dtype=np.uint64), np.full(100, 10)).sum() == 5
     assert hold_out(keys[:3], np.array([5, 5, 5])).sum() == 1
+    # One long document is no validation set, whatever its hash.
+    lengths = np.full(200, 10)
+    lengths[keys[:200].argmin()] = 10_000
+    assert 200 < lengths[hold_out(keys[:200], lengths)].sum() <= 600
+    assert np.flatnonzero(hold_out(keys[:2], np.array([9, 7]))).tolist() == [1]
     assert hold_out(keys[:1000], np.full(1000, 10**6)).sum() == 1  # a million tokens are enough
 
 
@@ -263,6 +268,14 @@ def test_hub_data_from_a_local_folder(folder, bound):
         load(f"{folder}:story", "hub", data_tokens=bound)
 
 
+def test_held_out_documents_with_nothing_to_learn_are_told(tmp_path):
+    pytest.importorskip("datasets", reason="datasets is not installed")
+    write(tmp_path / "train.jsonl", sums(40))
+    write(tmp_path / "validation.jsonl", [{"prompt": "", "completion": ""}])
+    with pytest.raises(ValueError, match="held out hold nothing to learn; give documents"):
+        load(tmp_path, "hub", context=16)
+
+
 def test_a_stream_ends_when_there_are_tokens_enough(folder):
     data = load(folder, "hub", data_tokens=200, batch_size=1)
     say = documents(data, epoch(data, 0))
@@ -295,6 +308,8 @@ def lines(*rows) -> bytes:
 BAD = [
     (lines({"text": "a"}, b'{"text": '), "a.jsonl line 2 is not JSON"),
     (lines({"text": "a"}, b'{"text": "caf\xe9"}'), "a.jsonl line 2 is not UTF-8: byte 13 of it"),
+    (lines({"text": "a"}, b'{"text": ' + b"9" * 5000 + b"}"), "a.jsonl line 2 cannot be read: Exc"),
+    (lines({"text": "a"}, b"[" * 100_000), "a.jsonl line 2 cannot be read: maximum recursion"),
     (lines({"text": "a"}, ["a"]), "a.jsonl line 2 is a list, not an object of columns"),
     (lines({"text": "a"}, {"prompt": "a"}), "line 2 has no column 'text', which the first row has"),
     (lines({"text": "a"}, {"text": float("nan")}), "a.jsonl line 2: text is nan, which is not a"),

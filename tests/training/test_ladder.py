@@ -20,6 +20,8 @@ from ponder.training.ladder import (
 )
 from ponder.training.scaling import Law
 
+from . import children
+
 LAW = Law(E=1.1, A=60.0, B=300.0, alpha=0.42, beta=0.45)
 
 
@@ -93,6 +95,28 @@ def test_what_is_finished_is_not_trained_again(ladder, monkeypatch):
     lost.write_text(text.splitlines(keepends=True)[0])
     scale(replace(ladder, resume=True))
     assert trained == ["1x32_768"] and table(ladder) == before
+    # As on a disk that was full behind the last row: the model is not there.
+    saved = ladder.out / "runs" / "1x32_768" / "config.json"
+    monkeypatch.setattr(loop, "train", lambda c: (trained.append(c.out.name), aside.rename(saved)))
+    aside = saved.rename(saved.with_suffix(".aside"))
+    scale(replace(ladder, resume=True))
+    assert trained == ["1x32_768"] * 2 and table(ladder) == before
+
+
+def test_two_processes_climb_the_ladder_together(ladder, tmp_path):
+    """Into a folder that is not there yet."""
+    words = ["scale", f"--data={ladder.data}", f"--out={tmp_path}/out", "--held-out="]
+    for name in ("sizes", "tokens"):
+        words += [f"--{name}", *map(str, getattr(ladder, name))]
+    words += ["--context=32", "--batch-tokens=64", "--resamples=10"]
+    first, second = children.run(words, ranks=2, folder=tmp_path)
+    assert "alpha" in first and "alpha" not in second
+    rows = list(csv.DictReader((tmp_path / "out" / "scaling" / "runs.csv").open()))
+    assert [row["status"] for row in rows] == ["finished"] * 9
+    with pytest.raises(AssertionError, match="holds this scale run already"):
+        children.run(words, ranks=2, folder=tmp_path)
+    for rank in (0, 1):  # none of them waits for the other
+        assert (tmp_path / f"2_{rank}.log").read_text().count("holds this scale run already") == 1
 
 
 def test_a_run_that_diverges_is_left_out_and_said_to_be(ladder, tmp_path, monkeypatch, capsys):
@@ -175,6 +199,9 @@ def test_presets_are_ladders_that_can_be(name):
         (dict(tokens=(1000, 500_000, 10**6)), "1000 tokens are fewer than 10 steps of 1024"),
         (dict(batch_tokens=1000), "batch_tokens is 1000; it must be a multiple of the context"),
         (dict(resamples=0), "resamples is 0"),
+        (dict(data="task:last_digit"), "data is task:last_digit; a law counts tokens"),
+        (dict(sizes=("2x64", "8x32", "2x128")), "of 2 different numbers of parameters"),
+        (dict(held_out="2x64", held_out_tokens=600_100), "held_out is 2x64 .* a run of the ladder"),
     ],
 )
 def test_ladders_that_cannot_be_are_named(change, message):

@@ -16,6 +16,7 @@ from ponder.models.memory import training_memory
 from ponder.training import preset
 from ponder.training.checkpoint import MANIFEST, STATE, Checkpoints
 from ponder.training.loop import Diverged, model_config, train
+from ponder.training.processes import alone_in, process_state
 
 
 @pytest.fixture(scope="module")
@@ -118,10 +119,8 @@ def test_recomputing_changes_nothing(config, whole):
 
 
 def test_more_processes_than_rows_is_told(config, monkeypatch, tmp_path):
-    from ponder.training import loop
-
     config, _ = config
-    monkeypatch.setattr(loop.PartialState(cpu=True), "num_processes", 16)
+    monkeypatch.setattr(process_state(), "num_processes", 16)
     with pytest.raises(ValueError, match="gives 8 rows, which 16 processes cannot share evenly"):
         train(replace(config, out=tmp_path / "run"))
     assert not (tmp_path / "run").exists()
@@ -130,7 +129,9 @@ def test_more_processes_than_rows_is_told(config, monkeypatch, tmp_path):
 def test_a_folder_that_cannot_be_is_told(config, tmp_path):
     config, _ = config
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="file cannot be written to: File exists; take another"):
+    with pytest.raises(
+        ValueError, match="file cannot be written to: Not a directory; take another"
+    ):
         train(replace(config, out=tmp_path / "file"))
 
 
@@ -372,6 +373,27 @@ def test_a_full_disk_keeps_what_was_saved(config, whole, room, monkeypatch, file
     room()
     train(replace(config, out=out, resume=True))
     assert losses(out) == losses(whole)
+
+
+def test_a_disk_that_is_full_before_anything_was_saved(config, room):
+    config, folder = config
+    out = folder.mktemp("full from the start")
+    room(2000)  # run.json and rows of metrics, but no model
+    with pytest.raises(ValueError, match="after step 2: .* too large.*; nothing was saved yet$"):
+        train(replace(config, out=out, samples=0))
+    assert Checkpoints(out / "train" / "checkpoints").newest() is None
+
+
+def test_one_run_at_a_time_has_a_folder(config, whole):
+    config, _ = config
+    before = (whole / "run.json").read_bytes()
+    with (
+        alone_in(whole / "train"),
+        pytest.raises(ValueError, match="another process is at work in .*train; wait for its end"),
+    ):
+        train(replace(config, out=whole, resume=True))
+    assert (whole / "run.json").read_bytes() == before
+    train(replace(config, out=whole, resume=True))
 
 
 def test_compiling_without_a_compiler_is_told_at_once(config, monkeypatch):

@@ -76,6 +76,20 @@ def test_a_template_that_rewrites_the_past_gives_a_document_for_each_answer():
     ]
 
 
+def test_a_template_that_rewrites_what_stands_before_an_answer():
+    """Loss on the answer's own words alone, wherever they come to stand."""
+    turn = "{{ '|' + m.role + ':' + m.content }}"
+    rewrites = "{{ messages|length }}{% for m in messages %}" + turn + "{% endfor %}."
+    texts = [marked(document) for document in render({"messages": CHAT[1:]}, template=rewrites)]
+    assert texts == [
+        "2|user:Hi|assistant:[Hello.]",
+        "4|user:Hi|assistant:Hello|user:Who?|assistant:[Me.]",
+    ]
+    shouts = rewrites.replace("m.content", "m.content|upper")
+    with pytest.raises(ValueError, match="x line 1: the chat template rewrites .* before turn 2"):
+        render({"messages": CHAT[1:]}, template=shouts)
+
+
 def test_documents_of_one_question_have_one_key():
     one, two = (render({"question": "Who?", "answer": a})[0].key for a in ("Me", "You"))
     assert one == two != render({"question": "What?", "answer": "Me"})[0].key

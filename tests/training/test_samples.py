@@ -1,5 +1,7 @@
 """What the model writes during training is what its logits say, one token after another."""
 
+import json
+
 import torch
 
 from ponder import tasks
@@ -79,6 +81,17 @@ def test_a_task_s_samples_are_judged():
     assert [s["right"] for s in samples] == [True, False, True]
     assert [s["prompt"] for s in samples] == [p.prompt for p in problems]
     assert samples[0]["text"] == "<think>" + texts[0].removesuffix("<eos>")
+
+
+def test_a_small_task_gives_the_samples_that_it_has(tmp_path):
+    rows = [{"question": f"{i} + 1?", "answer": f"one more\n#### {i + 1}"} for i in range(100)]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = load_data(preset("tiny", data=f"task:gsm8k:{tmp_path}/sums.jsonl"))
+    held_out = len(tasks.at_most(data.sources[0].task, "val", 10**6, 0))
+    ours = model(vocab=data.tokenizer.get_vocab_size(), context=64)
+    samples = write_samples(ours, data, 60)
+    assert len(samples) == held_out < 60
+    assert [s["right"] for s in samples] == [False] * held_out
 
 
 def test_a_text_is_continued(tmp_path):

@@ -213,6 +213,10 @@ def test_a_verifier_goes_on_from_its_checkpoint_and_from_a_generator(trained, tm
     (newest / STATE).unlink()  # the checkpoint before it is then taken
     train(replace(shorter, resume=True))
     assert (tmp_path / "resumed" / "model.safetensors").read_bytes() == before
+    told = (tmp_path / "resumed" / "run.json").read_text()
+    train(replace(shorter, resume=True))  # nothing is left to do, and what was found out stays
+    assert json.loads(told)["train"]["verifier"]["step"] == 4
+    assert (tmp_path / "resumed" / "run.json").read_text() == told
 
     writer = preset("tiny", steps=1, out=tmp_path / "writer", precision="fp32", samples=0)
     train(writer)

@@ -115,6 +115,28 @@ def test_a_tokenizer_of_others_keeps_its_own_end_and_gets_what_it_lacks(foreign)
         load_vocabulary(str(foreign), [Text()])
 
 
+def test_an_end_that_is_but_a_word_of_the_model_is_found_in_a_text(tmp_path):
+    tokenizer = Tokenizer(models.WordLevel({"be": 0, "</s>": 1, "?": 2}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    read = load_vocabulary(str(tmp_path), [Text()])
+    assert (read.eos, read.size, read.added) == ("</s>", 3, 0) and "had not" not in read.note
+    assert read.tokenizer.encode("be</s>").ids == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "prefix"), [("<e> $A", [1]), ("$A <e>", []), ("<e> $A <e>", [1]), ("$A", [])]
+)
+def test_what_stands_before_every_text(pattern, prefix):
+    """Also where one token is beginning and end, as OPT's."""
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "<e>": 1}, unk_token="a"))
+    tokenizer.add_special_tokens(["<e>"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=pattern, special_tokens=[("<e>", 1)]
+    )
+    assert Vocabulary(tokenizer, "<e>").prefix == prefix
+
+
 def test_ids_beyond_the_model_are_named(foreign):
     size = Vocabulary(Tokenizer.from_file(str(foreign / "tokenizer.json"))).size
     check_vocabulary(size, 6, "the checkpoint")
