@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .curves import UNITS, frontier
 from .drawing import picture, svg
-from .evaluation import Result, mark_pareto
+from .evaluation import Result, mark_pareto, unit_of
 from .exchange import duels, equal_accuracy
 from .figures import draw_exchange, draw_models, draw_policy
 from .findings import policies
@@ -36,8 +36,8 @@ def write_comparison(
     """
     _check(results, stores)
     rows = mark_pareto([r for of_one in results for r in of_one])
-    known = all(r.flops_per_problem > 0 for r in rows)
-    unit = "FLOPs" if known else "Tokens"
+    unit = unit_of(rows)
+    known = unit == "FLOPs"
     cost = UNITS[unit][1]
     models = {of_one[0].model: frontier(of_one, cost) for of_one in results}
     best = sorted(frontier(rows, cost), key=cost)

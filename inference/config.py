@@ -1,10 +1,15 @@
 """What a sweep and a generation are; no torch here, so that `ponder sweep --help` is quick."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import tyro
+
+LARGEST = (1 << 31) - 1  # of a count
+LARGEST_SEED = (1 << 63) - 1
+LONGEST_TIMEOUT = 1e6  # seconds, eleven days
 
 
 @dataclass(frozen=True)
@@ -115,15 +120,15 @@ class SweepConfig:
             faults.append(f"samples is {list(self.samples)}; each must be at least 1")
         if min(self.budgets, default=0) < 0:
             faults.append(f"budgets is {list(self.budgets)}; each must be at least 0")
-        if min(self.extend, default=1) < 1:
-            faults.append(f"extend is {list(self.extend)}; each must be at least 1")
+        if not all(1 <= times <= LARGEST for times in self.extend):
+            faults.append(f"extend is {list(self.extend)}; each must be from 1 to {LARGEST}")
         if self.cue == "":
             faults.append("cue is empty; it must hold a character at least")
         if self.problems < 1:
             faults.append(f"problems is {self.problems}; it must be at least 1")
-        if not self.temperature > 0:
+        if not 0 < self.temperature < math.inf:
             faults.append(
-                f"temperature is {self.temperature}; votes need one above 0 "
+                f"temperature is {self.temperature}; votes need a finite one above 0 "
                 "(greedy answers are always measured)"
             )
         faults += self.searches.faults() + common_faults(self)
@@ -136,13 +141,15 @@ def common_faults(config: "SweepConfig | GenerateConfig") -> list[str]:
     faults = []
     for name in ("max_tokens", "slots"):
         value = getattr(config, name)
-        if value is not None and value < 1:
-            faults.append(f"{name} is {value}; it must be at least 1")
+        if value is not None and not 1 <= value <= LARGEST:
+            faults.append(f"{name} is {value}; it must be from 1 to {LARGEST}")
     server = config.server
     if server.concurrency < 1:
         faults.append(f"server.concurrency is {server.concurrency}; it must be at least 1")
-    if not server.timeout > 0:
-        faults.append(f"server.timeout is {server.timeout}; it must be above 0")
+    if not 0 < server.timeout <= LONGEST_TIMEOUT:
+        faults.append(
+            f"server.timeout is {server.timeout}; it must be above 0 and at most {LONGEST_TIMEOUT}"
+        )
     if server.retries < 0:
         faults.append(f"server.retries is {server.retries}; it must be at least 0")
     served = config.model.startswith(("http://", "https://"))
@@ -154,8 +161,10 @@ def common_faults(config: "SweepConfig | GenerateConfig") -> list[str]:
         faults.append("invariant is true; only ponder's own engine promises that")
     if config.tokenizer is not None and not served:
         faults.append(f"tokenizer is {config.tokenizer!r}; a model of this machine has its own")
-    if config.top_k < 0:
-        faults.append(f"top_k is {config.top_k}; it must be at least 0")
+    if not 0 <= config.top_k <= LARGEST:
+        faults.append(f"top_k is {config.top_k}; it must be from 0 to {LARGEST}")
+    if not 0 <= config.seed <= LARGEST_SEED:
+        faults.append(f"seed is {config.seed}; it must be from 0 to {LARGEST_SEED}")
     if not 0 < config.top_p <= 1:
         faults.append(f"top_p is {config.top_p}; it must be above 0 and at most 1")
     if not 0 <= config.min_p <= 1:
@@ -208,8 +217,8 @@ class GenerateConfig:
             faults.append(f"samples is {self.samples}; it must be at least 1")
         if self.budget is not None and self.budget < 0:
             faults.append(f"budget is {self.budget}; it must be at least 0")
-        if not self.temperature >= 0:
-            faults.append(f"temperature is {self.temperature}; it must be at least 0")
+        if not 0 <= self.temperature < math.inf:
+            faults.append(f"temperature is {self.temperature}; it must be at least 0, and finite")
         faults += common_faults(self)
         if faults:
             raise ValueError("; ".join(faults))

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -66,11 +66,10 @@ class Result:
     def tokens_per_problem(self) -> float:
         return self.prompt_tokens + self.sampled_tokens + self.forced_tokens
 
-    @property
-    def cost(self) -> float:
-        """FLOPs per problem, or tokens where FLOPs are unknown."""
-        known = np.isfinite(self.flops_per_problem)
-        return self.flops_per_problem if known else self.tokens_per_problem
+
+def unit_of(results: Sequence[Result]) -> Literal["FLOPs", "Tokens"]:
+    """What the rows are compared by: FLOPs, or tokens where those of any row are unknown."""
+    return "FLOPs" if all(0 < r.flops_per_problem < np.inf for r in results) else "Tokens"
 
 
 def evaluate(
@@ -170,14 +169,21 @@ def _result(
 def mark_pareto(results: Sequence[Result]) -> list[Result]:
     """The results with `pareto` set on those that no other one beats, costs within
     SLACK counting as equal; oracles do not compete."""
-    cost_of = [np.nan if r.oracle else r.cost for r in results]
-    frontier = stats.pareto(cost_of, [r.accuracy for r in results], slack=SLACK)
+    flops = unit_of(results) == "FLOPs"
+    costs = [
+        np.nan if r.oracle else r.flops_per_problem if flops else r.tokens_per_problem
+        for r in results
+    ]
+    frontier = stats.pareto(costs, [r.accuracy for r in results], slack=SLACK)
     return [replace(r, pareto=bool(best)) for r, best in zip(results, frontier, strict=True)]
 
 
-def paired_difference(a: Result, b: Result) -> stats.Interval:
-    """How much more accurate a is than b on the problems that both hold, with its interval."""
-    _, in_a, in_b = np.intersect1d(a.ids, b.ids, return_indices=True)
+def paired_difference(a: Result, b: Result) -> stats.Interval | None:
+    """How much more accurate a is than b on the problems that both hold, with its interval; None
+    where there are none, as when a server left samples out."""
+    both, in_a, in_b = np.intersect1d(a.ids, b.ids, return_indices=True)
+    if not len(both):
+        return None
     return stats.paired_difference(a.scores[in_a], b.scores[in_b])
 
 

@@ -101,7 +101,8 @@ def equal_accuracy(
 
 class Duel(NamedTuple):
     """A larger model's greedy answer against a smaller model that may spend as much: its best
-    setting, and by how much that is more accurate. None where it has no setting so cheap."""
+    setting, and by how much that is more accurate. None where it has no setting so cheap, or no
+    problem is both's."""
 
     large: Result
     small: Result | None

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from . import estimators, stats
-from .curves import Curves
-from .evaluation import Result, paired_difference
+from .curves import UNITS, Curves
+from .evaluation import Result, paired_difference, unit_of
 from .page import budget_order, spread, vote_text
 from .policy import Policy, bins_of, compute_optimal
 from .scores import latest, scores_of
@@ -68,7 +68,7 @@ class Findings:
             "coverage": self.coverage,
             "control": self.control,
             "searches": [
-                _row(row["r"], cost=row["r"].cost)
+                _row(row["r"], cost=row["cost"])
                 | {name: asdict(rival) for name, rival in row["rivals"].items()}
                 for row in self.searches
             ],
@@ -225,11 +225,11 @@ def control_rows(curves: Curves, store: Store) -> list[dict[str, Any]]:
 class Rival:
     """As many independent samples as cost what a search does: how many (`dearer` where even one
     costs more, `fewer` where more than are stored would be needed), their accuracy, and the
-    search's own above it on the same problems."""
+    search's own above it on the same problems (None where they share none)."""
 
     samples: int
     accuracy: float
-    better: stats.Interval
+    better: stats.Interval | None
     dearer: bool
     fewer: bool
 
@@ -240,7 +240,8 @@ RIVALS = ("self-consistency", "best-of-n", "verifier-best-of-n")
 
 def search_rows(curves: Curves, store: Store) -> list[dict[str, Any]]:
     """Every search and every extended thought beside independent samples that cost as much, at
-    unlimited thinking: `r`, and `rivals` by strategy. Empty where no vote is there to compare."""
+    unlimited thinking: `r`, its `cost` and `rivals` by strategy. Empty where no vote is there to
+    compare."""
     shown = ("greedy", "sampling", "self-consistency")
     rows = [r for r in curves.rows if r.setting and not r.oracle]
     rows = [r for r in rows if not r.setting.startswith("extend=") or r.strategy in shown]
@@ -254,7 +255,8 @@ def search_rows(curves: Curves, store: Store) -> list[dict[str, Any]]:
         return []
     # k samples cost the prompt once and k times a sample, which two rows of k tell apart.
     one, most = plain["sampling"], plain.get("self-consistency", next(iter(rivals.values())))
-    prompt = one.cost - (most.cost - one.cost) / (most.samples - 1)
+    cost = UNITS[unit_of(curves.rows)][1]
+    prompt = cost(one) - (cost(most) - cost(one)) / (most.samples - 1)
     pool = store.pool(budget=None, params=one.params, seed=one.seed)
     verifier = latest(store)
     if verifier is not None:
@@ -262,19 +264,21 @@ def search_rows(curves: Curves, store: Store) -> list[dict[str, Any]]:
 
     def rival(r: Result, name: str) -> Rival:
         of = rivals[name]
-        wanted = math.floor((r.cost - prompt) / (of.cost - prompt) * of.samples * (1 + 1e-9))
-        k = min(max(1, wanted), pool.samples)
+        a_sample = (cost(of) - prompt) / of.samples
+        wanted = (cost(r) - prompt) / a_sample * (1 + 1e-9) if a_sample > 0 else math.inf
+        k = math.floor(min(max(1.0, wanted), pool.samples))
         scores = STRATEGIES[name if k > 1 else "sampling"].run(pool, k).scores
-        _, theirs, ours = np.intersect1d(pool.problems, r.ids, return_indices=True)
+        both, theirs, ours = np.intersect1d(pool.problems, r.ids, return_indices=True)
+        better = stats.paired_difference(r.scores[ours], scores[theirs]) if len(both) else None
         return Rival(
             samples=k,
-            accuracy=float(scores[theirs].mean()),
-            better=stats.paired_difference(r.scores[ours], scores[theirs]),
+            accuracy=float(scores[theirs if len(both) else slice(None)].mean()),
+            better=better,
             dearer=wanted < 1,
-            fewer=wanted > pool.samples,
+            fewer=wanted >= pool.samples + 1,
         )
 
-    return [dict(r=r, rivals={name: rival(r, name) for name in rivals}) for r in rows]
+    return [dict(r=r, cost=cost(r), rivals={name: rival(r, name) for name in rivals}) for r in rows]
 
 
 @dataclass(frozen=True)
@@ -311,10 +315,10 @@ def policies(results: Sequence[Result], store: Store, points: int = 10) -> Polic
     if len(ways) < 2 or len(ids) < 8:
         return None
     inside = [np.isin(r.ids, ids) for r in ways]
-    known = all(math.isfinite(r.flops_per_problem) for r in ways)
+    unit = unit_of(ways)
     costs = np.stack(
         [
-            (r.outcome.flops if known else r.outcome.tokens)[m]
+            (r.outcome.flops if unit == "FLOPs" else r.outcome.tokens)[m]
             for r, m in zip(ways, inside, strict=True)
         ]
     )
@@ -331,9 +335,12 @@ def policies(results: Sequence[Result], store: Store, points: int = 10) -> Polic
         cost = costs[:, bins == group].mean(1)
         accuracy = scores[:, bins == group].mean(1).round(12)
         enough.append(cost[accuracy == accuracy.max()].min())
-    budgets = np.geomspace(costs.mean(1).min(), 1.1 * max(enough), points).tolist()
+    least = costs.mean(1).min()
+    if not least > 0:  # a server may say that nothing was used
+        return None
+    budgets = np.geomspace(least, 1.1 * max(enough), points).tolist()
     return Policies(
-        unit="FLOPs" if known else "Tokens",
+        unit=unit,
         ways=ways,
         overall=compute_optimal(scores, costs, budgets),
         split=compute_optimal(scores, costs, budgets, bins=bins) if several else [],

@@ -15,7 +15,7 @@ from typing import Any
 from .browser import problem_groups
 from .curves import Curves
 from .drawing import picture, svg
-from .evaluation import Result, paired_difference
+from .evaluation import Result, paired_difference, unit_of
 from .figures import (
     draw_budgets,
     draw_compute,
@@ -175,11 +175,6 @@ def html(
     )
 
 
-def unit_of(results: Sequence[Result]) -> str:
-    """FLOPs, or tokens where FLOPs are unknown."""
-    return "FLOPs" if math.isfinite(results[0].flops_per_problem) else "Tokens"
-
-
 def headlines(curves: Curves) -> list[dict[str, str]]:
     """The numbers that open the page: value, its interval, and what it is."""
     cards = []
@@ -200,9 +195,10 @@ def headlines(curves: Curves) -> list[dict[str, str]]:
         card(single, f"one sample, {at}")
         card(vote, f"the {vote_text(vote.samples)} such samples")
         better = paired_difference(vote, single)
-        cards[-1]["gain"] = (
-            f"{points(better.mean)} points ({points(better.low)} to {points(better.high)})"
-        )
+        if better is not None:
+            cards[-1]["gain"] = (
+                f"{points(better.mean)} points ({points(better.low)} to {points(better.high)})"
+            )
     return cards
 
 

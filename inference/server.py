@@ -344,6 +344,7 @@ def _spelled(reasoning: str, text: str, finish: str) -> str:
 
 
 def _count(value: Any) -> int:
-    if not isinstance(value, int) or value < 0:
+    """A number of tokens that can be; TypeError for anything else."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < MOST_BYTES:
         raise TypeError
     return value

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from .. import tasks
+from ..models import GPTConfig
 from ..provenance import note, open_run, read_run
 from . import Unfinished, search_table
 from .chat import known_shape
@@ -96,6 +97,8 @@ def _sweep(config: SweepConfig, shard: Shard) -> Path:
             "precision": speaker.identity["precision"],
         }
         open_run(config.out, "sweep", identity, resume=config.resume)
+        if speaker.shape is not None:  # for reports when the model is not there any more
+            note(config.out, "sweep", {"shape": asdict(speaker.shape)})
         folder.mkdir(exist_ok=True)
         of_store = {**speaker.identity, "task": config.task, "split": config.split}
         with Store(folder / "samples.sqlite", identity=of_store) as store:
@@ -276,11 +279,15 @@ def _stored(
     if "sweep" not in runs:
         raise ValueError(f"{folder} holds no sweep; its run.json knows {', '.join(runs)}")
     configuration = runs["sweep"]["configuration"]
-    model = configuration.get("tokenizer") or configuration["model"]
+    if "shape" in runs["sweep"]:
+        shape = GPTConfig.of(runs["sweep"]["shape"])
+    else:  # a sweep from before shapes were kept
+        model = configuration.get("tokenizer") or configuration["model"]
+        shape = known_shape(model) if Path(model).is_dir() else None
     with Store(folder / "sweep" / "samples.sqlite", identity=None) as store:
         results = evaluate(
             store,
-            shape=known_shape(model) if Path(model).is_dir() else None,
+            shape=shape,
             samples=configuration["samples"],
             seed=configuration["seed"],
             model=name or configuration["model"],

@@ -15,7 +15,7 @@ Shapes: B sequences, T tokens, C = n_embd, V = vocab_size.
 
 from dataclasses import dataclass, replace
 from os import PathLike
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -103,6 +103,16 @@ class GPTConfig:
                 problems.append(f"{name} is {getattr(self, name)}; it must be above 0")
         if problems:
             raise ValueError("; ".join(problems))
+
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> "GPTConfig":
+        """The configuration whose `dataclasses.asdict` this was, also by way of JSON."""
+        scaling = fields.get("rope_scaling")
+        return cls(
+            **fields
+            | {"rope_scaling": scaling and RopeScaling(**scaling)}
+            | {"nope_layers": tuple(fields.get("nope_layers", ()))}
+        )
 
     @property
     def llama_like(self) -> bool:

@@ -7,10 +7,20 @@ from fractions import Fraction
 
 from . import final_text
 
+# A sign, but no hyphen between numbers; thousands' commas; a fraction, a mixed number, a power of
+# ten. What stands behind ^ is an exponent.
 _NUMBER = re.compile(
-    r"(?:(?<!\d)[-−+])?\$?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+|/\d+)?|(?<!\d)\.\d+)",
-    re.ASCII,
+    r"(?:(?<!\d)[-−+])?\$?(?:(?<![\d^])(?<!\^[{+−-])(?<!\^\{[+−-])"
+    r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+|/\d+| \d+/\d+)?(?:e[-+]?\d\d?(?!\w))?"
+    r"|(?<!\d)\.\d+)",
+    re.ASCII | re.IGNORECASE,
 )
+# Between groups of three digits: LaTeX's {,} and \, and ~, and narrow or unbreakable spaces.
+_GROUPS = re.compile(r"(?<=\d)(?:\{,\}|\\[,;: ]|~|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))")
+_POWER = re.compile(
+    r"\s*(?:\\times|\\cdot|[×·*])\s*10\s*\^\s*(?:\{\s*([-−+]?\d\d?)\s*\}|(\d))", re.ASCII
+)
+_PART = re.compile(r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}", re.ASCII)
 _SAID = re.compile(r"\banswer *(?:is|:|=)[ \t]*:?\s*([^\n]+)", re.IGNORECASE)
 _SPACE = re.compile(r"\\[,;:! ]|~|\\q?quad\b|\s+")
 _WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
@@ -57,28 +67,38 @@ def last_boxed(text: str) -> str | None:
 def number(text: str) -> str | None:
     """A number in one way of writing it: "$1,234.50" → "2469/2"; None for what is none.
 
-    Currency signs, thousands' commas, per cent and degree signs and a full stop at the end are
-    left out; decimals become exact fractions.
+    Currency signs, what parts thousands, per cent and degree signs and a full stop at the end are
+    left out; decimals, mixed numbers (2 1/2) and powers of ten (3e5) become exact fractions.
     """
-    bare = text.strip().strip("$").replace("\\$", "").replace("\\%", "").replace("\\!", "")
+    bare = _plain(text.strip().strip("$").replace("\\$", "").replace("\\%", ""))
     bare = re.sub(r"\^?\{?\\circ\}?$|[%°]$", "", bare.strip().rstrip(".").strip())
     bare = bare.replace("−", "-").replace("$", "").strip()
-    if re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?", bare):
-        bare = bare.replace(",", "")
-    latex = re.fullmatch(r"(-?)\\[dt]?frac\{(-?\d+)\}\{(\d+)\}", bare)
-    if latex:
-        bare = f"{latex[1]}{latex[2]}/{latex[3]}".replace("--", "")
-    if len(bare) > 100 or not re.fullmatch(r"[-+]?(\d+/\d+|\d+\.?\d*|\.\d+)", bare, re.ASCII):
+    if re.fullmatch(r"[-+]?\d{1,3}(?:,\d{3})+(\.\d+)?|[-+]?\d{1,3}(?: \d{3})+(\.\d+)?", bare):
+        bare = re.sub("[, ]", "", bare)
+    bare = re.sub(r"^([-+])\s+", r"\1", _PART.sub(r" \1/\2", bare).strip())
+    bare = re.sub(r"^--(?=\d+/)", "", bare)  # of -\frac{-1}{2}
+    if len(bare) > 100:
         return None
     try:
-        return str(Fraction(bare))
+        if parts := re.fullmatch(r"([-+]?)(?:(\d+)\s+)?(\d+/\d+)", bare, re.ASCII):
+            sign, whole, part = parts.groups()
+            return str(Fraction(sign + "1") * (Fraction(whole or 0) + Fraction(part)))
+        if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d\d?)?", bare, re.ASCII | re.IGNORECASE):
+            return str(Fraction(bare))
     except ZeroDivisionError:
-        return None
+        pass
+    return None
+
+
+def _plain(text: str) -> str:
+    """Numbers in a text with commas between thousands, and powers of ten as 3e5."""
+    text = _GROUPS.sub(",", text.replace("\\!", ""))
+    return _POWER.sub(lambda m: f"e{m[1] or m[2]}".replace("−", "-"), text)
 
 
 def last_number(text: str) -> str | None:
     """The last number in a text, in one way of writing it; None where there is none."""
-    found = _NUMBER.findall(text)
+    found = _NUMBER.findall(_plain(text))
     return number(found[-1]) if found else None
 
 

@@ -61,6 +61,12 @@ BAD = [
     ("generate --model missing 1+1=", "missing"),
     ("generate --model missing --samples 0 1+1=", "samples is 0; it must be at least 1"),
     ("generate --model missing --budget -2 1+1=", "budget is -2; it must be at least 0"),
+    ("generate --model missing --temperature inf 1+1=", "temperature is inf; it must be at least"),
+    ("sweep --model missing --temperature inf", "temperature is inf; votes need a finite one"),
+    ("sweep --model missing --seed -1", "seed is -1; it must be from 0 to 9223372036854775807"),
+    ("sweep --model missing --top-k 99999999999", "top_k is 99999999999; it must be from 0 to 2"),
+    ("sweep --model missing --slots 0", "slots is 0; it must be from 1 to 2147483647"),
+    ("sweep --model http://x/v1 --server.timeout inf", "server.timeout is inf; it must be above 0"),
 ]
 
 

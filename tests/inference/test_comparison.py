@@ -42,6 +42,17 @@ def test_the_frontier_runs_over_all_models(tmp_path):
     assert "greedy, large" in page.text
 
 
+def test_models_are_compared_in_one_unit(tmp_path):
+    """Tokens, where the FLOPs of one are not known: fewer of them are not dearer for that."""
+    results, stores = two_models(tmp_path, shapes=(SMALL, None))
+    frugal = [replace(r, accuracy=1.0) for r in results[0]]
+    dear = [replace(r, sampled_tokens=1000.0) for r in results[1]]
+    path = write_comparison(tmp_path / "out", [frugal, dear], stores)
+    with open(path.parent / "results.csv", newline="") as file:
+        best = {r["model"] for r in csv.DictReader(file) if r["pareto"] == "true"}
+    assert best == {"small"}
+
+
 def test_hostile_names_and_unknown_flops(tmp_path):
     names = (HOSTILE[0], HOSTILE[6])
     results, stores = two_models(tmp_path, names, (SMALL, None))

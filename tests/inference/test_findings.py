@@ -1,5 +1,8 @@
 """What the report tells beyond its rows, on stores whose every number is known."""
 
+import json
+import sqlite3
+
 import numpy as np
 import pytest
 
@@ -8,6 +11,7 @@ from ponder.inference.browser import problem_groups
 from ponder.inference.curves import Curves
 from ponder.inference.evaluation import evaluate
 from ponder.inference.findings import control_rows, coverage_rows, outcome_shares, policies, ways
+from ponder.inference.report import write_report
 
 from .test_cost import SMALL
 from .test_strategies import make_store
@@ -94,3 +98,23 @@ def test_policies_are_over_what_competes(tmp_path):
 
 def test_no_policy_for_too_little(store):
     assert policies(evaluate(store), store) is None  # four problems
+
+
+def test_settings_without_a_problem_in_common(tmp_path):
+    """As where a server left samples out: the rows are told, and no difference between them."""
+    store = make_store(tmp_path / "s", ["aaab", "abab"], greedy="ab")
+    with sqlite3.connect(tmp_path / "s") as db:
+        db.execute("DELETE FROM sample WHERE (params LIKE '%temperature=0%') = problem")
+    results = evaluate(store)
+    assert {tuple(r.ids) for r in results} == {(0,), (1,)}
+    page = write_report(tmp_path / "out", results, store)
+    assert "Strategy" in page.read_text()
+    told = json.loads((tmp_path / "out" / "findings.json").read_text())["against_greedy"]
+    assert told and all(row["difference"] is None for row in told)
+
+
+def test_a_server_that_says_that_nothing_was_used(tmp_path):
+    store = make_store(tmp_path / "s", ["aaab"] * 10, greedy="a" * 5 + "b" * 5)
+    with sqlite3.connect(tmp_path / "s") as db:
+        db.execute("UPDATE sample SET prompt_tokens = 0, sampled_tokens = 0, forced_tokens = 0")
+    assert "50.0" in write_report(tmp_path / "out", evaluate(store), store).read_text()

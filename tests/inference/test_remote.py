@@ -380,6 +380,15 @@ def test_retry_after_is_honoured_by_every_request(server, monkeypatch):
     assert 0 < waits[-1] <= 0.05
 
 
+@pytest.mark.parametrize("count", [10**30, -1, True, 3.5, "7", None])
+def test_numbers_of_tokens_that_cannot_be_are_garbage(count):
+    choice = {"message": {"content": "7"}, "finish_reason": "stop"}
+    for wrong in ("prompt_tokens", "completion_tokens"):
+        usage = {"prompt_tokens": 3, "completion_tokens": 1} | {wrong: count}
+        with pytest.raises(server_module.Failed, match="a garbled answer"):
+            server_module.Answer.of({"choices": [choice], "usage": usage})
+
+
 def test_retry_after_is_seconds_or_a_date():
     assert server_module._retry_after("7") == 7.0
     assert 50 < server_module._retry_after(formatdate(time.time() + 60, usegmt=True)) <= 60

@@ -141,9 +141,13 @@ def test_the_page_sets_searches_beside_as_much_sampling(swept):
         )
         for row in rows:
             r, vote = row["r"], row["rivals"]["self-consistency"]
-            costs = one.cost + (four.cost - one.cost) * (vote.samples - 1) / 3
-            assert (costs <= r.cost * (1 + 1e-6)) != vote.dearer
-            assert vote.fewer == (r.cost >= one.cost + (four.cost - one.cost) * 4 / 3)
+            first, more = (
+                one.flops_per_problem,
+                (four.flops_per_problem - one.flops_per_problem) / 3,
+            )
+            assert row["cost"] == r.flops_per_problem
+            assert (first + more * (vote.samples - 1) <= row["cost"] * (1 + 1e-6)) != vote.dearer
+            assert vote.fewer == (row["cost"] >= first + more * 4)
             assert vote.better.mean == pytest.approx(r.accuracy - vote.accuracy)
             if vote.samples == 4:
                 assert vote.accuracy == pytest.approx(four.accuracy)
@@ -246,7 +250,9 @@ def test_what_cannot_be_searched_or_extended_is_named(swept, tmp_path):
         replace(wrong, searches=replace(swept.searches, lines=(2, 3))).check()
     with pytest.raises(ValueError, match="width is 0; .*step is 0; it must be at least 1"):
         replace(wrong, searches=SearchOptions(width=0, step=0)).check()
-    with pytest.raises(ValueError, match="extend is .0.; each must be at least 1; cue is empty"):
+    with pytest.raises(
+        ValueError, match="extend is .0.; each must be from 1 to 2147483647; cue is empty"
+    ):
         replace(wrong, extend=(0,), cue="").check()
     with pytest.raises(ValueError, match="the cue has 'W', which the tokenizer of"):
         sweep(replace(wrong, extend=(1,), cue="Wait"))
@@ -256,6 +262,18 @@ def test_what_cannot_be_searched_or_extended_is_named(swept, tmp_path):
     with pytest.raises(ValueError, match="search is beam; searches go on from tokens that pond"):
         Searches(config, tasks.get("last_digit"), object(), SamplingParams())
     assert not (tmp_path / "sweep").exists()
+
+
+def test_samples_of_one_token_cost_their_prompt_alone(swept, tmp_path):
+    """As many of them as there are cost what a search does."""
+    searches = replace(swept.searches, search=("beam", "revise"), lines=(2,))
+    config = replace(swept, out=tmp_path / "out", max_tokens=1, searches=searches)
+    sweep(config)
+    told = json.loads((config.out / "report" / "findings.json").read_text())["searches"]
+    assert told
+    for row in told:
+        vote = row["self-consistency"]
+        assert vote["samples"] == 4 and (vote["fewer"] or row["cost"] == 0)
 
 
 def test_a_sweep_from_before_goes_on(swept, no_report, tmp_path):

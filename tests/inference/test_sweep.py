@@ -192,6 +192,18 @@ def test_redraw_writes_the_same_results(config):
         redraw(config.out / "report")
 
 
+def test_a_report_needs_no_model(config, tmp_path):
+    """FLOPs stand in it also when the model is gone."""
+    gone = tmp_path / "gone"
+    shutil.copytree(config.model, gone)
+    sweep(replace(config, model=str(gone)))
+    before = (config.out / "report" / "results.csv").read_text()
+    shutil.rmtree(gone)
+    redraw(config.out)
+    assert (config.out / "report" / "results.csv").read_text() == before
+    assert all(float(row["flops_per_problem"]) > 0 for row in csv.DictReader(before.splitlines()))
+
+
 def test_a_budget_beyond_the_context_names_what_fits(config):
     with pytest.raises(ValueError, match=r"a budget of 90 does not fit: .* room for \d+"):
         sweep(replace(config, budgets=(90,)))

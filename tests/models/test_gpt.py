@@ -1,13 +1,15 @@
 """GPT against Transformers' models with the same weights, and its own promises."""
 
+import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
 from ponder.models import GPT, GPTConfig, KVCache, layout, load
 from ponder.models.config_json import model_type
+from ponder.models.layers import RopeScaling
 
 from .peers import PEERS, randomize
 
@@ -114,6 +116,13 @@ def test_loss_and_gradients_equal_transformers(pair):
         error = (grad - expected).norm() / expected.norm()
         assert error <= tolerance, f"{name}: {error:.1e} against {tolerance:.1e}"
     assert not ours
+
+
+def test_a_shape_comes_back_from_json():
+    scaling = RopeScaling(8.0, 4096, low=1.0, high=4.0)
+    shape = GPTConfig(100, n_layer=4, rope_scaling=scaling, nope_layers=(1, 3), gated=False)
+    for config in (TINY, shape):
+        assert GPTConfig.of(json.loads(json.dumps(asdict(config)))) == config
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])

@@ -52,6 +52,30 @@ def test_boxes_nest():
         ("18.", "18"),
         ("1,23", None),
         ("1/0", None),
+        ("1{,}234", "1234"),
+        (r"1\,234\,567.5", "2469135/2"),
+        (r"12\!,345", "12345"),
+        ("1~234", "1234"),
+        ("1 234", "1234"),
+        ("1\u202f234", "1234"),
+        ("12 34", None),
+        ("1234 567", None),
+        ("- 18", "-18"),
+        ("3e5", "300000"),
+        ("-1.5E-3", "-3/2000"),
+        ("3e500", None),
+        (r"3 \times 10^5", "300000"),
+        (r"2.5 \cdot 10^{-3}", "1/400"),
+        ("2 × 10^{−3}", "1/500"),
+        ("2 1/2", "5/2"),
+        ("-2 1/2", "-5/2"),
+        (r"2\frac{1}{2}", "5/2"),
+        (r"-2 \dfrac{1}{4}", "-9/4"),
+        ("1+1/2", None),
+        ("2 1/0", None),
+        (r"-\frac{-1}{2}", "1/2"),
+        (r"2\frac{-1}{2}", None),
+        ("-- 3", None),
         ("x", None),
         ("", None),
         ("٣", None),
@@ -67,6 +91,14 @@ def test_the_last_number_of_a_sentence():
     assert last_number("10-15 apples, so 2-3") == "3"
     assert last_number("it is -4 degrees") == "-4"
     assert last_number("none") is None
+    assert last_number("the area is 10 m^2.") == "10" == last_number("10 cm^{2}, or m^{-12}")
+    assert last_number(r"so \boxed{-5}") == "-5" and last_number("x_{-5}") == "-5"
+    assert last_number("2^10 is not 7^3") == "7"
+    assert last_number("she has 1{,}234 of them") == "1234" == last_number(r"it is 1\,234!")
+    assert last_number("about 3e5 of them") == "300000" == last_number(r"3 \times 10^5 atoms")
+    assert last_number("it takes 2 1/2 hours") == "5/2"
+    assert last_number("in 2020 345 people") == "345"
+    assert last_number("room 5e") == "5"
 
 
 @given(st.text(max_size=80))
