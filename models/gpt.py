@@ -107,12 +107,12 @@ class GPTConfig:
     @classmethod
     def of(cls, fields: dict[str, Any]) -> "GPTConfig":
         """The configuration whose `dataclasses.asdict` this was, also by way of JSON."""
-        scaling = fields.get("rope_scaling")
-        return cls(
-            **fields
-            | {"rope_scaling": scaling and RopeScaling(**scaling)}
-            | {"nope_layers": tuple(fields.get("nope_layers", ()))}
-        )
+        scaling: Any = fields.get("rope_scaling")
+        known: dict[str, Any] = fields | {
+            "rope_scaling": scaling and RopeScaling(**scaling),
+            "nope_layers": tuple(fields.get("nope_layers", ())),
+        }
+        return cls(**known)
 
     @property
     def llama_like(self) -> bool:
