@@ -9,14 +9,6 @@ from typing import Any, Literal
 DATA_KINDS = ("task", "text", "jsonl", "json", "parquet", "hub", "samples")
 
 
-def is_documents(name: str) -> bool:
-    """Whether `data` of this name is a set of documents: no task, sweep or single text."""
-    kind, _, place = name.partition(":")
-    if kind == "text":
-        return any(c in place for c in "*?[")  # a pattern that several files may match
-    return kind not in ("task", "samples")
-
-
 @dataclass(frozen=True)
 class TrainConfig:
     """A training run. Times are in optimizer steps, lengths in tokens."""
@@ -147,11 +139,6 @@ class TrainConfig:
             faults.append(f"ema is {self.ema}; it must be at least 0 and below 1")
         if self.data_tokens < 0:
             faults.append(f"data_tokens is {self.data_tokens}; it must be at least 0")
-        if self.data_tokens and not any(map(is_documents, self.sources)):
-            faults.append(
-                f"data_tokens is {self.data_tokens}, and {', '.join(self.sources)} has no "
-                "documents to count; leave it at 0"
-            )
         if self.accumulation < 1 or self.batch_size % self.accumulation:
             faults.append(
                 f"accumulation is {self.accumulation}; it must divide batch_size {self.batch_size}"

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from .batch import IGNORE, Batch, Corpus, Source, join
 from .cache import digest
-from .config import TrainConfig, is_documents
+from .config import TrainConfig
 from .documents import Documents
 from .problems import Problems
 from .render import PLAIN_TEMPLATE
@@ -92,9 +92,9 @@ def open_corpus(config: TrainConfig, name: str) -> Corpus:
         return SolverTraces(config, place)
     if kind == "task":
         return Problems(config, place)
-    if is_documents(name):
-        return Documents(config, name, "jsonl" if kind == "json" else kind, place)
-    return LongText(config, name, place)
+    if kind == "text" and not any(c in place for c in "*?["):
+        return LongText(config, name, place)
+    return Documents(config, name, "jsonl" if kind == "json" else kind, place)
 
 
 def load_data(config: TrainConfig) -> Data:

@@ -58,8 +58,6 @@ def test_a_run_is_itself_whatever_it_runs_on():
         (dict(weights=(1, 2)), "weights is [1, 2]; it must have a number for each of the 1 in"),
         (dict(weights=(0.0,)), "weights is [0.0]; each must be above 0"),
         (dict(weights=(float("nan"),)), "weights is [nan]; each must be above 0"),
-        (dict(data_tokens=9), "data_tokens is 9, and task:last_digit has no documents to count"),
-        (dict(data_tokens=9, data="text:a"), "data_tokens is 9, and text:a has no documents"),
         (dict(data_tokens=-1), "data_tokens is -1; it must be at least 0"),
         (dict(weight_decay=float("nan")), "weight_decay is nan; it must be at least 0"),
         (dict(clip=float("inf")), "clip is inf; it must be at least 0"),
