@@ -11,7 +11,7 @@ import importlib.util
 import os
 import re
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from ponder.benchmarks.on_gpu import run_group
@@ -45,14 +45,15 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--skip", type=Path)
-    parser.add_argument("--seconds", type=float, default=400, help="limit of a file")
+    parser.add_argument("--seconds", type=float, default=240, help="limit of a file")
     args = parser.parse_args()
     paths = [p for p in args.folder.rglob("test_*.py") if args.skip not in (p, *p.parents)]
     # The largest first, so that no long one ends alone.
     paths.sort(key=lambda p: -p.stat().st_size)
     total = [0, 0]
     with ThreadPoolExecutor(WORKERS) as pool:
-        for show, *counts in pool.map(lambda p: test_file(p, args.seconds), paths):
+        for done in as_completed([pool.submit(test_file, p, args.seconds) for p in paths]):
+            show, *counts = done.result()
             print(show, flush=True)
             total = [a + b for a, b in zip(total, counts, strict=True)]
     print(f"{total[0]} passed, {total[1]} failed")

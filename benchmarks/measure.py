@@ -184,10 +184,11 @@ def read(path: Path) -> list[Row] | None:
         return [Row(**line) for line in table]  # type: ignore[arg-type]  (numbers as text)
 
 
-def write(measured: list[Row], folder: Path = RESULTS) -> None:
-    """Put rows into the file of their benchmark, in place of this machine's of the same cases."""
+def write(measured: list[Row], folder: Path = RESULTS, *, whole_cases: bool = True) -> None:
+    """Put rows into the file of their benchmark, in place of this machine's of the same cases;
+    whole_cases False: of the same cases and implementations, where those are measured apart."""
     folder.mkdir(parents=True, exist_ok=True)
-    key = "gpu", "case", "dtype"
+    key = ("gpu", "case", "dtype") + (() if whole_cases else ("implementation",))
     for name in {found.benchmark: None for found in measured}:
         path = folder / f"{name}.csv"
         new = [asdict(found) for found in measured if found.benchmark == name]

@@ -191,7 +191,8 @@ def main() -> None:
         keep(out, state)
         print(f"{name}: {state[name]['verdict']}, {state[name]['seconds']} s", flush=True)
         if state[name]["verdict"] != "ok":
-            print("\n".join((out / f"{name}.log").read_text().splitlines()[-15:]), flush=True)
+            log = (out / f"{name}.log").read_text(errors="replace")
+            print("\n".join(log.splitlines()[-15:]), flush=True)
     keep(out, state)
     print(stage_table(state))
 

@@ -293,7 +293,7 @@ def main() -> None:
             profile(args.batch[0], args.each[0], name)
     else:
         for rows in run(args.batch, args.each, args.dtype, args.peer, args.compiled):
-            write(rows)
+            write(rows, whole_cases=False)
 
 
 if __name__ == "__main__":

@@ -64,9 +64,12 @@ else:
             return self.jitted
 
 
-@functools.cache
+# Looked up here: torch 2.11's compiler does not trace find_spec, and would break the graph at it.
+_TRITON = importlib.util.find_spec("triton") is not None
+
+
 def triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return _TRITON
 
 
 def interpreting() -> bool:

@@ -241,7 +241,9 @@ def _unit_stride(x: Tensor) -> Tensor:
 def _rotate_on_cpu(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """cos and sin repeated over both halves, the first half of sin negated."""
     wide = x.to(cos.dtype)  # PyTorch's products of two dtypes are slow
-    return torch.addcmul(wide * cos, wide.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
+    y = torch.addcmul(wide * cos, wide.roll(x.shape[-1] // 2, -1), sin)
+    # torch 2.11 compiles a Function that ends in a cast of nothing without its gradient.
+    return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
 class _RotaryOnCpu(torch.autograd.Function):

@@ -24,6 +24,7 @@ from ..kernels._runtime import use_triton
 
 NAME = "ponder"
 MAX_HEAD_DIM = 256
+UNTOLD = ("phimoe",)  # models whose windows stand in the mask alone, and in no layer_types
 _said: set[str] = set()
 
 
@@ -50,7 +51,7 @@ def mask(**asked: Any) -> Tensor | None:
     successor, and where one does not see its predecessor a segment begins. Functions that users
     add to a model's own come with use_vmap, and are not looked into.
     """
-    from transformers.masking_utils import sdpa_mask
+    from transformers.masking_utils import causal_mask_function, sdpa_mask
 
     n_queries, n_keys = asked["q_length"], asked["kv_length"]
     q_offset, kv_offset = asked.get("q_offset", 0), asked.get("kv_offset", 0)
@@ -62,7 +63,17 @@ def mask(**asked: Any) -> Tensor | None:
     # A cache of a fixed size has keys behind the last query; there the position is a tensor.
     aligned = isinstance(q_offset, int) and q_offset + n_queries == kv_offset + n_keys
     looked_into = not asked.get("use_vmap") and not torch.compiler.is_compiling()
-    if not looked_into or not isinstance(kv_offset, int) or not (aligned or n_queries == 1):
+    # A model that insists on a mask of its own does more with it than attend: Doge adds to it.
+    # (Transformers itself insists where a row is packed, which is looked into.)
+    insists = asked.get("allow_is_causal_skip") is False and sees is causal_mask_function
+    untold = asked.get("local_size") and getattr(asked.get("config"), "model_type", "") in UNTOLD
+    if (
+        untold
+        or (insists and aligned)
+        or not looked_into
+        or not isinstance(kv_offset, int)
+        or not (aligned or n_queries == 1)
+    ):
         return sdpa_mask(**as_theirs)
 
     row, head = torch.arange(n_row, device=device)[:, None], torch.zeros((), device=device).int()

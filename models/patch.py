@@ -150,6 +150,9 @@ def _attention(model: Any, undo: _Undo) -> Part:
     layers = [m for m in model.modules() if type(m).__name__.endswith("Attention")]
     before = model.config._attn_implementation
     part = Part("attention")
+    if not getattr(model, "_supports_attention_backend", False):
+        part.kept[f"{type(model).__name__} takes no attention of others"] = len(layers)
+        return part
     if before != hf_attention.NAME:
         model.set_attn_implementation(hf_attention.NAME)
     if model.config._attn_implementation != hf_attention.NAME:

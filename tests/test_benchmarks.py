@@ -72,6 +72,18 @@ def test_what_cannot_run_is_left_out(case, monkeypatch, capsys):
     assert len(measure.WRONG) == 1 and "ponder fails" in measure.WRONG[0]
 
 
+def test_rows_replace_those_of_their_case_or_their_own(tmp_path):
+    def write(*names, **options):
+        measure.write(
+            [measure.row("b", "a case", "bf16", n, [1.0]) for n in names], tmp_path, **options
+        )
+        return [row.implementation for row in measure.read(tmp_path / "b.csv") or ()]
+
+    assert write("ponder", "peer") == ["ponder", "peer"]
+    assert write("late peer", whole_cases=False) == ["ponder", "peer", "late peer"]
+    assert write("ponder") == ["ponder"]  # ratios are of one run
+
+
 def test_figures_show_each_machine_and_peer(tmp_path):
     def row(name, ms, gpu="A", dtype="bf16"):
         found = measure.row("kernel", "a case", dtype, name, [ms])

@@ -384,7 +384,8 @@ def test_new_segments_need_no_new_compilation(device):
         for bounds, window in (([0, 16], 1), ([0, 3, 32], 16), ([0, 7, 8, 33], 10**12)):
             q = torch.zeros(1, 2, bounds[-1], 64, dtype=torch.bfloat16, device=device)
             sinks = torch.zeros(2, device=device, requires_grad=True)
-            options = dict(window=window, sinks=sinks, softcap=1.0, alibi_slopes=torch.ones(2))
+            slopes = torch.ones(2, device=device)
+            options = dict(window=window, sinks=sinks, softcap=1.0, alibi_slopes=slopes)
             bounds = torch.tensor(bounds, device=device)
             attention(q, q, q, cu_seqlens=bounds, return_lse=True, **options)[1].sum().backward()
     assert len({compiled_as(*launch) for launch in launches}) == len(module.KERNELS)

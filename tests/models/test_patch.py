@@ -493,3 +493,63 @@ assert torch.equal(patched.generate(tokens, **options), model.generate(tokens, *
         [sys.executable, "-c", script], env=os.environ | environment, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
+
+
+def test_a_model_that_makes_more_of_its_mask_gets_a_whole_one():
+    """Doge adds its own mask to the causal one, which it must then be given."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.DogeConfig(
+        vocab_size=50,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attn_implementation="eager",
+    )
+    model = transformers.DogeForCausalLM(config).eval()
+    tokens = torch.randint(0, 50, (2, 24))
+    with torch.no_grad():
+        expected = model(tokens).logits
+        patch(model, quiet=True)
+        with pytest.warns(UserWarning, match="a mask that is not causal"):
+            hf_attention._said.clear()
+            found = model(tokens).logits
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_model_whose_attention_takes_no_other_keeps_it(monkeypatch, llama):
+    model, _ = llama
+    monkeypatch.setattr(type(model), "_supports_attention_backend", False)
+    before = model.config._attn_implementation
+    parts = {part.name: part for part in patch(model, quiet=True)}
+    assert parts["attention"].replaced == 0
+    assert any("takes no attention of others" in why for why in parts["attention"].kept)
+    assert model.config._attn_implementation == before
+    unpatch(model)
+
+
+def test_a_window_that_no_layer_tells():
+    """PhiMoE's layers know of no window: Transformers' whole mask has it."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.PhimoeConfig(
+        vocab_size=50,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=2,
+        num_experts_per_tok=2,
+        sliding_window=5,
+        attn_implementation="eager",
+    )
+    model = transformers.PhimoeForCausalLM(config).eval()
+    tokens = torch.randint(0, 50, (2, 24))
+    with torch.no_grad():
+        expected = model(tokens).logits
+        patch(model, quiet=True)
+        found = model(tokens).logits
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
