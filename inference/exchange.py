@@ -113,7 +113,7 @@ def duels(results: Sequence[Sequence[Result]]) -> list[Duel]:
     """Every model against every larger one, at the larger one's least and greatest budget."""
     found = []
     for large in results:
-        greedy = [r for r in large if r.strategy == "greedy"]
+        greedy = [r for r in large if r.strategy == "greedy" and not r.setting]
         ends = spread(sorted(greedy, key=lambda r: budget_order(r.think_budget)), 2)
         for small in results:
             if _size(small) > 0.9 * _size(large):  # one shape, but for texts of other lengths

@@ -170,10 +170,11 @@ class WordProblems:
             found.setdefault(place, {}).setdefault(problem.prompt, problem)
         # A question that stands in test and elsewhere counts as test.
         held = found.get("test", {})
-        return {
+        left = {
             split: [p for prompt, p in by_prompt.items() if split == "test" or prompt not in held]
             for split, by_prompt in sorted(found.items())
         }
+        return {split: problems for split, problems in left.items() if problems}
 
     @cached_property
     def _apart(self) -> dict[str, Path | None]:

@@ -18,7 +18,9 @@ from .test_report import Page
 from .test_strategies import make_store
 
 
-def setting(model, accuracy, flops, *, strategy="sampling", budget=None, oracle=False, tokens=1.0):
+def setting(
+    model, accuracy, flops, *, strategy="sampling", budget=None, oracle=False, tokens=1.0, more=""
+):
     return SimpleNamespace(
         model=model,
         accuracy=accuracy,
@@ -27,6 +29,7 @@ def setting(model, accuracy, flops, *, strategy="sampling", budget=None, oracle=
         strategy=strategy,
         think_budget=budget,
         oracle=oracle,
+        setting=more,
         ids=np.arange(4),
         scores=np.array([accuracy] * 4),
     )
@@ -54,6 +57,7 @@ def test_a_duel_is_fought_for_no_more_compute():
         setting("l", 0.2, 50, strategy="greedy", budget=0),
         setting("l", 0.5, 60, strategy="greedy", budget=8),
         setting("l", 0.7, 100, strategy="greedy"),
+        setting("l", 0.9, 200, strategy="greedy", more="extend=2"),  # no answer of one breath
     ]
     small = [
         setting("s", 0.6, 90, tokens=9),

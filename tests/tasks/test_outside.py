@@ -79,6 +79,24 @@ def test_a_folder_keeps_the_official_splits(tmp_path):
     assert len(train) + len(val) == 390 and not test & (train | val) and not train & val
 
 
+def test_a_split_whose_questions_all_stand_in_test_is_none(tmp_path):
+    for split in ("train", "test"):
+        write(tmp_path / f"{split}.jsonl", gsm8k_rows(50))
+    task = tasks.get(f"gsm8k:{tmp_path}")
+    assert len(task.problems("test", 50, 0)) == 50
+    with pytest.raises(ValueError, match="has no train problems here; there are test"):
+        task.problems("train", 5, 0)
+
+
+def test_a_file_may_hold_line_separators_of_unicode(tmp_path):
+    rows = gsm8k_rows(200)
+    rows[0]["question"] += "\u2028 Now?\x85"
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+    task = tasks.get(f"gsm8k:{path}")
+    assert sum(len(task._split(split)) for split in ("train", "val", "test")) == 200
+
+
 def test_parquet(tmp_path):
     import pyarrow
     import pyarrow.parquet
