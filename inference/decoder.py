@@ -1,48 +1,49 @@
-"""Decoder: a GPT's weights laid out for sampling on a CPU, and its forward pass over them.
+"""Decoder: a GPT's forward pass for sampling on a CPU, in C (`decoder.c`), over packed weights.
 
-The same function as `GPT.hidden` and `GPT.logits`, in half as many operations: norm weights are
-folded into the matrices behind them, q, k and v are one product, matrices are packed once, and all
-of it is written as one function. What that brings is in benchmarks/NOTES.md, "Sampling".
-
-A row's numbers do not depend on where it stands in the batch, bit for bit, whatever the number of
-threads, as long as the number of rows is a multiple of `ROWS` and the model's widths are of 4; what
-that takes is said where it is done.
-Shapes: B rows, T tokens, M = B · T, C width, H query heads, G key-value heads, D head width.
+The same function as `GPT.hidden` and `GPT.logits`. A decode step is hundreds of short operations,
+of which PyTorch's own cost as much as the arithmetic; in C a thread takes its rows through all
+layers. A row's numbers do not depend, bit for bit, on what else is computed, on the number of rows,
+of threads, or of positions that there is room for. What it brings is in benchmarks/NOTES.md.
 """
 
+import ctypes
 import time
 from collections.abc import Iterable
+from ctypes import c_float, c_int64, c_void_p
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..kernels._activations import ACTIVATIONS
-from ..kernels.decode_attention import CPU_ROWS, CPU_SPLIT
 from ..models import GPT, KVCache
-from ..models.cache import LayerCache
+from ..models.layers import readable
+from .native import library
 
-# MKL takes other paths, with other roundings, for the last rows of a product (seen: of 2, 5, 7 and
-# 31 rows), and on some numbers of threads for every fourth row where the columns are not a multiple
-# of 4 (seen: 37, 54).
-ROWS, COLUMNS = 8, 16
-CPU_BLOCK = 64  # rows of an engine's blocks on a CPU, which threads take side by side
-# PyTorch hands a thread at least so many numbers of an elementwise operation, and treats what
-# remains of its share behind multiples of two vectors one by one, with another exponential.
-GRAIN, VECTORS = 32768, 64
+DTYPES = torch.float32, torch.bfloat16
+
+
+def fits(model: Any, dtype: torch.dtype) -> bool:
+    """Whether a Decoder can be made of the model: a GPT whose weights are its own (no adapters),
+    in fp32 or bf16, on a machine with a C compiler."""
+    if not isinstance(model, GPT) or dtype not in DTYPES:
+        return False
+    linear = [m for b in model.layers for m in b.modules() if not any(m.children())]
+    norms = {"RMSNorm", "LayerNorm"}
+    plain = all(readable(m) for m in linear if type(m).__name__ not in norms)
+    return plain and readable(model.lm_head) and library() is not None
 
 
 @torch.inference_mode()
 def bf16_pays(model: GPT, rows: int) -> bool:
     """Whether this CPU decodes so many rows in bf16 in less than 0.8 of fp32's time; False for a
     model that no Decoder can be made of."""
-    if not model.config.llama_like:
+    if not fits(model, torch.bfloat16):
         return False
     length = min(64, model.config.context)
-    rows = min(rows, 1024)  # more are as fast, each
-    tokens = torch.zeros(-(-rows // ROWS) * ROWS, 1, dtype=torch.int64)
+    tokens = torch.zeros(min(rows, 1024), 1, dtype=torch.int64)  # more are as fast, each
     seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in DTYPES:
         decoder = Decoder(model, dtype)
         cache = KVCache(model.config, len(tokens), length, dtype=dtype)
         cache.empty = False
@@ -55,176 +56,173 @@ def bf16_pays(model: GPT, rows: int) -> bool:
     return seconds[torch.bfloat16] < 0.8 * seconds[torch.float32]
 
 
+class Matrix(ctypes.Structure):
+    _fields_ = [("weight", c_void_p), ("bias", c_void_p), ("in", c_int64), ("out", c_int64)]
+
+
+class Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("norm", "norm_bias", "mlp_norm", "mlp_norm_bias")),
+        *((name, c_void_p) for name in ("q_norm", "k_norm")),
+        *((name, Matrix) for name in ("qkv", "o", "gate", "up", "down")),
+        ("turned", c_int64),
+    ]
+
+
+class Model(ctypes.Structure):
+    _fields_ = [
+        *((name, c_int64) for name in ("n_layer", "n_head", "n_kv_head", "head_dim")),
+        *((name, c_int64) for name in ("width", "inner", "vocabulary")),
+        *((name, c_int64) for name in ("activation", "gated", "layer_norm", "half")),
+        *((name, c_void_p) for name in ("embedding", "positions", "cos", "sin")),
+        *((name, c_void_p) for name in ("norm", "norm_bias")),
+        ("eps", c_float),
+        ("layers", ctypes.POINTER(Layer)),
+        ("head", Matrix),
+    ]
+
+
+class Pass(ctypes.Structure):
+    _fields_ = [
+        *((name, c_int64) for name in ("sequences", "tokens")),
+        *((name, c_void_p) for name in ("token", "row", "length", "keys", "values")),
+        *((name, c_int64) for name in ("rows", "capacity")),
+        *((name, c_void_p) for name in ("prefix_keys", "prefix_values")),
+        *((name, c_int64) for name in ("groups", "prefix_capacity", "prefix_width")),
+        *((name, c_void_p) for name in ("place", "prefix_length", "hidden")),
+        ("threads", c_int64),
+    ]
+
+
 class Decoder:
     """`hidden(tokens, cache)` and `logits(hidden)` of a GPT on CPU, without gradients.
 
-    dtype, fp32 or bf16, is that of the matrices, of their inputs and of the cache; the residual
-    stream, norms, rotary angles and softmax are fp32. The weights are copied: a Decoder shows the
-    model as it was.
+    dtype, fp32 or bf16, is that of the matrices, of their inputs and of the cache; all else is
+    fp32. The weights are copied: a Decoder shows the model as it was.
     """
 
     def __init__(self, model: GPT, dtype: torch.dtype = torch.float32):
-        self.config, self.dtype = model.config, dtype
-        self.rotary = model.rotary
-        self.activation = ACTIVATIONS[model.config.activation]
-        self.embedding = model.embed_tokens.weight.detach().to(torch.float32, copy=True)
-        # A norm divides by the root of the sum, not of the mean, so √C goes into the weights.
-        root, head_root = model.config.n_embd**0.5, model.config.head_dim**0.5
-
-        def matrix(*weights: Tensor, norm: Tensor | None = None) -> Tensor:
-            joined = torch.cat(weights).detach().float()
-            if norm is not None:
-                joined = joined * (norm.detach().float() * root)
-            return _packed(joined.to(dtype))
-
-        self.layers = []
-        for block in cast(Iterable[Any], model.layers):
+        c, self.dtype = model.config, dtype
+        self.config = c
+        found = library()
+        assert found is not None
+        self.library = found
+        self.kept: list[Any] = []  # what C has pointers into
+        layers = (Layer * c.n_layer)()
+        for layer, block in zip(layers, cast(Iterable[Any], model.layers), strict=True):
             attend, mlp = block.self_attn, block.mlp
             projections = attend.q_proj, attend.k_proj, attend.v_proj
-            norm, mlp_norm = block.input_layernorm.weight, block.post_attention_layernorm.weight
-            qkv = matrix(*(p.weight for p in projections), norm=norm)
-            bias = out_bias = head_norm = None
-            if attend.q_proj.bias is not None:
-                bias = torch.cat([p.bias for p in projections]).detach().float()
-                out_bias = attend.o_proj.bias.detach().float().clone()
+            layer.norm, layer.norm_bias = self._norm(block.input_layernorm)
+            layer.mlp_norm, layer.mlp_norm_bias = self._norm(block.post_attention_layernorm)
             if attend.q_norm is not None:
-                norms = [attend.q_norm.weight] * attend.n_head
-                norms += [attend.k_norm.weight] * attend.n_kv_head
-                head_norm = torch.stack(norms).detach().float() * head_root
-            gate = matrix(mlp.gate_proj.weight, norm=mlp_norm) if model.config.gated else None
-            up, down = matrix(mlp.up_proj.weight, norm=mlp_norm), matrix(mlp.down_proj.weight)
-            out = matrix(attend.o_proj.weight)
-            self.layers.append((qkv, bias, head_norm, out, out_bias, gate, up, down))
-        head = torch.nn.functional.pad(
-            model.lm_head.weight.detach(), (0, 0, 0, -model.config.vocab_size % COLUMNS)
+                layer.q_norm = self._floats(attend.q_norm.weight)
+                layer.k_norm = self._floats(attend.k_norm.weight)
+            layer.qkv = self._matrix(*projections)
+            layer.o = self._matrix(attend.o_proj)
+            if c.gated:
+                layer.gate = self._matrix(mlp.gate_proj)
+            layer.up, layer.down = self._matrix(mlp.up_proj), self._matrix(mlp.down_proj)
+            layer.turned = block.turned
+        self.model = Model(
+            n_layer=c.n_layer,
+            n_head=c.n_head,
+            n_kv_head=c.n_kv_head,
+            head_dim=c.head_dim,
+            width=c.n_embd,
+            inner=c.n_inner,
+            vocabulary=c.vocab_size,
+            activation=list(ACTIVATIONS).index(c.activation),
+            gated=c.gated,
+            layer_norm=c.norm == "layer",
+            half=dtype == torch.bfloat16,
+            embedding=self._floats(model.embed_tokens.weight),
+            cos=self._floats(model.rotary.cos),
+            sin=self._floats(model.rotary.sin),
+            eps=c.norm_eps,
+            layers=layers,
+            head=self._matrix(model.lm_head),
         )
-        self.head = matrix(head, norm=model.norm.weight)
+        self.model.norm, self.model.norm_bias = self._norm(model.norm)
+        if c.positions == "learned":
+            self.model.positions = self._floats(model.embed_positions.weight)
 
-    def hidden(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        """tokens (B, T) → (B, T, C), as `GPT.hidden`, before the final norm."""
-        c, (B, T) = self.config, tokens.shape
-        n_head, n_kv_head, head_dim = c.n_head, c.n_kv_head, c.head_dim
-        n_qk = n_head + n_kv_head
-        positions = None if cache.empty else cache.positions(T)
-        cos, sin = self.rotary(T if positions is None else positions)
-        cos, sin = torch.cat((cos, cos), -1).unsqueeze(-2), torch.cat((-sin, sin), -1).unsqueeze(-2)
-        h = self.embedding[tokens.flatten()]
-        views = cache.views(positions, T)
-        unseen = None if positions is None else self._unseen(cache, T)
-        for (qkv, bias, head_norm, out, out_bias, gate, up, down), view in zip(
-            self.layers, views, strict=True
-        ):
-            y = _product(self._normed(h), qkv).float()
-            if bias is not None:
-                y += bias
-            y = y.view(B, T, -1, head_dim)
-            qk, v = y[:, :, :n_qk], y[:, :, n_qk:]
-            if head_norm is not None:
-                qk = self._unit(qk).mul_(head_norm)
-            # Products and sums apart: a fused one may be rounded otherwise in a vector's remainder.
-            turned = torch.cat((qk[..., head_dim // 2 :], qk[..., : head_dim // 2]), -1).mul_(sin)
-            q, k = turned.add_(qk * cos).transpose(1, 2).split((n_head, n_kv_head), 1)
-            v = v.transpose(1, 2)
-            if unseen is None:
-                y = view.attend(q, k, v)
-            else:
-                view.write(k, v)
-                y = self._attend(q, view, unseen)
-            h += _product(y.transpose(1, 2).reshape(B * T, -1).to(self.dtype), out)
-            if out_bias is not None:
-                h += out_bias
-            y = self._normed(h)
-            z = self._activated(_product(y, up if gate is None else gate))
-            h += _product(z if gate is None else z.mul_(_product(y, up)), down)
+    def hidden(self, tokens: Tensor, cache: KVCache, rows: Tensor | None = None) -> Tensor:
+        """tokens (B, T) → (B, T, C), as `GPT.hidden`, before the final norm. rows (B,), int64:
+        which of the cache's they are; None: all."""
+        B, T = tokens.shape
+        tokens = tokens.contiguous()
+        rows = torch.arange(B) if rows is None else rows
+        length = torch.zeros_like(cache.lengths) if cache.empty else cache.lengths.contiguous()
+        hidden = torch.empty(B, T, self.config.n_embd)
+        work = Pass(
+            sequences=B,
+            tokens=T,
+            token=tokens.data_ptr(),
+            row=rows.data_ptr(),
+            length=length.data_ptr(),
+            keys=cache.keys.data_ptr(),
+            values=cache.values.data_ptr(),
+            rows=len(length),
+            capacity=cache.capacity,
+            hidden=hidden.data_ptr(),
+            threads=torch.get_num_threads(),
+        )
+        prefix = None if cache.empty else cache.prefix
+        if prefix is not None:
+            work.prefix_keys, work.prefix_values = prefix.keys.data_ptr(), prefix.values.data_ptr()
+            work.groups, work.prefix_capacity = prefix.groups, prefix.capacity
+            work.prefix_width = prefix.width
+            work.place, work.prefix_length = prefix.place.data_ptr(), prefix.lengths.data_ptr()
+        self._checked(self.library.hidden(ctypes.byref(self.model), ctypes.byref(work)))
         cache.empty = False
-        return h.view(B, T, -1)
+        return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (..., C) → (..., V) in fp32, as `GPT.logits`, the final norm included."""
-        logits = _product(self._normed(hidden), self.head)
-        return logits[..., : self.config.vocab_size].float()
+        hidden = hidden.contiguous()
+        rows = hidden.numel() // self.config.n_embd
+        logits = torch.empty(*hidden.shape[:-1], self.config.vocab_size)
+        self._checked(
+            self.library.logits(
+                ctypes.byref(self.model),
+                c_void_p(hidden.data_ptr()),
+                c_int64(rows),
+                c_void_p(logits.data_ptr()),
+                c_int64(torch.get_num_threads()),
+            )
+        )
+        return logits
 
-    def _unseen(self, cache: KVCache, T: int) -> Tensor:
-        """(B, 1, T, S + P): −inf where a token must not look, of its row's own positions and of its
-        prefix's; else 0."""
-        own = cache.lengths[:, None] + torch.arange(T)
-        hidden = torch.arange(cache.capacity) > own[..., None]
-        if cache.prefix is not None:
-            beyond = torch.arange(cache.prefix.capacity) >= cast(Tensor, cache.offsets())[:, None]
-            hidden = torch.cat((hidden, beyond[:, None].expand(-1, T, -1)), -1)
-        zeros = torch.zeros(hidden.shape, dtype=self.dtype)
-        return zeros.masked_fill_(hidden, -torch.inf)[:, None]
+    def _checked(self, failed: int) -> None:
+        if failed:
+            raise torch.OutOfMemoryError("no memory for the activations of a decode step")
 
-    def _attend(self, q: Tensor, view: LayerCache, unseen: Tensor) -> Tensor:
-        """decode_attention in products of the cache's dtype, which that has only on a GPU: in bf16
-        half as long (256 products of 2 × 32 × 96: 0.3 ms against 0.7); and with products of a
-        prefix whose shape is the same however many rows share it."""
-        B, H, T, D = q.shape
-        keys, values = view.keys.flatten(0, 1), view.values.flatten(0, 1)
-        S = keys.shape[1]
-        queries = (q * D**-0.5).to(self.dtype).reshape(len(keys), -1, D)
-        scores = torch.bmm(queries, keys.mT).view(B, H, T, S)
-        if view.prefix is None:
-            weights = scores.add_(unseen).softmax(-1)
-            return _weighted(weights.view(len(keys), -1, S), values).view(q.shape)
-        p = view.prefix
-        N, G, P = p.keys.shape[:3]
+    def _floats(self, x: Tensor) -> int:
+        kept = x.detach().to(torch.float32, copy=True).contiguous()
+        self.kept.append(kept)
+        return kept.data_ptr()
 
-        def to_places(x: Tensor) -> Tensor:
-            """(B, H, T, n) → (N · G, width · H/G · T, n)"""
-            x = x[p.order].view(N, -1, G, H // G * T, x.shape[-1])
-            return x.transpose(1, 2).reshape(N * G, -1, x.shape[-1])
+    def _norm(self, norm: Any) -> tuple[int, int | None]:
+        bias = getattr(norm, "bias", None)
+        return self._floats(norm.weight), None if bias is None else self._floats(bias)
 
-        def to_rows(x: Tensor) -> Tensor:
-            """Back again."""
-            x = x.view(N, G, -1, H // G * T, x.shape[-1]).transpose(1, 2)
-            return x.reshape(-1, H, T, x.shape[-1])[p.place]
-
-        prefix_scores = torch.bmm(to_places(queries.view(B, H, T, D)), p.keys.flatten(0, 1).mT)
-        scores = torch.cat((scores, to_rows(prefix_scores)), -1).add_(unseen)
-        own, shared = scores.softmax(-1).split((S, P), -1)
-        out = _weighted(own.reshape(len(keys), -1, S), values).view(q.shape)
-        return out + to_rows(_weighted(to_places(shared), p.values.flatten(0, 1)))
-
-    def _unit(self, x: Tensor) -> Tensor:
-        """x / sqrt(sum(x²) + n eps), n the last dimension: its RMS norm over √n."""
-        squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
-        return x * squares.add_(x.shape[-1] * self.config.norm_eps).rsqrt_()
-
-    def _normed(self, x: Tensor) -> Tensor:
-        return self._unit(x).to(self.dtype)
-
-    def _activated(self, x: Tensor) -> Tensor:
-        """activation(x), of which each thread gets whole vectors."""
-        share = VECTORS * min(torch.get_num_threads(), -(-x.numel() // GRAIN))
-        if not x.numel() % share:
-            return self.activation(x)
-        padded = torch.nn.functional.pad(x.flatten(), (0, -x.numel() % share))
-        return self.activation(padded)[: x.numel()].view(x.shape)
-
-
-def _packed(matrix: Tensor) -> Tensor:
-    """A matrix (out, in) as `_product` reads it fastest: with oneDNN in blocks, which spares a copy
-    in each product (32 rows of 256 × 768: bf16 116 µs against 154, fp32 164 against 204)."""
-    if not torch.backends.mkldnn.is_available():
-        return matrix.clone()
-    return torch.ops.mkldnn._reorder_linear_weight(matrix, CPU_BLOCK)
-
-
-def _product(x: Tensor, matrix: Tensor) -> Tensor:
-    """x (..., in) → (..., out)"""
-    if matrix.is_mkldnn:
-        return torch.ops.mkldnn._linear_pointwise(x, matrix, None, "none", [], "")
-    return torch.nn.functional.linear(x, matrix)
-
-
-def _weighted(weights: Tensor, values: Tensor) -> Tensor:
-    """weights (n, i, S) values (n, S, D), summed in an order that S does not change."""
-    rows, S = weights.shape[1:]
-    if rows < CPU_ROWS or S <= CPU_SPLIT:
-        return torch.bmm(weights, values)
-    out = torch.bmm(weights[..., :CPU_SPLIT], values[:, :CPU_SPLIT])
-    for split in range(CPU_SPLIT, S, CPU_SPLIT):
-        part = slice(split, split + CPU_SPLIT)
-        out.baddbmm_(weights[..., part], values[:, part])
-    return out
+    def _matrix(self, *linears: nn.Linear) -> Matrix:
+        """Their weights one above the other, packed as `decoder.c` reads them."""
+        weight = torch.cat([linear.weight.detach() for linear in linears]).to(self.dtype)
+        rows, columns = weight.shape
+        panel = self.library.panel()
+        weight = nn.functional.pad(weight, (0, columns % 2, 0, -rows % panel))
+        together = 1 if self.dtype == torch.float32 else 2  # inputs
+        packed = weight.view(-1, panel, weight.shape[1] // together, together)
+        packed = packed.transpose(1, 2).contiguous()
+        self.kept.append(packed)
+        bias = None
+        if any(linear.bias is not None for linear in linears):
+            given = [
+                torch.zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
+                for linear in linears
+            ]
+            bias = self._floats(nn.functional.pad(torch.cat(given).float(), (0, -rows % panel)))
+        matrix = Matrix(weight=packed.data_ptr(), bias=bias, out=rows)
+        setattr(matrix, "in", weight.shape[1])
+        return matrix

@@ -1,11 +1,12 @@
 """Engine: many samples of many prompts at once, each as if it had been drawn alone.
 
 A fixed number of slots decodes together; a slot whose sample has finished takes the next request.
-Each distinct prompt is prefilled once; the keys and values of a long one are read once for every
-few of its samples. A sample depends on the model, its prompt, its parameters, its seed and its
-index, and on nothing else: every shape that the model sees is fixed (all slots are computed whether
-they are in use or not; prompts are prefilled in blocks of a size that their own length decides),
-and each sample draws from a random stream of its own.
+Each distinct prompt is prefilled once, and its samples share its keys and values. A sample depends
+on the model, its prompt, its parameters, its seed and its index, and on nothing else: each draws
+from a random stream of its own, and what computes the logits gives a row the same numbers whatever
+stands beside it. `Decoder` does that by itself; PyTorch's operations where every shape that they
+see is fixed (all slots are computed whether they are in use or not; prompts are prefilled in blocks
+of a size that their own length decides).
 """
 
 import copy
@@ -20,22 +21,18 @@ from torch import Tensor
 
 from ..models import GPT, KVCache
 from ..models.memory import available
-from .decoder import CPU_BLOCK, ROWS, Decoder
+from .decoder import Decoder, fits
 from .memory import Plan
 from .prompts import Prompts, round_up
 from .request import Request, Sample, SamplingParams, stream_key
 from .slots import Slots
-from .workers import Workers
 
 __all__ = ["Engine", "LocalEngine", "Request", "Sample", "SamplingParams", "stream_key"]
 
-MANY_SLOTS = 256  # from so many on a CPU's blocks are of twice the rows: 1.2 to 1.4 times as fast
+ROWS = 8  # MKL rounds otherwise in the last rows of a product whose number is no multiple of it
 GPU_BLOCK = 256  # rows that decode together where the number of slots must not matter
 # Rows (samples × query heads of a key-value head) whose product with a shared prompt is one.
-CPU_GROUP, GPU_GROUP = 8, 64
-# Prompts of so many tokens are shared; a shorter one lies in front of each of its samples, whose
-# attention is then one product instead of two. On a GPU not yet measured.
-CPU_SHARED, GPU_SHARED = 256, 1
+CPU_GROUP, GROUP = 8, 64
 
 
 class Engine(Protocol):
@@ -47,7 +44,7 @@ class Engine(Protocol):
 
 
 class Network(Protocol):
-    """What the engine asks of a model: `GPT` has it, and so has `Decoder`."""
+    """What the engine asks of a model: `GPT` has it, and so has `Decoder`, which can leave rows out."""
 
     def hidden(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """tokens (B, T) behind what the cache holds → (B, T, C)."""
@@ -62,20 +59,19 @@ class LocalEngine:
     """Samples from a model on this machine, `slots` of them at a time.
 
     model: a GPT, or anything with its `config`, `hidden` and `logits`. slots is rounded up to a
-    multiple of 8, on a CPU above 64 to one of 64, from 256 on to one of 128. eos and think_end are
-    the ids of <eos> and </think>; without think_end no request may have a budget. cue holds the
-    tokens that `extend` puts in the place of a </think>. device defaults to the model's own. So
-    does dtype; on a CPU it is that of matrix products and of the cache (bf16 is about 1.5 times as
-    fast where the CPU has such products, and slower elsewhere), and the rest is fp32. Weights are
-    read anew by each `generate`.
+    multiple of 8 where PyTorch decodes, that is on a GPU, and on a CPU without a C compiler or with
+    a model that is no plain GPT. eos and think_end are the ids of <eos> and </think>; without
+    think_end no request may have a budget. cue holds the tokens that `extend` puts in the place of
+    a </think>. device defaults to the model's own. So does dtype; on a CPU it is that of matrix
+    products and of the cache (bf16 is up to twice as fast where the CPU has such products, and
+    slower elsewhere), and the rest is fp32. Weights are read anew by each `generate`.
 
     Throughput grows with the slots until the machine is busy, memory with slots × the longest
     running sequence; before anything starts the engine reckons what that takes, and has fewer slots
     where it does not fit. The numbers that a row gets do not depend on what the other rows hold,
-    but may differ in the last bit between two numbers of slots, on a CPU below 64 of them and
-    where they decode in blocks of 128, from 256 on. With `invariant` they do not: slots decode in
-    blocks of a number of rows that never changes (64, on a GPU 256), and are rounded up to a
-    multiple of it.
+    but may differ in the last bit between two numbers of slots where PyTorch decodes. With
+    `invariant` they do not: on a GPU slots decode in blocks of 256 rows, and are rounded up to a
+    multiple of it; on a CPU the C decoder has it so in any case.
     """
 
     def __init__(
@@ -107,29 +103,26 @@ class LocalEngine:
         self.dtype = own.dtype if dtype is None else dtype
         self.model, self.think_end, self.cue = model, think_end, cue
         config, gpu = model.config, self.device.type == "cuda"
-        self.rows = round_up(slots, ROWS)  # of a block, that decodes together
-        if gpu and invariant:
-            self.rows = GPU_BLOCK
-        elif self._decoder_fits():
-            block = CPU_BLOCK if slots < MANY_SLOTS else 2 * CPU_BLOCK
-            self.rows = CPU_BLOCK if invariant else min(self.rows, block)
-        elif invariant:
-            raise ValueError("invariant is true; on a CPU it needs a GPT of the Llama kind")
-        self.slots, self.invariant = round_up(slots, self.rows), invariant
-        self.group = max(1, (GPU_GROUP if gpu else CPU_GROUP) * config.n_kv_head // config.n_head)
-        self.shared_from = GPU_SHARED if gpu else CPU_SHARED
+        self.native = self.device.type == "cpu" and fits(model, self.dtype)
+        if invariant and not gpu and not self.native:
+            raise ValueError(
+                "invariant is true; on a CPU it needs a GPT in fp32 or bf16 and a C compiler"
+            )
+        self.least = GPU_BLOCK if gpu and invariant else ROWS  # slots
+        self.slots, self.invariant = slots, invariant
+        if not self.native:
+            self.slots = round_up(slots, self.least)
+        self.rows = GPU_BLOCK if gpu and invariant else self.slots  # that decode together
+        group = GROUP if gpu or self.native else CPU_GROUP
+        self.group = max(1, group * config.n_kv_head // config.n_head)
         # On a GPU the host looks at the results of several steps at once, so as not to stall it.
         self.steps_per_look = 16 if gpu else 1
-        # Several prefills at a time on a CPU's threads; products are as fast from 128 rows on.
-        self.block_tokens = 2048 if gpu else 128
-
-    def _decoder_fits(self) -> bool:
-        model = self.model
-        return self.device.type == "cpu" and isinstance(model, GPT) and model.config.llama_like
+        # A prefill's; PyTorch's products on a CPU are as fast from 128 rows on.
+        self.block_tokens = 2048 if gpu or self.native else 128
 
     def network(self) -> Network:
         """What computes the logits."""
-        if self._decoder_fits():
+        if self.native:
             return Decoder(self.model, self.dtype)
         if self._is_ready():
             return self.model
@@ -146,12 +139,10 @@ class LocalEngine:
         Raises ValueError where the requests fit with no number of slots.
         """
         choices = [self.slots]
-        while choices[-1] > self.rows:
-            choices.append(choices[-1] // 2 // self.rows * self.rows)
-        while not self.invariant and choices[-1] > ROWS:
-            choices.append(round_up(choices[-1] // 2, ROWS))
+        while choices[-1] > self.least:
+            choices.append(round_up(choices[-1] // 2, self.least))
         itemsize, weights = self.dtype.itemsize, 0
-        if self._decoder_fits() or not self._is_ready():
+        if self.native or not self._is_ready():
             count = sum(p.numel() for p in self.model.parameters())
             weights = count * itemsize + 4 * self.model.config.vocab_size * self.model.config.n_embd
         return Plan(
@@ -206,37 +197,34 @@ class LocalEngine:
         rows = min(self.rows, plan.slots)
         network = self.network()
         blocks = [Slots(self, network, rows, ends) for _ in range(plan.slots // rows)]
+        prompts = Prompts(self, network)
+        for request in waiting:
+            prompts.expect(request.prompt)
         clock = 0.0  # seconds that a sample which has run from the start owes
-        with Workers(len(blocks) if self.device.type == "cpu" else 1) as workers:
-            prompts = Prompts(
-                network, self.model.config, self.device, self.dtype, workers, self.block_tokens
-            )
-            for request in waiting:
+        while True:
+            free = sum(len(block.free) for block in blocks)
+            for request in islice(source, max(0, free + plan.slots - len(waiting))):
+                plan.admit(request)
+                waiting.append(request)
                 prompts.expect(request.prompt)
-            while True:
-                free = sum(len(block.free) for block in blocks)
-                for request in islice(source, max(0, free + plan.slots - len(waiting))):
-                    plan.admit(request)
-                    waiting.append(request)
-                    prompts.expect(request.prompt)
-                batch = deque(waiting.popleft() for _ in range(min(free, len(waiting))))
-                prompts.prefill(batch, waiting)
-                start = time.perf_counter()
-                for block in blocks:
-                    if part := [batch.popleft() for _ in range(min(len(block.free), len(batch)))]:
-                        block.fill(part, prompts, clock)
-                running = [block for block in blocks if block.running]
-                if not running:
-                    return
-                finished = workers.run(Slots.step, running)
-                alive = sum(len(block.running) for block in running)
-                clock += (time.perf_counter() - start) / alive
-                samples = []
-                for block, done in zip(running, finished, strict=True):
-                    if watch:
-                        block.show(watch)
-                    samples += block.collect(done, clock)
-                yield from samples
+            batch = deque(waiting.popleft() for _ in range(min(free, len(waiting))))
+            prompts.prefill(batch, waiting)
+            start = time.perf_counter()
+            for block in blocks:
+                if part := [batch.popleft() for _ in range(min(len(block.free), len(batch)))]:
+                    block.fill(part, prompts, clock)
+            running = [block for block in blocks if block.running]
+            if not running:
+                return
+            finished = [block.step() for block in running]
+            alive = sum(len(block.running) for block in running)
+            clock += (time.perf_counter() - start) / alive
+            samples = []
+            for block, done in zip(running, finished, strict=True):
+                if watch:
+                    block.show(watch)
+                samples += block.collect(done, clock)
+            yield from samples
 
     def _checked(self, request: Request) -> Request:
         prompt, params = request.prompt, request.params

@@ -22,7 +22,7 @@ from .chat import (
     think_tokens,
     thoughtful,
 )
-from .decoder import ROWS, bf16_pays
+from .decoder import bf16_pays
 from .engine import LocalEngine, Request, Sample, SamplingParams
 from .speaker import (
     DTYPE,
@@ -190,8 +190,7 @@ class LocalSpeaker:
                 if not out_of_memory(error):
                     raise
             # Not in the handler: its traceback holds on to what filled the memory.
-            least = self.engine.rows if self.invariant else ROWS
-            self.engine = self._engine(halved(self.engine.slots, least))
+            self.engine = self._engine(halved(self.engine.slots, self.engine.least))
 
     def decode(self, tokens: Sequence[int], prompt: Sequence[int]) -> str:
         """The text of a completion, with <think> before it where the prompt opened a thought, and

@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..models import GPTConfig, KVCache, Prefix
+from ..models import KVCache, Prefix
 from .request import Request
-from .workers import Workers
 
 LENGTH_STEP = 32  # attended lengths and prompt blocks are rounded up to a multiple of it
 
@@ -40,22 +39,12 @@ def copy_rows(source: KVCache, target: KVCache | Prefix, pairs: list[tuple[int, 
 class Prompts:
     """The keys and values of the prompts that waiting requests need.
 
-    Prompts are prefilled in blocks of fixed shape, right-padded to a length that a prompt's own
-    length decides, so that no prompt's numbers depend on its companions.
+    Where PyTorch computes them, prompts are prefilled in blocks of fixed shape, right-padded to a
+    length that a prompt's own length decides, so that no prompt's numbers depend on its companions.
     """
 
-    def __init__(
-        self,
-        network: Any,
-        config: GPTConfig,
-        device: torch.device,
-        dtype: torch.dtype,
-        workers: Workers,
-        block_tokens: int,
-    ):
-        self.network, self.config, self.workers = network, config, workers
-        self.block_tokens = block_tokens
-        self.device, self.dtype = device, dtype
+    def __init__(self, engine: Any, network: Any):
+        self.engine, self.network, self.config = engine, network, engine.model.config
         self.waiting: Counter[Prompt] = Counter()
         self.ready: dict[Prompt, Place] = {}
         self.owed: dict[Prompt, float] = {}  # seconds that none paid yet
@@ -82,7 +71,9 @@ class Prompts:
         if not needed:
             return
         start = time.perf_counter()
-        spare = {width: -len(prompts) % self._rows(width) for width, prompts in needed.items()}
+        spare = {}
+        if not self.engine.native:
+            spare = {width: -len(prompts) % self._rows(width) for width, prompts in needed.items()}
         for request in ahead:
             prompt, width = request.prompt, self._width(request.prompt)
             if spare.get(width) and prompt not in self.ready and prompt not in needed[width]:
@@ -93,24 +84,26 @@ class Prompts:
             source = iter(prompts)
             while block := list(islice(source, self._rows(width))):
                 blocks.append((width, block))
-        self.workers.run(self._prefill_block, blocks)
+        for width, prompts in blocks:
+            self._prefill_block(width, prompts)
         seconds = (time.perf_counter() - start) / sum(width for width, _ in blocks)
         for width, prompts in blocks:
             self.owed.update(dict.fromkeys(prompts, seconds * width / len(prompts)))
 
     def _width(self, prompt: Prompt) -> int:
-        return min(round_up(len(prompt)), self.config.context)
+        return len(prompt) if self.engine.native else min(round_up(len(prompt)), self.config.context)
 
     def _rows(self, width: int) -> int:
-        return max(1, self.block_tokens // width)
+        return max(1, self.engine.block_tokens // width)
 
     @torch.inference_mode()
-    def _prefill_block(self, work: tuple[int, list[Prompt]]) -> None:
-        width, prompts = work
+    def _prefill_block(self, width: int, prompts: list[Prompt]) -> None:
         padded = [p + (0,) * (width - len(p)) for p in prompts]
-        padded += [(0,) * width] * (self._rows(width) - len(prompts))
-        block = KVCache(self.config, len(padded), width, device=self.device, dtype=self.dtype)
-        self.network.hidden(torch.tensor(padded, device=self.device), block)
+        if not self.engine.native:
+            padded += [(0,) * width] * (self._rows(width) - len(prompts))
+        device, dtype = self.engine.device, self.engine.dtype
+        block = KVCache(self.config, len(padded), width, device=device, dtype=dtype)
+        self.network.hidden(torch.tensor(padded, device=device), block)
         for row, prompt in enumerate(prompts):
             self.ready[prompt] = Place(block, row)
 
@@ -118,8 +111,7 @@ class Prompts:
 class Groups:
     """Which rows of a cache share a prompt, in groups of as many places as its prefix has.
 
-    A prompt may have several groups, and a group places that no row has; rows come and go. Those
-    that hold their prompt themselves are together under the empty one.
+    A prompt may have several groups, and a group places that no row has; rows come and go.
     """
 
     def __init__(self, prefix: Prefix):
@@ -151,9 +143,8 @@ class Groups:
             self.rows.append([None] * self.prefix.width)
             self.lengths.append(0)
         group = heapq.heappop(self.idle)
-        if prompt:
-            self.lengths[group] = len(prompt) - 1  # a row's own first token is the prompt's last
-            self.copies.setdefault(source.block, []).append((source.row, group))
+        self.lengths[group] = len(prompt) - 1  # a row's own first token is the prompt's last
+        self.copies.setdefault(source.block, []).append((source.row, group))
         return group
 
     def remove(self, row: int, prompt: Prompt) -> None:

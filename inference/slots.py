@@ -9,17 +9,16 @@ from ..kernels import sample_tokens
 from ..models import KVCache, Prefix
 from .forcing import Forcing
 from .graphs import Graphed, capture
-from .prompts import LENGTH_STEP, Groups, Prompts, copy_rows, round_up
+from .prompts import LENGTH_STEP, Groups, Prompts, round_up
 from .request import Request, Sample, stream_key
 
 
 class Run:
     """What the host knows of the sample in a slot."""
 
-    def __init__(self, request: Request, step: int, own: int, seconds: float):
+    def __init__(self, request: Request, step: int, seconds: float):
         self.request = request
         self.step = step  # of the slots' clock, at which it began
-        self.own = own  # tokens that the slot's cache held then
         self.seconds = seconds
         self.shown = 0  # tokens of the completion that a watcher has seen
 
@@ -27,7 +26,8 @@ class Run:
 class Slots:
     """`rows` samples at a time: their state on the device, their requests on the host.
 
-    Every row is computed, in use or not, so that the shapes that the model sees are fixed.
+    Where PyTorch computes them, all rows are, in use or not, so that the shapes that the model sees
+    are fixed.
     """
 
     def __init__(self, engine: Any, network: Any, rows: int, ends: Collection[int] = ()):
@@ -52,7 +52,7 @@ class Slots:
         self.cache.lengths = self.length
         self.cache.empty = False
         self.prefix = Prefix(config, rows, LENGTH_STEP, engine.group, device=device, dtype=dtype)
-        self.groups = Groups(self.prefix)
+        self.cache.prefix, self.groups = self.prefix, Groups(self.prefix)
         self.decode = Graphed(self._step, capture if device.type == "cuda" else None)
         self.peak = self.next_fit = 0
 
@@ -64,28 +64,18 @@ class Slots:
         """
         rows = [self.free.pop() for _ in batch]
         integers, numbers, most = [], [], 0
-        copies: dict[KVCache, list[tuple[int, int]]] = {}  # block → (its row, ours)
         for row, request in zip(rows, batch, strict=True):
             prompt, params = request.prompt, request.params
             source, owed = prompts.take(prompt)
-            # The last token of the prompt is fed once more, for the logits behind it.
-            own, shared = 0, self._shared(prompt)
-            self.groups.add(row, shared, source)
-            if not shared:
-                own = len(prompt) - 1
-                copies.setdefault(source.block, []).append((source.row, row))
+            self.groups.add(row, prompt, source)
             seed = stream_key(prompt, request.seed, request.index)
-            integers.append((prompt[-1], own, 0, params.max_tokens, seed, params.top_k))
+            # The last token of the prompt is fed once more, for the logits behind it.
+            integers.append((prompt[-1], 0, 0, params.max_tokens, seed, params.top_k))
             numbers.append((params.temperature, params.top_p, params.min_p, 0.0))
             most = max(most, params.max_tokens)
-            self.running[row] = Run(request, self.steps, own, owed - seconds)
-        self.cache.prefix = None
-        if any(self.groups.lengths):  # a prompt is shared
-            self.groups.update()
-            self.cache.prefix = self.prefix
+            self.running[row] = Run(request, self.steps, owed - seconds)
+        self.groups.update()
         self._fit(self.engine.steps_per_look)
-        for block, pairs in copies.items():
-            copy_rows(block, self.cache, pairs)
         device = self.engine.device
         index = torch.tensor(rows, device=device)
         self.integers.index_copy_(1, index, torch.tensor(integers, device=device).t())
@@ -103,8 +93,7 @@ class Slots:
         cache, prefix = self.cache, self.prefix
         moving = cache.keys, cache.values, self.tokens, prefix.keys, prefix.values
         moving += prefix.lengths, prefix.order, prefix.taken
-        key = tuple((x.data_ptr(), x.shape) for x in moving)
-        self.decode(n, key=(cache.prefix is None, key))
+        self.decode(n, key=tuple((x.data_ptr(), x.shape) for x in moving))
         self.steps += n
         finished = [row for row, done in enumerate(self.done.tolist()) if done]
         return [row for row in finished if row in self.running]
@@ -119,17 +108,28 @@ class Slots:
                 watch(run.request, new)
 
     def _step(self) -> None:
-        network = self.network
-        hidden = network.hidden(self.token[:, None], self.cache)
+        rows = None  # all of them
+        if self.engine.native and self.free:
+            rows = torch.tensor(sorted(self.running))
+        given = self.token, self.temperature, self.top_k, self.top_p, self.min_p, self.seed
+        given = *given, self.count
+        if rows is not None:
+            given = tuple(x[rows] for x in given)
+        tokens, temperature, top_k, top_p, min_p, seeds, positions = given
+        network, which = self.network, () if rows is None else (rows,)
+        hidden = network.hidden(tokens[:, None], self.cache, *which)
         token, logprob = sample_tokens(
             network.logits(hidden[:, -1]),
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-            seeds=self.seed,
-            positions=self.count,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            seeds=seeds,
+            positions=positions,
         )
+        if rows is not None:
+            token = torch.zeros_like(self.token).index_copy_(0, rows, token)
+            logprob = torch.zeros_like(self.logprob).index_copy_(0, rows, logprob)
         forced = self.forcing(token, self.count, self.done)
         self.logprob += logprob.masked_fill_(self.done | forced, 0.0)
         self.tokens.scatter_(1, self.count[:, None], token[:, None])
@@ -153,7 +153,7 @@ class Slots:
             rows, counts, tokens, logprobs, forced_counts, strict=True
         ):
             run = self.running.pop(row)
-            self.groups.remove(row, self._shared(run.request.prompt))
+            self.groups.remove(row, run.request.prompt)
             drawn = tuple(drawn[:count])
             samples.append(
                 Sample(
@@ -169,10 +169,6 @@ class Slots:
         self.free += rows[::-1]
         return samples
 
-    def _shared(self, prompt: tuple[int, ...]) -> tuple[int, ...]:
-        """The part of the prompt that its samples share: all or nothing."""
-        return prompt if len(prompt) >= self.engine.shared_from else ()
-
     def _fit(self, steps: int) -> None:
         """Keep the cache's capacity near what is needed: on a CPU every step reads all of it.
 
@@ -182,11 +178,11 @@ class Slots:
         """
         running = self.running.values()
         if self.engine.device.type == "cuda":
-            needed = max(run.own + run.request.params.max_tokens for run in running) + steps
+            needed = max(run.request.params.max_tokens for run in running) + steps
             if needed > self.cache.capacity:
                 self.cache.resize(round_up(needed))
             return
-        needed = round_up(self.steps + steps + max(run.own - run.step for run in running))
+        needed = round_up(self.steps + steps - min(run.step for run in running))
         self.peak = max(self.peak, needed)
         if needed > self.cache.capacity:
             self.cache.resize(needed)

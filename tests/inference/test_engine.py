@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ponder.inference.decoder import Decoder, bf16_pays
+from ponder.inference.decoder import Decoder, bf16_pays, fits
 from ponder.inference.engine import LocalEngine, Request, SamplingParams, stream_key
 from ponder.models import GPT, GPTConfig, KVCache
 
@@ -279,22 +279,22 @@ def set_threads():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize(
-    "threads, dtype, shared_from",
-    [
-        (1, torch.float32, 256),
-        (2, torch.float32, 4),
-        (1, torch.bfloat16, 4),
-        (1, torch.bfloat16, 1),
-        (1, torch.bfloat16, 256),
-    ],
-)
-def test_order_and_neighbours_do_not_matter(threads, dtype, shared_from, device, set_threads):
-    """Bit for bit, log-probabilities included, with the real model: one block, or two at a time;
-    where no prompt is shared, some are, or all."""
-    slots = 8 if threads == 1 else 64
+@pytest.fixture(params=["in C", "in PyTorch"])
+def way(request, monkeypatch, device):
+    """Both ways to decode on a CPU; on a GPU there is one."""
+    if request.param == "in PyTorch":
+        monkeypatch.setattr("ponder.inference.engine.fits", lambda *_: False)
+    elif device == "cuda":
+        pytest.skip("a GPU has one way")
+    return request.param
+
+
+@pytest.mark.parametrize("threads, slots", [(1, 8), (2, 40)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_order_and_neighbours_do_not_matter(threads, slots, dtype, way, device, set_threads):
+    """Bit for bit, log-probabilities included, with the real model."""
     engine = LocalEngine(gpt(device), slots=slots, eos=EOS, think_end=END, dtype=dtype)
-    engine.shared_from = shared_from
+    assert engine.native == (way == "in C")
     requests = mixed_requests(prompts=4)
     set_threads(threads)
     found = results(engine, requests)
@@ -311,20 +311,19 @@ def test_order_and_neighbours_do_not_matter(threads, dtype, shared_from, device,
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_slots_do_not_matter_where_invariant(dtype, device, set_threads):
-    """Bit for bit with the real model, on one thread or two; on a CPU from 64 slots on, always."""
+    """Bit for bit with the real model, on any number of threads; on a CPU always."""
     requests, model = mixed_requests(prompts=4), gpt(device)
     found = []
-    for slots, threads in ((8, 1), (24, 1), (64, 2), (256, 1)):
+    for slots, threads in ((1, 1), (7, 2), (64, 3), (256, 1)):
         set_threads(threads)
+        on_gpu = device == "cuda"
         engine = LocalEngine(
-            model, slots=slots, eos=EOS, think_end=END, dtype=dtype, invariant=True
+            model, slots=slots, eos=EOS, think_end=END, dtype=dtype, invariant=on_gpu
         )
+        assert engine.slots == (256 if on_gpu else slots)
         found.append(results(engine, requests[::-1] if slots == 64 else requests))
     assert len(found[0]) == len(requests)
     assert all(other == found[0] for other in found)
-    if device == "cpu":
-        engine = LocalEngine(model, slots=72, eos=EOS, think_end=END, dtype=dtype)
-        assert engine.slots == 128 and results(engine, requests) == found[0]
 
 
 def some_results(keys: range) -> dict:
@@ -388,6 +387,12 @@ VARIANTS = [
     dict(qk_norm=False, attention_bias=True, n_kv_head=4, activation="gelu"),
     dict(gated=False, activation="relu2", tie_embeddings=False, n_kv_head=1),
     dict(n_embd=36, n_inner=52, head_dim=20, n_head=3, n_kv_head=3, vocab_size=37),
+    dict(n_embd=37, n_inner=51, head_dim=34, activation="relu", qkv_bias=True, qk_norm=False),
+    dict(norm="layer", positions="learned", attention_bias=True, mlp_bias=True, qk_norm=False)
+    | dict(gated=False, activation="gelu_tanh"),
+    dict(nope_layers=(1,), activation="tanh"),
+    dict(activation="sigmoid", head_dim=80),
+    dict(activation="identity", gated=False),
 ]
 
 
@@ -414,32 +419,61 @@ def test_decoder_is_the_model(variant, dtype, tolerance):
             cache.lengths += 1
 
 
-@pytest.mark.parametrize("variant", [*VARIANTS, dict(n_embd=96, n_inner=288)])
+@pytest.mark.parametrize("variant", [*VARIANTS[:6], dict(n_embd=96, n_inner=288)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_rows_bits_do_not_depend_on_its_place(variant, dtype, set_threads):
-    """All rows alike must give logits alike, on any thread and with whatever remainder; and the
-    same with a longer cache."""
+    """Rows that are alike get logits alike, however many there are, of how many the cache has room,
+    which are asked for, and on how many threads; and the same with a longer cache."""
     model = gpt(**variant)
     c = model.config
     keys, values = torch.randn(2, c.n_layer, 1, c.n_kv_head, 64, c.head_dim)
+    found, blocks = [], []
     with torch.inference_mode():
         decoder = Decoder(model, dtype)
-        for threads, rows in itertools.product((1, 2, 3, 6), (8, 24, 512)):
+        for threads, rows, capacity in itertools.product((1, 2, 5), (1, 13, 200), (32, 64)):
             set_threads(threads)
-            found = []
-            for capacity in (32, 64):
-                cache = KVCache(c, rows, capacity, dtype=dtype)
-                cache.keys.copy_(keys[:, :, :, :capacity])
-                cache.values.copy_(values[:, :, :, :capacity])
-                cache.lengths += 20
-                cache.empty = False
-                found.append(decoder.logits(decoder.hidden(torch.full((rows, 1), 5), cache)))
-            assert (found[0] == found[0][:1]).all(), f"{rows} rows on {threads} threads"
-            assert (found[0] == found[1]).all(), f"capacities, {rows} rows on {threads} threads"
-            block = KVCache(c, 512 // 32, 32, dtype=dtype)
-            decoder.hidden(torch.arange(32).remainder(20).expand(16, -1), block)
-            assert (block.keys == block.keys[:, :1]).all(), f"prefill on {threads} threads"
-            assert (block.values == block.values[:, :1]).all(), f"prefill on {threads} threads"
+            cache = KVCache(c, rows, capacity, dtype=dtype)
+            cache.keys.copy_(keys[:, :, :, :capacity])
+            cache.values.copy_(values[:, :, :, :capacity])
+            cache.lengths += 20
+            cache.empty = False
+            for some in (None, torch.randperm(rows)[: rows // 3 + 1]):
+                tokens = torch.full((rows if some is None else len(some), 1), 5)
+                found.append(decoder.logits(decoder.hidden(tokens, cache, some))[:, 0])
+            tokens = torch.arange(capacity).remainder(20).expand(rows // 8 + 1, -1)
+            block = KVCache(c, len(tokens), capacity, dtype=dtype)
+            decoder.hidden(tokens, block)
+            blocks.append(torch.stack((block.keys, block.values))[..., :32, :])
+    for logits in found:
+        assert (logits == found[0][:1]).all()
+    for block in blocks:
+        assert (block == blocks[0][:, :, :1]).all()
+
+
+def test_a_row_that_is_left_out_is_left_alone():
+    model = gpt()
+    decoder, cache = Decoder(model), KVCache(model.config, 9, 32)
+    cache.keys.fill_(7.0)
+    cache.values.fill_(7.0)
+    cache.lengths += 3
+    cache.empty = False
+    decoder.hidden(torch.tensor([[4], [5]]), cache, torch.tensor([6, 2]))
+    written = (cache.keys != 7.0).flatten(2).any(-1).any(0)
+    assert written.nonzero().flatten().tolist() == [2, 6]
+    assert (cache.keys[:, [2, 6], :, [3, 3]] != 7.0).all()
+
+
+def test_a_model_whose_weights_are_not_its_own_is_none_for_the_decoder(monkeypatch):
+    assert fits(gpt(), torch.bfloat16) and not fits(gpt(), torch.float16)
+    adapted = gpt()
+    adapted.layers[1].mlp.up_proj.register_forward_hook(lambda module, args, y: 2 * y)
+    assert not fits(adapted, torch.float32)
+    engine = LocalEngine(adapted, slots=8, eos=EOS)
+    assert not engine.native and engine.network() is adapted
+    with pytest.raises(ValueError, match="invariant is true; on a CPU it needs a GPT in fp32"):
+        LocalEngine(adapted, eos=EOS, invariant=True)
+    monkeypatch.setattr("ponder.inference.decoder.library", lambda: None)  # no compiler
+    assert not fits(gpt(), torch.float32)
 
 
 @pytest.mark.parametrize("seconds, expected", [((1.0, 0.7), True), ((1.0, 0.9), False)])
@@ -448,7 +482,7 @@ def test_bf16_is_chosen_where_it_pays(monkeypatch, seconds, expected):
 
     def hidden(decoder, tokens, cache):
         nonlocal clock
-        assert len(tokens) == 16 and cache.keys.dtype == decoder.dtype
+        assert len(tokens) == 10 and cache.keys.dtype == decoder.dtype
         clock += seconds[decoder.dtype == torch.bfloat16]
 
     monkeypatch.setattr(Decoder, "hidden", hidden)

@@ -24,7 +24,6 @@ EOS, END = 0, 1
 @pytest.fixture(autouse=True)
 def no_interpreter(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    monkeypatch.setattr("ponder.inference.engine.CPU_SHARED", 1)  # else long prompts alone
 
 
 def gpt(**changes) -> GPT:
@@ -243,22 +242,20 @@ def test_the_plan_covers_what_is_held():
         Request((2 + i % 9, 3 + i // 9) * 40, SamplingParams(max_tokens=150), 0, i)
         for i in range(32)
     ]
-    with Workers(1) as workers:
-        network = engine.network()
-        prompts = Prompts(network, model.config, engine.device, engine.dtype, workers, 128)
-        slots = Slots(engine, network, 32)
-        for request in asked:
-            prompts.expect(request.prompt)
-        prompts.prefill(asked, [])
-        blocks = {place.block for place in prompts.ready.values()}
-        slots.fill(asked, prompts, 0.0)
-        while slots.cache.capacity < 160 and not slots.done.all():
-            slots.step()
+    network = engine.network()
+    prompts, slots = Prompts(engine, network), Slots(engine, network, 32)
+    for request in asked:
+        prompts.expect(request.prompt)
+    prompts.prefill(asked, [])
+    blocks = {place.block for place in prompts.ready.values()}
+    slots.fill(asked, prompts, 0.0)
+    while slots.cache.capacity < 160 and not slots.done.all():
+        slots.step()
     held = [slots.cache, slots.prefix, *blocks]
     held = sum(x.keys.nbytes + x.values.nbytes for x in held)
     reckoned = engine.plan(asked).needed(32)
     parts = sampling_memory(
-        model.config, slots=32, prompt=80, new=150, itemsize=4, block_tokens=128, triton=False
+        model.config, slots=32, prompt=80, new=150, itemsize=4, triton=False
     )
     weights = 4 * sum(p.numel() for p in model.parameters())  # laid out for the CPU, with the head
     assert reckoned == sum(parts.values()) + 4 * model.config.vocab_size * model.config.n_embd

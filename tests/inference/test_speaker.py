@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ponder.inference.decoder import CPU_BLOCK
 from ponder.inference.engine import LocalEngine, SamplingParams
 from ponder.inference.local import LocalSpeaker
 from ponder.inference.slots import Slots
@@ -69,7 +68,7 @@ def test_invariant_samples_do_not_depend_on_the_slots(model, monkeypatch):
         LocalSpeaker(str(model), slots=slots, precision="fp32", invariant=True)
         for slots in (8, 128)
     )
-    assert (few.engine.slots, many.engine.slots) == (CPU_BLOCK, 128)
+    assert (few.engine.slots, many.engine.slots) == (8, 128)
 
     def drawn(speaker):
         return {c.ask: replace(c, seconds=0) for c in speaker.generate(asks)}
@@ -80,7 +79,7 @@ def test_invariant_samples_do_not_depend_on_the_slots(model, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(Slots, "step", failing)
-    with pytest.raises(ValueError, match=f"does not hold even {CPU_BLOCK} samples at once"):
+    with pytest.raises(ValueError, match="does not hold even 8 samples at once"):
         list(many.generate(asks))
 
 

@@ -1,0 +1,605 @@
+/* A GPT's forward pass on a CPU, for sampling: `decoder.py` compiles it for the machine at hand.
+
+   Whatever a row gets, it gets by the same operations in the same order, bit for bit, whatever
+   stands beside it, whatever the number of rows, of threads and of positions that there is room for:
+   an output of a matrix product is one sum from the first to the last input, and attention goes over
+   the positions in blocks that are counted from the first.
+
+   Shapes: M token rows (sequences × tokens), C width, H query heads, G key-value heads, D head
+   width, S positions of a cache. Matrices are packed in panels of PANEL outputs, input by input; in
+   bf16 two inputs at a time. */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+#define LANES 16
+#define STRIP 8 /* rows whose sums stay in registers: 8 × 2 vectors of 32 */
+#elif defined(__AVX__)
+#define LANES 8
+#define STRIP 4 /* of 16 */
+#else
+#define LANES 4
+#define STRIP 4
+#endif
+#define PANEL (2 * LANES)
+#define EACH_LANE _Pragma("GCC unroll 16") for (int i = 0; i < LANES; i++)
+#define EACH_ROW _Pragma("GCC unroll 8") for (int r = 0; r < STRIP; r++)
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+#if defined(__clang__)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ints){__VA_ARGS__})
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t words __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+typedef uint16_t bf16;
+
+typedef struct {
+  const void *weight; /* packed; fp32, or bf16 in pairs of inputs */
+  const float *bias;
+  int64_t in, out; /* in: even; what is past the model's own is zero */
+} Matrix;
+
+typedef struct {
+  const float *norm, *norm_bias, *mlp_norm, *mlp_norm_bias, *q_norm, *k_norm;
+  Matrix qkv, o, gate, up, down;
+  int64_t turned; /* whether its attention knows positions */
+} Layer;
+
+typedef struct {
+  int64_t n_layer, n_head, n_kv_head, head_dim, width, inner, vocabulary;
+  int64_t activation, gated, layer_norm, half; /* half: bf16 matrices and cache */
+  const float *embedding, *positions, *cos, *sin, *norm, *norm_bias;
+  float eps;
+  const Layer *layers;
+  Matrix head;
+} Model;
+
+typedef struct {
+  int64_t sequences, tokens; /* of each */
+  const int64_t *token;      /* (sequences, tokens) */
+  const int64_t *row;        /* (sequences,) of the cache */
+  const int64_t *length;     /* (rows,) positions that a row of the cache holds already */
+  void *keys, *values;       /* (L, rows, G, capacity, D) */
+  int64_t rows, capacity;
+  const void *prefix_keys, *prefix_values; /* (L, groups, G, prefix_capacity, D), or NULL */
+  int64_t groups, prefix_capacity, prefix_width;
+  const int64_t *place, *prefix_length; /* (rows,), (groups,) */
+  float *hidden;                        /* (sequences, tokens, C), before the final norm */
+  int64_t threads;
+} Pass;
+
+enum { RELU, RELU2, GELU, GELU_TANH, SILU, SIGMOID, TANH, IDENTITY };
+enum { STORE, ADD, ACTIVATE, MULTIPLY };
+
+/* ---- vectors */
+
+INLINE vec spread(float x) { return x - (vec){}; }
+
+INLINE float total(vec x) {
+  float half[LANES];
+  memcpy(half, &x, sizeof x);
+  for (int n = LANES / 2; n; n /= 2)
+    for (int i = 0; i < n; i++) half[i] += half[i + n];
+  return half[0];
+}
+
+INLINE vec choose(ints mask, vec a, vec b) {
+  return (vec)(((ints)a & mask) | ((ints)b & ~mask));
+}
+
+/* e^x to 2 units in the last place, 0 below −87; x at most 88. */
+INLINE vec exponential(vec x) {
+  ints tiny = x < -87.0f;
+  x = choose(tiny, spread(0.0f), x);
+  const vec magic = spread(12582912.0f); /* 1.5 · 2²³: adding it rounds to an integer */
+  vec n = x * 1.44269504f + magic;
+  ints exponent = ((ints)n - (ints)magic) << 23;
+  n -= magic;
+  vec r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  vec y = spread(1.9875691500e-4f);
+  y = y * r + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * (r * r) + r + 1.0f;
+  return choose(tiny, spread(0.0f), (vec)((ints)y + exponent));
+}
+
+INLINE vec sigmoid(vec x) {
+  x = choose(x > 87.0f, spread(87.0f), x);
+  return 1.0f / (1.0f + exponential(-choose(x < -87.0f, spread(-87.0f), x)));
+}
+
+INLINE vec widened(halves x) {
+  return (vec)(__builtin_convertvector(x, words) << 16);
+}
+
+INLINE halves narrowed(vec x) { /* to nearest, ties to even */
+  words w = (words)x;
+  words rounded = w + 0x7fff + ((w >> 16) & 1);
+  ints nan = x != x;
+  w = (rounded & ~(words)nan) | ((w | 0x400000) & (words)nan);
+  return __builtin_convertvector(w >> 16, halves);
+}
+
+INLINE bf16 narrowed_one(float x) {
+  uint32_t w;
+  memcpy(&w, &x, 4);
+  if (x != x) return (bf16)(w >> 16 | 0x40);
+  return (bf16)((w + 0x7fff + (w >> 16 & 1)) >> 16);
+}
+
+INLINE float widened_one(bf16 x) {
+  uint32_t w = (uint32_t)x << 16;
+  float y;
+  memcpy(&y, &w, 4);
+  return y;
+}
+
+INLINE float at(const void *x, int64_t i, int half) {
+  return half ? widened_one(((const bf16 *)x)[i]) : ((const float *)x)[i];
+}
+
+INLINE vec load(const void *x, int64_t i, int half) {
+  return half ? widened(*(const halves *)((const bf16 *)x + i)) : *(const vec *)((const float *)x + i);
+}
+
+/* ---- matrix products */
+
+INLINE vec activated(vec x, int64_t activation) {
+  vec y = x;
+  switch (activation) {
+    case RELU: case RELU2:
+      y = choose(x > 0.0f, x, x * 0.0f);
+      if (activation == RELU2) y *= y;
+      return y;
+    case GELU:
+      for (int i = 0; i < LANES; i++) y[i] = 0.5f * x[i] * (1.0f + erff(x[i] * 0.70710678f));
+      return y;
+    case GELU_TANH:
+      return x * sigmoid(x * (1.59576912f + 0.07135482f * x * x));
+    case SILU:
+      return x * sigmoid(x);
+    case SIGMOID:
+      return sigmoid(x);
+    case TANH:
+      for (int i = 0; i < LANES; i++) y[i] = tanhf(x[i]);
+  }
+  return y;
+}
+
+/* acc + the products of two bf16 inputs, as one word, with the weights of both. */
+INLINE vec pair_added(vec acc, uint32_t inputs, words weights) {
+#if defined(__AVX512BF16__)
+  return (vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(inputs), (__m512bh)weights);
+#else
+  const uint32_t low = inputs << 16, high = inputs & 0xffff0000;
+  float first, second;
+  memcpy(&first, &low, 4);
+  memcpy(&second, &high, 4);
+  return acc + first * (vec)(weights << 16) + second * (vec)(weights & 0xffff0000);
+#endif
+}
+
+/* The sums of a strip of x (STRIP rows, `stride` numbers apart) with a panel. */
+INLINE void sums(vec acc[STRIP][2], const void *x, int64_t stride, const void *panel, int64_t in,
+                 int half) {
+  EACH_ROW acc[r][0] = acc[r][1] = (vec){};
+  if (half) {
+    const uint32_t *pairs = x, *w = panel;
+    for (int64_t k = 0; k < in / 2; k++) {
+      words w0 = *(const words *)(w + k * PANEL), w1 = *(const words *)(w + k * PANEL + LANES);
+      EACH_ROW {
+        uint32_t pair = pairs[r * stride / 2 + k];
+        acc[r][0] = pair_added(acc[r][0], pair, w0);
+        acc[r][1] = pair_added(acc[r][1], pair, w1);
+      }
+    }
+  } else {
+    const float *xs = x, *w = panel;
+    for (int64_t k = 0; k < in; k++) {
+      vec w0 = *(const vec *)(w + k * PANEL), w1 = *(const vec *)(w + k * PANEL + LANES);
+      EACH_ROW {
+        float one = xs[r * stride + k];
+        acc[r][0] += one * w0;
+        acc[r][1] += one * w1;
+      }
+    }
+  }
+}
+
+/* y of x (rows, in): panels `first` to `last` of the matrix. Rows are `stride_x` and `stride_y`
+   numbers apart; there is room for a multiple of STRIP rows, and y has all of a panel's columns. */
+static void product(const Model *model, const Matrix *m, const void *x, int64_t stride_x,
+                    int64_t rows, float *y, int64_t stride_y, int epilogue, int64_t first,
+                    int64_t last) {
+  const int half = model->half;
+  const int64_t size = half ? 2 : 4;
+  for (int64_t p = first; p < last; p++) {
+    const char *panel = (const char *)m->weight + p * m->in * PANEL * size;
+    for (int64_t row = 0; row < rows; row += STRIP) {
+      vec acc[STRIP][2];
+      const char *strip = (const char *)x + row * stride_x * size;
+      if (half) sums(acc, strip, stride_x, panel, m->in, 1);
+      else sums(acc, strip, stride_x, panel, m->in, 0);
+      EACH_ROW for (int i = 0; i < 2; i++) {
+        int64_t column = p * PANEL + i * LANES;
+        vec *to = (vec *)(y + (row + r) * stride_y + column);
+        vec sum = acc[r][i];
+        if (m->bias) sum += *(const vec *)(m->bias + column);
+        if (epilogue == ADD) sum += *to;
+        else if (epilogue == ACTIVATE) sum = activated(sum, model->activation);
+        else if (epilogue == MULTIPLY) sum *= *to;
+        *to = sum;
+      }
+    }
+  }
+}
+
+static int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+/* All of a product, its columns dealt out to a team of threads. */
+static void whole(const Model *model, const Matrix *m, const void *x, int64_t stride_x,
+                  int64_t rows, float *y, int64_t stride_y, int epilogue, int team) {
+  const int64_t panels = round_up(m->out, PANEL) / PANEL;
+#pragma omp parallel for num_threads(team) if (team > 1) schedule(static)
+  for (int part = 0; part < team; part++)
+    product(model, m, x, stride_x, rows, y, stride_y, epilogue, panels * part / team,
+            panels * (part + 1) / team);
+}
+
+/* ---- norms and rotary positions */
+
+INLINE void put(void *to, int64_t i, float x, int half) {
+  if (half) ((bf16 *)to)[i] = narrowed_one(x);
+  else ((float *)to)[i] = x;
+}
+
+static void narrow(const float *x, int64_t n, bf16 *y) {
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) *(halves *)(y + i) = narrowed(*(const vec *)(x + i));
+  for (; i < n; i++) y[i] = narrowed_one(x[i]);
+}
+
+INLINE float sum_of_squares(const float *x, int64_t n, float mean) {
+  vec sum = {};
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) {
+    vec a = *(const vec *)(x + i) - mean;
+    sum += a * a;
+  }
+  float all = total(sum);
+  for (; i < n; i++) all += (x[i] - mean) * (x[i] - mean);
+  return all;
+}
+
+/* y = the norm of x, n numbers; y as products read it. */
+static void normed(const Model *model, const float *x, const float *weight, const float *bias,
+                   int64_t n, int layer_norm, void *y, int half) {
+  float mean = 0;
+  if (layer_norm) {
+    vec sum = {};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) sum += *(const vec *)(x + i);
+    mean = total(sum);
+    for (; i < n; i++) mean += x[i];
+    mean /= n;
+  }
+  const float scale = 1.0f / sqrtf(sum_of_squares(x, n, mean) / n + model->eps);
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) {
+    vec a = (*(const vec *)(x + i) - mean) * scale * *(const vec *)(weight + i);
+    if (bias) a += *(const vec *)(bias + i);
+    if (half) *(halves *)((bf16 *)y + i) = narrowed(a);
+    else *(vec *)((float *)y + i) = a;
+  }
+  for (; i < n; i++) put(y, i, (x[i] - mean) * scale * weight[i] + (bias ? bias[i] : 0), half);
+}
+
+static void turn(float *x, const float *cos, const float *sin, int64_t half_dim) {
+  for (int64_t i = 0; i < half_dim; i++) {
+    float a = x[i], b = x[i + half_dim];
+    x[i] = a * cos[i] - b * sin[i];
+    x[i + half_dim] = b * cos[i] + a * sin[i];
+  }
+}
+
+/* ---- attention */
+
+/* The sum of each of LANES vectors, in their order. */
+INLINE vec totals(vec a[LANES]) {
+#define FOLD(n, low, high)                                    \
+  _Pragma("GCC unroll 8") for (int i = 0; i < n; i++) a[i] = SHUFFLE(a[i], a[i + n], low) + SHUFFLE(a[i], a[i + n], high);
+#define LIST(...) __VA_ARGS__
+#if LANES == 16
+  FOLD(8, LIST(0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),
+       LIST(8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31))
+  FOLD(4, LIST(0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27),
+       LIST(4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31))
+  FOLD(2, LIST(0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29),
+       LIST(2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31))
+  FOLD(1, LIST(0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30),
+       LIST(1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31))
+#elif LANES == 8
+  FOLD(4, LIST(0, 1, 2, 3, 8, 9, 10, 11), LIST(4, 5, 6, 7, 12, 13, 14, 15))
+  FOLD(2, LIST(0, 1, 8, 9, 4, 5, 12, 13), LIST(2, 3, 10, 11, 6, 7, 14, 15))
+  FOLD(1, LIST(0, 8, 2, 10, 4, 12, 6, 14), LIST(1, 9, 3, 11, 5, 13, 7, 15))
+#else
+  FOLD(2, LIST(0, 1, 4, 5), LIST(2, 3, 6, 7))
+  FOLD(1, LIST(0, 4, 2, 6), LIST(1, 5, 3, 7))
+#endif
+  return a[0];
+}
+
+/* scores[j] of n keys (n, dim) with q; −inf up to the next multiple of LANES. */
+INLINE void score(const float *q, const void *keys, int64_t n, int64_t dim, float *scores,
+                  int half) {
+  const int64_t even = dim / LANES * LANES;
+  int64_t j = 0;
+  for (; j + LANES <= n; j += LANES) {
+    vec acc[LANES] = {};
+    for (int64_t d = 0; d < even; d += LANES) {
+      const vec b_q = *(const vec *)(q + d);
+      EACH_LANE acc[i] += b_q * load(keys, (j + i) * dim + d, half);
+    }
+    vec sum = totals(acc);
+    for (int64_t d = even; d < dim; d++)
+      for (int i = 0; i < LANES; i++) sum[i] += q[d] * at(keys, (j + i) * dim + d, half);
+    *(vec *)(scores + j) = sum;
+  }
+  for (const int64_t end = round_up(n, LANES); j < end; j++) {
+    vec acc = {};
+    for (int64_t d = 0; j < n && d < even; d += LANES)
+      acc += *(const vec *)(q + d) * load(keys, j * dim + d, half);
+    scores[j] = j < n ? total(acc) : -INFINITY;
+    for (int64_t d = even; j < n && d < dim; d++) scores[j] += q[d] * at(keys, j * dim + d, half);
+  }
+}
+
+/* out (dim) += weights · values (n, dim) */
+INLINE void weigh(const float *weights, const void *values, int64_t n, int64_t dim, float *out,
+                  int half) {
+  int64_t d = 0;
+  for (; d + 2 * LANES <= dim; d += 2 * LANES) {
+    vec a = *(vec *)(out + d), b = *(vec *)(out + d + LANES), a_odd = {}, b_odd = {};
+    int64_t j = 0;
+    for (; j + 2 <= n; j += 2) {
+      const int64_t i = j * dim + d;
+      a += weights[j] * load(values, i, half);
+      b += weights[j] * load(values, i + LANES, half);
+      a_odd += weights[j + 1] * load(values, i + dim, half);
+      b_odd += weights[j + 1] * load(values, i + dim + LANES, half);
+    }
+    if (j < n) {
+      a += weights[j] * load(values, j * dim + d, half);
+      b += weights[j] * load(values, j * dim + d + LANES, half);
+    }
+    *(vec *)(out + d) = a + a_odd;
+    *(vec *)(out + d + LANES) = b + b_odd;
+  }
+  for (; d + LANES <= dim; d += LANES) {
+    vec a = *(vec *)(out + d);
+    for (int64_t j = 0; j < n; j++) a += weights[j] * load(values, j * dim + d, half);
+    *(vec *)(out + d) = a;
+  }
+  for (; d < dim; d++)
+    for (int64_t j = 0; j < n; j++) out[d] += weights[j] * at(values, j * dim + d, half);
+}
+
+typedef struct {
+  const void *keys, *values;
+  int64_t n;
+} Segment;
+
+/* out (dim) of a scaled query against two segments of positions; scores has room for both. */
+INLINE void attend(const float *q, const Segment segment[2], int64_t dim, float *scores, float *out,
+                   int half) {
+  const int64_t second = round_up(segment[0].n, LANES);
+  const int64_t all = second + round_up(segment[1].n, LANES);
+  score(q, segment[0].keys, segment[0].n, dim, scores, half);
+  score(q, segment[1].keys, segment[1].n, dim, scores + second, half);
+  vec most = spread(-INFINITY), sum = {};
+  for (int64_t j = 0; j < all; j += LANES) {
+    vec b = *(vec *)(scores + j);
+    most = choose(b > most, b, most);
+  }
+  float best = most[0];
+  for (int i = 1; i < LANES; i++) best = most[i] > best ? most[i] : best;
+  for (int64_t j = 0; j < all; j += LANES) {
+    vec b = exponential(*(vec *)(scores + j) - best);
+    *(vec *)(scores + j) = b;
+    sum += b;
+  }
+  const float scale = 1.0f / total(sum);
+  memset(out, 0, dim * sizeof *out);
+  weigh(scores, segment[0].values, segment[0].n, dim, out, half);
+  weigh(scores + second, segment[1].values, segment[1].n, dim, out, half);
+  for (int64_t d = 0; d < dim; d++) out[d] *= scale;
+}
+
+/* ---- the model */
+
+/* Where a token stands: the positions before it of the prefix that its row shares, and its own. */
+typedef struct {
+  int64_t row, group, shared, own;
+} Place;
+
+static Place place_of(const Pass *pass, int64_t sequence, int64_t t) {
+  Place place = {.row = pass->row[sequence]};
+  place.own = pass->length[place.row] + t;
+  if (pass->prefix_keys) {
+    place.group = pass->place[place.row] / pass->prefix_width;
+    place.shared = pass->prefix_length[place.group];
+  }
+  return place;
+}
+
+/* A token's queries, keys and values (in y): normed and turned, the last two put into the cache. */
+static void place_token(const Model *m, const Layer *layer, const Pass *pass, int64_t index,
+                        Place place, float *y) {
+  const int64_t D = m->head_dim, G = m->n_kv_head, H = m->n_head;
+  const int64_t angle = (place.shared + place.own) * D / 2;
+  for (int64_t head = 0; head < H + G; head++) {
+    const float *weight = head < H ? layer->q_norm : layer->k_norm;
+    float *x = y + head * D;
+    if (weight) normed(m, x, weight, NULL, D, 0, x, 0);
+    if (layer->turned) turn(x, m->cos + angle, m->sin + angle, D / 2);
+  }
+  const float scale = 1.0f / sqrtf(D);
+  for (int64_t i = 0; i < H * D; i++) y[i] *= scale;
+  for (int64_t g = 0; g < G; g++) {
+    const float *key = y + (H + g) * D, *value = key + G * D;
+    const int64_t at = ((index * pass->rows + place.row) * G + g) * pass->capacity + place.own;
+    if (m->half) {
+      narrow(key, D, (bf16 *)pass->keys + at * D);
+      narrow(value, D, (bf16 *)pass->values + at * D);
+    } else {
+      memcpy((float *)pass->keys + at * D, key, D * sizeof *key);
+      memcpy((float *)pass->values + at * D, value, D * sizeof *value);
+    }
+  }
+}
+
+/* A token's attention: y holds its queries, out (H · D) becomes what the output matrix reads. */
+static void attend_token(const Model *m, const Pass *pass, int64_t index, Place place,
+                         const float *y, float *scores, void *out) {
+  const int64_t D = m->head_dim, G = m->n_kv_head, H = m->n_head, size = m->half ? 2 : 4;
+  float found[256];
+  for (int64_t g = 0; g < G; g++) {
+    const int64_t prefix = ((index * pass->groups + place.group) * G + g) * pass->prefix_capacity;
+    const int64_t own = ((index * pass->rows + place.row) * G + g) * pass->capacity;
+    const Segment segment[2] = {
+        {(const char *)pass->prefix_keys + prefix * D * size,
+         (const char *)pass->prefix_values + prefix * D * size, place.shared},
+        {(const char *)pass->keys + own * D * size, (const char *)pass->values + own * D * size,
+         place.own + 1}};
+    for (int64_t head = g * (H / G); head < (g + 1) * (H / G); head++) {
+      if (m->half) attend(y + head * D, segment, D, scores, found, 1);
+      else attend(y + head * D, segment, D, scores, found, 0);
+      if (m->half) narrow(found, D, (bf16 *)out + head * D);
+      else memcpy((float *)out + head * D, found, D * sizeof *found);
+    }
+  }
+}
+
+/* Sequences first to last through all layers; `team` threads divide each product's columns. */
+static int run(const Model *m, const Pass *pass, int64_t first, int64_t last, int team) {
+  const int64_t T = pass->tokens, rows = (last - first) * T, room = round_up(rows, STRIP);
+  const int64_t D = m->head_dim, heads = m->n_head * D, C = m->width;
+  const int64_t stride_h = round_up(C, PANEL), stride_z = round_up(m->inner, PANEL);
+  const int64_t stride_qkv = round_up(heads + 2 * m->n_kv_head * D, PANEL);
+  const int64_t stride_y = stride_z > stride_qkv ? stride_z : stride_qkv;
+  int64_t stride_x = round_up(heads, PANEL);
+  if (stride_x < stride_h) stride_x = stride_h;
+  if (stride_x < stride_z) stride_x = stride_z;
+  const int half = m->half;
+  int64_t positions = 0;
+  for (int64_t s = first; s < last; s++) {
+    const Place end = place_of(pass, s, T);
+    const int64_t n = round_up(end.shared, LANES) + end.own;
+    if (n > positions) positions = n;
+  }
+  positions = round_up(positions, LANES);
+  const int64_t size_h = room * stride_h, size_y = room * stride_y, size_x = room * stride_x;
+  float *memory = calloc(size_h + size_y + size_x + team * positions, sizeof *memory);
+  if (!memory) return 1;
+  float *h = memory, *y = h + size_h, *scores = y + size_y + size_x;
+  void *x = y + size_y;
+  for (int64_t row = 0; row < rows; row++) {
+    const int64_t s = first + row / T, t = row % T;
+    memcpy(h + row * stride_h, m->embedding + pass->token[s * T + t] * C, C * sizeof *h);
+    if (m->positions) {
+      const Place place = place_of(pass, s, t);
+      const float *at = m->positions + (place.shared + place.own) * C;
+      for (int64_t i = 0; i < C; i++) h[row * stride_h + i] += at[i];
+    }
+  }
+  for (int64_t index = 0; index < m->n_layer; index++) {
+    const Layer *layer = m->layers + index;
+    const int64_t size = half ? 2 : 4;
+    for (int64_t row = 0; row < rows; row++)
+      normed(m, h + row * stride_h, layer->norm, layer->norm_bias, C, m->layer_norm,
+             (char *)x + row * stride_x * size, half);
+    whole(m, &layer->qkv, x, stride_x, rows, y, stride_y, STORE, team);
+    for (int64_t row = 0; row < rows; row++)
+      place_token(m, layer, pass, index, place_of(pass, first + row / T, row % T),
+                  y + row * stride_y);
+#pragma omp parallel for num_threads(team) if (team > 1) schedule(static)
+    for (int part = 0; part < team; part++)
+      for (int64_t row = rows * part / team; row < rows * (part + 1) / team; row++)
+        attend_token(m, pass, index, place_of(pass, first + row / T, row % T), y + row * stride_y,
+                     scores + part * positions, (char *)x + row * stride_x * size);
+    whole(m, &layer->o, x, stride_x, rows, h, stride_h, ADD, team);
+    for (int64_t row = 0; row < rows; row++)
+      normed(m, h + row * stride_h, layer->mlp_norm, layer->mlp_norm_bias, C, m->layer_norm,
+             (char *)x + row * stride_x * size, half);
+    whole(m, m->gated ? &layer->gate : &layer->up, x, stride_x, rows, y, stride_y, ACTIVATE, team);
+    if (m->gated) whole(m, &layer->up, x, stride_x, rows, y, stride_y, MULTIPLY, team);
+    if (half)
+      for (int64_t row = 0; row < rows; row++)
+        narrow(y + row * stride_y, stride_z, (bf16 *)x + row * stride_x);
+    whole(m, &layer->down, half ? x : y, half ? stride_x : stride_y, rows, h, stride_h, ADD, team);
+  }
+  for (int64_t row = 0; row < rows; row++)
+    memcpy(pass->hidden + (first * T + row) * C, h + row * stride_h, C * sizeof *h);
+  free(memory);
+  return 0;
+}
+
+/* What the model makes of new tokens, behind those that the cache holds; 1: no memory. */
+int hidden(const Model *model, const Pass *pass) {
+  const int64_t n = pass->sequences, T = pass->tokens;
+  /* Sequences that a thread takes through the whole model: as many for each, up to 64 rows. */
+  int64_t each = (n + pass->threads - 1) / pass->threads;
+  if (T == 1) each = round_up(each, STRIP);
+  const int64_t most = T < 64 ? 64 / T : 1;
+  if (each > most) each = most;
+  const int64_t chunks = (n + each - 1) / each;
+  if (chunks < pass->threads) {
+    int failed = 0;
+    for (int64_t first = 0; first < n && !failed; first += each)
+      failed = run(model, pass, first, first + each < n ? first + each : n, pass->threads);
+    return failed;
+  }
+  int failed = 0;
+#pragma omp parallel for num_threads(pass->threads) schedule(dynamic) reduction(| : failed)
+  for (int64_t chunk = 0; chunk < chunks; chunk++) {
+    const int64_t first = chunk * each, last = first + each < n ? first + each : n;
+    failed |= run(model, pass, first, last, 1);
+  }
+  return failed;
+}
+
+/* logits (rows, vocabulary) of x (rows, C), behind the final norm; 1: no memory. */
+int logits(const Model *m, const float *x, int64_t rows, float *y, int64_t threads) {
+  const int half = m->half;
+  const int64_t C = m->width, room = round_up(rows, STRIP), size = half ? 2 : 4;
+  const int64_t stride = round_up(C, PANEL), wide = round_up(m->vocabulary, PANEL);
+  char *memory = calloc(room * (stride * size + wide * sizeof *y), 1);
+  if (!memory) return 1;
+  float *found = (float *)(memory + room * stride * size);
+  for (int64_t row = 0; row < rows; row++)
+    normed(m, x + row * C, m->norm, m->norm_bias, C, m->layer_norm, memory + row * stride * size,
+           half);
+  whole(m, &m->head, memory, stride, rows, found, wide, STORE, threads);
+  for (int64_t row = 0; row < rows; row++)
+    memcpy(y + row * m->vocabulary, found + row * wide, m->vocabulary * sizeof *y);
+  free(memory);
+  return 0;
+}
+
+/* Outputs of a panel, for who lays matrices out. */
+int64_t panel(void) { return PANEL; }

@@ -1,0 +1,84 @@
+"""Native: the C of this package, compiled at first use by this machine's compiler, for its CPU."""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+import warnings
+from functools import cache
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("decoder.c")
+# Nothing is rounded otherwise than it is written, but for products that are fused with a sum.
+COMMON = "-O3 -std=gnu11 -ffp-contract=fast -fno-math-errno -fno-trapping-math -shared -fPIC"
+# The first that the compiler takes: Apple's has no OpenMP, and Arm's CPUs another name.
+CHOICES = "-march=native -fopenmp", "-mcpu=native -fopenmp", "-march=native", "-mcpu=native"
+
+
+def compiler() -> list[str] | None:
+    """The command of the C compiler: $CC, or cc, gcc or clang; None where there is none."""
+    for name in (os.environ.get("CC", ""), "cc", "gcc", "clang"):
+        words = shlex.split(name)
+        if words and shutil.which(words[0]):
+            return words
+    return None
+
+
+def _folder() -> Path:
+    """Where compiled libraries are kept: the user's cache, or a new folder where that is closed."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(base) / "ponder"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError:
+        return Path(tempfile.mkdtemp(prefix="ponder-"))
+
+
+def _said(words: list[str]) -> str:
+    return subprocess.run(words, capture_output=True, text=True, check=False, timeout=120).stdout
+
+
+def _cpu() -> str:
+    """What tells one kind of CPU from another."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return "\n".join(sorted({x for x in lines if x.startswith(("flags", "Features", "model name"))}))
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """`decoder.c`, compiled; None where there is no compiler, or with a warning where it failed."""
+    command = compiler()
+    if command is None:
+        return None
+    text = SOURCE.read_text(), COMMON, CHOICES, command, _said([*command, "--version"]), _cpu()
+    digest = hashlib.sha256(repr(text).encode()).hexdigest()[:16]
+    folder = _folder()
+    path = folder / f"decoder-{digest}.so"
+    try:
+        if not path.exists():
+            with tempfile.TemporaryDirectory(dir=folder) as aside:
+                os.replace(_compiled(command, Path(aside) / path.name), path)
+        return ctypes.CDLL(str(path))
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = (getattr(error, "stderr", None) or str(error)).strip().partition("\n")[0]
+        warnings.warn(f"sampling goes on without compiled C: {reason}", stacklevel=2)
+        return None
+
+
+def _compiled(command: list[str], path: Path) -> Path:
+    for choice in CHOICES:
+        words = [*command, *COMMON.split(), *choice.split(), "-o", str(path), str(SOURCE), "-lm"]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            return path
+    done.check_returncode()
+    return path
