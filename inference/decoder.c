@@ -100,7 +100,8 @@ INLINE vec choose(ints mask, vec a, vec b) {
 
 /* e^x to 2 units in the last place, 0 below −87; x at most 88. */
 INLINE vec exponential(vec x) {
-  ints tiny = x < -87.0f;
+  const ints tiny = x < -87.0f, nan = x != x;
+  const vec given = x;
   x = choose(tiny, spread(0.0f), x);
   const vec magic = spread(12582912.0f); /* 1.5 · 2²³: adding it rounds to an integer */
   vec n = x * 1.44269504f + magic;
@@ -115,7 +116,7 @@ INLINE vec exponential(vec x) {
   y = y * r + 1.6666665459e-1f;
   y = y * r + 5.0000001201e-1f;
   y = y * (r * r) + r + 1.0f;
-  return choose(tiny, spread(0.0f), (vec)((ints)y + exponent));
+  return choose(tiny, spread(0.0f), choose(nan, given, (vec)((ints)y + exponent)));
 }
 
 INLINE vec sigmoid(vec x) {
@@ -597,6 +598,134 @@ int logits(const Model *m, const float *x, int64_t rows, float *y, int64_t threa
   whole(m, &m->head, memory, stride, rows, found, wide, STORE, threads);
   for (int64_t row = 0; row < rows; row++)
     memcpy(y + row * m->vocabulary, found + row * wide, m->vocabulary * sizeof *y);
+  free(memory);
+  return 0;
+}
+
+/* ---- one token a row: what `kernels/sample_tokens.py` defines */
+
+/* u in [0, 1) of (seed, position): Philox 4x32-10. */
+static double uniform(uint64_t seed, uint64_t position) {
+  uint32_t x[4] = {(uint32_t)position, (uint32_t)(position >> 32), 0, 0};
+  uint32_t key[2] = {(uint32_t)seed, (uint32_t)(seed >> 32)};
+  for (int round = 0; round < 10; round++) {
+    const uint64_t a = (uint64_t)x[0] * 0xD2511F53, b = (uint64_t)x[2] * 0xCD9E8D57;
+    x[0] = (uint32_t)(b >> 32) ^ x[1] ^ key[0];
+    x[1] = (uint32_t)b;
+    x[2] = (uint32_t)(a >> 32) ^ x[3] ^ key[1];
+    x[3] = (uint32_t)a;
+    key[0] += 0x9E3779B9;
+    key[1] += 0xBB67AE85;
+  }
+  return (double)((uint64_t)x[0] << 21 | x[1] >> 11) * 0x1p-53;
+}
+
+static void sift(float *heap, int64_t i, int64_t n) { /* so that none is above its parent */
+  const float x = heap[i];
+  for (int64_t child; (child = 2 * i + 1) < n; i = child) {
+    if (child + 1 < n && heap[child + 1] > heap[child]) child++;
+    if (!(heap[child] > x)) break;
+    heap[i] = heap[child];
+  }
+  heap[i] = x;
+}
+
+typedef struct {
+  const float *logits; /* (rows, n) */
+  int64_t rows, n;
+  const float *temperature, *top_p, *min_p;
+  const int64_t *top_k, *seed, *position; /* (rows,) each */
+  int64_t *token;
+  float *logprob;
+  int64_t threads;
+} Draws;
+
+/* e^((x − best) / temperature) of n logits; their sum. */
+static double weights(const float *x, int64_t n, float best, float temperature, float *weight) {
+  double all = 0;
+  for (int64_t i = 0; i < n; i += LANES) {
+    const int64_t here = n - i < LANES ? n - i : LANES;
+    vec b = {};
+    memcpy(&b, x + i, here * sizeof *x);
+    b = exponential((b - best) / temperature);
+    memcpy(weight + i, &b, here * sizeof *x);
+    for (int64_t j = 0; j < here; j++) all += b[j];
+  }
+  return all;
+}
+
+/* The least logit that top_k and top_p keep; room has n numbers. */
+static float least_kept(const float *logits, const float *weight, int64_t n, int64_t top_k,
+                        float top_p, float best, float temperature, float *room) {
+  memcpy(room, logits, n * sizeof *room);
+  for (int64_t i = n / 2; i-- > 0;) sift(room, i, n);
+  float least = -INFINITY;
+  int64_t left = n; /* in the heap; what was taken out lies behind it, the best last */
+  if (top_k && top_k < n) {
+    for (; left > n - top_k; sift(room, 0, left)) {
+      least = room[0];
+      room[0] = room[--left];
+      room[left] = least;
+    }
+  }
+  if (!(top_p < 1)) return least;
+  double wanted = 0, mass = 0;
+  for (int64_t i = 0; i < n; i++) wanted += logits[i] >= least ? weight[i] : 0;
+  wanted *= top_p;
+  for (int64_t i = n; i-- > 0;) {
+    if (i < left) { /* take the next one out */
+      const float next = room[0];
+      room[0] = room[--left];
+      room[left] = next;
+      sift(room, 0, left);
+    }
+    if (room[i] < least) return least;
+    mass += exponential((spread(room[i]) - best) / temperature)[0];
+    if (mass >= wanted) return room[i];
+  }
+  return least;
+}
+
+static void draw_row(const Draws *d, int64_t row, float *weight, float *room) {
+  const float *logits = d->logits + row * d->n, temperature = d->temperature[row];
+  float best = logits[0];
+  int64_t token = 0;
+  for (int64_t i = 1; i < d->n; i++)
+    if (logits[i] > best) best = logits[token = i];
+  const double all = weights(logits, d->n, best, 1.0f, weight);
+  if (temperature > 0) {
+    if (temperature != 1) weights(logits, d->n, best, temperature, weight);
+    float least = -INFINITY;
+    if ((d->top_k[row] && d->top_k[row] < d->n) || d->top_p[row] < 1)
+      least = least_kept(logits, weight, d->n, d->top_k[row], d->top_p[row], best, temperature,
+                         room);
+    double mass = 0, before = 0;
+    for (int64_t i = 0; i < d->n; i++) {
+      if (!(logits[i] >= least) || weight[i] < d->min_p[row]) weight[i] = 0;
+      mass += weight[i];
+    }
+    mass *= uniform(d->seed[row], d->position[row]);
+    for (int64_t i = 0; i < d->n; i++)
+      if ((before += weight[i]) > mass) {
+        token = i;
+        break;
+      }
+  }
+  d->token[row] = token;
+  d->logprob[row] = logits[token] - best - (float)log(all);
+}
+
+/* 1: no memory. */
+int draw(const Draws *d) {
+  const int64_t threads = d->threads < d->rows ? d->threads : d->rows;
+  float *memory = malloc(2 * d->n * threads * sizeof *memory);
+  if (!memory) return 1;
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+  for (int64_t part = 0; part < threads; part++) {
+    float *weight = memory + 2 * d->n * part;
+    for (int64_t row = d->rows * part / threads; row < d->rows * (part + 1) / threads; row++)
+      draw_row(d, row, weight, weight + d->n);
+  }
   free(memory);
   return 0;
 }

@@ -94,6 +94,16 @@ class Pass(ctypes.Structure):
     ]
 
 
+class Draws(ctypes.Structure):
+    _fields_ = [
+        ("logits", c_void_p),
+        *((name, c_int64) for name in ("rows", "n")),
+        *((name, c_void_p) for name in ("temperature", "top_p", "min_p")),
+        *((name, c_void_p) for name in ("top_k", "seed", "position", "token", "logprob")),
+        ("threads", c_int64),
+    ]
+
+
 class Decoder:
     """`hidden(tokens, cache)` and `logits(hidden)` of a GPT on CPU, without gradients.
 
@@ -192,6 +202,28 @@ class Decoder:
             )
         )
         return logits
+
+    def sample_tokens(
+        self,
+        logits: Tensor,
+        *,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        min_p: Tensor,
+        seeds: Tensor,
+        positions: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """`kernels.sample_tokens` of logits (B, V) and parameters (B,), which are not looked at."""
+        rows, n = logits.shape
+        tokens, logprobs = torch.empty(rows, dtype=torch.int64), torch.empty(rows)
+        held = dict(logits=logits, temperature=temperature, top_p=top_p, min_p=min_p, top_k=top_k)
+        held |= dict(seed=seeds, position=positions, token=tokens, logprob=logprobs)
+        held = {name: x.contiguous() for name, x in held.items()}
+        pointers = {name: x.data_ptr() for name, x in held.items()}
+        draws = Draws(rows=rows, n=n, threads=torch.get_num_threads(), **pointers)
+        self._checked(self.library.draw(ctypes.byref(draws)))
+        return tokens, logprobs
 
     def _checked(self, failed: int) -> None:
         if failed:

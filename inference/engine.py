@@ -44,7 +44,7 @@ class Engine(Protocol):
 
 
 class Network(Protocol):
-    """What the engine asks of a model: `GPT` has it, and so has `Decoder`, which can leave rows out."""
+    """What the engine asks of a model: `GPT` has it, and so has `Decoder`."""
 
     def hidden(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """tokens (B, T) behind what the cache holds → (B, T, C)."""

@@ -50,7 +50,9 @@ def _cpu() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return "\n".join(sorted({x for x in lines if x.startswith(("flags", "Features", "model name"))}))
+    return "\n".join(
+        sorted({x for x in lines if x.startswith(("flags", "Features", "model name"))})
+    )
 
 
 @cache

@@ -91,7 +91,9 @@ class Prompts:
             self.owed.update(dict.fromkeys(prompts, seconds * width / len(prompts)))
 
     def _width(self, prompt: Prompt) -> int:
-        return len(prompt) if self.engine.native else min(round_up(len(prompt)), self.config.context)
+        return (
+            len(prompt) if self.engine.native else min(round_up(len(prompt)), self.config.context)
+        )
 
     def _rows(self, width: int) -> int:
         return max(1, self.engine.block_tokens // width)

@@ -33,6 +33,7 @@ class Slots:
     def __init__(self, engine: Any, network: Any, rows: int, ends: Collection[int] = ()):
         """ends: the tokens behind which a sample ends, besides <eos>."""
         self.engine, self.network = engine, network
+        self.sample_tokens = network.sample_tokens if engine.native else sample_tokens
         device, dtype, config = engine.device, engine.dtype, engine.model.config
         self.running: dict[int, Run] = {}
         self.free = list(range(rows))[::-1]  # adjacent rows for adjacent requests
@@ -118,7 +119,7 @@ class Slots:
         tokens, temperature, top_k, top_p, min_p, seeds, positions = given
         network, which = self.network, () if rows is None else (rows,)
         hidden = network.hidden(tokens[:, None], self.cache, *which)
-        token, logprob = sample_tokens(
+        token, logprob = self.sample_tokens(
             network.logits(hidden[:, -1]),
             temperature=temperature,
             top_k=top_k,

@@ -13,9 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ponder.inference.decoder import Decoder, bf16_pays, fits
 from ponder.inference.engine import LocalEngine, Request, SamplingParams, stream_key
-from ponder.models import GPT, GPTConfig, KVCache
+from ponder.models import GPT, GPTConfig
 
 EOS, END = 0, 1
 
@@ -380,114 +379,6 @@ def test_samples_are_the_models_own(device):
         assert sample.logprob == pytest.approx(drawn.sum().item(), abs=1e-3)
         if sample.request.params.temperature == 0:
             assert (drawn >= logprobs[at].amax(-1) - 1e-4).all()
-
-
-VARIANTS = [
-    dict(),
-    dict(qk_norm=False, attention_bias=True, n_kv_head=4, activation="gelu"),
-    dict(gated=False, activation="relu2", tie_embeddings=False, n_kv_head=1),
-    dict(n_embd=36, n_inner=52, head_dim=20, n_head=3, n_kv_head=3, vocab_size=37),
-    dict(n_embd=37, n_inner=51, head_dim=34, activation="relu", qkv_bias=True, qk_norm=False),
-    dict(norm="layer", positions="learned", attention_bias=True, mlp_bias=True, qk_norm=False)
-    | dict(gated=False, activation="gelu_tanh"),
-    dict(nope_layers=(1,), activation="tanh"),
-    dict(activation="sigmoid", head_dim=80),
-    dict(activation="identity", gated=False),
-]
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.25)])
-def test_decoder_is_the_model(variant, dtype, tolerance):
-    """Two right-padded prompts prefilled, then token by token, against one full forward pass."""
-    model = gpt(**variant)
-    tokens = torch.randint(0, model.config.vocab_size, (2, 70))
-    starts = torch.tensor([7, 32])
-    decoder = Decoder(model, dtype)
-    with torch.inference_mode():
-        wanted = model(tokens)
-        cache = KVCache(model.config, 2, 32, dtype=dtype)
-        prefilled = decoder.logits(decoder.hidden(tokens[:, :32], cache))
-        torch.testing.assert_close(prefilled, wanted[:, :32], rtol=0, atol=tolerance)
-        cache.lengths += starts
-        for _ in range(30):
-            if (cache.lengths >= cache.capacity).any():
-                cache.resize(cache.capacity + 16)
-            here = torch.arange(2), cache.lengths
-            logits = decoder.logits(decoder.hidden(tokens[here][:, None], cache))
-            torch.testing.assert_close(logits[:, 0], wanted[here], rtol=0, atol=tolerance)
-            cache.lengths += 1
-
-
-@pytest.mark.parametrize("variant", [*VARIANTS[:6], dict(n_embd=96, n_inner=288)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_rows_bits_do_not_depend_on_its_place(variant, dtype, set_threads):
-    """Rows that are alike get logits alike, however many there are, of how many the cache has room,
-    which are asked for, and on how many threads; and the same with a longer cache."""
-    model = gpt(**variant)
-    c = model.config
-    keys, values = torch.randn(2, c.n_layer, 1, c.n_kv_head, 64, c.head_dim)
-    found, blocks = [], []
-    with torch.inference_mode():
-        decoder = Decoder(model, dtype)
-        for threads, rows, capacity in itertools.product((1, 2, 5), (1, 13, 200), (32, 64)):
-            set_threads(threads)
-            cache = KVCache(c, rows, capacity, dtype=dtype)
-            cache.keys.copy_(keys[:, :, :, :capacity])
-            cache.values.copy_(values[:, :, :, :capacity])
-            cache.lengths += 20
-            cache.empty = False
-            for some in (None, torch.randperm(rows)[: rows // 3 + 1]):
-                tokens = torch.full((rows if some is None else len(some), 1), 5)
-                found.append(decoder.logits(decoder.hidden(tokens, cache, some))[:, 0])
-            tokens = torch.arange(capacity).remainder(20).expand(rows // 8 + 1, -1)
-            block = KVCache(c, len(tokens), capacity, dtype=dtype)
-            decoder.hidden(tokens, block)
-            blocks.append(torch.stack((block.keys, block.values))[..., :32, :])
-    for logits in found:
-        assert (logits == found[0][:1]).all()
-    for block in blocks:
-        assert (block == blocks[0][:, :, :1]).all()
-
-
-def test_a_row_that_is_left_out_is_left_alone():
-    model = gpt()
-    decoder, cache = Decoder(model), KVCache(model.config, 9, 32)
-    cache.keys.fill_(7.0)
-    cache.values.fill_(7.0)
-    cache.lengths += 3
-    cache.empty = False
-    decoder.hidden(torch.tensor([[4], [5]]), cache, torch.tensor([6, 2]))
-    written = (cache.keys != 7.0).flatten(2).any(-1).any(0)
-    assert written.nonzero().flatten().tolist() == [2, 6]
-    assert (cache.keys[:, [2, 6], :, [3, 3]] != 7.0).all()
-
-
-def test_a_model_whose_weights_are_not_its_own_is_none_for_the_decoder(monkeypatch):
-    assert fits(gpt(), torch.bfloat16) and not fits(gpt(), torch.float16)
-    adapted = gpt()
-    adapted.layers[1].mlp.up_proj.register_forward_hook(lambda module, args, y: 2 * y)
-    assert not fits(adapted, torch.float32)
-    engine = LocalEngine(adapted, slots=8, eos=EOS)
-    assert not engine.native and engine.network() is adapted
-    with pytest.raises(ValueError, match="invariant is true; on a CPU it needs a GPT in fp32"):
-        LocalEngine(adapted, eos=EOS, invariant=True)
-    monkeypatch.setattr("ponder.inference.decoder.library", lambda: None)  # no compiler
-    assert not fits(gpt(), torch.float32)
-
-
-@pytest.mark.parametrize("seconds, expected", [((1.0, 0.7), True), ((1.0, 0.9), False)])
-def test_bf16_is_chosen_where_it_pays(monkeypatch, seconds, expected):
-    clock = 0.0
-
-    def hidden(decoder, tokens, cache):
-        nonlocal clock
-        assert len(tokens) == 10 and cache.keys.dtype == decoder.dtype
-        clock += seconds[decoder.dtype == torch.bfloat16]
-
-    monkeypatch.setattr(Decoder, "hidden", hidden)
-    monkeypatch.setattr("ponder.inference.decoder.time.perf_counter", lambda: clock)
-    assert bf16_pays(gpt("cpu"), 10) == expected
 
 
 def test_each_prompt_is_prefilled_once():

@@ -254,9 +254,7 @@ def test_the_plan_covers_what_is_held():
     held = [slots.cache, slots.prefix, *blocks]
     held = sum(x.keys.nbytes + x.values.nbytes for x in held)
     reckoned = engine.plan(asked).needed(32)
-    parts = sampling_memory(
-        model.config, slots=32, prompt=80, new=150, itemsize=4, triton=False
-    )
+    parts = sampling_memory(model.config, slots=32, prompt=80, new=150, itemsize=4, triton=False)
     weights = 4 * sum(p.numel() for p in model.parameters())  # laid out for the CPU, with the head
     assert reckoned == sum(parts.values()) + 4 * model.config.vocab_size * model.config.n_embd
     assert parts["weights"] == weights
