@@ -190,6 +190,15 @@ def _info(arguments: list[str]) -> None:
         path = "PyTorch's operations, as there is no GPU"
     for name in kernels.__all__:
         print(f"{name:22}{path}")
+    from .inference.native import compiler, library
+
+    command = " ".join(compiler() or ())
+    way = (
+        f"in C, compiled by {command}"
+        if library()
+        else "by PyTorch, as there is no C compiler that works"
+    )
+    print(f"{'sampling on a CPU':22}{way}")
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {

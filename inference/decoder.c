@@ -57,7 +57,7 @@ typedef struct {
 } Layer;
 
 typedef struct {
-  int64_t n_layer, n_head, n_kv_head, head_dim, width, inner, vocabulary;
+  int64_t n_layer, n_head, n_kv_head, head_dim, width, inner, outputs;
   int64_t activation, gated, layer_norm, half; /* half: bf16 matrices and cache */
   const float *embedding, *positions, *cos, *sin, *norm, *norm_bias;
   float eps;
@@ -584,11 +584,11 @@ int hidden(const Model *model, const Pass *pass) {
   return failed;
 }
 
-/* logits (rows, vocabulary) of x (rows, C), behind the final norm; 1: no memory. */
+/* y (rows, outputs) of x (rows, C), behind the final norm; 1: no memory. */
 int logits(const Model *m, const float *x, int64_t rows, float *y, int64_t threads) {
   const int half = m->half;
   const int64_t C = m->width, room = round_up(rows, STRIP), size = half ? 2 : 4;
-  const int64_t stride = round_up(C, PANEL), wide = round_up(m->vocabulary, PANEL);
+  const int64_t stride = round_up(C, PANEL), wide = round_up(m->outputs, PANEL);
   char *memory = calloc(room * (stride * size + wide * sizeof *y), 1);
   if (!memory) return 1;
   float *found = (float *)(memory + room * stride * size);
@@ -597,7 +597,7 @@ int logits(const Model *m, const float *x, int64_t rows, float *y, int64_t threa
            half);
   whole(m, &m->head, memory, stride, rows, found, wide, STORE, threads);
   for (int64_t row = 0; row < rows; row++)
-    memcpy(y + row * m->vocabulary, found + row * wide, m->vocabulary * sizeof *y);
+    memcpy(y + row * m->outputs, found + row * wide, m->outputs * sizeof *y);
   free(memory);
   return 0;
 }

@@ -17,21 +17,20 @@ from torch import Tensor, nn
 
 from ..kernels._activations import ACTIVATIONS
 from ..models import GPT, KVCache
-from ..models.layers import readable
+from ..models.layers import LayerNorm, RMSNorm, readable
 from .native import library
 
 DTYPES = torch.float32, torch.bfloat16
 
 
 def fits(model: Any, dtype: torch.dtype) -> bool:
-    """Whether a Decoder can be made of the model: a GPT whose weights are its own (no adapters),
-    in fp32 or bf16, on a machine with a C compiler."""
+    """Whether a Decoder can be made of the model: a GPT with nothing put into its layers (adapters,
+    hooks), in fp32 or bf16, on a machine with a C compiler."""
     if not isinstance(model, GPT) or dtype not in DTYPES:
         return False
-    linear = [m for b in model.layers for m in b.modules() if not any(m.children())]
-    norms = {"RMSNorm", "LayerNorm"}
-    plain = all(readable(m) for m in linear if type(m).__name__ not in norms)
-    return plain and readable(model.lm_head) and library() is not None
+    parts = [m for block in model.layers for m in block.modules() if not any(m.children())]
+    plain = all(isinstance(m, RMSNorm | LayerNorm) or readable(m) for m in parts)
+    return plain and library() is not None
 
 
 @torch.inference_mode()
@@ -72,7 +71,7 @@ class Layer(ctypes.Structure):
 class Model(ctypes.Structure):
     _fields_ = [
         *((name, c_int64) for name in ("n_layer", "n_head", "n_kv_head", "head_dim")),
-        *((name, c_int64) for name in ("width", "inner", "vocabulary")),
+        *((name, c_int64) for name in ("width", "inner", "outputs")),
         *((name, c_int64) for name in ("activation", "gated", "layer_norm", "half")),
         *((name, c_void_p) for name in ("embedding", "positions", "cos", "sin")),
         *((name, c_void_p) for name in ("norm", "norm_bias")),
@@ -108,11 +107,15 @@ class Decoder:
     """`hidden(tokens, cache)` and `logits(hidden)` of a GPT on CPU, without gradients.
 
     dtype, fp32 or bf16, is that of the matrices, of their inputs and of the cache; all else is
-    fp32. The weights are copied: a Decoder shows the model as it was.
+    fp32. head: what is in the place of the model's own. The weights are copied: a Decoder shows the
+    model as it was.
     """
 
-    def __init__(self, model: GPT, dtype: torch.dtype = torch.float32):
-        c, self.dtype = model.config, dtype
+    def __init__(
+        self, model: GPT, dtype: torch.dtype = torch.float32, head: nn.Linear | None = None
+    ):
+        head = model.lm_head if head is None else head
+        c, self.dtype, self.outputs = model.config, dtype, head.out_features
         self.config = c
         found = library()
         assert found is not None
@@ -140,7 +143,7 @@ class Decoder:
             head_dim=c.head_dim,
             width=c.n_embd,
             inner=c.n_inner,
-            vocabulary=c.vocab_size,
+            outputs=self.outputs,
             activation=list(ACTIVATIONS).index(c.activation),
             gated=c.gated,
             layer_norm=c.norm == "layer",
@@ -150,7 +153,7 @@ class Decoder:
             sin=self._floats(model.rotary.sin),
             eps=c.norm_eps,
             layers=layers,
-            head=self._matrix(model.lm_head),
+            head=self._matrix(head),
         )
         self.model.norm, self.model.norm_bias = self._norm(model.norm)
         if c.positions == "learned":
@@ -188,10 +191,10 @@ class Decoder:
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden (..., C) → (..., V) in fp32, as `GPT.logits`, the final norm included."""
+        """hidden (..., C) → what the head gives, (..., V) in fp32, the final norm included."""
         hidden = hidden.contiguous()
         rows = hidden.numel() // self.config.n_embd
-        logits = torch.empty(*hidden.shape[:-1], self.config.vocab_size)
+        logits = torch.empty(*hidden.shape[:-1], self.outputs)
         self._checked(
             self.library.logits(
                 ctypes.byref(self.model),

@@ -29,9 +29,10 @@ def compiler() -> list[str] | None:
 
 
 def _folder() -> Path:
-    """Where compiled libraries are kept: the user's cache, or a new folder where that is closed."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(base) / "ponder"
+    """Where compiled libraries are kept, as what training computes once is: $PONDER_CACHE, or the
+    user's cache folder; a new folder where that is closed."""
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = Path(os.environ.get("PONDER_CACHE") or user / "ponder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

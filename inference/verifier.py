@@ -7,17 +7,20 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
+from scipy.special import expit
 from tokenizers import Tokenizer
+from torch import Tensor
 
-from ..models import hub
+from ..models import KVCache, hub
 from ..models.verifier import Verifier, encode_solutions, load_verifier, step_ends
 from . import cost
+from .decoder import Decoder, fits
 from .prompts import LENGTH_STEP, round_up
 from .speaker import device, model_hash
-from .workers import MOST, Workers
 
 Tokens = tuple[int, ...]
-ROWS = {"cpu": 8, "cuda": 64}  # that are read at once
+ROWS = {"cpu": 8, "cuda": 64}  # that PyTorch reads at once
+BLOCK_TOKENS = 2048  # that are read at once in C
 
 
 class Score(NamedTuple):
@@ -35,14 +38,18 @@ class Score(NamedTuple):
 class Scorer:
     """A verifier, its tokenizer, and what it can tell.
 
-    Every completion is read in a block of a fixed shape that its own length decides, so that its
-    values do not depend on its companions.
+    A completion's values do not depend on its companions: on a CPU a `Decoder` reads them, and
+    PyTorch reads each in a block of a fixed shape that its own length decides.
     """
 
     def __init__(self, verifier: Verifier, tokenizer: Tokenizer, *, eos: int | None, hash: str):
         self.verifier, self.tokenizer, self.eos, self.hash = verifier.eval(), tokenizer, eos, hash
         self.reading, self.shape = verifier.reading, verifier.config
         self.device = verifier.score.weight.device
+        self.decoder = None
+        if isinstance(verifier, Verifier) and self.device.type == "cpu":
+            if fits(verifier.model, verifier.score.weight.dtype):
+                self.decoder = Decoder(verifier.model, head=verifier.score)
         self.think_end = tokenizer.token_to_id("</think>")
         self.step_ends = step_ends(tokenizer, self.reading.step_end)
 
@@ -97,29 +104,31 @@ class Scorer:
             )
         by_width: dict[int, list[int]] = {}
         for i, row in enumerate(rows):
-            by_width.setdefault(min(round_up(len(row), LENGTH_STEP), context), []).append(i)
-        most = ROWS.get(self.device.type, ROWS["cuda"])
-        blocks = [
-            (width, places[first : first + most])
-            for width, places in by_width.items()
-            for first in range(0, len(places), most)
-        ]
-
-        @torch.inference_mode()  # which each thread has for itself
-        def read(block: tuple[int, list[int]]) -> list[list[float]]:
-            width, places = block
-            padded = [rows[i] + (0,) * (width - len(rows[i])) for i in places]
-            padded += [(0,) * width] * (most - len(places))
-            logits = self.verifier(torch.tensor(padded, device=self.device))
-            return logits[: len(places)].sigmoid().tolist()
-
+            width = len(row) if self.decoder else min(round_up(len(row), LENGTH_STEP), context)
+            by_width.setdefault(width, []).append(i)
         found: list[list[float]] = [[] for _ in rows]
-        with Workers(MOST if self.device.type == "cpu" else 1) as workers:
-            read_blocks = workers.run(read, blocks, alike=True)
-        for (_, places), values in zip(blocks, read_blocks, strict=True):
-            for i, of in zip(places, values, strict=True):
-                found[i] = of[: len(rows[i])]
+        for width, places in by_width.items():
+            most = ROWS.get(self.device.type, ROWS["cuda"])
+            if self.decoder:
+                most = max(1, BLOCK_TOKENS // width)
+            for first in range(0, len(places), most):
+                block = places[first : first + most]
+                padded = [rows[i] + (0,) * (width - len(rows[i])) for i in block]
+                if not self.decoder:
+                    padded += [(0,) * width] * (most - len(block))
+                values = self._read(torch.tensor(padded, device=self.device))
+                for i, of in zip(block, values, strict=False):
+                    found[i] = of[: len(rows[i])]
         return found
+
+    @torch.inference_mode()
+    def _read(self, tokens: Tensor) -> list[list[float]]:
+        """The values of tokens (B, T)."""
+        if self.decoder is None:
+            return self.verifier(tokens).sigmoid().tolist()
+        hidden = self.decoder.hidden(tokens, KVCache(self.shape, *tokens.shape))
+        # PyTorch's sigmoid rounds otherwise where a number has no whole vector.
+        return expit(self.decoder.logits(hidden).squeeze(-1).numpy()).tolist()
 
     def judge(
         self, tokenizer: Tokenizer | None = None, *, by: Literal["last", "least"] = "last"

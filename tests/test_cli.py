@@ -40,6 +40,7 @@ def test_the_repository_root_as_current_folder_hides_nothing():
     run = ponder("info", cwd=root)
     assert run.returncode == 0, run.stderr
     assert "attention" in run.stdout and "torch" in run.stdout
+    assert "sampling on a CPU     in C, compiled by" in run.stdout
 
 
 BAD = [

@@ -217,10 +217,48 @@ WIDTHS = {
 
 @pytest.mark.skipif(native.platform.machine() != "x86_64", reason="names of x86-64 CPUs")
 @pytest.mark.parametrize("width", WIDTHS)
-def test_it_compiles_without_a_warning_for_every_width_of_vectors(width, tmp_path):
+def test_it_compiles_without_a_warning_for_every_width_of_vectors(width):
     command = native.compiler()
     assert command is not None, "the tests need a C compiler"
     words = [*command, *native.COMMON.split(), *WIDTHS[width], "-fopenmp", "-Wall", "-Wextra"]
-    words += ["-Werror", "-o", str(tmp_path / "decoder.so"), str(native.SOURCE), "-lm"]
+    words += ["-Werror", "-fsyntax-only", str(native.SOURCE)]
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def anew(monkeypatch, tmp_path):
+    """A process that has not compiled yet, with a cache of its own."""
+    monkeypatch.setenv("PONDER_CACHE", str(tmp_path / "cache"))
+    native.library.cache_clear()
+    yield tmp_path / "cache"
+    native.library.cache_clear()
+
+
+def test_it_is_compiled_once(anew, monkeypatch):
+    assert native.library() is not None
+    [made] = anew.iterdir()
+    native.library.cache_clear()
+    monkeypatch.setattr(native, "_compiled", None)
+    assert native.library() is not None and [*anew.iterdir()] == [made]
+
+
+def test_a_cache_that_is_closed_is_no_obstacle(anew):
+    anew.write_text("a file where the folder would be")
+    assert native.library() is not None
+
+
+def test_without_a_compiler_there_is_none(anew, monkeypatch):
+    monkeypatch.setenv("PATH", str(anew))
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert native.compiler() is None and native.library() is None
+
+
+def test_a_compiler_that_fails_is_told(anew, monkeypatch, tmp_path):
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\necho 'broken: no such header' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CC", str(broken))
+    with pytest.warns(UserWarning, match="without compiled C: broken: no such header$"):
+        assert native.library() is None
+    assert not [*anew.iterdir()]

@@ -1,7 +1,6 @@
-"""What the engine is built of: groups of rows that share a prompt, workers, graphs, the plan."""
+"""What the engine is built of: groups of rows that share a prompt, graphs, the plan."""
 
 import random
-import threading
 
 import psutil
 import pytest
@@ -14,7 +13,6 @@ from ponder.inference.engine import LocalEngine, Request, SamplingParams
 from ponder.inference.graphs import Graphed
 from ponder.inference.prompts import Groups, Place, Prompts
 from ponder.inference.slots import Slots
-from ponder.inference.workers import Workers
 from ponder.models import GPT, GPTConfig, KVCache, Prefix, memory
 from ponder.models.memory import GIB, available, sampling_memory
 
@@ -151,33 +149,6 @@ def test_shapes_of_a_cache_do_not_show(dtype, heads):
             found.append(decoder.logits(decoder.hidden(torch.full((32, 1), 5), cache)))
     for logits in found:
         assert (logits == found[0][:1]).all()
-
-
-def _threads_of_an_operation(i: int) -> tuple[int, int]:
-    torch.ones(1 << 17).sum()  # PyTorch's setting is read by the first that is divided
-    return i, torch.get_num_threads()
-
-
-def test_workers_keep_order_and_raise_and_leave_the_setting():
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(4)
-        with Workers(2) as workers:
-            names = workers.run(lambda _: threading.current_thread().name, range(8))
-            assert threading.current_thread().name not in names
-            each = workers.run(
-                lambda i: (i, torch.ones(2).sum(), torch.get_num_threads()), range(5)
-            )
-            assert [(i, n) for i, _, n in each] == [(i, 2) for i in range(5)]
-            assert workers.run(_threads_of_an_operation, [0]) == [(0, 4)]
-            assert workers.run(_threads_of_an_operation, [0], alike=True) == [(0, 2)]
-            with pytest.raises(ZeroDivisionError):
-                workers.run(lambda i: 1 / i, [1, 0])
-            assert torch.get_num_threads() == 4
-        with Workers(1) as workers:
-            assert workers.run(threading.current_thread().__eq__, [threading.current_thread()])[0]
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_a_step_is_captured_when_its_tensors_stay():
