@@ -36,6 +36,8 @@
 #else
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ints){__VA_ARGS__})
 #endif
+/* In front of a loop: its rounds are dealt out to `team` threads. */
+#define TEAM _Pragma("omp parallel for num_threads(team) if (team > 1) schedule(static)")
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -256,8 +258,7 @@ static int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step 
 static void whole(const Model *model, const Matrix *m, const void *x, int64_t stride_x,
                   int64_t rows, float *y, int64_t stride_y, int epilogue, int team) {
   const int64_t panels = round_up(m->out, PANEL) / PANEL;
-#pragma omp parallel for num_threads(team) if (team > 1) schedule(static)
-  for (int part = 0; part < team; part++)
+  TEAM for (int part = 0; part < team; part++)
     product(model, m, x, stride_x, rows, y, stride_y, epilogue, panels * part / team,
             panels * (part + 1) / team);
 }
@@ -531,26 +532,25 @@ static int run(const Model *m, const Pass *pass, int64_t first, int64_t last, in
   for (int64_t index = 0; index < m->n_layer; index++) {
     const Layer *layer = m->layers + index;
     const int64_t size = half ? 2 : 4;
-    for (int64_t row = 0; row < rows; row++)
+    TEAM for (int64_t row = 0; row < rows; row++)
       normed(m, h + row * stride_h, layer->norm, layer->norm_bias, C, m->layer_norm,
              (char *)x + row * stride_x * size, half);
     whole(m, &layer->qkv, x, stride_x, rows, y, stride_y, STORE, team);
-    for (int64_t row = 0; row < rows; row++)
+    TEAM for (int64_t row = 0; row < rows; row++)
       place_token(m, layer, pass, index, place_of(pass, first + row / T, row % T),
                   y + row * stride_y);
-#pragma omp parallel for num_threads(team) if (team > 1) schedule(static)
-    for (int part = 0; part < team; part++)
+    TEAM for (int part = 0; part < team; part++)
       for (int64_t row = rows * part / team; row < rows * (part + 1) / team; row++)
         attend_token(m, pass, index, place_of(pass, first + row / T, row % T), y + row * stride_y,
                      scores + part * positions, (char *)x + row * stride_x * size);
     whole(m, &layer->o, x, stride_x, rows, h, stride_h, ADD, team);
-    for (int64_t row = 0; row < rows; row++)
+    TEAM for (int64_t row = 0; row < rows; row++)
       normed(m, h + row * stride_h, layer->mlp_norm, layer->mlp_norm_bias, C, m->layer_norm,
              (char *)x + row * stride_x * size, half);
     whole(m, m->gated ? &layer->gate : &layer->up, x, stride_x, rows, y, stride_y, ACTIVATE, team);
     if (m->gated) whole(m, &layer->up, x, stride_x, rows, y, stride_y, MULTIPLY, team);
     if (half)
-      for (int64_t row = 0; row < rows; row++)
+      TEAM for (int64_t row = 0; row < rows; row++)
         narrow(y + row * stride_y, stride_z, (bf16 *)x + row * stride_x);
     whole(m, &layer->down, half ? x : y, half ? stride_x : stride_y, rows, h, stride_h, ADD, team);
   }
@@ -562,25 +562,19 @@ static int run(const Model *m, const Pass *pass, int64_t first, int64_t last, in
 
 /* What the model makes of new tokens, behind those that the cache holds; 1: no memory. */
 int hidden(const Model *model, const Pass *pass) {
-  const int64_t n = pass->sequences, T = pass->tokens;
-  /* Sequences that a thread takes through the whole model: as many for each, up to 64 rows. */
+  const int64_t n = pass->sequences, most = pass->tokens < 64 ? 64 / pass->tokens : 1;
+  /* A thread takes its sequences through all layers, as many as the others, up to 64 rows. Where
+     that leaves half of the threads without any, they divide each operation instead. */
   int64_t each = (n + pass->threads - 1) / pass->threads;
-  if (T == 1) each = round_up(each, STRIP);
-  const int64_t most = T < 64 ? 64 / T : 1;
+  if (pass->tokens == 1) each = round_up(each, STRIP);
   if (each > most) each = most;
-  const int64_t chunks = (n + each - 1) / each;
-  if (chunks < pass->threads) {
-    int failed = 0;
-    for (int64_t first = 0; first < n && !failed; first += each)
-      failed = run(model, pass, first, first + each < n ? first + each : n, pass->threads);
-    return failed;
-  }
+  const int team = 2 * ((n + each - 1) / each) <= pass->threads ? pass->threads : 1;
+  if (team > 1) each = n < most ? n : most;
   int failed = 0;
-#pragma omp parallel for num_threads(pass->threads) schedule(dynamic) reduction(| : failed)
-  for (int64_t chunk = 0; chunk < chunks; chunk++) {
-    const int64_t first = chunk * each, last = first + each < n ? first + each : n;
-    failed |= run(model, pass, first, last, 1);
-  }
+#pragma omp parallel for num_threads(pass->threads) if (team == 1) schedule(dynamic) \
+    reduction(| : failed)
+  for (int64_t first = 0; first < n; first += each)
+    failed |= run(model, pass, first, first + each < n ? first + each : n, team);
   return failed;
 }
 

@@ -78,10 +78,12 @@ def library() -> ctypes.CDLL | None:
 
 
 def _compiled(command: list[str], path: Path) -> Path:
+    """The library at `path`; CalledProcessError of the first choice where none does."""
+    tried = []
     for choice in CHOICES:
         words = [*command, *COMMON.split(), *choice.split(), "-o", str(path), str(SOURCE), "-lm"]
-        done = subprocess.run(words, capture_output=True, text=True, check=False)
-        if done.returncode == 0:
+        tried.append(subprocess.run(words, capture_output=True, text=True, check=False))
+        if tried[-1].returncode == 0:
             return path
-    done.check_returncode()
+    tried[0].check_returncode()
     return path
