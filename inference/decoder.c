@@ -59,7 +59,7 @@ typedef struct {
 } Layer;
 
 typedef struct {
-  int64_t n_layer, n_head, n_kv_head, head_dim, width, inner, outputs;
+  int64_t n_layer, n_head, n_kv_head, head_dim, width, inner, vocabulary, context, outputs;
   int64_t activation, gated, layer_norm, half; /* half: bf16 matrices and cache */
   const float *embedding, *positions, *cos, *sin, *norm, *norm_bias;
   float eps;
@@ -311,7 +311,8 @@ static void normed(const Model *model, const float *x, const float *weight, cons
   for (; i < n; i++) put(y, i, (x[i] - mean) * scale * weight[i] + (bias ? bias[i] : 0), half);
 }
 
-static void turn(float *x, const float *cos, const float *sin, int64_t half_dim) {
+static void turn(float *restrict x, const float *restrict cos, const float *restrict sin,
+                 int64_t half_dim) {
   for (int64_t i = 0; i < half_dim; i++) {
     float a = x[i], b = x[i + half_dim];
     x[i] = a * cos[i] - b * sin[i];
@@ -560,8 +561,17 @@ static int run(const Model *m, const Pass *pass, int64_t first, int64_t last, in
   return 0;
 }
 
-/* What the model makes of new tokens, behind those that the cache holds; 1: no memory. */
+/* What the model makes of new tokens, behind those that the cache holds; 1: no memory, 2: no room
+   in the cache, or in the context, 3: a token that is none. */
 int hidden(const Model *model, const Pass *pass) {
+  for (int64_t s = 0; s < pass->sequences; s++) {
+    const Place end = place_of(pass, s, pass->tokens);
+    if (end.own > pass->capacity || end.shared + end.own > model->context) return 2;
+    for (int64_t t = 0; t < pass->tokens; t++) {
+      const int64_t token = pass->token[s * pass->tokens + t];
+      if (token < 0 || token >= model->vocabulary) return 3;
+    }
+  }
   const int64_t n = pass->sequences, most = pass->tokens < 64 ? 64 / pass->tokens : 1;
   /* A thread takes its sequences through all layers, as many as the others, up to 64 rows. Where
      that leaves half of the threads without any, they divide each operation instead. */

@@ -71,7 +71,7 @@ class Layer(ctypes.Structure):
 class Model(ctypes.Structure):
     _fields_ = [
         *((name, c_int64) for name in ("n_layer", "n_head", "n_kv_head", "head_dim")),
-        *((name, c_int64) for name in ("width", "inner", "outputs")),
+        *((name, c_int64) for name in ("width", "inner", "vocabulary", "context", "outputs")),
         *((name, c_int64) for name in ("activation", "gated", "layer_norm", "half")),
         *((name, c_void_p) for name in ("embedding", "positions", "cos", "sin")),
         *((name, c_void_p) for name in ("norm", "norm_bias")),
@@ -143,6 +143,8 @@ class Decoder:
             head_dim=c.head_dim,
             width=c.n_embd,
             inner=c.n_inner,
+            vocabulary=c.vocab_size,
+            context=c.context,
             outputs=self.outputs,
             activation=list(ACTIVATIONS).index(c.activation),
             gated=c.gated,
@@ -229,8 +231,11 @@ class Decoder:
         return tokens, logprobs
 
     def _checked(self, failed: int) -> None:
-        if failed:
+        if failed == 1:
             raise torch.OutOfMemoryError("no memory for the activations of a decode step")
+        if failed:
+            what = "a row is longer than the cache or the context", "a token is not the model's"
+            raise ValueError(what[failed - 2])
 
     def _floats(self, x: Tensor) -> int:
         kept = x.detach().to(torch.float32, copy=True).contiguous()

@@ -113,6 +113,22 @@ def test_a_row_that_is_left_out_is_left_alone():
     assert (cache.keys[:, [2, 6], :, [3, 3]] != 7.0).all()
 
 
+def test_what_lies_outside_is_refused():
+    model = gpt()
+    decoder, cache = Decoder(model), KVCache(model.config, 2, 32)
+    for tokens, message in (
+        (torch.zeros(2, 33, dtype=torch.int64), "longer than the cache or the context"),
+        (torch.tensor([[1], [21]]), "a token is not the model's"),
+        (torch.tensor([[1], [-1]]), "a token is not the model's"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            decoder.hidden(tokens, cache)
+    cache, cache.empty = KVCache(model.config, 2, 200), False
+    cache.lengths += torch.tensor([3, 128])
+    with pytest.raises(ValueError, match="longer than the cache or the context"):
+        decoder.hidden(torch.tensor([[1], [1]]), cache)
+
+
 def test_a_model_whose_weights_are_not_its_own_is_none_for_the_decoder(monkeypatch):
     assert fits(gpt(), torch.bfloat16) and not fits(gpt(), torch.float16)
     adapted = gpt()
