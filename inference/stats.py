@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import least_squares
+from scipy.optimize import leastsq
 
 CHUNK = 1 << 24  # elements of a temporary array, so that memory stays in the tens of megabytes
 
@@ -140,7 +140,8 @@ def _coverage_law(
     def residual(law: np.ndarray) -> np.ndarray:
         return np.exp(-np.exp(np.clip(law[0] - law[1] * np.log(k), -50, 50))) - mean
 
-    log_a, b = least_squares(residual, first, method="lm").x
+    # MINPACK's, which `least_squares` calls too, in four times the time. Full, it does not warn.
+    log_a, b = leastsq(residual, first, full_output=True)[0]
     return -float(np.exp(log_a)), float(b)
 
 

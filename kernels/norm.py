@@ -32,6 +32,8 @@ from ._runtime import (
 )
 
 MAX_COLUMNS = 8192  # past this the backward spills registers
+# Partial gradients of the weight; a fixed number, so that the sum's order never changes.
+PROGRAMS = 512
 
 
 def rms_norm_reference(
@@ -154,11 +156,6 @@ def _block(n_cols: int) -> int:
 
 def _num_warps(block_c: int) -> int:
     return min(32, max(1, block_c // 512))
-
-
-def _programs(n_rows: int) -> int:
-    """Partial weight gradients; a fixed number, so that the sum's order never changes."""
-    return min(n_rows, 512)
 
 
 def _flags(dtype: str, stream: str, block_c: int) -> Iterator[tuple[bool, ...]]:
@@ -284,7 +281,7 @@ def _norm_backward(
     """(dh, dparameters): dh of both x and the residual; (1, C) of weight or (2, C) of bias too."""
     n_rows, n_cols = math.prod(h.shape[:-1]), h.shape[-1]
     dx = torch.empty_like(h)
-    n_programs = _programs(n_rows)
+    n_programs = min(n_rows, PROGRAMS)
     partial = h.new_empty((1 + has_bias, n_programs, n_cols), dtype=torch.float32)
     block_c = _block(n_cols)
     if n_rows:

@@ -6,6 +6,7 @@ import torch
 from tokenizers import Tokenizer
 
 from ponder import tasks
+from ponder.inference import report
 from ponder.models import GPT, GPTConfig, hub
 from ponder.training.tokenizer import character_tokenizer
 
@@ -47,3 +48,11 @@ def text_model(tmp_path_factory) -> Path:
     """A model with the tokenizer of a run on plain text, which has no <think>."""
     folder = tmp_path_factory.mktemp("models") / "text"
     return save_random(folder, character_tokenizer("0123456789+-*= ", thinks=False))
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Reports without their figures, which take seconds: for tests of what else they hold."""
+    monkeypatch.setattr(report, "svg", lambda *_, **__: "")
+    monkeypatch.setattr(report, "picture", lambda *_, **__: b"")
+    monkeypatch.setattr(report, "png", lambda results: b"")

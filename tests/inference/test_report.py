@@ -106,17 +106,35 @@ class Page(HTMLParser):
             self.text += data
 
 
-def page_of(store, folder, shape=None, **options):
-    results = evaluate(store, shape=shape)
-    path = write_report(folder, results, store, **options)
-    return Page(path.read_text(encoding="utf-8")), path.read_text(encoding="utf-8")
+def page_of(store, folder):
+    path = write_report(folder, evaluate(store), store)
+    return Page(path.read_text(encoding="utf-8"))
 
 
-def test_results_csv(tmp_path):
-    store = make_store(tmp_path / "s", task='a "quoted", task')
-    results = evaluate(store, shape=SMALL)
-    write_report(tmp_path / "report", results, store)
-    with open(tmp_path / "report" / "results.csv", newline="") as file:
+RUN = {
+    "sweep": {
+        "command": "ponder sweep --task t",
+        "configuration": {"samples": [1, 4], "resume": None},
+        "versions": {"torch": "2.13.0"},
+        "commit": "abc123",
+    }
+}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """Results, and the folder of their report, with everything that a page may show."""
+    folder = tmp_path_factory.mktemp("written")
+    (folder / "run.json").write_text(json.dumps(RUN))
+    with make_store(folder / "s", task='a "quoted", task', seconds=0.25) as store:
+        results = evaluate(store, shape=SMALL)
+        write_report(folder / "report", results, store, run=folder / "run.json")
+    return results, folder / "report"
+
+
+def test_results_csv(written):
+    results, folder = written
+    with open(folder / "results.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert (
         tuple(rows[0])
@@ -141,11 +159,9 @@ def test_results_csv(tmp_path):
     assert "true" in {row["pareto"] for row in rows}
 
 
-def test_findings_json(tmp_path):
-    store = make_store(tmp_path / "s")
-    results = evaluate(store, shape=SMALL)
-    write_report(tmp_path / "report", results, store)
-    found = json.loads((tmp_path / "report" / "findings.json").read_text())
+def test_findings_json(written):
+    results, folder = written
+    found = json.loads((folder / "findings.json").read_text())
     rows = {(r.strategy, r.samples, r.think_budget): r for r in results}
     vote = found["choosing"][2]
     assert (vote["strategy"], vote["samples"], vote["difference"]) == ("self-consistency", 4, None)
@@ -176,20 +192,9 @@ def test_unknown_flops_are_empty_in_the_csv(tmp_path):
     assert {row["flops_per_problem"] for row in rows} == {""}
 
 
-def test_the_page_holds_what_it_shows(tmp_path):
-    run = {
-        "sweep": {
-            "command": "ponder sweep --task t",
-            "configuration": {"samples": [1, 4], "resume": None},
-            "versions": {"torch": "2.13.0"},
-            "commit": "abc123",
-        }
-    }
-    file = tmp_path / "run.json"
-    file.write_text(json.dumps(run))
-    page, source = page_of(
-        make_store(tmp_path / "s", seconds=0.25), tmp_path / "report", SMALL, run=file
-    )
+def test_the_page_holds_what_it_shows(written):
+    source = (written[1] / "index.html").read_text(encoding="utf-8")
+    page = Page(source)
     # Compute wide and narrow in three units, budgets, samples, outcomes, coverage, policy.
     assert page.tags.count("svg") == 6 + 5
     assert page.tags.count("input") == 3  # the choice of the unit
@@ -210,7 +215,7 @@ def test_the_page_holds_what_it_shows(tmp_path):
 
 def test_the_page_tells_the_numbers_and_the_corrected_problem(tmp_path):
     store = make_store(tmp_path / "s", problems=1, texts=("first thought", "second thought"))
-    page, _ = page_of(store, tmp_path / "report")
+    page = page_of(store, tmp_path / "report")
     # Greedy is wrong; of the four samples all but the first are right.
     assert "Where the vote corrects a single sample" in page.text
     assert "Sample 1: wrong" in page.text and "Sample 2: right" in page.text
@@ -248,7 +253,7 @@ def test_hostile_texts_are_escaped(tmp_path):
     ids=["no budgets", "one sample", "one of everything", "many budgets"],
 )
 def test_small_and_large_sweeps(tmp_path, options, figures):
-    page, _ = page_of(make_store(tmp_path / "s", **options), tmp_path / "report")
+    page = page_of(make_store(tmp_path / "s", **options), tmp_path / "report")
     assert page.tags.count("svg") == figures
 
 

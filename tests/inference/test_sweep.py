@@ -21,17 +21,26 @@ from ponder.inference.sweep import redraw, sweep
 from ponder.models import hub
 
 
-@pytest.fixture
-def config(model, tmp_path) -> SweepConfig:
-    return SweepConfig(
+@pytest.fixture(scope="module")
+def swept(model, tmp_path_factory) -> SweepConfig:
+    """A small sweep, done; tests that change its folder take a copy."""
+    config = SweepConfig(
         model=str(model),
-        out=tmp_path / "out",
+        out=tmp_path_factory.mktemp("swept") / "out",
         samples=(1, 3),
         budgets=(0, 2),
         problems=6,
         slots=8,
         precision="fp32",
     )
+    assert sweep(config) == config.out / "report" / "index.html"
+    return config
+
+
+@pytest.fixture
+def config(swept, tmp_path) -> SweepConfig:
+    """The same sweep, not begun."""
+    return replace(swept, out=tmp_path / "out")
 
 
 def samples(out: Path) -> list[tuple]:
@@ -56,8 +65,8 @@ def test_what_cannot_fit_is_refused_before_the_folder_is_there(config, asker, me
     assert not config.out.exists()
 
 
-def test_a_sweep_fills_its_grid_and_enforces_its_budgets(config):
-    page = sweep(config)
+def test_a_sweep_fills_its_grid_and_enforces_its_budgets(swept):
+    config, page = swept, swept.out / "report" / "index.html"
     found = samples(config.out)
     assert len(found) == 6 * 3 * (1 + 3)  # problems × budgets (one unlimited) × (greedy + samples)
     for _, budget, _, _, _, text, _, _, sampled, forced, think, _ in found:
@@ -80,11 +89,10 @@ def test_a_sweep_fills_its_grid_and_enforces_its_budgets(config):
     assert run["slots"] == [8]
 
 
-def test_what_is_stored_agrees_with_the_verifier(config):
-    sweep(config)
+def test_what_is_stored_agrees_with_the_verifier(swept):
     task = tasks.get("last_digit")
     problems = task.problems("test", 6, 0)
-    for row in samples(config.out):
+    for row in samples(swept.out):
         assert bool(row[7]) == task.verify(problems[row[0]], row[5])
         assert row[6] == task.answer(row[5])
 
@@ -113,7 +121,7 @@ module.sweep(config)
 """
 
 
-def test_a_sweep_killed_twenty_times_ends_with_the_same_samples(config, tmp_path):
+def test_a_sweep_killed_twenty_times_ends_with_the_same_samples(config, tmp_path, no_figures):
     """Killed with SIGKILL at a random moment between two stored batches, or within one."""
     kills = 20
     config = replace(config, problems=24, samples=(2, 8), slots=16)
@@ -146,7 +154,7 @@ def test_a_sweep_killed_twenty_times_ends_with_the_same_samples(config, tmp_path
     assert rows(killed.out) == rows(config.out)
 
 
-def test_a_resumed_sweep_keeps_the_precision_that_was_measured(config, monkeypatch):
+def test_a_resumed_sweep_keeps_the_precision_that_was_measured(config, monkeypatch, no_figures):
     config = replace(config, precision="auto")
     measured = iter((True, False))
     monkeypatch.setattr("ponder.inference.local.bf16_pays", lambda *_: next(measured))
@@ -162,8 +170,8 @@ def test_a_resumed_sweep_keeps_the_precision_that_was_measured(config, monkeypat
         sweep(replace(config, precision="fp32", resume=True))
 
 
-def test_another_model_or_task_is_refused_and_nothing_is_lost(config, model, tmp_path):
-    sweep(config)
+def test_another_model_or_task_is_refused_and_nothing_is_lost(swept, config, model, tmp_path):
+    shutil.copytree(swept.out, config.out)
     before = samples(config.out)
     other = tmp_path / "other"
     shutil.copytree(model, other)
@@ -182,17 +190,17 @@ def test_another_model_or_task_is_refused_and_nothing_is_lost(config, model, tmp
     assert samples(config.out) == before
 
 
-def test_redraw_writes_the_same_results(config):
-    page = sweep(config)
+def test_redraw_writes_the_same_results(swept, config, no_figures):
+    shutil.copytree(swept.out, config.out)
     before = (config.out / "report" / "results.csv").read_text()
     shutil.rmtree(config.out / "report")
-    assert redraw(config.out) == page
+    assert redraw(config.out) == config.out / "report" / "index.html"
     assert (config.out / "report" / "results.csv").read_text() == before
     with pytest.raises(ValueError, match="holds no run.json"):
         redraw(config.out / "report")
 
 
-def test_a_report_needs_no_model(config, tmp_path):
+def test_a_report_needs_no_model(config, tmp_path, no_figures):
     """FLOPs stand in it also when the model is gone."""
     gone = tmp_path / "gone"
     shutil.copytree(config.model, gone)
@@ -209,7 +217,7 @@ def test_a_budget_beyond_the_context_names_what_fits(config):
         sweep(replace(config, budgets=(90,)))
 
 
-def test_budgets_with_no_number_leave_unlimited_thinking_alone(config):
+def test_budgets_with_no_number_leave_unlimited_thinking_alone(config, no_figures):
     words = ["--model", config.model, "--budgets"]
     assert tyro.cli(SweepConfig, args=words).budgets == ()
     sweep(replace(config, budgets=(), samples=(1,), problems=2))

@@ -223,8 +223,9 @@ def config(model, tmp_path) -> SweepConfig:
     )
 
 
-def test_a_sweep_is_scored_when_it_is_done_or_later(config, tmp_path):
+def test_a_sweep_is_scored_when_it_is_done_or_later(config, tmp_path, no_figures, monkeypatch):
     sweep(config)
+    monkeypatch.undo()
     results = config.out / "report" / "results.csv"
     assert "verifier-vote" not in results.read_text()
     page = sweep(replace(config, verifier=str(tmp_path / "verifier"), resume=True))
@@ -250,7 +251,7 @@ def test_a_sweep_is_scored_when_it_is_done_or_later(config, tmp_path):
     assert results.read_text() == before
 
 
-def test_a_verifier_that_cannot_read_the_samples_is_told(config, model, tmp_path):
+def test_a_verifier_that_cannot_read_the_samples_is_told(config, model, tmp_path, no_figures):
     with pytest.raises(ValueError, match="holds no verifier, but Qwen3ForCausalLM"):
         sweep(replace(config, verifier=str(model)))
     assert not config.out.exists()  # told before anything is sampled
@@ -264,7 +265,7 @@ def test_a_verifier_that_cannot_read_the_samples_is_told(config, model, tmp_path
     assert sweep(replace(config, verifier=str(tmp_path / "verifier"), resume=True)).is_file()
 
 
-def test_training_problems_are_sampled_where_that_is_asked_for(config):
+def test_training_problems_are_sampled_where_that_is_asked_for(config, no_figures):
     sweep(replace(config, split="train"))
     with sqlite3.connect(config.out / "sweep" / "samples.sqlite") as db:
         identity = dict(db.execute("SELECT name, value FROM identity"))

@@ -1,14 +1,16 @@
 """Compile every configuration of one kernel module for one chip, with no GPU, and inspect it.
 
-`python tests/kernels/ahead_of_time.py norm 90` prints a line a fault, then the number compiled. It
-is a process of its own because the other kernel tests run with TRITON_INTERPRET=1. Chips: NVIDIA's
-by compute capability, and gfx942, AMD's MI300.
+`python tests/kernels/ahead_of_time.py norm 90` prints a line a fault, then the number compiled;
+with no module it reads such pairs from standard input, a line each. It is a process of its own
+because the other kernel tests run with TRITON_INTERPRET=1. Chips: NVIDIA's by compute capability,
+and gfx942, AMD's MI300.
 """
 
 import argparse
 import importlib
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -106,16 +108,24 @@ def narrow_addresses(ttir: str) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("module")
-    parser.add_argument("chip", choices=CHIPS)
+    parser.add_argument("module", nargs="?")
+    parser.add_argument("chip", nargs="?", default="90", choices=CHIPS)
     parser.add_argument("--only", default="", metavar="TEXT", help="kernels whose name has it")
     parser.add_argument("--verbose", action="store_true", help="a line for every configuration")
     args = parser.parse_args()
-    module = importlib.import_module(f"ponder.kernels.{args.module}")
-    capability, target, shared_limit = CHIPS[args.chip]
+    if args.module:
+        inspect(args.module, args.chip, args.only, args.verbose)
+    else:
+        for line in sys.stdin:
+            inspect(*line.split())
+
+
+def inspect(name: str, chip: str, only: str = "", verbose: bool = False) -> None:
+    module = importlib.import_module(f"ponder.kernels.{name}")
+    capability, target, shared_limit = CHIPS[chip]
     compiled, last = 0, {}
     for spec in module.specializations(capability):
-        if args.only not in spec.kernel.__name__:
+        if only not in spec.kernel.__name__:
             continue
         kernel = compile_ahead(spec, target)
         compiled += 1
@@ -125,7 +135,7 @@ def main() -> None:
             f"{spec.kernel.__name__} {dict(spec.constexprs)} warps={spec.num_warps} "
             f"stages={spec.num_stages} {sorted(set(spec.signature.values()))}"
         )
-        if args.verbose:
+        if verbose:
             print(f"{label}: {registers} registers, {stack} B stack, {shared} B shared")
         # Of gfx942 only that it compiles and fits; --verbose tells what it spills.
         if stack > MAX_SPILL and target.backend == "cuda":
@@ -134,14 +144,14 @@ def main() -> None:
             print(f"FAULT {label}: {shared} bytes of shared memory")
         for value in narrow_addresses(kernel.asm["ttir"]):
             print(f"FAULT {label}: {value} is a 32-bit product in an address")
-        if spec.matrix and args.chip == "90" and "wgmma" not in kernel.asm["ptx"]:
+        if spec.matrix and chip == "90" and "wgmma" not in kernel.asm["ptx"]:
             print(f"FAULT {label}: no wgmma")
         if _may_be_one(spec):
             last[spec.kernel.__name__] = spec
     for spec in last.values():
         compile_ahead(spec, target, ones=True)
         compiled += 1
-    print(f"compiled {compiled}")
+    print(f"compiled {compiled}", flush=True)
 
 
 if __name__ == "__main__":

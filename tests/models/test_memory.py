@@ -23,12 +23,12 @@ from ponder.training import TrainConfig
 from ponder.training.optimizer import build_optimizer
 
 PLAIN = GPTConfig(
-    vocab_size=90, context=64, n_layer=3, n_head=4, n_kv_head=4, head_dim=32, n_embd=128,
-    n_inner=512, gated=False, activation="relu2",
+    vocab_size=90, context=32, n_layer=3, n_head=2, n_kv_head=2, head_dim=32, n_embd=64,
+    n_inner=256, gated=False, activation="relu2",
 )  # fmt: skip
 GATED = GPTConfig(
-    vocab_size=300, context=96, n_layer=4, n_head=8, n_kv_head=2, head_dim=16, n_embd=160,
-    n_inner=320, tie_embeddings=False,
+    vocab_size=300, context=48, n_layer=4, n_head=4, n_kv_head=1, head_dim=16, n_embd=80,
+    n_inner=160, tie_embeddings=False,
 )  # fmt: skip
 
 
@@ -180,7 +180,7 @@ def test_shards_divide_the_state_and_nothing_else():
 
 def test_samples_fill_the_cache_by_slots_and_length():
     one = sampling_memory(GATED, slots=1, prompt=0, new=100)["KV cache"]
-    assert one == 2 * 4 * 2 * 16 * 100 * 2
+    assert one == 2 * 4 * 1 * 16 * 100 * 2
     assert sampling_memory(GATED, slots=6, prompt=10, new=30)["KV cache"] == 3 * one
 
 

@@ -3,9 +3,6 @@
 import copy
 import json
 import math
-import os
-import subprocess
-import sys
 import types
 
 import pytest
@@ -13,6 +10,7 @@ import torch
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
@@ -460,39 +458,31 @@ def test_trl_and_peft(llama, tmp_path):
     assert found[1] == pytest.approx(found[0], rel=1e-3) and found[0][0] != found[0][1]
 
 
-def test_the_kernels_themselves_under_a_model():
+def test_the_kernels_themselves_under_a_model(monkeypatch):
     """In Triton's interpreter: loss, gradients and two generated tokens."""
     pytest.importorskip("triton", reason="Triton is not installed")
-    script = """
-import copy, torch, transformers
-from ponder.models import patch
-shape = dict(
-    vocab_size=19, hidden_size=32, intermediate_size=48, num_hidden_layers=1, head_dim=16,
-    num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=32, sliding_window=4,
-    bos_token_id=None, eos_token_id=None, pad_token_id=None,
-)
-torch.manual_seed(0)
-config = transformers.Gemma2Config(**shape)
-model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-for p in model.parameters():
-    torch.nn.init.normal_(p, std=0.2)
-patched = copy.deepcopy(model)
-assert not any(part.kept for part in patch(patched, quiet=True))
-tokens = torch.randint(0, 19, (1, 9))
-for m in (model, patched):
-    m.train()(input_ids=tokens, labels=tokens).loss.backward()
-    m.eval()
-for (name, p), q in zip(patched.named_parameters(), model.parameters()):
-    error = (p.grad - q.grad).norm() / q.grad.norm()
-    assert error < 1e-5, (name, error)
-options = dict(max_new_tokens=2, do_sample=False)
-assert torch.equal(patched.generate(tokens, **options), model.generate(tokens, **options))
-"""
-    environment = {"TRITON_INTERPRET": "1", "PYTHONPATH": ":".join(sys.path)}
-    run = subprocess.run(
-        [sys.executable, "-c", script], env=os.environ | environment, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    shape = dict(
+        vocab_size=19, hidden_size=32, intermediate_size=48, num_hidden_layers=1, head_dim=16,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=32, sliding_window=4,
+        bos_token_id=None, eos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    config = Gemma2Config(**shape)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.2)
+    patched = copy.deepcopy(model)
+    assert not any(part.kept for part in patch(patched, quiet=True))
+    tokens = torch.randint(0, 19, (1, 9))
+    for m in (model, patched):
+        m.train()(input_ids=tokens, labels=tokens).loss.backward()
+        m.eval()
+    for (name, p), q in zip(patched.named_parameters(), model.parameters(), strict=True):
+        error = (p.grad - q.grad).norm() / q.grad.norm()
+        assert error < 1e-5, (name, error)
+    options = dict(max_new_tokens=2, do_sample=False)
+    assert torch.equal(patched.generate(tokens, **options), model.generate(tokens, **options))
 
 
 def test_a_model_that_makes_more_of_its_mask_gets_a_whole_one():

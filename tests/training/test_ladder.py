@@ -41,7 +41,7 @@ def ladder(tmp_path_factory):
         held_out_tokens=1024,
         context=32,
         batch_tokens=64,
-        resamples=10,
+        resamples=3,
     )
     assert scale(config) == folder / "out" / "scaling"
     return config
@@ -108,7 +108,7 @@ def test_two_processes_climb_the_ladder_together(ladder, tmp_path):
     words = ["scale", f"--data={ladder.data}", f"--out={tmp_path}/out", "--held-out="]
     for name in ("sizes", "tokens"):
         words += [f"--{name}", *map(str, getattr(ladder, name))]
-    words += ["--context=32", "--batch-tokens=64", "--resamples=10"]
+    words += ["--context=32", "--batch-tokens=64", "--resamples=3"]
     first, second = children.run(words, ranks=2, folder=tmp_path)
     assert "alpha" in first and "alpha" not in second
     rows = list(csv.DictReader((tmp_path / "out" / "scaling" / "runs.csv").open()))
