@@ -77,7 +77,7 @@ typedef struct {
   const void *prefix_keys, *prefix_values; /* (L, groups, G, prefix_capacity, D), or NULL */
   int64_t groups, prefix_capacity, prefix_width;
   const int64_t *place, *prefix_length; /* (rows,), (groups,) */
-  float *hidden;                        /* (sequences, tokens, C), before the final norm */
+  float *hidden; /* (sequences, tokens, C), before the final norm; NULL: keys and values alone */
   int64_t threads;
 } Pass;
 
@@ -540,6 +540,7 @@ static int run(const Model *m, const Pass *pass, int64_t first, int64_t last, in
     TEAM for (int64_t row = 0; row < rows; row++)
       place_token(m, layer, pass, index, place_of(pass, first + row / T, row % T),
                   y + row * stride_y);
+    if (!pass->hidden && index == m->n_layer - 1) break;
     TEAM for (int part = 0; part < team; part++)
       for (int64_t row = rows * part / team; row < rows * (part + 1) / team; row++)
         attend_token(m, pass, index, place_of(pass, first + row / T, row % T), y + row * stride_y,
@@ -555,7 +556,7 @@ static int run(const Model *m, const Pass *pass, int64_t first, int64_t last, in
         narrow(y + row * stride_y, stride_z, (bf16 *)x + row * stride_x);
     whole(m, &layer->down, half ? x : y, half ? stride_x : stride_y, rows, h, stride_h, ADD, team);
   }
-  for (int64_t row = 0; row < rows; row++)
+  for (int64_t row = 0; pass->hidden && row < rows; row++)
     memcpy(pass->hidden + (first * T + row) * C, h + row * stride_h, C * sizeof *h);
   free(memory);
   return 0;

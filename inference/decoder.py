@@ -164,11 +164,21 @@ class Decoder:
     def hidden(self, tokens: Tensor, cache: KVCache, rows: Tensor | None = None) -> Tensor:
         """tokens (B, T) → (B, T, C), as `GPT.hidden`, before the final norm. rows (B,), int64:
         which of the cache's they are; None: all."""
+        hidden = torch.empty(*tokens.shape, self.config.n_embd)
+        self._pass(tokens, cache, rows, hidden)
+        return hidden
+
+    def prefill(self, tokens: Tensor, cache: KVCache) -> None:
+        """The keys and values of tokens (B, T) alone: less work than `hidden`."""
+        self._pass(tokens, cache, None, None)
+
+    def _pass(
+        self, tokens: Tensor, cache: KVCache, rows: Tensor | None, hidden: Tensor | None
+    ) -> None:
         B, T = tokens.shape
         tokens = tokens.contiguous()
         rows = torch.arange(B) if rows is None else rows
         length = torch.zeros_like(cache.lengths) if cache.empty else cache.lengths.contiguous()
-        hidden = torch.empty(B, T, self.config.n_embd)
         work = Pass(
             sequences=B,
             tokens=T,
@@ -179,7 +189,7 @@ class Decoder:
             values=cache.values.data_ptr(),
             rows=len(length),
             capacity=cache.capacity,
-            hidden=hidden.data_ptr(),
+            hidden=None if hidden is None else hidden.data_ptr(),
             threads=torch.get_num_threads(),
         )
         prefix = None if cache.empty else cache.prefix
@@ -190,7 +200,6 @@ class Decoder:
             work.place, work.prefix_length = prefix.place.data_ptr(), prefix.lengths.data_ptr()
         self._checked(self.library.hidden(ctypes.byref(self.model), ctypes.byref(work)))
         cache.empty = False
-        return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (..., C) → what the head gives, (..., V) in fp32, the final norm included."""

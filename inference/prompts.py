@@ -100,12 +100,16 @@ class Prompts:
 
     @torch.inference_mode()
     def _prefill_block(self, width: int, prompts: list[Prompt]) -> None:
-        padded = [p + (0,) * (width - len(p)) for p in prompts]
+        padded = [p[:width] + (0,) * (width - len(p)) for p in prompts]
         if not self.engine.native:
             padded += [(0,) * width] * (self._rows(width) - len(prompts))
         device, dtype = self.engine.device, self.engine.dtype
         block = KVCache(self.config, len(padded), width, device=device, dtype=dtype)
-        self.network.hidden(torch.tensor(padded, device=device), block)
+        tokens = torch.tensor(padded, device=device)
+        if self.engine.native:
+            self.network.prefill(tokens, block)
+        else:
+            self.network.hidden(tokens, block)
         for row, prompt in enumerate(prompts):
             self.ready[prompt] = Place(block, row)
 

@@ -100,6 +100,16 @@ def test_a_rows_bits_do_not_depend_on_its_place(variant, dtype, set_threads):
         assert (block == blocks[0][:, :, :1]).all()
 
 
+def test_a_prefill_leaves_what_a_pass_does():
+    decoder = Decoder(gpt())
+    whole, filled = (KVCache(decoder.config, 3, 32) for _ in range(2))
+    tokens = torch.randint(0, 21, (3, 30))
+    decoder.hidden(tokens, whole)
+    decoder.prefill(tokens, filled)
+    assert torch.equal(whole.keys, filled.keys) and torch.equal(whole.values, filled.values)
+    assert filled.keys[:, :, :, :30].abs().min() > 0 and not filled.empty
+
+
 def test_a_row_that_is_left_out_is_left_alone():
     model = gpt()
     decoder, cache = Decoder(model), KVCache(model.config, 9, 32)
