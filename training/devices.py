@@ -31,25 +31,26 @@ class Device:
     """runs the Triton kernels"""
 
 
-def _gpu(name, bf16, bandwidth, gib, link, *, fp16=None, tf32=None, **options) -> Device:
-    peak = {"fp16": (fp16 or bf16) * 1e12, "fp32": (tf32 or bf16 / 2) * 1e12}
+def _gpu(name, bf16, fp32, bandwidth, gib, link, *, fp16=None, **options) -> Device:
+    # fp32 without TF32: neither PyTorch's products nor the kernels' take it unless asked.
+    peak = {"fp16": (fp16 or bf16) * 1e12, "fp32": fp32 * 1e12}
     if bf16:
         peak["bf16"] = bf16 * 1e12
     return Device(name, peak, bandwidth * 1e12, gib * GIB, link * 1e9, **options)
 
 
 DEVICES = {
-    "b200": _gpu("B200", 2250, 8.0, 178, 900),
-    "h200": _gpu("H200", 989, 4.8, 140, 450),
-    "h100": _gpu("H100", 989, 3.35, 79, 450),
-    "a100": _gpu("A100", 312, 2.04, 79, 300),
-    "a100-40": _gpu("A100 40 GB", 312, 1.555, 39, 300),
-    "l40s": _gpu("L40S", 362, 0.864, 44, 25),
-    "l4": _gpu("L4", 121, 0.3, 22, 12),
-    "a10": _gpu("A10", 125, 0.6, 22, 25),
-    "rtx4090": _gpu("RTX 4090", 165, 1.008, 23.5, 25),
-    "rtx3090": _gpu("RTX 3090", 71, 0.936, 23.5, 25),
-    "t4": _gpu("T4", 0, 0.32, 14.5, 12, fp16=65, tf32=8.1),
+    "b200": _gpu("B200", 2250, 75, 8.0, 178, 900),
+    "h200": _gpu("H200", 989, 67, 4.8, 140, 450),
+    "h100": _gpu("H100", 989, 67, 3.35, 79, 450),
+    "a100": _gpu("A100", 312, 19.5, 2.04, 79, 300),
+    "a100-40": _gpu("A100 40 GB", 312, 19.5, 1.555, 39, 300),
+    "l40s": _gpu("L40S", 362, 91.6, 0.864, 44, 25),
+    "l4": _gpu("L4", 121, 30.3, 0.3, 22, 12),
+    "a10": _gpu("A10", 125, 31.2, 0.6, 22, 25),
+    "rtx4090": _gpu("RTX 4090", 165, 82.6, 1.008, 23.5, 25),
+    "rtx3090": _gpu("RTX 3090", 71, 35.6, 0.936, 23.5, 25),
+    "t4": _gpu("T4", 0, 8.1, 0.32, 14.5, 12, fp16=65),
 }
 
 
