@@ -65,29 +65,33 @@ def device(name: str) -> Device:
 
 
 def this_cpu() -> Device:
-    """This machine without a GPU, measured in two seconds: products of 1024 × 1024, and a copy."""
+    """This machine without a GPU, measured in seconds: products of 1024 × 1024, and a copy."""
     import torch
 
     from ..provenance import machine
 
-    def least(work) -> float:
-        """The fastest in half a second: whatever else the machine does only adds."""
+    def least(work, seconds: float) -> float:
+        """The fastest in so many seconds: whatever else the machine does only adds."""
         times, begin = [], time.perf_counter()
-        while len(times) < 3 or time.perf_counter() - begin < 0.5:
+        while len(times) < 3 or time.perf_counter() - begin < seconds:
             start = time.perf_counter()
             work()
             times.append(time.perf_counter() - start)
         return min(times)
 
-    n = 1024
+    def products(dtype: torch.dtype) -> float:
+        """FLOP/s. Some CPUs need seconds for a large product in bf16, and a small one tells it."""
+        small, large = (torch.randn(n, n, dtype=dtype) for n in (256, 1024))
+        slow = 2 * 256**3 / least(lambda: small @ small, 0.0)
+        return slow if slow < 2e9 else 2 * 1024**3 / least(lambda: large @ large, 0.5)
+
     peak = {"fp32": 0.0, "bf16": 0.0}
     for _ in range(2):  # a process that has just begun may be slow for a while
         for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-            x = torch.randn(n, n, dtype=dtype)
-            peak[name] = max(peak[name], 2 * n**3 / least(lambda x=x: x @ x))
+            peak[name] = max(peak[name], products(dtype))
     x = torch.empty(2**24)
     y = torch.empty_like(x)
-    bandwidth = 2 * 4 * len(x) / least(lambda: y.copy_(x))
+    bandwidth = 2 * 4 * len(x) / least(lambda: y.copy_(x), 0.5)
     facts = machine()
     return Device(
         name=f"{facts['processor']}, {facts['cores']} cores",
