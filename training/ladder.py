@@ -91,6 +91,8 @@ class ScaleConfig:
         for name, values in (("sizes", self.sizes), ("tokens", self.tokens)):
             if len(set(values)) < 3:
                 faults.append(f"{name} are {len(set(values))}; a fit needs at least 3 different")
+            for twice in sorted({v for v in values if values.count(v) > 1}):
+                faults.append(f"{name} name {twice} more than once; one run would count for two")
         if len(set(self.sizes)) * len(set(self.tokens)) < 7:
             faults.append("a fit needs at least 7 runs")
         if self.data.startswith("task:"):
