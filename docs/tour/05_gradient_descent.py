@@ -47,8 +47,8 @@ plt.show()
 # %% [markdown]
 # Short steps follow the slope into the dip, and there the slope is 0: the dip holds the walk,
 # though the floor lies lower. Long steps swing from side to side, and so miss the dip. There is a
-# limit: 2 divided by the curvature across the valley (here 2), which is 1. With a rate above it each
-# swing is wider than the last.
+# limit: 2 divided by the curvature across the valley (here 2), which is 1. With a rate above it
+# each swing is wider than the last.
 #
 # **Change and see.** Start at `(-3.5, 0.0)`: without a swing, the dip catches the long steps too.
 # Take 1.05 for the rate: the walk climbs out of the valley, further with every swing.

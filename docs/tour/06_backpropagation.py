@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Backpropagation
 #
-# Backpropagation computes the slope of the loss in every weight at once, for about twice the cost of
-# computing the loss. It is the chain rule, read from the loss backwards:
+# Backpropagation computes the slope of the loss in every weight at once, for about twice the cost
+# of computing the loss. It is the chain rule, read from the loss backwards:
 #
 # $$\frac{\partial L}{\partial W_i} = \frac{\partial L}{\partial h_i} \,
 # \frac{\partial h_i}{\partial W_i}, \qquad
@@ -37,8 +37,9 @@ for name, ours, theirs in (("first", d_first, first), ("last", d_last, last)):
     print(f"{name:6} layer: largest difference {(ours - theirs.weight.grad).abs().max():.1e}")
 
 # %% [markdown]
-# The slope that reaches the first layers is a product of one factor for each layer above. Where most
-# factors are below 1, it vanishes; well-chosen starting weights and a good activation keep its size.
+# The slope that reaches the first layers is a product of one factor for each layer above. Where
+# most factors are below 1, it vanishes; well-chosen starting weights and a good activation keep its
+# size.
 
 # %%
 figure, axes = plt.subplots()

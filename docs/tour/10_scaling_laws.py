@@ -7,9 +7,9 @@
 # $$L(N, D) = E + \frac{A}{N^\alpha} + \frac{B}{D^\beta}$$
 #
 # $E$ is the loss that would be left to an endless model with endless data: the text's own entropy,
-# which nobody can predict. The other two terms are what a finite model and finite data add. Training
-# costs about $C = 6ND$ FLOPs, so a budget of compute can buy a large model or much data. The law
-# says how the best size grows with the budget:
+# which nobody can predict. The other two terms are what a finite model and finite data add.
+# Training costs about $C = 6ND$ FLOPs, so a budget of compute can buy a large model or much data.
+# The law says how the best size grows with the budget:
 #
 # $$N_{\text{opt}} \propto C^{\,\beta / (\alpha + \beta)}$$
 

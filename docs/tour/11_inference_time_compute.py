@@ -11,9 +11,9 @@
 #
 # $$P_k = \sum_{i > k/2} \binom{k}{i}\, p^i (1 - p)^{k - i}$$
 #
-# which goes to 1 as $k$ grows. Where wrong answers differ from one another, $p$ may be far below one
-# half: the right answer need only be the most common one. Where the model makes the same mistake each
-# time, no vote helps.
+# which goes to 1 as $k$ grows. Where wrong answers differ from one another, $p$ may be far below
+# one half: the right answer need only be the most common one. Where the model makes the same
+# mistake each time, no vote helps.
 
 # %%
 import csv
