@@ -121,7 +121,7 @@ class ScaleConfig:
 
 
 def tiny() -> ScaleConfig:
-    """Nine runs and a larger one in minutes: shows that it works, and that so little tells little."""
+    """Nine runs and a larger one, minutes: shows that it works, and that so little tells little."""
     return ScaleConfig(
         sizes=("2x16", "2x32", "2x48"),
         tokens=(40_000, 80_000, 160_000),
