@@ -86,9 +86,11 @@ class MLP(nn.Module):
     ) -> list[float]:
         """Train on points x (N, F) and their y; the loss before each step.
 
-        Each step sees all points, or `batch_size` of them drawn at random. ValueError where the
-        loss is no number any more; the weights are then those before the step.
+        Each step sees all points, or `batch_size` of them drawn at random. ValueError for points
+        that do not fit the network or are not finite, and where the loss explodes; the weights are
+        then those that gave that loss.
         """
+        self._check(x, y)
         if batch_size is not None and not 1 <= batch_size <= len(x):
             raise ValueError(f"batch_size is {batch_size}; it must be from 1 to {len(x)}")
         choose = {
@@ -115,3 +117,17 @@ class MLP(nn.Module):
             update.step()
             losses.append(loss.item())
         return losses
+
+    def _check(self, x: Tensor, y: Tensor) -> None:
+        first, last = self.layers[0], self.layers[-1]
+        assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
+        if x.ndim != 2 or x.shape[1] != first.in_features or not len(x):
+            raise ValueError(f"x is {tuple(x.shape)}; it must be (N, {first.in_features}), N ≥ 1")
+        if x.dtype != first.weight.dtype:
+            raise ValueError(f"x is {x.dtype}; the weights are {first.weight.dtype}, so it must be")
+        shape = (len(x),) if self.head == "classes" else (len(x), last.out_features)
+        if y.shape != shape:
+            raise ValueError(f"y is {tuple(y.shape)}; for {len(x)} points it must be {shape}")
+        for name, points in (("x", x), ("y", y)):
+            if not points.isfinite().all():
+                raise ValueError(f"{name} holds a number that is not finite")

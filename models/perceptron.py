@@ -17,10 +17,16 @@ def step(x: Tensor) -> Tensor:
 def separable(x: Tensor, y: Tensor) -> bool:
     """Whether a hyperplane has all points of label 1 on one side and all of label 0 on the other.
 
-    x (N, F), y (N,) of 0 and 1. Exact: such a plane exists where ±(w·x + b) ≥ 1 has a solution, a
-    linear program.
+    x (N, F), y (N,) of 0 and 1. Such a plane exists where ±(w·x + b) ≥ 1 has a solution, a linear
+    program: exact, up to gaps of some 1e-9 of a feature's range.
     """
-    points = np.hstack([x.double().cpu().numpy(), np.ones((len(x), 1))])
+    points = x.double().cpu().numpy()
+    # Each feature from 0 to 1, which moves no point across a plane: the solver's tolerances are
+    # absolute.
+    points = points - points.min(0)
+    points = np.hstack(
+        [points / np.where((reach := points.max(0)) > 0, reach, 1.0), np.ones((len(x), 1))]
+    )
     side = 2.0 * y.double().cpu().numpy()[:, None] - 1
     free = (None, None)
     solution = linprog(
@@ -41,12 +47,14 @@ class Learning:
     """a line (a plane, a hyperplane) parts the two classes"""
 
     def __str__(self) -> str:
-        passes = f"{len(self.updates)} passes and {sum(self.updates)} corrections"
+        counts = {"pass": len(self.updates), "correction": sum(self.updates)}
+        plural = {"pass": "es", "correction": "s"}
+        work = " and ".join(f"{n} {what}{plural[what] * (n != 1)}" for what, n in counts.items())
         if self.converged:
-            return f"converged after {passes}"
+            return f"converged after {work}"
         if self.separable:
-            return f"not converged after {passes}; the points are separable, so it needs more"
-        return f"no convergence after {passes}, ever: no line separates these points"
+            return f"not converged after {work}; the points are separable, so it needs more"
+        return f"no line separates these points: stopped after {work}"
 
 
 class Perceptron(nn.Module):
@@ -76,11 +84,13 @@ class Perceptron(nn.Module):
 
             w ← w + (y − ŷ) x,  b ← b + (y − ŷ)
 
-        x (N, F) floating, y (N,) of 0 and 1. Separable points need at most (R/γ)² corrections, R
-        the longest (x, 1) and γ the margin of the best plane (Novikoff 1962). For others the rule
-        never ends; `max_passes` ends it, and the result says which of the two it was.
+        x (N, F) in the weights' dtype (fp32), y (N,) of 0 and 1. Separable points need at most
+        (R/γ)² corrections, R the longest (x, 1) and γ the margin of the best plane (Novikoff 1962).
+        For others the rule never ends; `max_passes` ends it, and the result says which of the two
+        it was. ValueError for points or labels that are not as said.
         """
         self._check(x, y, max_passes)
+        y = y.to(x.dtype)  # bool has no difference
         updates = []
         while len(updates) < max_passes:
             mistakes = 0
@@ -98,8 +108,10 @@ class Perceptron(nn.Module):
     def _check(self, x: Tensor, y: Tensor, max_passes: int) -> None:
         if x.ndim != 2 or x.shape[1] != len(self.weight) or not len(x):
             raise ValueError(f"x is {tuple(x.shape)}; it must be (N, {len(self.weight)}), N ≥ 1")
-        if not x.is_floating_point() or not x.isfinite().all():
-            raise ValueError("x holds what is no finite floating-point number")
+        if x.dtype != self.weight.dtype:
+            raise ValueError(f"x is {x.dtype}; the weights are {self.weight.dtype}, so it must be")
+        if not x.isfinite().all():
+            raise ValueError("x holds a number that is not finite")
         if y.shape != x.shape[:1]:
             raise ValueError(f"y is {tuple(y.shape)}; {len(x)} points need ({len(x)},)")
         odd = y[(y != 0) & (y != 1)]

@@ -42,6 +42,36 @@ def test_a_page_runs_and_says_what_it_claims(page, monkeypatch, capsys):
         assert words in printed
 
 
+@pytest.mark.parametrize(
+    ("page", "changes", "words"),
+    [
+        ("01_perceptron", {"neuron = P": "y[0] = 1 - y[0]\nneuron = P"}, ["no line separates"] * 2),
+        ("05_gradient_descent", {"(-3.5, 1.0)": "(-3.5, 0.0)"}, ["0.9 ends at (-1.83, 0.00)"]),
+        (
+            "10_scaling_laws",
+            {"np.geomspace(5e7, 1e10, 5)": "np.geomspace(5e7, 1e9, 3)", "0.002": "0.02"},
+            ["70B parameters"],
+        ),
+        ("11_inference_time_compute", {"(0.4, *[0.15] * 4)": "(0.4, 0.6)"}, ["32 samples: vote 1"]),
+    ],
+)
+def test_a_change_that_a_page_suggests_shows_what_it_says(
+    page, changes, words, monkeypatch, capsys, tmp_path
+):
+    [path] = [p for p in PAGES if p.stem == page]
+    text = path.read_text()
+    for old, new in changes.items():
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    (tmp_path / "page.py").write_text(text)
+    monkeypatch.setattr(plt, "show", lambda: plt.close("all"))
+    with matplotlib.rc_context():
+        runpy.run_path(str(tmp_path / "page.py"))
+    printed = capsys.readouterr().out
+    for word in words:
+        assert printed.count(word) >= words.count(word), printed
+
+
 def test_every_notion_has_its_page():
     assert [page.stem for page in PAGES] == list(SAID)
 

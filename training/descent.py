@@ -1,5 +1,6 @@
 """Walks down a loss surface: where gradient descent, momentum and Adam go, step by step."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -34,10 +35,13 @@ def descend(
         momentum  v ← 0.9 v + g;  p ← p − η v                              (Polyak 1964)
         adam      p ← p − η m̂ / (√v̂ + ε), m and v running means of g and g²  (Kingma, Ba 2015)
 
-    g is the slope at p. ValueError for an unknown rule, and where the path leaves all bounds.
+    g is the slope at p. ValueError for an unknown rule, a start that is not two finite numbers, and
+    where the path leaves all bounds.
     """
     if rule not in RULES:
         raise ValueError(f"rule is {rule!r}; it must be one of {', '.join(RULES)}")
+    if len(start) != 2 or not all(map(math.isfinite, start)):
+        raise ValueError(f"start is {tuple(start)}; it must be two finite numbers, x and y")
     point = torch.tensor(start, dtype=torch.float64, requires_grad=True)
     optimizer = RULES[rule]([point], lr)
     path = [point.detach().clone()]

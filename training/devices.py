@@ -32,25 +32,26 @@ class Device:
     """runs the Triton kernels"""
 
 
-def _gpu(name, bf16, bandwidth, gib, link, *, fp16=None, tf32=None, **options) -> Device:
-    peak = {"fp16": (fp16 or bf16) * 1e12, "fp32": (tf32 or bf16 / 2) * 1e12}
+def _gpu(name, bf16, fp32, bandwidth, gib, link, *, fp16=None, **options) -> Device:
+    # fp32 without TF32: neither PyTorch's products nor the kernels' take it unless asked.
+    peak = {"fp16": (fp16 or bf16) * 1e12, "fp32": fp32 * 1e12}
     if bf16:
         peak["bf16"] = bf16 * 1e12
     return Device(name, peak, bandwidth * 1e12, gib * GIB, link * 1e9, **options)
 
 
 DEVICES = {
-    "b200": _gpu("B200", 2250, 8.0, 178, 900),
-    "h200": _gpu("H200", 989, 4.8, 140, 450),
-    "h100": _gpu("H100", 989, 3.35, 79, 450),
-    "a100": _gpu("A100", 312, 2.04, 79, 300),
-    "a100-40": _gpu("A100 40 GB", 312, 1.555, 39, 300),
-    "l40s": _gpu("L40S", 362, 0.864, 44, 25),
-    "l4": _gpu("L4", 121, 0.3, 22, 12),
-    "a10": _gpu("A10", 125, 0.6, 22, 25),
-    "rtx4090": _gpu("RTX 4090", 165, 1.008, 23.5, 25),
-    "rtx3090": _gpu("RTX 3090", 71, 0.936, 23.5, 25),
-    "t4": _gpu("T4", 0, 0.32, 14.5, 12, fp16=65, tf32=8.1),
+    "b200": _gpu("B200", 2250, 75, 8.0, 178, 900),
+    "h200": _gpu("H200", 989, 67, 4.8, 140, 450),
+    "h100": _gpu("H100", 989, 67, 3.35, 79, 450),
+    "a100": _gpu("A100", 312, 19.5, 2.04, 79, 300),
+    "a100-40": _gpu("A100 40 GB", 312, 19.5, 1.555, 39, 300),
+    "l40s": _gpu("L40S", 362, 91.6, 0.864, 44, 25),
+    "l4": _gpu("L4", 121, 30.3, 0.3, 22, 12),
+    "a10": _gpu("A10", 125, 31.2, 0.6, 22, 25),
+    "rtx4090": _gpu("RTX 4090", 165, 82.6, 1.008, 23.5, 25),
+    "rtx3090": _gpu("RTX 3090", 71, 35.6, 0.936, 23.5, 25),
+    "t4": _gpu("T4", 0, 8.1, 0.32, 14.5, 12, fp16=65),
 }
 
 
@@ -66,30 +67,33 @@ def device(name: str) -> Device:
 
 @functools.cache
 def this_cpu() -> Device:
-    """This machine without a GPU, measured in two seconds: products of 1024 × 1024, and a copy."""
+    """This machine without a GPU, measured in seconds: products of 1024 × 1024, and a copy."""
     import torch
 
     from ..provenance import machine
 
-    def least(work) -> float:
-        """The fastest in half a second: whatever else the machine does only adds. Some processors
-        take seconds for one product in bf16."""
+    def least(work, seconds: float) -> float:
+        """The fastest in so many seconds: whatever else the machine does only adds."""
         times, begin = [], time.perf_counter()
-        while not times or time.perf_counter() - begin < 0.5:
+        while len(times) < 3 or time.perf_counter() - begin < seconds:
             start = time.perf_counter()
             work()
             times.append(time.perf_counter() - start)
         return min(times)
 
-    n = 1024
+    def products(dtype: torch.dtype) -> float:
+        """FLOP/s. Some CPUs need seconds for a large product in bf16, and a small one tells it."""
+        small, large = (torch.randn(n, n, dtype=dtype) for n in (256, 1024))
+        slow = 2 * 256**3 / least(lambda: small @ small, 0.0)
+        return slow if slow < 2e9 else 2 * 1024**3 / least(lambda: large @ large, 0.5)
+
     peak = {"fp32": 0.0, "bf16": 0.0}
     for _ in range(2):  # a process that has just begun may be slow for a while
         for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-            x = torch.randn(n, n, dtype=dtype)
-            peak[name] = max(peak[name], 2 * n**3 / least(lambda x=x: x @ x))
+            peak[name] = max(peak[name], products(dtype))
     x = torch.empty(2**24)
     y = torch.empty_like(x)
-    bandwidth = 2 * 4 * len(x) / least(lambda: y.copy_(x))
+    bandwidth = 2 * 4 * len(x) / least(lambda: y.copy_(x), 0.5)
     facts = machine()
     return Device(
         name=f"{facts['processor']}, {facts['cores']} cores",

@@ -91,6 +91,8 @@ class ScaleConfig:
         for name, values in (("sizes", self.sizes), ("tokens", self.tokens)):
             if len(set(values)) < 3:
                 faults.append(f"{name} are {len(set(values))}; a fit needs at least 3 different")
+            for twice in sorted({v for v in values if values.count(v) > 1}):
+                faults.append(f"{name} name {twice} more than once; one run would count for two")
         if len(set(self.sizes)) * len(set(self.tokens)) < 7:
             faults.append("a fit needs at least 7 runs")
         if self.data.startswith("task:"):
@@ -119,8 +121,7 @@ class ScaleConfig:
 
 
 def tiny() -> ScaleConfig:
-    """Nine runs and a larger one in two minutes: shows that it works, and that so little tells
-    little."""
+    """Nine runs and a larger one, minutes: shows that it works, and that so little tells little."""
     return ScaleConfig(
         sizes=("2x16", "2x32", "2x48"),
         tokens=(40_000, 80_000, 160_000),
@@ -133,8 +134,8 @@ def tiny() -> ScaleConfig:
 
 
 def cpu() -> ScaleConfig:
-    """Twenty runs and a larger one, 25 to 614 thousand parameters: a quarter of an hour on one or
-    two CPU cores. 0.4 to 49 tokens a parameter, so that both terms of the law show."""
+    """Twenty runs and a larger one, 25 to 614 thousand parameters: less than an hour on two CPU
+    cores. 0.4 to 49 tokens a parameter, so that both terms of the law show."""
     return ScaleConfig()
 
 

@@ -39,6 +39,7 @@ from .processes import (
     process_state,
     scatter,
     scatter_weights,
+    shard_count,
     wants_shards,
     whole_model,
 )
@@ -162,7 +163,8 @@ class _Run:
         self.out, self.folder, self.model_folder = config.out, config.out / "train", model_folder
         self.metrics, self.samples = self.folder / "metrics.jsonl", self.folder / "samples.jsonl"
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.keep)
-        check_free(config, shape, device, ranks=self.ranks, sharded=sharded)
+        shards = shard_count(config, self.ranks)
+        check_free(config, shape, device, ranks=self.ranks, shards=shards)
         state = self._claim(held)
         # Measured once a run: not anew where it goes on, and not by each process for itself.
         if state:

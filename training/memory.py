@@ -20,7 +20,7 @@ def check_free(
     device: torch.device,
     *,
     ranks: int,
-    sharded: bool,
+    shards: int,
 ) -> None:
     """ValueError, in every process, where a step does not fit on the device of one of them.
 
@@ -41,7 +41,7 @@ def check_free(
                 precision="bf16" if config.precision == "auto" else config.precision,
                 optimizer=config.optimizer,
                 devices=ranks,
-                shards=ranks if sharded else 1,
+                shards=shards,
                 average=config.ema > 0,
                 triton=device.type == "cuda",
             )

@@ -7,7 +7,8 @@ the part of the communication that the backward pass does not hide.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 from ..models.gpt import GPTConfig
@@ -23,6 +24,8 @@ from .devices import Device, device
 
 HIDDEN = 0.7  # the share of the backward pass behind which gradients can travel
 NEWTON_SCHULZ = 5  # iterations of Muon
+LAUNCHES = 0.02  # seconds of a GPU's step below which launching its kernels is no small part
+ROOM = 0.9  # the share of a memory that is filled where possible: the count is up to 10 % off
 
 
 def _llama(n_layer, n_embd, n_head, n_kv_head, n_inner, vocab_size=32_000) -> GPTConfig:
@@ -58,6 +61,7 @@ def _gpt2(n_layer, n_embd, n_head) -> GPTConfig:
 MODELS = {
     "124m": _gpt2(12, 768, 12),
     "350m": _gpt2(24, 1024, 16),
+    "1.3b": _gpt2(24, 2048, 16),
     "1.5b": _gpt2(48, 1600, 25),
     "3b": _llama(26, 3200, 32, 32, 8640),
     "7b": _llama(32, 4096, 32, 32, 11_008),
@@ -81,6 +85,9 @@ class PlanConfig:
     batch_tokens: int = 524_288
     """train: in one optimizer step, over all devices"""
     optimizer: Literal["muon", "adamw", "adam", "momentum", "sgd"] = "muon"
+    shards: int = 0
+    """train: devices that weights and states are split over (FSDP); 1: none are (DDP); 0: whatever
+    is fastest"""
     recompute: bool = False
     """train: compute each layer again in the backward pass"""
     problems: int = 500
@@ -135,17 +142,19 @@ class Plan:
 
 
 def shape_of(name: str, context: int = 0) -> GPTConfig:
-    """A model by name (124m … 8b) or by a preset of `ponder train`; ValueError names them."""
-    from dataclasses import replace
-
+    """A model by name (124m … 8b), by a preset of `ponder train`, or by a folder that has a
+    config.json; ValueError names them."""
+    from ..models import load_config
     from .config import PRESETS
 
     shape = MODELS.get(name.lower())
+    if shape is None and (Path(name) / "config.json").is_file():
+        shape = load_config(name)
     if shape is None:
         if name not in PRESETS:
             raise ValueError(
-                f"no model is named {name!r}; there are {', '.join(MODELS)} and the presets "
-                f"{', '.join(PRESETS)}"
+                f"no model is named {name!r}; there are {', '.join(MODELS)}, the presets "
+                f"{', '.join(PRESETS)}, and folders with a config.json"
             )
         c = PRESETS[name]()
         kind, _, size = c.tokenizer.partition(":")
@@ -218,9 +227,7 @@ def layouts(config: PlanConfig, shape: GPTConfig, hardware: Device) -> Iterator[
     shards = [1]
     if config.devices > 1:
         shards += sorted({min(config.devices, hardware.per_node), config.devices})
-    for count in shards:
-        if config.devices % count:
-            continue
+    for count in [config.shards] if config.shards else shards:
         share = sequences // config.devices
         for rows in range(share, 0, -1):
             if share % rows == 0:
@@ -243,6 +250,13 @@ def _check(config: PlanConfig, shape: GPTConfig, hardware: Device) -> None:
     ):
         if getattr(config, name) < 1:
             faults.append(f"{name} is {getattr(config, name)}; it must be at least 1")
+    if config.devices > hardware.per_node and config.devices % hardware.per_node:
+        faults.append(
+            f"devices is {config.devices}; a machine has {hardware.per_node} of them, so it must "
+            f"be at most {hardware.per_node} or a multiple of {hardware.per_node}"
+        )
+    if config.shards and (config.shards < 1 or config.devices % config.shards):
+        faults.append(f"shards is {config.shards}; it must divide devices, {config.devices}")
     if config.precision not in hardware.peak:
         faults.append(
             f"precision is {config.precision}; {hardware.name} has {', '.join(hardware.peak)}"
@@ -267,7 +281,7 @@ def _check(config: PlanConfig, shape: GPTConfig, hardware: Device) -> None:
 
 
 def _plan_training(config: PlanConfig, shape: GPTConfig, hardware: Device) -> Plan:
-    best, least = None, None
+    fitting, least = [], None
     for layout in layouts(config, shape, hardware):
         memory = training_memory(
             shape,
@@ -296,23 +310,35 @@ def _plan_training(config: PlanConfig, shape: GPTConfig, hardware: Device) -> Pl
             devices=config.devices,
             recompute=config.recompute,
         )
-        # Of equally fast ones the first: the fewest shards, the largest micro-batch.
-        if best is None or sum(seconds.values()) < 0.98 * sum(best[2].values()):
-            best = layout, memory, seconds
+        fitting.append((layout, memory, seconds))
     assert least is not None
-    if best is None:
+    if not fitting:
+        spread = config.shards or config.devices
+        more = "more shards, " if spread < config.devices else ""
         require(
             least,
             hardware.memory,
-            f"even with micro-batches of one sequence, split over {config.devices} device(s), "
+            f"even with micro-batches of one sequence, split over {spread} device(s), "
             f"training {parameter_count(shape) / 1e9:.3g}B parameters",
-            "take more devices, devices with more memory, a shorter context, or --recompute",
+            f"take {more}more devices, devices with more memory, a shorter context, or --recompute",
         )
-    assert best is not None
+    roomy = [f for f in fitting if sum(f[1].values()) <= ROOM * hardware.memory]
+    # Of equally fast ones the first: the fewest shards, the largest micro-batch.
+    best, *others = roomy or fitting
+    for other in others:
+        if sum(other[2].values()) < 0.98 * sum(best[2].values()):
+            best = other
     layout, memory, seconds = best
     tokens = config.tokens or 20 * parameter_count(shape)
     share = seconds["update"] / sum(seconds.values())
     notes = []
+    if not roomy:
+        notes.append(
+            f"this fills {sum(memory.values()) / hardware.memory:.0%} of the memory, and the count "
+            "may be 10 % off: try --recompute, or more devices"
+        )
+    if hardware.gpu and sum(seconds.values()) < LAUNCHES:
+        notes.append("steps this short wait for kernels to be launched, which is not counted")
     if config.optimizer == "muon" and share > 0.25:
         notes.append(
             f"Muon's update, of whole matrices on every device, is {share:.0%} of the step: see "
@@ -358,13 +384,16 @@ def _plan_sweep(config: PlanConfig, shape: GPTConfig, hardware: Device) -> Plan:
     # A token's attention, over the positions that it sees on average.
     attention = 4 * shape.n_layer * shape.n_head * shape.head_dim * (prompt + new / 2)
     flops = slots * (shape.flops_per_token(1) + attention)
-    products = flops / (hardware.peak[config.precision] * hardware.matrix_efficiency)
+    rate = hardware.peak[config.precision] * hardware.matrix_efficiency
     steps = rounds * new
+    # A prompt is read once for all its samples, and asks for the head at its end alone.
+    head = 2 * shape.n_embd * shape.vocab_size
+    read = samples / config.samples * (prompt * (shape.flops_per_token(prompt) - head) + head)
     return Plan(
         shape,
         hardware,
         config.devices,
         memory,
-        {"decoding": steps * max(reads, products)},
+        {"prompts": read / rate, "decoding": steps * max(reads, flops / rate)},
         notes=[f"{config.problems * config.samples:,} samples of {new} tokens"],
     )

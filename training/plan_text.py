@@ -1,20 +1,24 @@
 """A plan in words, as `ponder plan` prints it, and the accelerate command of its layout."""
 
 from ..models.memory import GIB, parameter_count
+from .config import PRESETS
 from .plan import Plan, PlanConfig
 
 
 def describe(plan: Plan, config: PlanConfig, model: str) -> str:
     """The plan as the terminal shows it."""
     P, d = parameter_count(plan.model), plan.device
+    total = sum(plan.memory.values())
+    unit, unit_name = (GIB, "GiB") if total >= GIB else (2**20, "MiB")
+    hours = plan.total_seconds / 3600 * plan.devices
     many = f"{plan.devices} × " if plan.devices > 1 else ""
     lines = [
-        f"{config.what} {model}: {P / 1e6:,.1f}M parameters, context {plan.model.context}, "
-        f"{config.precision}, on {many}{d.name}",
+        f"{config.what} {model}: {P / 1e6:,.{1 if P > 1e7 else 2}f}M parameters, "
+        f"context {plan.model.context}, {config.precision}, on {many}{d.name}",
         *plan.notes,
         "",
-        f"memory a device    {sum(plan.memory.values()) / GIB:8.2f} of {d.memory / GIB:.1f} GiB",
-        *(f"  {name:17}{size / GIB:8.2f}" for name, size in plan.memory.items() if size),
+        f"memory a device    {total / unit:8.2f} {unit_name} of {d.memory / GIB:.1f} GiB",
+        *(f"  {name:17}{size / unit:8.2f}" for name, size in plan.memory.items() if size),
         "",
     ]
     if plan.layout:
@@ -24,18 +28,19 @@ def describe(plan: Plan, config: PlanConfig, model: str) -> str:
             *(f"  {name:17}{1e3 * s:8.1f}" for name, s in plan.seconds.items()),
             "",
         ]
-    hours = plan.total_seconds / 3600
     lines.append(f"time               {duration(plan.total_seconds)}")
-    lines.append(f"device-hours       {hours * plan.devices:8,.1f}")
+    if not plan.layout:
+        lines += [f"  {name:17}{duration(s)}" for name, s in plan.seconds.items()]
+    lines.append(f"device-hours       {hours:8,.{1 if hours > 10 else 3}f}")
     if plan.layout:
         lines += [
             f"steps              {plan.steps:,} of {plan.batch_tokens:,} tokens",
             f"layout             {layout_text(plan)}",
-            f"launch             {launch(plan)}",
+            f"launch             {launch(plan, config, model)}",
         ]
     if d.gpu:
         lines += ["", "GPU times rest on the makers' peaks and common efficiencies, not on a"]
-        lines += ["measurement of ponder on that GPU: take them for a guide."]
+        lines += ["measurement of ponder on that GPU: expect longer (docs/mfu.md)."]
     return "\n".join(lines)
 
 
@@ -59,12 +64,14 @@ def layout_text(plan: Plan) -> str:
     return f"FSDP over {layout.shards}, copied {plan.devices // layout.shards} times, {batch}"
 
 
-def launch(plan: Plan) -> str:
-    """The accelerate command whose layout this is, up to the options of the training."""
-    layout = plan.layout
+def launch(plan: Plan, config: PlanConfig, model: str) -> str:
+    """The accelerate command whose layout this is, up to data and, without a preset, the shape."""
+    layout, context = plan.layout, plan.model.context
     assert layout is not None
-    options = f"--accumulation {layout.accumulation}{' --recompute' if plan.recompute else ''}"
-    words = "-m ponder train"
+    options = f"--context {context} --batch-size {plan.batch_tokens // context}"
+    options += f" --precision {config.precision} --optimizer {config.optimizer}"
+    options += f" --accumulation {layout.accumulation}{' --recompute' if plan.recompute else ''}"
+    words = f"-m ponder train{f' {model}' if model in PRESETS else ''}"
     if plan.devices == 1:
         return f"python {words} {options}"
     nodes = -(-plan.devices // plan.device.per_node)

@@ -101,6 +101,16 @@ def wants_shards(config: TrainConfig) -> bool:
     return config.shard or launched
 
 
+def shard_count(config: TrainConfig, ranks: int) -> int:
+    """Over how many processes weights are split: 1, all, or as many as accelerate's parallelism
+    configuration makes a whole copy of."""
+    if not wants_shards(config):
+        return 1
+    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() != "true":
+        return ranks
+    return int(os.environ.get("PARALLELISM_CONFIG_DP_SHARD_SIZE", ranks))
+
+
 def build_accelerator(config: TrainConfig, precision: str, *, sharded: bool) -> Accelerator:
     """accelerate, set up for this run: its devices, processes, precision and trackers."""
     folder = str(config.out / "train")

@@ -175,8 +175,10 @@ def fit_law(
     """The law of a ladder of runs: N (R,), D (R,) and final validation losses (R,) in nats.
 
     ValueError for runs that no fit can be made of: fewer than 3 sizes, 3 token budgets or 7 runs,
-    or numbers that are not positive and finite.
+    or numbers that are not positive and finite; and for resamples below 1.
     """
+    if resamples < 1:
+        raise ValueError(f"resamples is {resamples}; it must be at least 1")
     n, d, y = (np.asarray(v, dtype=np.float64) for v in (parameters, tokens, losses))
     if not (n.ndim == 1 and n.shape == d.shape == y.shape):
         raise ValueError(f"{n.shape} sizes, {d.shape} budgets and {y.shape} losses do not pair up")
@@ -248,6 +250,8 @@ def _summary(
     if vanishes[0] > tail:
         intervals["E"] = intervals["E"]._replace(low=0.0)
         unidentified["E"] = "it cannot be told from 0"
+    elif intervals["E"].high - intervals["E"].low > intervals["E"].value:
+        unidentified["E"] = "its interval is wider than its value"
     for name, term, exponent, what in (
         ("alpha", "A", vanishes[1], "model size"),
         ("beta", "B", vanishes[2], "tokens"),
@@ -267,6 +271,8 @@ def _summary(
             intervals[name] = Interval(value, low, high)
             unidentified[name] = faults[0]
             unidentified[term] = f"it hangs on {name}, which is not identified"
+        elif intervals[term].high > 10 * intervals[term].low:
+            unidentified[term] = "its interval spans more than a factor of ten"
     if "alpha" in unidentified or "beta" in unidentified:
         (_, a_low, a_high), (_, b_low, b_high) = intervals["alpha"], intervals["beta"]
         value, low, high = intervals["size_exponent"]

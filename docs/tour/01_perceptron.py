@@ -30,9 +30,10 @@ neuron = Perceptron(2)
 print(neuron.fit(x, y))
 
 # %% [markdown]
-# Where a line parts the points, the rule finds one after finitely many corrections, at most
-# $(R/\gamma)^2$ of them (Novikoff 1962). Where none does, it never rests. The simplest such case
-# has four points, the exclusive or: 1 where exactly one input is 1.
+# Where a line parts the points, the rule finds one after at most $(R/\gamma)^2$ corrections
+# (Novikoff 1962): $R$ is the length of the longest point $(x, 1)$, and $\gamma$, the margin, is how
+# far the nearest point is from the best line. Where no line does, the rule never rests. The
+# simplest such case has four points, the exclusive or: 1 where exactly one input is 1.
 
 # %%
 corners = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
@@ -57,10 +58,10 @@ left.legend(loc="lower left", framealpha=0.9, frameon=True, edgecolor="none")
 plt.show()
 
 # %% [markdown]
-# **Change and see.** Let points closer to the line stay (0.15 → 0.01): the corrections multiply, as
-# the margin $\gamma$ stands squared below. Flip one label with `y[0] = 1 - y[0]`: the rule says
-# that no line separates the points. Give the exclusive or a third input, `x1 * x2`: a plane does
-# it.
+# **Change and see.** Keep points that are closer to the line (0.15 → 0.01): many more corrections
+# are needed, as the margin $\gamma$ is smaller. Flip one label with `y[0] = 1 - y[0]`: the rule
+# says that no line separates the points. Give the exclusive or a third input, `x1 * x2`: a plane
+# does it.
 #
 # **Where the real code lives.** `models/perceptron.py`: `step`, `Perceptron.fit`, and `separable`,
 # which decides by linear programming whether a line exists.

@@ -1,14 +1,14 @@
 # %% [markdown]
 # # Activation functions
 #
-# The non-linear function between two layers. Training sends slopes back through it, so its
-# derivative matters as much as its value.
+# An activation is the non-linear function between two layers. Training sends slopes (derivatives of
+# the loss) back through it, so its derivative matters as much as its value.
 #
 # $$\operatorname{relu}(x) = \max(0, x) \qquad \sigma(x) = \frac{1}{1 + e^{-x}} \qquad
 # \tanh(x) = 2\sigma(2x) - 1 \qquad \operatorname{silu}(x) = x\,\sigma(x)$$
 #
-# At the output, *softmax* turns any numbers into probabilities. It is the one that looks at all
-# numbers at once:
+# At the output, *softmax* turns any numbers into probabilities. The others treat each number by
+# itself; softmax looks at all of them:
 #
 # $$\operatorname{softmax}(x)_i = \frac{e^{x_i}}{\sum_j e^{x_j}}$$
 
@@ -36,7 +36,8 @@ values.legend()
 plt.show()
 
 # %% [markdown]
-# The sigmoid's derivative is at most 1/4: through ten layers of it a slope shrinks a million times.
+# The sigmoid's derivative is at most 1/4: through ten of them a slope shrinks at least a million
+# times ($4^{10}$).
 # ReLU passes it whole, or not at all. That is why deep networks use ReLU and its smooth kin.
 
 # %%

@@ -5,7 +5,8 @@
 #
 # $$p \leftarrow p - \eta \, \nabla L(p)$$
 #
-# $\eta$ is the learning rate. Blindfolded, one cannot see that a lower valley lies behind the next
+# $p$ is the place, $L$ the height there (in training: the weights, and their loss), $\eta$ the
+# learning rate. Blindfolded, one cannot see that a lower valley lies behind the next
 # ridge. The surface below has its floor at (0, 0), and on the way a small dip:
 #
 # $$f(x, y) = \frac{x^2}{10} + y^2 - 0.3\,e^{-4((x+2)^2 + y^2)}$$
@@ -45,11 +46,12 @@ plt.show()
 
 # %% [markdown]
 # Short steps follow the slope into the dip, and there the slope is 0: the dip holds the walk,
-# though the floor lies lower. Long steps swing from side to side, and so miss the dip. With a rate
-# above 1, which is 2 over the curvature across the valley, each swing is wider than the last.
+# though the floor lies lower. Long steps swing from side to side, and so miss the dip. There is a
+# limit: 2 divided by the curvature across the valley (here 2), which is 1. With a rate above it
+# each swing is wider than the last.
 #
 # **Change and see.** Start at `(-3.5, 0.0)`: without a swing, the dip catches the long steps too.
 # Take 1.05 for the rate: the walk climbs out of the valley, further with every swing.
 #
-# **Where the real code lives.** `training/descent.py` walks this surface. In a network the "place"
+# **Where the real code lives.** `training/descent.py` walks this surface. In a network the place
 # is all its weights, and the slope comes from backpropagation: the next page.

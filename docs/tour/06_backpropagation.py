@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Backpropagation
 #
-# The slope of the loss in every weight at once, for about twice the cost of computing the loss. It
-# is the chain rule, read from the loss backwards:
+# Backpropagation computes the slope of the loss in every weight at once, for about twice the cost
+# of computing the loss. It is the chain rule, read from the loss backwards:
 #
 # $$\frac{\partial L}{\partial W_i} = \frac{\partial L}{\partial h_i} \,
 # \frac{\partial h_i}{\partial W_i}, \qquad
@@ -37,8 +37,9 @@ for name, ours, theirs in (("first", d_first, first), ("last", d_last, last)):
     print(f"{name:6} layer: largest difference {(ours - theirs.weight.grad).abs().max():.1e}")
 
 # %% [markdown]
-# The slopes of deep layers are products of many factors. Where these are below 1 on the whole, what
-# reaches the first layers vanishes; a good start and a good activation keep its size.
+# The slope that reaches the first layers is a product of one factor for each layer above. Where
+# most factors are below 1, it vanishes; well-chosen starting weights and a good activation keep its
+# size.
 
 # %%
 figure, axes = plt.subplots()
@@ -57,7 +58,7 @@ axes.legend()
 plt.show()
 
 # %% [markdown]
-# **Change and see.** Multiply the first weights by 2 (`for layer in deep.layers:
+# **Change and see.** Multiply the starting weights by 2 (`for layer in deep.layers:
 # layer.weight.data *= 2`) before the loss: ReLU's slopes now explode. A residual connection,
 # $h + f(h)$, has a 1 among its factors, and this is what lets transformers be deep.
 #

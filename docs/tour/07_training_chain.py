@@ -60,8 +60,8 @@ axes.legend()
 plt.show()
 
 # %% [markdown]
-# **Change and see.** Train with `lr=1.0`: the loss jumps up and stays there. Leave out `zero_grad`:
-# slopes pile up over the steps, and the updates point into the past.
+# **Change and see.** Train with `lr=1.0`: the loss leaps up and never comes near 0. Leave out
+# `zero_grad`: the slopes of all steps so far add up, and each update follows old ones too.
 #
 # **Where the real code lives.** `training/loop.py` has the same four steps in `_update`, with what
 # a long run needs around them: mixed precision, several GPUs, checkpoints, clipping, a learning

@@ -9,8 +9,9 @@
 # $$\text{Adam:}\quad p \leftarrow p - \eta\, \frac{\hat m}{\sqrt{\hat v} + \varepsilon}$$
 #
 # Momentum rolls like a ball: it gathers speed along the valley and through small dips. Adam
-# (Kingma and Ba 2015) divides the mean slope $m$ by the slope's usual size $\sqrt v$, for each
-# weight apart, so that all weights move at about the same pace.
+# (Kingma and Ba 2015) divides the running mean of the slope, $\hat m$, by the slope's usual size,
+# the root of the running mean $\hat v$ of its square, for each weight apart: so all weights move at
+# about the same pace. ($\varepsilon$ is tiny and keeps the division from one by 0.)
 
 # %%
 import matplotlib.pyplot as plt
@@ -57,8 +58,9 @@ plt.show()
 
 # %% [markdown]
 # **Change and see.** Give SGD a rate of 0.9 on the surface: it misses the dip. Change `sin 4x` into
-# `sin x`: an easy task, and all three arrive. Give SGD a rate of 0.1 there: its loss explodes, as
-# Adam's cannot.
+# `sin x`: an easy task, and all three get there. Give SGD a rate of 0.1 on the network: its loss
+# explodes, and `fit` says so. At 0.1 Adam's loss leaps too, but comes down again: however steep the
+# slope, a step of Adam moves no weight by much more than the rate.
 #
 # **Where the real code lives.** `training/optimizer.py`: Muon for the matrices inside the layers
 # (it makes each update orthogonal, so that no direction is left behind), AdamW for the rest.

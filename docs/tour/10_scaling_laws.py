@@ -6,9 +6,10 @@
 #
 # $$L(N, D) = E + \frac{A}{N^\alpha} + \frac{B}{D^\beta}$$
 #
-# $E$ is what no model can know in advance, the text's own entropy. The other two terms are what a
-# finite model and finite data miss. Training costs about $C = 6ND$ FLOPs, so a budget of compute
-# can buy a large model or much data. The law says which:
+# $E$ is the loss that would be left to an endless model with endless data: the text's own entropy,
+# which nobody can predict. The other two terms are what a finite model and finite data add.
+# Training costs about $C = 6ND$ FLOPs, so a budget of compute can buy a large model or much data.
+# The law says how the best size grows with the budget:
 #
 # $$N_{\text{opt}} \propto C^{\,\beta / (\alpha + \beta)}$$
 
@@ -36,14 +37,15 @@ print(f"70B parameters, 1.4T tokens: {value:.3f}  ({low:.3f} to {high:.3f})")
 
 # %%
 figure, axes = plt.subplots()
-for size, colour in zip(np.unique(N), figures.shades(5), strict=True):
+sizes = np.unique(N)
+for size, colour in zip(sizes, figures.shades(len(sizes)), strict=True):
     tokens = np.geomspace(5e8, 1e12, 100)
     axes.plot(6 * size * tokens, fit.law.loss(size, tokens), color=colour, linewidth=1.2)
     mine = size == N
     axes.plot(6 * size * D[mine], losses[mine], "o", color=colour, label=f"{size / 1e9:.2g}B")
 compute = np.geomspace(1e18, 1e24, 60)
 best, _ = frontier(fit.law, compute, lambda n: 6 * n, (1e7, 1e12))
-axes.plot(compute, best, color=figures.INK, linestyle="--", label="the most that compute buys")
+axes.plot(compute, best, color=figures.INK, linestyle="--", label="the best for this compute")
 axes.set(
     xscale="log", xlabel="FLOPs of the training", ylabel="loss (nats a token)", ylim=(1.8, 4.2)
 )

@@ -6,13 +6,14 @@
 # - a longer chain of thought before the answer,
 # - more samples, of which the most common answer is taken (*self-consistency*, Wang et al. 2022).
 #
-# If each sample is right with probability $p > \frac12$ and errs by itself, a vote of $k$ is right
-# with
+# If each sample is right with probability $p > \frac12$, and the samples err independently of one
+# another, a vote of $k$ (odd, so that there are no ties) is right with a probability of at least
 #
 # $$P_k = \sum_{i > k/2} \binom{k}{i}\, p^i (1 - p)^{k - i}$$
 #
-# which goes to 1. Where wrong answers scatter, $p$ may be far below one half: it need only be the
-# largest share. Where the model errs in the same way each time, no vote helps.
+# which goes to 1 as $k$ grows. Where wrong answers differ from one another, $p$ may be far below
+# one half: the right answer need only be the most common one. Where the model makes the same
+# mistake each time, no vote helps.
 
 # %%
 import csv
@@ -29,7 +30,7 @@ plt.style.use(figures.STYLE)
 
 rng = np.random.default_rng(0)
 shares = (0.4, *[0.15] * 4)  # right 40 % of the time, four wrong answers
-answers = rng.choice(5, p=shares, size=(400, 32))
+answers = rng.choice(len(shares), p=shares, size=(400, 32))
 correct = answers == 0
 for k in (1, 4, 16, 32):
     vote = maj_at_k(answers, correct, k).mean()
@@ -52,7 +53,7 @@ for strategy, k, colour in lines:
     mine.sort(key=lambda r: float(r["think_budget"]))
     cost = [float(r["flops_per_problem"]) for r in mine]
     accuracy = [100 * float(r["accuracy"]) for r in mine]
-    label = f"vote of {k}" if k != "1" else {"greedy": "greedy"}.get(strategy, "one sample")
+    label = {"greedy": "greedy", "sampling": "one sample"}.get(strategy, f"vote of {k}")
     axes.plot(cost, accuracy, "o-", color=colour, label=label)
 axes.set(xscale="log", xlabel="FLOPs per problem", ylabel="accuracy (%)", ylim=(0, 103))
 axes.set_title("Along each line the chain of thought grows")
@@ -66,6 +67,6 @@ plt.show()
 # **Change and see.** Let the wrong answers agree, `shares = (0.4, 0.6)`: the vote gets worse with
 # every sample, while "at least one right" still climbs. That gap is what a verifier could win.
 #
-# **Where the real code lives.** `inference/engine.py` draws the samples, `inference/stats.py`
-# counts without bias, `inference/strategies.py` compares. `ponder demo` makes this figure in
-# minutes.
+# **Where the real code lives.** `inference/engine.py` draws the samples, `inference/estimators.py`
+# computes votes and "at least one right" as means over all subsets of the samples,
+# `inference/strategies.py` compares them. `ponder demo` makes this figure in minutes.

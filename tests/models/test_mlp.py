@@ -96,3 +96,27 @@ def test_what_cannot_be_is_named(options, message):
 def test_training_options_that_cannot_be_are_named(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         MLP((2, 2)).fit(XOR, ODD, **options)
+
+
+VALUES = torch.zeros(4, 2)
+
+
+@pytest.mark.parametrize(
+    ("head", "x", "y", "options", "message"),
+    [
+        ("classes", XOR[:, :1], ODD, {}, r"x is \(4, 1\); it must be \(N, 2\)"),
+        ("classes", XOR[:0], ODD[:0], {}, "N ≥ 1"),
+        ("classes", XOR.double(), ODD, {}, "x is torch.float64; the weights are torch.float32"),
+        ("classes", XOR * float("nan"), ODD, {}, "x holds a number that is not finite"),
+        # Drawn rows would have hidden that there are more labels than points, or fewer.
+        ("classes", XOR, ODD[:3], dict(batch_size=2), r"y is \(3,\); for 4 points it must be \(4,"),
+        ("classes", XOR[:3], ODD, dict(batch_size=2), r"y is \(4,\); for 3 points it must be \(3,"),
+        ("classes", XOR, ODD.float(), {}, "they must be integers"),
+        ("classes", XOR, ODD + 1, {}, "a target is 2"),
+        ("values", XOR, VALUES[:, 0], {}, r"for 4 points it must be \(4, 2\)"),
+        ("values", XOR, VALUES / 0, {}, "y holds a number that is not finite"),
+    ],
+)
+def test_points_that_do_not_fit_are_named(head, x, y, options, message):
+    with pytest.raises(ValueError, match=message):
+        MLP((2, 4, 2), head=head).fit(x, y, **options)

@@ -64,13 +64,47 @@ def test_separability_is_exact():
     assert not separable(torch.tensor([[1.0], [1.0]]), torch.tensor([0, 1]))
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])
+@pytest.mark.parametrize("shift", [0.0, 1e3])
+def test_separability_does_not_depend_on_units(scale, shift):
+    x = (CORNERS.double() + shift) * scale
+    assert separable(x, torch.tensor([0, 0, 0, 1])) and separable(x, torch.tensor([0, 0, 1, 1]))
+    assert not separable(x, torch.tensor([0, 1, 1, 0]))
+    x[:, 0] = scale  # a feature that tells nothing
+    assert separable(x, torch.tensor([0, 1, 0, 1])) and not separable(x, torch.tensor([0, 0, 1, 1]))
+
+
+def test_points_too_small_for_the_rule_are_not_called_inseparable():
+    learning = Perceptron(2).fit(1e-20 * CORNERS, torch.tensor([0, 0, 0, 1]), max_passes=5)
+    assert not learning.converged and learning.separable
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float64])
+def test_labels_may_be_of_any_dtype(dtype):
+    neuron = Perceptron(2)
+    assert neuron.fit(CORNERS, torch.tensor(GATES["or"]).to(dtype)).converged
+    assert neuron(CORNERS).tolist() == GATES["or"]
+
+
+@pytest.mark.parametrize(("count", "label"), [(1, 0), (1, 1), (4, 0), (4, 1)])
+def test_one_point_and_one_class_are_learned(count, label):
+    neuron = Perceptron(2)
+    learning = neuron.fit(CORNERS[:count], torch.full((count,), label))
+    assert learning.converged and neuron(CORNERS[:count]).tolist() == [label] * count
+    assert "1 passes" not in str(learning) and "1 corrections" not in str(learning)
+
+
 @pytest.mark.parametrize(
     ("x", "y", "message"),
     [
         (CORNERS, torch.tensor([0, 1, 2, 0]), "y holds 2; labels are 0 and 1"),
         (CORNERS, torch.tensor([0, 1]), "4 points need"),
         (CORNERS[:, :1], torch.tensor([0, 1, 1, 0]), r"x is \(4, 1\)"),
-        (CORNERS * float("nan"), torch.tensor([0, 1, 1, 0]), "no finite"),
+        (CORNERS[:0], torch.tensor([]), "N ≥ 1"),
+        (CORNERS * float("nan"), torch.tensor([0, 1, 1, 0]), "x holds a number that is not finite"),
+        (CORNERS.double(), torch.tensor([0, 1, 1, 0]), "x is torch.float64; the weights are"),
+        (CORNERS.long(), torch.tensor([0, 1, 1, 0]), "x is torch.int64"),
+        (CORNERS, torch.tensor([0, 1, 1, float("nan")]), "y holds nan; labels are 0 and 1"),
     ],
 )
 def test_bad_points_are_named(x, y, message):

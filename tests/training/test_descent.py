@@ -46,3 +46,6 @@ def test_what_cannot_be_is_named():
         descend(valley_with_dip, START, "newton", lr=0.1, steps=1)
     with pytest.raises(ValueError, match="sgd left all bounds at step"):
         descend(lambda x, y: x**4, (9.0, 0.0), "sgd", lr=1.0, steps=50)
+    for start in ((1.0,), (1.0, 2.0, 3.0), (float("nan"), 0.0)):
+        with pytest.raises(ValueError, match="start is .*; it must be two finite numbers"):
+            descend(valley_with_dip, start, "sgd", lr=0.1, steps=1)

@@ -195,6 +195,8 @@ def test_presets_are_ladders_that_can_be(name):
             dict(sizes=("4x64", "2x40", "2x32")),
             "width of 2x40 is not a multiple of its head_dim, 16",
         ),
+        (dict(sizes=("2x32", "2x64", "2x32", "2x96")), "sizes name 2x32 more than once"),
+        (dict(tokens=(10**5, 10**5, 10**6, 10**7)), "tokens name 100000 more than once"),
         (dict(sizes=("4x64", "2x32")), "sizes are 2; a fit needs at least 3"),
         (dict(tokens=(1000, 500_000, 10**6)), "1000 tokens are fewer than 10 steps of 1024"),
         (dict(batch_tokens=1000), "batch_tokens is 1000; it must be a multiple of the context"),

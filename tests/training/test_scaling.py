@@ -1,8 +1,11 @@
+import csv
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import ponder
 from ponder.training.scaling import EXPONENTS, Law, fit_law, frontier
 
 # Besiroglu et al. 2024, table 2: what Hoffmann et al.'s runs give when fitted with care.
@@ -120,6 +123,25 @@ def test_an_irreducible_loss_of_0_is_not_given_as_a_bare_number():
     assert fit.intervals["E"].low == 0 < fit.intervals["E"].high
 
 
+def test_a_constant_known_to_a_factor_of_ten_is_not_given_as_a_number():
+    """The committed ladder: β is known within a fifth, and B = b · D^β hangs on it by a factor."""
+    table = Path(ponder.__file__).parent / "docs/results/scaling_cpu/runs.csv"
+    runs = [r for r in csv.DictReader(table.open()) if r["held_out"] == "False"]
+    columns = [[float(r[c]) for r in runs] for c in ("parameters", "tokens", "val_loss")]
+    fit = fit_law(*columns, resamples=60)
+    low, high = fit.intervals["B"][1:]
+    assert high > 10 * low and "beta" not in fit.unidentified
+    assert fit.unidentified["B"] == "its interval spans more than a factor of ten"
+    assert "E" not in fit.unidentified
+
+
+def test_a_floor_known_by_less_than_itself_is_not_given_as_a_number():
+    low = Law(E=0.02, A=400.0, B=2000.0, alpha=0.35, beta=0.37)
+    fit = fit_law(*ladder(low, noise=0.01, seed=1), resamples=30)
+    assert fit.intervals["E"].high - fit.intervals["E"].low > fit.intervals["E"].value
+    assert "E" in fit.unidentified
+
+
 def test_much_noise_widens_what_it_hides():
     fit = fit_law(*ladder(CHINCHILLA, sizes=3, budgets=3, noise=0.05), resamples=12)
     assert fit.unidentified
@@ -148,6 +170,11 @@ def test_a_loss_that_is_no_number_is_refused(bad):
     losses[3] = bad
     with pytest.raises(ValueError, match="positive and finite"):
         fit_law(n, d, losses)
+
+
+def test_an_interval_needs_a_resample():
+    with pytest.raises(ValueError, match="resamples is 0; it must be at least 1"):
+        fit_law(*ladder(CHINCHILLA), resamples=0)
 
 
 def test_the_optimum_is_that_of_the_formula_and_of_the_frontier():
