@@ -113,7 +113,8 @@ def best(trials: list[tuple[bool, Tile]], smoke: bool, gain: float) -> dict[bool
                     call() if backward else forward(x, weights, activation)
 
                 works[key] = work
-            series = milliseconds(works, repeats=2 if smoke else 15, warmup=1 if smoke else 2)
+            counts = dict(repeats=2, warmup=1) if smoke else dict(repeats=15, warmup=2)
+            series = milliseconds(works, **counts, queued=True)
             medians = {key: statistics.median(values) for key, values in series.items()}
             kind = "backward" if backward else "forward"
             for key, value in medians.items():
