@@ -3,7 +3,8 @@
 Kernels are compared on a GPU alone: on a CPU the functions are PyTorch's own. Rows land in
 benchmarks/results/ (or --out) case by case, so that a run that is cut short keeps what it has, and
 with --resume goes on there; then the figures in docs/figures/ are drawn anew. --smoke tries the
-code on tiny shapes and keeps nothing.
+code on tiny shapes and keeps nothing; --warm-up N has N processes compile what the cases need, so
+that a run after it, on the same machine, does not.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from ponder.benchmarks import (
 )
 from ponder.benchmarks.comparison import measure
 from ponder.benchmarks.figures import draw
-from ponder.benchmarks.measure import DEVICE, RESULTS, WRONG, Row, read, write
+from ponder.benchmarks.measure import DEVICE, RESULTS, WRONG, Row, read, side_by_side, write
 
 CASES = {
     module.__name__.rpartition(".")[2]: module.cases
@@ -65,6 +66,18 @@ def results(
                 yield list(measure(case, repeats=2 if smoke else 20))
 
 
+def warm_up(groups: Collection[str], part: int, processes: int, smoke: bool) -> None:
+    """Each of the cases once, of which this process takes a part."""
+    cases = (case for group in groups for case in CASES[group](smoke))
+    for i, case in enumerate(cases):
+        if i % processes != part:
+            continue
+        try:
+            list(measure(case, repeats=1))
+        except Exception as error:  # as where the processes together take too much memory
+            print(f"{case.benchmark} {case.name}: {type(error).__name__}", flush=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m ponder.benchmarks")
     parser.add_argument("groups", nargs="*", metavar="GROUP", help=", ".join(GROUPS))
@@ -72,10 +85,17 @@ def main() -> int:
     parser.add_argument("--smoke", action="store_true", help="try the code, keep nothing")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the folder of the CSV files")
     parser.add_argument("--resume", action="store_true", help="leave out cases that --out has")
+    parser.add_argument("--warm-up", type=int, metavar="N", help="compile, in N processes")
+    parser.add_argument("--part", type=int, help="which of these processes this one is")
     args = parser.parse_args()
     unknown = set(args.groups) - set(GROUPS)
     if unknown:
         parser.error(f"no group is named {', '.join(unknown)}; there are {', '.join(GROUPS)}")
+    if args.warm_up:
+        if args.part is None:
+            return side_by_side("ponder.benchmarks", args.warm_up)
+        warm_up([g for g in args.groups if g in CASES], args.part, args.warm_up, args.smoke)
+        return 0
     for group in args.groups or [g for g in GROUPS if g not in BY_NAME_ALONE]:
         done = measured(args.out) if args.resume else set()
         for rows in results(group, args.only, args.smoke, done):

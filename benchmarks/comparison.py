@@ -29,8 +29,9 @@ class Case:
     flops: float = 0.0  # of the forward pass
     backward: float = 2.0  # FLOPs of the backward pass, in forward passes
     nbytes: Mapping[str, float] = field(default_factory=dict)  # by mode, where memory is the limit
-    ceiling: float | None = None  # FLOP/s or bytes/s; default: measured now
-    part: Callable[[Inputs], Inputs] = list  # as much of the inputs as the truth can be told for
+    ceiling: Callable[[], float] | None = None  # FLOP/s or bytes/s; default: measured now
+    # As much of the inputs, and of outputs and gradients, as the truth can be told for.
+    part: Callable[[Inputs], Inputs] = list
     allowed: float = 2e-2  # relative error of an output or a gradient, in norm
 
 
@@ -44,6 +45,7 @@ def measure(case: Case, *, repeats: int = 20) -> Iterator[Row]:
             reason = str(error).strip().partition("\n")[0][:120]
             kind = type(error).__name__
             left_out(name, f"{case.benchmark} {case.name}: {name} fails: {kind} {reason}")
+    own_ceiling = case.ceiling and case.ceiling()
     for mode in case.modes:
         # Inputs of their own: some implementations write over theirs.
         works = {
@@ -52,7 +54,7 @@ def measure(case: Case, *, repeats: int = 20) -> Iterator[Row]:
         }
         flops = case.flops * (1.0 if mode == "forward" else 1.0 + case.backward)
         nbytes = case.nbytes.get(mode)
-        ceiling = case.ceiling or (copy_ceiling() if nbytes else matmul_ceiling())
+        ceiling = own_ceiling or (copy_ceiling() if nbytes else matmul_ceiling())
         yield from rows(
             case.benchmark,
             f"{case.name} {mode}",
@@ -64,6 +66,7 @@ def measure(case: Case, *, repeats: int = 20) -> Iterator[Row]:
             ceiling=ceiling,
             errors=errors,
             allowed=case.allowed,
+            queued=True,
         )
 
 
@@ -92,27 +95,34 @@ def _work(f: Callable, inputs: Inputs, mode: str) -> Callable[[], None]:
 
 
 def _error(case: Case, f: Callable) -> float:
-    """The largest relative error among outputs and gradients, on `part` of the inputs."""
-    part = [
-        _leaf(x.detach().requires_grad_(y.requires_grad), x.dtype)
+    """The largest relative error among outputs and gradients, of `part` of what f gives.
+
+    f takes the inputs that are timed, so that a compiler is asked for no further shapes.
+    """
+    inputs = [_leaf(x, x.dtype) for x in case.inputs]
+    wide = [
+        _leaf(x.detach().requires_grad_(y.requires_grad), torch.float32)
         for x, y in zip(case.part(case.inputs), case.inputs, strict=True)
     ]
-    results = []
-    for fn, wide in ((case.reference, True), (f, False)):
-        inputs = [
-            _leaf(x, torch.float32 if wide and x.is_floating_point() else x.dtype) for x in part
-        ]
-        outputs = _outputs(fn(*inputs))
-        found = [y.detach().clone() for y in outputs]  # before a backward pass writes over it
-        if "forward+backward" in case.modes:
-            torch.manual_seed(1)
-            upstream = [tensor(*y.shape, grad=False).to(y.dtype) for y in outputs]
-            leaves = [x for x in inputs if x.requires_grad]
-            found += torch.autograd.grad(outputs, leaves, upstream)
-        results.append([x.double() for x in found])
+    outputs, true_outputs = _outputs(f(*inputs)), _outputs(case.reference(*wide))
+    # Copies, before a backward pass writes over it.
+    found = case.part([y.detach().clone() for y in outputs])
+    truth = [y.detach().clone() for y in true_outputs]
+    if "forward+backward" in case.modes:
+        torch.manual_seed(1)
+        upstream = [tensor(*y.shape, grad=False) for y in outputs]
+        found += case.part(_gradients(outputs, inputs, upstream))
+        truth += _gradients(true_outputs, wide, case.part(upstream))
     return max(
-        ((x - t).norm() / t.norm().clamp_min(1e-12)).item() for t, x in zip(*results, strict=True)
+        ((x.double() - t.double()).norm() / t.double().norm().clamp_min(1e-12)).item()
+        for t, x in zip(truth, found, strict=True)
     )
+
+
+def _gradients(outputs: Inputs, inputs: Inputs, upstream: Inputs) -> Inputs:
+    leaves = [x for x in inputs if x.requires_grad]
+    upstream = [u.to(y.dtype) for u, y in zip(upstream, outputs, strict=True)]
+    return list(torch.autograd.grad(outputs, leaves, upstream))
 
 
 @cache

@@ -3,6 +3,8 @@
 import csv
 import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -50,8 +52,6 @@ def _machine() -> dict[str, str]:
     facts = provenance.machine()
     driver = ""
     if DEVICE == "cuda":
-        import subprocess
-
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         driver = subprocess.run(query, capture_output=True, text=True).stdout.strip()
     return {
@@ -65,15 +65,32 @@ def _machine() -> dict[str, str]:
     }
 
 
+def side_by_side(module: str, processes: int) -> int:
+    """This command in so many processes, `--part` telling each which of them it is: what compiles
+    takes a core each. The worst of their exit codes."""
+    words = [sys.executable, "-u", "-m", module, *sys.argv[1:], "--part"]
+    environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    running = [subprocess.Popen([*words, str(i)], env=environment) for i in range(processes)]
+    return max(abs(process.wait()) for process in running)
+
+
 def synchronize() -> None:
     if DEVICE == "cuda":
         torch.cuda.synchronize()
 
 
 def milliseconds(
-    implementations: Mapping[str, Callable[[], object]], *, repeats: int, warmup: int = 3
+    implementations: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int,
+    warmup: int = 3,
+    queued: bool = False,
 ) -> dict[str, list[float]]:
-    """Times of each, taken in turns, so that a noisy neighbour meets all of them alike."""
+    """Times of each, taken in turns, so that a noisy neighbour meets all of them alike.
+
+    queued: the GPU sleeps before a call, which is then queued whole before its first kernel starts,
+    up to a millisecond of launching: what that costs is overhead.py's.
+    """
     times: dict[str, list[float]] = {name: [] for name in implementations}
     for work in implementations.values():
         for _ in range(warmup):
@@ -83,6 +100,8 @@ def milliseconds(
         for name, work in implementations.items():
             if flush is not None:
                 flush.zero_()
+                if queued:
+                    torch.cuda._sleep(2_000_000)  # cycles
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 start.record()
                 work()
@@ -129,12 +148,14 @@ def rows(
     ceiling: float | None = None,
     errors: Mapping[str, float] | None = None,
     allowed: float | None = None,
+    queued: bool = False,
 ) -> list[Row]:
     """Measure, print and return a row for each implementation.
 
     flops, nbytes: what one call must compute and move at least. ceiling: FLOP/s where flops is
     given, else bytes/s. errors: relative errors; where one is above `allowed` there is no row, as
-    the time of a wrong result means nothing, and ponder's fault is noted in `WRONG`.
+    the time of a wrong result means nothing, and ponder's fault is noted in `WRONG`. queued: see
+    `milliseconds`.
     """
     errors = errors or {}
     good = {}
@@ -144,7 +165,7 @@ def rows(
             left_out(name, f"{benchmark} {case}: {name} is wrong by {error:.2e} and left out")
             continue
         good[name] = work
-    times = milliseconds(good, repeats=repeats, warmup=warmup)
+    times = milliseconds(good, repeats=repeats, warmup=warmup, queued=queued)
     result = []
     for name, work in good.items():
         seconds = statistics.median(times[name]) / 1e3

@@ -16,16 +16,19 @@ from ponder.kernels._gemm import Tile, Tiles
 module = importlib.import_module("ponder.kernels.mlp")
 _table = module._tiles
 HOPPER = [
-    Tile(*shape, num_warps=warps, num_stages=stages, tma=True, width=width)
-    for shape, warps, stages, width in (
-        ((128, 256, 64), 8, 3, 64),
-        ((128, 256, 64), 8, 4, 64),
-        ((128, 256, 64), 8, 3, 32),
-        ((128, 128, 64), 8, 4, 64),
-        ((128, 128, 64), 4, 4, 64),
-        ((128, 128, 128), 8, 3, 64),
-        ((256, 128, 64), 8, 3, 64),
-        ((64, 256, 64), 4, 4, 64),
+    Tile(*shape, num_warps=warps, num_stages=stages, tma=True, width=width, flat=flat)
+    for shape, warps, stages, width, flat in (
+        ((128, 256, 64), 8, 3, 64, True),
+        ((128, 256, 64), 8, 4, 64, True),
+        ((128, 256, 64), 8, 3, 32, True),
+        ((128, 256, 64), 8, 3, 64, False),
+        ((128, 256, 64), 8, 4, 64, False),
+        ((128, 128, 64), 8, 4, 64, True),
+        ((128, 128, 64), 4, 4, 64, True),
+        ((128, 128, 128), 8, 3, 64, True),
+        ((256, 128, 64), 8, 3, 64, True),
+        ((64, 256, 64), 4, 4, 64, True),
+        ((64, 256, 64), 4, 4, 64, False),
     )
 ]
 INTERPRETED = [Tile(32, 64, 32, num_warps=4, num_stages=1, tma=True)]
@@ -113,7 +116,8 @@ def best(trials: list[tuple[bool, Tile]], smoke: bool, gain: float) -> dict[bool
                     call() if backward else forward(x, weights, activation)
 
                 works[key] = work
-            series = milliseconds(works, repeats=2 if smoke else 15, warmup=1 if smoke else 2)
+            counts = dict(repeats=2, warmup=1) if smoke else dict(repeats=15, warmup=2)
+            series = milliseconds(works, **counts, queued=True)
             medians = {key: statistics.median(values) for key, values in series.items()}
             kind = "backward" if backward else "forward"
             for key, value in medians.items():

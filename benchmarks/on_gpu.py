@@ -7,7 +7,8 @@ it adopt. A stage that fails, runs out of time or lacks a package does not stop 
 that succeeded is not run again into the same DIR, and one that was cut short keeps the cases that
 it has: so what does not fit into N seconds follows in the next call. The last thing printed is a
 table of the stages; DIR/summary.md has that and the results, DIR/on_gpu.tar.gz all in one file.
-What had its whole turn and failed comes again behind what had none.
+What had its whole turn and failed comes again behind what had none. On another machine, `--after
+FILE` goes on from the on_gpu.tar.gz that the one before left.
 
 `--adopt DIR` copies the rows of such a run into benchmarks/results/ and draws the figures.
 """
@@ -22,6 +23,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +38,7 @@ SANITIZER += ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
 SAMPLING = [*PYTHON, "ponder.benchmarks.sampling", "--dtype", "bf16"]
 TRAIN_124M = [*PYTHON, "ponder.benchmarks.train_124m"]
 EVERY_KERNEL = [*PYTHON, "ponder.benchmarks.every_kernel"]
+CORES = str(max(1, min(15, (os.cpu_count() or 1) - 1)))
 
 
 @dataclass(frozen=True)
@@ -44,23 +47,39 @@ class Stage:
     limit: float = 480  # seconds
     least: float = 60  # seconds below which it is not worth a start
     smoke: bool = False  # knows --smoke
+    tiled: bool = False  # waits until "tiles" had its turn
+    serves: Sequence[str] = ()  # what it makes quicker, in every call that has one of these to do
 
 
-# What the others rest on first: right results, then the tiles, then what README shows first.
+# What the others rest on first: right results, then the tiles, then what README shows first. What
+# compiles for long does it side by side: a first run is compiling, most of its time.
 STAGES = {
     "machine": Stage([*PYTHON, "ponder.benchmarks.machine"], 120, 20, smoke=True),
-    "every-kernel": Stage([*EVERY_KERNEL, "bf16"], 180, 30),
-    "kernel-tests": Stage([*TESTED, "--skip", COMPILING, str(TESTS / "kernels")], 360),
-    "tiles": Stage(
-        [*PYTHON, "ponder.benchmarks.tiles", "--out", "OUT/tiles.json"], 360, smoke=True
+    "every-kernel": Stage([*EVERY_KERNEL, "bf16", "--processes", CORES], 120, 30),
+    "kernel-tests": Stage(
+        [*TESTED, "--parts", "4", "--skip", COMPILING, str(TESTS / "kernels")], 270
     ),
-    "attention-64": Stage([*BENCHMARKS, "attention", "--only", "D64"], 300, smoke=True),
-    "attention-128": Stage([*BENCHMARKS, "attention", "--only", "D128"], 300, smoke=True),
-    "mlp": Stage([*BENCHMARKS, "mlp"], 300, smoke=True),
-    "losses": Stage([*BENCHMARKS, "losses", "pointwise"], 240, smoke=True),
+    "tiles": Stage(
+        [*PYTHON, "ponder.benchmarks.tiles", "--out", "OUT/tiles.json"], 270, 120, smoke=True
+    ),
+    "warm-up": Stage(
+        [*BENCHMARKS, "attention", "mlp", "pointwise", "--warm-up", CORES],
+        120,
+        smoke=True,
+        tiled=True,
+        serves=("attention-64", "mlp", "losses", "attention-128"),
+    ),
+    "attention-64": Stage([*BENCHMARKS, "attention", "--only", "D64"], 240, smoke=True, tiled=True),
+    "mlp": Stage([*BENCHMARKS, "mlp"], 240, smoke=True, tiled=True),
+    "losses": Stage([*BENCHMARKS, "losses", "pointwise"], 180, smoke=True),
+    "attention-128": Stage(
+        [*BENCHMARKS, "attention", "--only", "D128"], 240, smoke=True, tiled=True
+    ),
     "decode": Stage([*BENCHMARKS, "decode", "overhead"], 120, 30, smoke=True),
-    "train_step": Stage([*BENCHMARKS, "train_step"], 240, 150, smoke=True),
-    "train-124m": Stage([*TRAIN_124M, "--out", "OUT/results", "--resume"], 480, 180, smoke=True),
+    "train_step": Stage([*BENCHMARKS, "train_step"], 240, 150, smoke=True, tiled=True),
+    "train-124m": Stage(
+        [*TRAIN_124M, "--out", "OUT/results", "--resume"], 480, 180, smoke=True, tiled=True
+    ),
     "memcheck": Stage([*SANITIZER, "memcheck", *EVERY_KERNEL, "bf16"], 300),
     "racecheck": Stage([*SANITIZER, "racecheck", *EVERY_KERNEL, "bf16"]),
     "sampling": Stage([*BENCHMARKS, "sampling"], 360, smoke=True),
@@ -95,8 +114,9 @@ def run_group(
         verdict = "ok" if process.returncode == 0 else f"exit {process.returncode}"
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-        output = process.communicate()[0]
-        verdict = f"over {seconds:.0f} s"
+        verdict, output = f"over {seconds:.0f} s", ""
+        with suppress(subprocess.TimeoutExpired):  # a GPU that hangs does not let it go
+            output = process.communicate(timeout=20)[0]
     return verdict, output or ""
 
 
@@ -105,16 +125,31 @@ def run_stage(name: str, out: Path, seconds: float, smoke: bool) -> dict:
     words = [word.replace("OUT", str(out)) for word in stage.words] + ["--smoke"] * smoke
     tiles = out / "tiles.json"
     adopts = tiles.exists() and name != "tiles" and "ponder.benchmarks.isolated" not in words
-    adopted = {"PONDER_TILES": str(tiles)} if adopts else {}
+    environment = {"PONDER_TILES": str(tiles)} if adopts else {}
+    environment["HF_HUB_OFFLINE"] = "1"  # nothing is fetched: without a network it would wait
     start = time.monotonic()
-    verdict, _ = run_group(words, min(stage.limit, seconds), out / f"{name}.log", **adopted)
+    verdict, _ = run_group(words, min(stage.limit, seconds), out / f"{name}.log", **environment)
     return {"verdict": verdict, "seconds": round(time.monotonic() - start)}
 
 
 def failed(name: str, state: dict[str, dict]) -> bool:
     """Whether a stage ended by itself, or by its own limit, and not well."""
+    if STAGES[name].serves:  # comes before those, whatever became of it
+        return False
     found = state.get(name, {"verdict": "not started", "seconds": 0})
     return found["verdict"].startswith("exit") or found["seconds"] >= STAGES[name].limit
+
+
+def had_turn(name: str, state: dict[str, dict]) -> bool:
+    return state.get(name, {}).get("verdict", "not started") != "not started"
+
+
+def to_do(name: str, state: dict[str, dict]) -> bool:
+    def done(name: str) -> bool:
+        return state.get(name, {}).get("verdict") == "ok"
+
+    serves = STAGES[name].serves
+    return not all(done(served) for served in serves) if serves else not done(name)
 
 
 def stage_table(state: dict[str, dict]) -> str:
@@ -123,7 +158,7 @@ def stage_table(state: dict[str, dict]) -> str:
     )
 
 
-def keep(out: Path, state: dict[str, dict]) -> None:
+def keep(out: Path, state: dict[str, dict], packed: Path) -> None:
     """Write down how far it came, so that a run that is killed has all that came before."""
     from ponder.benchmarks.tables import tables
 
@@ -133,14 +168,15 @@ def keep(out: Path, state: dict[str, dict]) -> None:
     if machine.exists():
         parts += ["# Machine", f"```\n{machine.read_text().strip()}\n```"]
     (out / "summary.md").write_text("\n\n".join([*parts, tables(out / "results")]) + "\n")
-    packed = out / "on_gpu.tar.gz"
-    with tarfile.open(packed, "w:gz") as archive:
+    unfinished = out / "packing"
+    with tarfile.open(unfinished, "w:gz") as archive:
         for path in sorted(out.iterdir()):
-            if path != packed and path.name != "demo":
+            if path not in (unfinished, packed, out / "demo"):
                 archive.add(path, path.name)
         for path in (out / "demo" / "report", out / "demo" / "train" / "metrics.jsonl"):
             if path.exists():
                 archive.add(path, str(path.relative_to(out)))
+    shutil.move(unfinished, packed)
 
 
 def adopt(out: Path, folder: Path) -> None:
@@ -163,6 +199,8 @@ def main() -> None:
     parser.add_argument(
         "--smoke", action="store_true", help="what has tiny shapes, to try the code"
     )
+    parser.add_argument("--tar", type=Path, metavar="FILE", help="default: DIR/on_gpu.tar.gz")
+    parser.add_argument("--after", type=Path, metavar="FILE", help="an on_gpu.tar.gz to go on from")
     parser.add_argument("--adopt", type=Path, metavar="DIR")
     args = parser.parse_args()
     if args.adopt:
@@ -176,24 +214,29 @@ def main() -> None:
         parser.error("--out DIR is needed")
     end = time.monotonic() + args.seconds
     out = args.out.resolve()
+    packed = args.tar.resolve() if args.tar else out / "on_gpu.tar.gz"
     (out / "results").mkdir(parents=True, exist_ok=True)
     state_file = out / "stages.json"
+    if args.after and not state_file.exists():
+        with tarfile.open(args.after) as archive:
+            archive.extractall(out, filter="data")
     state = json.loads(state_file.read_text()) if state_file.exists() else {}
     names = [name for name in args.stage if not args.smoke or STAGES[name].smoke]
     for name in sorted(names, key=lambda name: failed(name, state)):
         left = end - time.monotonic() - 10  # for packing
-        if state.get(name, {}).get("verdict") == "ok":
+        if not to_do(name, state):
             continue
-        if left < STAGES[name].least:
+        waits = STAGES[name].tiled and "tiles" in names and not had_turn("tiles", state)
+        if waits or left < STAGES[name].least:
             state.setdefault(name, {"verdict": "not started", "seconds": 0})
             continue
         state[name] = run_stage(name, out, left, args.smoke)
-        keep(out, state)
+        keep(out, state, packed)
         print(f"{name}: {state[name]['verdict']}, {state[name]['seconds']} s", flush=True)
         if state[name]["verdict"] != "ok":
             log = (out / f"{name}.log").read_text(errors="replace")
             print("\n".join(log.splitlines()[-15:]), flush=True)
-    keep(out, state)
+    keep(out, state, packed)
     print(stage_table(state))
 
 

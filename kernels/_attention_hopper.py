@@ -9,7 +9,7 @@ _attention_kernels.
 """
 
 from ._attention_kernels import _store_rows
-from ._attention_masks import near, query_bounds
+from ._attention_masks import near, query_bounds, sees
 from ._runtime import jit, tl
 
 
@@ -109,7 +109,7 @@ def attention_forward_specialized_kernel(
         b_k = keys.load([start_s, 0])
         b_score = tl.dot(b_q, b_k.T)
         o_s = start_s + tl.arange(0, BLOCK_S)
-        seen = (o_s < n_keys)[None, :] & near(o_t[:, None], o_s[None, :], offset, width)
+        seen = sees(o_t[:, None], o_s[None, :], n_keys, offset, width)
         b_score = tl.where(seen, b_score, float("-inf"))
         new_max = tl.maximum(b_max, tl.max(b_score, 1) * score_scale)
         b_p = tl.exp2(b_score * score_scale - new_max[:, None])
@@ -200,7 +200,7 @@ def attention_backward_q_specialized_kernel(
         b_k = keys.load([start_s, 0])
         b_score = tl.dot(b_q, b_k.T)
         o_s = start_s + tl.arange(0, BLOCK_S)
-        seen = (o_s < n_keys)[None, :] & near(o_t[:, None], o_s[None, :], offset, width)
+        seen = sees(o_t[:, None], o_s[None, :], n_keys, offset, width)
         b_p = tl.exp2(b_score * score_scale - b_lse[:, None])
         b_p = tl.where(seen, b_p, 0.0)
         b_v = values.load([start_s, 0])
@@ -279,6 +279,8 @@ def attention_backward_kv_specialized_kernel(
     douts = _heads(
         dout_ptr, stride_dout_h, stride_dout_t, group, n_queries, head_dim_v, BLOCK_T, BLOCK_DV
     )
+    lses = tl.make_tensor_descriptor(lse_ptr, [group, n_queries], [n_queries, 1], [1, BLOCK_T])
+    deltas = tl.make_tensor_descriptor(delta_ptr, [group, n_queries], [n_queries, 1], [1, BLOCK_T])
     o_s = start_s + tl.arange(0, BLOCK_S)
     b_k = _rows(k_ptr, stride_k_s, n_keys, head_dim, BLOCK_S, BLOCK_D).load([start_s, 0])
     b_v = _rows(v_ptr, stride_v_s, n_keys, head_dim_v, BLOCK_S, BLOCK_DV).load([start_s, 0])
@@ -292,18 +294,16 @@ def attention_backward_kv_specialized_kernel(
         member = step // n_steps
         start_t = first + step % n_steps * BLOCK_T
         o_t = start_t + tl.arange(0, BLOCK_T)
-        m_t = o_t < n_queries
-        o_row = member.to(tl.int64) * n_queries + o_t
         b_q = queries.load([member, start_t, 0]).reshape(BLOCK_T, BLOCK_D)
-        # Past the last query lse = inf makes every weight 0.
-        b_lse = tl.load(lse_ptr + o_row, mask=m_t, other=float("inf"))
+        b_lse = lses.load([member, start_t]).reshape(BLOCK_T)
         b_score = tl.dot(b_k, b_q.T)
+        # Past the last query all that is read is 0: a weight of 1 on a gradient of 0.
         b_p = tl.exp2(b_score * score_scale - b_lse[None, :])
         b_p = tl.where(near(o_t[None, :], o_s[:, None], offset, width), b_p, 0.0)
         b_dout = douts.load([member, start_t, 0]).reshape(BLOCK_T, BLOCK_DV)
         b_dv = tl.dot(b_p.to(b_dout.dtype), b_dout, b_dv)
         b_dp = tl.dot(b_v, b_dout.T)
-        b_delta = tl.load(delta_ptr + o_row, mask=m_t, other=0.0)
+        b_delta = deltas.load([member, start_t]).reshape(BLOCK_T)
         b_dscore = b_p * (b_dp - b_delta[None, :])
         b_dk = tl.dot(b_dscore.to(b_q.dtype), b_q, b_dk)
     _store_rows(dk_ptr, b_dk * scale, o_s, stride_dk_s, n_keys, head_dim, BLOCK_D)

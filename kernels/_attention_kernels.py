@@ -10,7 +10,7 @@ Shapes: B batch, Hq query heads, Hkv key/value heads, T queries, S keys, D head 
 """
 
 from ._activations import activate, activate_with_slope
-from ._attention_masks import distance, key_bounds, near, query_bounds
+from ._attention_masks import distance, key_bounds, near, query_bounds, sees
 from ._runtime import jit, tl
 
 
@@ -140,7 +140,7 @@ def attention_forward_kernel(
                 b_distance = distance(o_t[:, None], o_s[None, :], n_queries, n_keys)
                 b_score -= tl.load(slopes_ptr) * b_distance
             if MASK:
-                seen = (o_s < n_keys)[None, :] & near(o_t[:, None], o_s[None, :], offset, width)
+                seen = sees(o_t[:, None], o_s[None, :], n_keys, offset, width)
                 if q_spans_ptr is not None:
                     b_segment_s = tl.load(kv_spans_ptr + o_s, mask=o_s < n_keys, other=-1)
                     seen = seen & (b_segment_t[:, None] == b_segment_s[None, :])
@@ -273,7 +273,7 @@ def attention_backward_q_kernel(
                 b_score -= tl.load(slopes_ptr) * b_distance
             b_p = tl.exp2(b_score * score_scale - b_lse[:, None])
             if MASK:
-                seen = (o_s < n_keys)[None, :] & near(o_t[:, None], o_s[None, :], offset, width)
+                seen = sees(o_t[:, None], o_s[None, :], n_keys, offset, width)
                 if q_spans_ptr is not None:
                     b_segment_s = tl.load(kv_spans_ptr + o_s, mask=o_s < n_keys, other=-1)
                     seen = seen & (b_segment_t[:, None] == b_segment_s[None, :])

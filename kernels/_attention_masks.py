@@ -179,6 +179,15 @@ def near(o_t, o_s, offset, width):
 
 
 @jit
+def sees(o_t, o_s, n_keys, offset, width):
+    """`near`, of the keys that there are; without a window one comparison tells both."""
+    if width is None:
+        return o_s <= tl.minimum(o_t + offset, n_keys - 1)
+    else:
+        return (o_s < n_keys) & near(o_t, o_s, offset, width)
+
+
+@jit
 def distance(o_t, o_s, n_queries, n_keys):
     """fp32, how far a key stands from its query; cast before they meet in a tile of numbers."""
     return tl.abs((o_t + n_keys - n_queries).to(tl.float32) - o_s.to(tl.float32))

@@ -9,7 +9,7 @@ _attention_hopper; names, shapes and conventions: _attention_kernels.
 
 from ._attention_hopper import _heads, _rows
 from ._attention_kernels import _load_rows, _store_rows
-from ._attention_masks import near, query_bounds
+from ._attention_masks import query_bounds, sees
 from ._runtime import jit, tl
 
 
@@ -167,7 +167,7 @@ def attention_backward_kernel(
         b_p = tl.exp2(b_score * score_scale - b_lse[None, :])
         # Keys and queries past the last are zeros. But such a key's weight may be inf, and inf · 0
         # is no number: in dq it would meet the others.
-        seen = (o_s < n_keys)[:, None] & near(o_t[None, :], o_s[:, None], offset, width)
+        seen = sees(o_t[None, :], o_s[:, None], n_keys, offset, width)
         b_p = tl.where(seen, b_p, 0.0)
         b_dout = douts.load([member, start_t, 0]).reshape(BLOCK_T, BLOCK_DV)
         b_dv = tl.dot(b_p.to(b_dout.dtype), b_dout, b_dv)

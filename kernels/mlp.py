@@ -110,6 +110,7 @@ def _mlp_forward_kernel(
     KEEP: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     TMA: tl.constexpr,
+    FLAT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -125,7 +126,7 @@ def _mlp_forward_kernel(
         if GATED:
             gate = matrix(gate_ptr, n_rows, n_hidden, BLOCK_M, WIDTH, TMA)
     n_tiles = tl.cdiv(n_rows, BLOCK_M) * tl.cdiv(n_hidden, BLOCK_N)
-    for i_tile in tl.range(tl.program_id(0), n_tiles, tl.num_programs(0), flatten=TMA):
+    for i_tile in tl.range(tl.program_id(0), n_tiles, tl.num_programs(0), flatten=FLAT):
         i_m, i_n = tile_index(i_tile, n_rows, n_hidden, BLOCK_M, BLOCK_N)
         o_m = i_m * BLOCK_M
         o_n = i_n * BLOCK_N
@@ -177,6 +178,7 @@ def _mlp_backward_kernel(
     UP_IS_HIDDEN: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     TMA: tl.constexpr,
+    FLAT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -192,7 +194,7 @@ def _mlp_backward_kernel(
         gate = matrix(gate_ptr, n_rows, n_hidden, BLOCK_M, WIDTH, TMA)
         dgate = matrix(dgate_ptr, n_rows, n_hidden, BLOCK_M, WIDTH, TMA)
     n_tiles = tl.cdiv(n_rows, BLOCK_M) * tl.cdiv(n_hidden, BLOCK_N)
-    for i_tile in tl.range(tl.program_id(0), n_tiles, tl.num_programs(0), flatten=TMA):
+    for i_tile in tl.range(tl.program_id(0), n_tiles, tl.num_programs(0), flatten=FLAT):
         i_m, i_n = tile_index(i_tile, n_rows, n_hidden, BLOCK_M, BLOCK_N)
         o_m = i_m * BLOCK_M
         o_n = i_n * BLOCK_N

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from ponder.training.data import load_data
 from ponder.training.text import Windows
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+ROOT = Path(__file__).parents[1]
 mlp = importlib.import_module("ponder.kernels.mlp")
 
 
@@ -48,6 +50,24 @@ def test_a_wrong_gradient_gets_no_row(case, capsys):
     ]
     assert "wrong is wrong by 5" in capsys.readouterr().out  # |1 - 2| / |2|
     assert all(float(row.error) == 0.0 and row.ms_p50 > 0 for row in rows)
+
+
+def test_the_truth_is_told_for_a_part_of_what_is_timed():
+    """Rows of their own: the first of three is compared; all that is called has three."""
+    called = []
+
+    def double(x):
+        called.append(len(x))
+        return 2 * x
+
+    def wrong(x):
+        return x * torch.tensor([[3.0], [2.0], [2.0]])
+
+    implementations = {"ponder": double, "wrong": wrong}
+    x = torch.randn(3, 40, requires_grad=True)
+    case = Case("test", "part", implementations, [x], lambda x: 2 * x, part=lambda xs: [xs[0][:1]])
+    assert {row.implementation for row in measure_case(case, repeats=1)} == {"ponder"}
+    assert set(called) == {3}
 
 
 def test_ponders_own_fault_is_told(case, monkeypatch):
@@ -196,6 +216,38 @@ def test_what_failed_comes_after_what_had_no_turn(tmp_path, monkeypatch):
     assert (tmp_path / "order").read_text().split() == ["cut", "new", "fails", "slow"]
 
 
+def test_a_run_goes_on_where_another_machine_left_it(tmp_path, monkeypatch):
+    """What was done stays done; what only fills caches is done again, where it still serves."""
+    note = f"open({str(tmp_path / 'order')!r}, 'a').write('{{}} ')"
+    stages = {
+        "caches": stage(note.format("caches"), serves=("first", "second")),
+        "first": stage(note.format("first")),
+        "second": stage(note.format("second"), least=1e9),
+    }
+    monkeypatch.setattr(on_gpu, "STAGES", stages)
+    packed = tmp_path / "home" / "packed.tar.gz"
+    packed.parent.mkdir()
+    words = ["on_gpu", "--stage", *stages, "--seconds", "60", "--tar", str(packed), "--out"]
+    monkeypatch.setattr(sys, "argv", [*words, str(tmp_path / "one")])
+    on_gpu.main()
+    stages["second"] = stage(note.format("second"))
+    monkeypatch.setattr(sys, "argv", [*words, str(tmp_path / "two"), "--after", str(packed)])
+    for _ in range(2):
+        on_gpu.main()
+    assert (tmp_path / "order").read_text().split() == ["caches", "first", "caches", "second"]
+
+
+def test_what_takes_tiles_waits_for_them(tmp_path, monkeypatch):
+    stages = {"tiles": stage("", least=1e9), "timed": stage("", tiled=True), "other": stage("")}
+    monkeypatch.setattr(on_gpu, "STAGES", stages)
+    words = ["on_gpu", "--out", str(tmp_path), "--seconds", "60", "--stage"]
+    for chosen, expected in ((stages, ["not started", "not started", "ok"]), (["timed"], ["ok"])):
+        monkeypatch.setattr(sys, "argv", [*words, *chosen])
+        on_gpu.main()
+        state = json.loads((tmp_path / "stages.json").read_text())
+        assert [state[name]["verdict"] for name in chosen] == expected
+
+
 def test_a_run_is_adopted(tmp_path):
     results, own = tmp_path / "run" / "results", tmp_path / "own"
     rows = [measure.row("kernel", "a case", "bf16", name, [1.0]) for name in ("ponder", "peer")]
@@ -215,6 +267,26 @@ def test_a_file_that_dies_is_a_failure(tmp_path, monkeypatch, capsys):
     assert isolated.main() == 1
     out = capsys.readouterr().out
     assert "FAILED test_dies.py: exit -6" in out and out.endswith("1 passed, 1 failed\n")
+
+
+def test_parts_of_a_file_are_all_of_it(tmp_path, monkeypatch, capsys):
+    (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
+    tests = [f"def test_{i}():\n    assert {i} != 3\n" for i in range(5)]
+    (tmp_path / "test_five.py").write_text("".join(tests))
+    monkeypatch.setattr(sys, "argv", ["isolated", "--parts", "3", str(tmp_path)])
+    assert isolated.main() == 1
+    out = capsys.readouterr().out
+    assert "FAILED test_five.py, part 1 of 3: exit 1" in out
+    assert "test_five.py, part 2 of 3: 2 passed" in out and out.endswith("4 passed, 1 failed\n")
+
+
+@pytest.mark.slow
+def test_cases_are_compiled_side_by_side():
+    words = [sys.executable, "-m", "ponder.benchmarks", "decode", "--smoke", "--warm-up", "2"]
+    run = subprocess.run(words, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    measured = [line for line in run.stdout.splitlines() if " ponder " in line]
+    assert len(measured) == len(set(measured)) == 2
 
 
 @pytest.fixture
