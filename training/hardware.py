@@ -43,6 +43,11 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     return 3 * 2 * n**3 / _seconds(work)
 
 
+def has_bf16_products(device: torch.device) -> bool:
+    """Whether products in bf16 are the hardware's own; elsewhere they are many times slower."""
+    return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def bf16_pays_on_cpu(width: int, inner: int, tokens: int) -> bool:
     """Whether an MLP's forward and backward is faster under bf16 autocast than in fp32, here."""
     layer = nn.Sequential(nn.Linear(width, inner), nn.ReLU(), nn.Linear(inner, width))
