@@ -69,6 +69,8 @@ class Muon(optim.Muon):
             for (rows, columns), found in alike.items():
                 rate = group["lr"] * max(1, rows / columns) ** 0.5
                 count = max(1, MUON_STACK // (rows * columns))
+                if not has_bf16_products(params[0].device):  # in fp32 they need more room
+                    count = min(count, -(-len(found) // 2))
                 for i in range(0, len(found), count):
                     part = found[i : i + count]
                     updates = orthogonal(  # of Nesterov's momentum; nothing else holds on to it
@@ -93,7 +95,8 @@ def orthogonal(x: Tensor, group: dict[str, Any]) -> Tensor:
     x.div_(torch.linalg.matrix_norm(x, keepdim=True).clamp(min=group["eps"]))
     for _ in range(group["ns_steps"]):
         gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, gram, x, beta=a)
     return x.mT if tall else x
 
 
