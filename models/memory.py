@@ -23,7 +23,7 @@ BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # with ponder on a GPU.
 CONTEXT = 0.8 * GIB
 FRAGMENTS = 0.05
-LOGITS = {True: 2**28, False: 2**23}  # linear_cross_entropy's chunk, on a GPU and on a CPU
+LOGITS = {True: 2**26, False: 2**23}  # linear_cross_entropy's chunk, on a GPU and on a CPU
 PLAIN_LOGITS = 2**21  # up to so many, a CPU computes them at once
 # Elements of the matrices of one shape that Muon works on at once: 64 MiB of fp32; large matrices
 # gain nothing.
