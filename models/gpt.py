@@ -326,9 +326,13 @@ class GPT(nn.Module):
         return load(path, dtype=dtype, device=device)
 
     def save_pretrained(
-        self, path: str | PathLike[str], *, tokenizer: "Tokenizer | None" = None
+        self,
+        path: str | PathLike[str],
+        *,
+        tokenizer: "Tokenizer | None" = None,
+        eos: str = "<eos>",
     ) -> str:
         """Write a Hugging Face folder, and say what opens it: see `hub.save`."""
         from .hub import save
 
-        return save(self, path, tokenizer=tokenizer)
+        return save(self, path, tokenizer=tokenizer, eos=eos)
