@@ -321,9 +321,9 @@ class GPT(nn.Module):
         device: torch.device | str | None = None,
     ) -> "GPT":
         """The model in a Hugging Face folder or of a hub id: see `hub.load`."""
-        from .hub import load
+        from . import hub
 
-        return load(path, dtype=dtype, device=device)
+        return hub.load(path, dtype=dtype, device=device)
 
     def save_pretrained(
         self,
@@ -333,6 +333,6 @@ class GPT(nn.Module):
         eos: str = "<eos>",
     ) -> str:
         """Write a Hugging Face folder, and say what opens it: see `hub.save`."""
-        from .hub import save
+        from . import hub
 
-        return save(self, path, tokenizer=tokenizer, eos=eos)
+        return hub.save(self, path, tokenizer=tokenizer, eos=eos)
