@@ -369,8 +369,7 @@ def _reduce(module: nn.Module, protocol: Any):
 
 
 def _blank(*of: Any) -> nn.Module:
-    new = _class(*of)
-    return new.__new__(new)
+    return nn.Module.__new__(_class(*of))
 
 
 def _proven(module: nn.Module, kinds: list[str], activation: str | None, known: dict) -> type | str:
