@@ -236,6 +236,13 @@ def run(arguments: list[str]) -> int:
     except Unfinished as error:
         print(f"ponder: {error}", file=sys.stderr)
         return 1
+    except ModuleNotFoundError as error:  # pip install ponder alone brings torch and Triton
+        name = (error.name or "").split(".")[0]
+        if name in ("", "ponder"):
+            raise
+        extras = "pip install 'ponder[train,inference,report]'"
+        print(f"ponder: {arguments[0]} needs the package {name}: {extras}", file=sys.stderr)
+        return 2
     except BrokenPipeError:  # the reader has enough: ponder generate ... | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the exit
         return 141

@@ -252,7 +252,9 @@ def _rope(fields: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
             raise ValueError(f"{name}: {error}") from None
         used = ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
         plain |= dict(rope_type="llama3", type="llama3") | {key: rope[key] for key in used}
-    rotary = {"partial_rotary_factor": fields.get("partial_rotary_factor")} | rope
+    # The type first: it is what a reader knows a scaling by.
+    first = {key: rope.get(key) for key in ("rope_type", "type")}
+    rotary = first | {"partial_rotary_factor": fields.get("partial_rotary_factor")} | rope
     for key, value in rotary.items():
         if key != "rope_theta" and value not in (None, plain.get(key)):
             raise ValueError(

@@ -321,14 +321,18 @@ class GPT(nn.Module):
         device: torch.device | str | None = None,
     ) -> "GPT":
         """The model in a Hugging Face folder or of a hub id: see `hub.load`."""
-        from .hub import load
+        from . import hub
 
-        return load(path, dtype=dtype, device=device)
+        return hub.load(path, dtype=dtype, device=device)
 
     def save_pretrained(
-        self, path: str | PathLike[str], *, tokenizer: "Tokenizer | None" = None
+        self,
+        path: str | PathLike[str],
+        *,
+        tokenizer: "Tokenizer | None" = None,
+        eos: str = "<eos>",
     ) -> str:
         """Write a Hugging Face folder, and say what opens it: see `hub.save`."""
-        from .hub import save
+        from . import hub
 
-        return save(self, path, tokenizer=tokenizer)
+        return hub.save(self, path, tokenizer=tokenizer, eos=eos)

@@ -24,7 +24,12 @@ from ..kernels._runtime import use_triton
 
 NAME = "ponder"
 MAX_HEAD_DIM = 256
-UNTOLD = ("phimoe",)  # models whose windows stand in the mask alone, and in no layer_types
+# Models that get a whole mask: PhiMoE's windows stand in it alone, and in no layer_types; Doge
+# adds to it.
+WHOLE = "phimoe", "doge"
+# Transformers' masks by their functions' names: "and_mask" is causality with a window, with chunks,
+# with packed sequences ("or_mask" lets some tokens see ahead).
+CAUSAL = "causal_mask_function", "and_mask"
 _said: set[str] = set()
 
 
@@ -37,10 +42,14 @@ def register() -> None:
 
 
 def say_once(text: str) -> None:
-    """Warn, the first time."""
+    """Warn, the first time; under torch.compile, while it traces."""
     if text not in _said:
         _said.add(text)
         warnings.warn(text, stacklevel=3)
+
+
+# What torch.compiler.assume_constant_result does, which imports the compiler.
+say_once._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def mask(**asked: Any) -> Tensor | None:
@@ -62,20 +71,21 @@ def mask(**asked: Any) -> Tensor | None:
     )
     # A cache of a fixed size has keys behind the last query; there the position is a tensor.
     aligned = isinstance(q_offset, int) and q_offset + n_queries == kv_offset + n_keys
-    looked_into = not asked.get("use_vmap") and not torch.compiler.is_compiling()
-    # A model that insists on a mask of its own does more with it than attend: Doge adds to it.
-    # (Transformers itself insists where a row is packed, which is looked into.)
-    insists = asked.get("allow_is_causal_skip") is False and sees is causal_mask_function
-    untold = asked.get("local_size") and getattr(asked.get("config"), "model_type", "") in UNTOLD
+    # A model that insists on a mask of its own does more with it than attend. Transformers itself
+    # insists where a row is packed, and for a cache of a fixed size.
+    insists = asked.get("allow_is_causal_skip") is False and aligned
     if (
-        untold
-        or (insists and aligned)
-        or not looked_into
+        getattr(asked.get("config"), "model_type", "") in WHOLE
+        or (insists and (n_queries == 1 or sees is causal_mask_function))
+        or asked.get("use_vmap")
         or not isinstance(kv_offset, int)
         or not (aligned or n_queries == 1)
     ):
         return sdpa_mask(**as_theirs)
 
+    # A compiled model's numbers are not known while its mask is made: there the ids are always
+    # given, and a function is causal by its name.
+    compiling = torch.compiler.is_compiling()
     row, head = torch.arange(n_row, device=device)[:, None], torch.zeros((), device=device).int()
     keys = torch.arange(n_keys, device=device)[None] + kv_offset
     present = None
@@ -85,14 +95,22 @@ def mask(**asked: Any) -> Tensor | None:
     if n_queries == 1:  # every key is looked at, so any function will do
         seen = sees(row, head, torch.zeros_like(keys) + q_offset, keys).expand(n_row, n_keys)
         seen = seen if present is None else seen & present
-        return None if seen.all() else (seen.int() - 1)[:, None, None]
-    successors = keys[:, n_keys - n_queries + 1 :]
-    if sees(row, head, successors - 1, successors).any():
-        return sdpa_mask(**as_theirs)
+        return None if not compiling and seen.all() else (seen.int() - 1)[:, None, None]
+    if compiling:
+        if "allow_is_bidirectional_skip" in asked or sees.__name__ not in CAUSAL:
+            return sdpa_mask(**as_theirs)
+        if present is None and sees is causal_mask_function:
+            return None
+    else:
+        successors = keys[:, n_keys - n_queries + 1 :]
+        if sees(row, head, successors - 1, successors).any():
+            return sdpa_mask(**as_theirs)
     begins = ~sees(row, head, keys[:, 1:], keys[:, :-1])
     ids = F.pad(begins.int().cumsum(1, dtype=torch.int32), (1, 0)).expand(n_row, n_keys)
+    if insists and not compiling and not ids.any():  # not for a packed row's sake
+        return sdpa_mask(**as_theirs)
     ids = ids if present is None else torch.where(present, ids, ~ids)
-    return ids.contiguous()[:, None, None] if ids.any() else None
+    return ids.contiguous()[:, None, None] if compiling or ids.any() else None
 
 
 def attend(
@@ -109,9 +127,9 @@ def attend(
     s_aux: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     **rest: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """Attention as Transformers calls it: query (B, Hq, T, D), key and value (B, Hkv, S, D), and a
-    mask from `mask`, give (B, T, Hq, D) and None, for the scores, which are never held.
+    mask from `mask`, give (B, T, Hq, D) and None, for the weights, which our kernel never holds.
 
     Where there is no mask, cu_seq_lens_q says where the sequences of one packed row begin.
     """
@@ -121,10 +139,14 @@ def attend(
     n_row, n_queries, n_keys = query.shape[0], query.shape[2], key.shape[2]
     options: dict[str, Any] = dict(window=sliding_window, softcap=softcap, sinks=s_aux)
     ids = None
-    if attention_mask is not None and attention_mask.ndim != 4:
+    if attention_mask is not None and (
+        attention_mask.ndim != 4
+        or (attention_mask.dtype == torch.int32 and attention_mask.shape[1:3] != (1, 1))
+    ):
         raise ValueError(
-            f"attention_mask is {tuple(attention_mask.shape)} in the layer; it must be None, "
-            "(B, 1, T, S), or what ponder's mask function gives"
+            f"attention_mask is {tuple(attention_mask.shape)} of {attention_mask.dtype} in the "
+            "layer; it must be None, (B, 1, T, S) of bool or a float dtype, or what ponder's mask "
+            "function gives"
         )
     if attention_mask is not None and attention_mask.dtype == torch.int32:
         ids = attention_mask[:, 0, 0]
@@ -188,6 +210,8 @@ def _unsupported(
         return f"{name} has heads of {query.shape[-1]} dimensions, more than {MAX_HEAD_DIM}"
     if _scales_by_layer(module, scaling):
         return f"{name} scales its scores by its layer"
+    if rest.get("output_attentions"):
+        return f"{name} is to give its attention's weights"
     for option in ("position_bias", "cache"):
         if rest.get(option) is not None:
             return f"{name} has {option}"
@@ -230,7 +254,8 @@ def _within(
 
 def _theirs(module, query, key, value, dense, dropout, scaling, causal, softcap, sinks, rest):
     """What Transformers computes: by SDPA, or where that lacks an option by the model's own."""
-    if softcap is None and sinks is None and not _scales_by_layer(module, scaling):
+    weights = rest.get("output_attentions")
+    if not weights and softcap is None and sinks is None and not _scales_by_layer(module, scaling):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         options = dict(dropout=dropout, scaling=scaling, is_causal=causal) | rest
@@ -241,5 +266,4 @@ def _theirs(module, query, key, value, dense, dropout, scaling, causal, softcap,
         dense = torch.zeros_like(dense, dtype=query.dtype).masked_fill(~dense, lowest)
     options = {"softcap": softcap, "s_aux": sinks} | rest
     options = {name: x for name, x in options.items() if x is not None}
-    out, _ = eager(module, query, key, value, dense, scaling=scaling, dropout=dropout, **options)
-    return out, None
+    return eager(module, query, key, value, dense, scaling=scaling, dropout=dropout, **options)

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,11 @@ FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TEMPLATE = "chat_template.jinja"
 SETTINGS = "tokenizer_config.json"
+GENERATION = "generation_config.json"
 SHARD_BYTES = 5_000_000_000
 QWEN2_SPLIT = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|"  # in the tokenizer.json of Qwen's own models
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-HUB_FILES = ["config.json", "generation_config.json", "tokenizer.json", "*.safetensors", INDEX]
+HUB_FILES = ["config.json", GENERATION, "tokenizer.json", "*.safetensors", INDEX]
 
 
 def load(
@@ -50,8 +51,9 @@ def load(
     before any is read.
 
     Raises ValueError for a folder that is missing, broken or incomplete, holds pickled or quantized
-    weights, or says anything in config.json that a GPT does not express.
+    weights, or says anything in config.json that a GPT does not express; for another dtype.
     """
+    _check_dtype(dtype)
     folder = _folder(path, HUB_FILES)
     config = load_config(folder)
     kind = model_type(config)
@@ -71,6 +73,12 @@ def load(
         model.lm_head.weight = model.embed_tokens.weight
     model.rotary.reset(embedding.device)
     return model
+
+
+def _check_dtype(dtype: torch.dtype | None) -> None:
+    if dtype not in (None, *FLOATS.values()):
+        known = ", ".join(str(known) for known in FLOATS.values())
+        raise ValueError(f"dtype is {dtype}; weights can be {known}")
 
 
 class NotAGPT(ValueError):
@@ -148,7 +156,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 def load_ends(path: str | os.PathLike[str], tokenizer: Tokenizer) -> tuple[int, ...]:
     """The ids that end a text (a chat model may have several): what the folder's
     generation_config.json, config.json and tokenizer_config.json name, or the tokenizer's <eos>."""
-    files = ["generation_config.json", "config.json", SETTINGS]
+    files = [GENERATION, "config.json", SETTINGS]
     folder, found = _folder(path, files), set()
     for name in files:
         said = read_settings(folder / name).get("eos_token" if name == SETTINGS else "eos_token_id")
@@ -306,16 +314,19 @@ def save(
     """Write a Hugging Face folder; returns a sentence that says what opens it.
 
     The folder is written aside and renamed, so that a reader never sees half of it; into a folder
-    that exists, file by file, and whatever else is in there stays. dtype: that of the weights on
+    that exists, file by file, and whatever else is in there stays. Without a tokenizer, that of the
+    folder stays, and what the folder says of where its texts end. dtype: that of the weights on
     disk. eos: the special token of the tokenizer that ends a text; bos: the one that begins it, if
     one does; template: the tokenizer's chat template (Jinja), which chat with the model in vLLM or
     Transformers needs. Weights above shard_bytes are split into shards.
 
-    Raises ValueError for a tokenizer with more tokens than the model, or a wrapped model.
+    Raises ValueError for a tokenizer with more tokens than the model, a wrapped model, or a dtype
+    that weights cannot have.
     """
     path = Path(path)
     if not isinstance(model, GPT):
         raise ValueError(f"only a GPT can be saved, not a {type(model).__name__}: unwrap it first")
+    _check_dtype(dtype)
     config = model.config
     state = _checkpoint(model, dtype)
     write_folder(
@@ -371,7 +382,7 @@ def write_folder(
     dtype = next(iter(state.values())).dtype
     try:
         _write_weights(aside, state, shard_bytes, path)
-        _write_settings(aside, config, fields, dtype, tokenizer, bos, eos)
+        _write_settings(aside, path, config, fields, dtype, tokenizer, bos, eos)
         if tokenizer is not None and template is not None:
             (aside / TEMPLATE).write_text(template, encoding="utf-8")
         for file in aside.iterdir():
@@ -413,6 +424,7 @@ def _write_weights(aside: Path, state: dict[str, Tensor], shard_bytes: int, path
 
 def _write_settings(
     aside: Path,
+    path: Path,
     config: GPTConfig,
     fields: Mapping[str, Any],
     dtype: torch.dtype,
@@ -442,9 +454,14 @@ def _write_settings(
             ),
         )
     tokens = dict(bos_token_id=begin, eos_token_id=end, pad_token_id=end)
+    if tokenizer is None:  # the tokenizer that is there, if one is, stays
+        with suppress(ValueError):
+            present = read_settings(path / "config.json")
+            tokens = {name: present.get(name) for name in tokens}
     name = str(dtype).removeprefix("torch.")
     _write_json(aside / "config.json", dict(fields) | tokens | dict(dtype=name))
-    _write_json(aside / "generation_config.json", tokens | dict(do_sample=False))
+    if tokenizer is not None or not (path / GENERATION).is_file():
+        _write_json(aside / GENERATION, tokens | dict(do_sample=False))
 
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:

@@ -30,12 +30,16 @@ def readable(*projections: nn.Module) -> bool:
     """Whether a kernel may read the weights of these modules instead of calling them.
 
     True of a plain Linear (or Transformers' Conv1D), False where something else computes its
-    output: an adapter (LoRA), quantized weights, a hook that fetches them or looks on.
+    output: an adapter (LoRA), quantized or distributed weights, a hook that fetches them or looks
+    on.
     """
     for p in projections:
         hooks = p._forward_hooks, p._forward_pre_hooks, p._backward_hooks, p._backward_pre_hooks
         plain = type(p) is nn.Linear or type(p).__name__ == "Conv1D"
         if not plain or any(hooks) or "forward" in vars(p):
+            return False
+        # torchao's weights, and DTensor's, are subclasses of Tensor in a Linear like any other.
+        if type(p.weight) not in (nn.Parameter, Tensor):
             return False
     return True
 

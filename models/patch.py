@@ -28,7 +28,7 @@ from .layers import readable
 
 # The models whose logits are a head's alone, as they are or capped as Gemma's: their loss is known.
 LOSSES = frozenset("llama qwen2 qwen3 mistral smollm3 gemma2 gemma3_text phi3 olmo2 gpt2".split())
-STATE = "_ponder_patch"
+STATE, OF = "_ponder_patch", "_ponder_of"  # on the model, and on each class that is put in
 
 
 @dataclass
@@ -46,12 +46,20 @@ class Part:
         return f"  {self.name:<10} {said}"
 
 
-@dataclass
 class _Undo:
-    """What `unpatch` needs; a deep copy of the model copies it along."""
+    """What attention was before, of the model and of the parts that have a config of their own."""
 
-    attention: str | None
-    classes: list[tuple[nn.Module, type, type]]
+    def __init__(self, attention: dict[str, str] | None = None):
+        self.attention = attention
+
+    def __reduce__(self):
+        return _undo, (self.attention,)
+
+
+def _undo(attention: dict[str, str] | None) -> _Undo:
+    """An unpickled _Undo, in a process where our attention may not be known yet."""
+    hf_attention.register()
+    return _Undo(attention)
 
 
 def patch(
@@ -82,7 +90,7 @@ def patch(
     wanted = dict(rotary=rotary, norm=norm, mlp=mlp)
     names = dict(rotary="rotary", norm="norm", mlp="MLP")
     parts = {kind: Part(names[kind]) for kind, want in wanted.items() if want}
-    classes: list[tuple[nn.Module, type, type]] = []
+    classes: list[tuple[nn.Module, type]] = []
     known: dict[Any, type | str] = {}
     for module in model.modules():
         for kind, part in parts.items():
@@ -91,7 +99,7 @@ def patch(
                 part.kept[found] += 1
             elif found is not None:
                 part.replaced += 1
-                classes.append((module, type(module), found))
+                classes.append((module, found))
     everything = list(parts.values())
     if loss:
         part, found = Part("loss"), _loss(model)
@@ -100,11 +108,11 @@ def patch(
             part.kept[found] += 1
         else:
             part.replaced, part.note = 1, "while training, and then the output's logits is None"
-            classes.append((model, type(model), found))
-    undo = _Undo(None, classes)
+            classes.append((model, found))
+    undo = _Undo()
     if attention:
         everything.insert(0, _attention(model, undo))
-    for module, _, new in classes:
+    for module, new in classes:
         module.__class__ = new
     setattr(model, STATE, undo)
     if not quiet:
@@ -117,9 +125,9 @@ def unpatch(model: nn.Module) -> None:
     undo = getattr(model, STATE, None)
     if not isinstance(undo, _Undo):
         raise ValueError(f"the {type(model).__name__} is not patched: there is nothing to undo")
-    for module, old, new in undo.classes:
-        if type(module) is new:
-            module.__class__ = old
+    for module in model.modules():
+        if (of := vars(type(module)).get(OF)) is not None:
+            module.__class__ = of[1]
     if undo.attention is not None:
         model.set_attn_implementation(undo.attention)  # pyright: ignore[reportCallIssue]
     delattr(model, STATE)
@@ -133,8 +141,10 @@ def _check(model: nn.Module) -> None:
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"patch takes a Transformers model, not a {name}: unwrap it first")
-    if hasattr(model, STATE):
-        raise ValueError(f"the {name} is patched already; unpatch it first")
+    for part, module in model.named_modules():
+        if hasattr(module, STATE) or OF in vars(type(module)):
+            part = f"{part} in the {name}" if part else f"the {name}"
+            raise ValueError(f"{part} is patched already; unpatch it first")
     for parameter, p in model.named_parameters():
         if p.is_meta:
             raise ValueError(f"the {name} has no weights: {parameter} is on the meta device")
@@ -147,13 +157,17 @@ def _check(model: nn.Module) -> None:
 def _attention(model: Any, undo: _Undo) -> Part:
     """Point the model to our attention function; a part that counts its layers."""
     hf_attention.register()
-    layers = [m for m in model.modules() if type(m).__name__.endswith("Attention")]
-    before = model.config._attn_implementation
+    named = [m for m in model.modules() if type(m).__name__.endswith("Attention")]
+    # BertAttention holds a BertSelfAttention: one layer.
+    layers = [m for m in named if not any(n in named for n in m.modules() if n is not m)]
+    configs = {part: getattr(model.config, part, None) for part in model.config.sub_configs}
+    configs = {"": model.config} | {part: c for part, c in configs.items() if c is not None}
+    before = {part: config._attn_implementation for part, config in configs.items()}
     part = Part("attention")
     if not getattr(model, "_supports_attention_backend", False):
         part.kept[f"{type(model).__name__} takes no attention of others"] = len(layers)
         return part
-    if before != hf_attention.NAME:
+    if set(before.values()) != {hf_attention.NAME}:
         model.set_attn_implementation(hf_attention.NAME)
     if model.config._attn_implementation != hf_attention.NAME:
         part.kept[f"{type(model).__name__} does not go by Transformers' registry"] = len(layers)
@@ -172,15 +186,15 @@ def _norm(module: nn.Module, known: dict) -> type | str | None:
     old = type(module)
     if isinstance(module, nn.LayerNorm) and old is nn.LayerNorm:
         affine = len(module.normalized_shape) == 1 and module.weight is not None
-        kinds = [hf_layers.LayerNorm] if affine else []
+        kinds = ["LayerNorm"] if affine else []
     elif old.__name__.endswith("Norm"):  # T5's LayerNorm is Llama's RMSNorm
         weight, names = _get(module, "weight"), [name for name, _ in module.named_parameters()]
         vector = isinstance(weight, Tensor) and weight.ndim == 1 and names == ["weight"]
         plain = vector and isinstance(hf_layers.epsilon(module), float)
-        kinds = [hf_layers.RMSNorm, hf_layers.OffsetRMSNorm] if plain else []
+        kinds = ["RMSNorm", "OffsetRMSNorm"] if plain else []
     else:
         return None
-    return _proven(module, kinds, {}, known)
+    return _proven(module, kinds, None, known)
 
 
 def _mlp(module: nn.Module, known: dict) -> type | str | None:
@@ -195,6 +209,9 @@ def _mlp(module: nn.Module, known: dict) -> type | str | None:
     kind = kinds[0]
     for name in kind.PROJECTIONS:
         if not readable(projection := getattr(module, name)):
+            weight = type(_get(projection, "weight"))
+            if type(projection) is nn.Linear and weight is not nn.Parameter:
+                return f"{name} is quantized or distributed (its weight is a {weight.__name__})"
             return f"{name} is wrapped or hooked ({type(projection).__name__})"
     own = sum(len(list(getattr(module, name).parameters())) for name in kind.PROJECTIONS)
     if len(list(module.parameters())) > own:
@@ -203,7 +220,7 @@ def _mlp(module: nn.Module, known: dict) -> type | str | None:
     activation = None if function is None else _activation(function)
     if activation is None:
         return f"no kernel has its activation ({type(function).__name__})"
-    return _proven(module, [kind], dict(ponder_activation=activation), known)
+    return _proven(module, [kind.__name__], activation, known)
 
 
 def _rotary(module: nn.Module, known: dict) -> type | str | None:
@@ -213,27 +230,27 @@ def _rotary(module: nn.Module, known: dict) -> type | str | None:
         return None
     if "apply_rotary_pos_emb" not in forward.__code__.co_names:
         return None
-    if ("rotary", old) not in known:
-        scope = dict(forward.__globals__)
-        ours = _turning(scope["apply_rotary_pos_emb"])
-        if ours is None:
-            known["rotary", old] = f"{old.__name__} turns by other pairs"
-        else:
-            # The same code with another apply_rotary_pos_emb. Without a name the compiler does not
-            # take the scope for the file's own.
-            scope["apply_rotary_pos_emb"] = ours
-            scope.pop("__name__")
-            turned = types.FunctionType(
-                forward.__code__, scope, forward.__name__, forward.__defaults__, forward.__closure__
-            )
-            turned.__kwdefaults__ = forward.__kwdefaults__
-            known["rotary", old] = _subclass(old, None, dict(forward=turned))
-    return known["rotary", old] if "forward" not in vars(module) else "its forward is replaced"
+    if _turning(forward.__globals__["apply_rotary_pos_emb"]) is None:
+        return f"{old.__name__} turns by other pairs"
+    return _class("rotary", old) if "forward" not in vars(module) else "its forward is replaced"
+
+
+def _turned(forward: types.FunctionType) -> types.FunctionType:
+    """The same code with our apply_rotary_pos_emb. Without a name the compiler does not take the
+    scope for the file's own."""
+    scope = {name: x for name, x in forward.__globals__.items() if name != "__name__"}
+    scope["apply_rotary_pos_emb"] = _turning(scope["apply_rotary_pos_emb"])
+    turned = types.FunctionType(
+        forward.__code__, scope, forward.__name__, forward.__defaults__, forward.__closure__
+    )
+    turned.__kwdefaults__ = forward.__kwdefaults__
+    return turned
 
 
 _KINDS: dict[str, Callable] = dict(rotary=_rotary, norm=_norm, mlp=_mlp)
 
 
+@functools.cache
 def _turning(theirs: Callable) -> Callable | None:
     """Our kernel in the place of an apply_rotary_pos_emb, if it computes the same."""
 
@@ -259,7 +276,7 @@ def _turning(theirs: Callable) -> Callable | None:
 
 
 def _loss(model: Any) -> type | str:
-    """The model's class with a forward that computes the loss without holding the logits."""
+    """The model's class with the forward of `_fused`, if its loss is known."""
     old, kind = type(model), model.config.model_type
     named = old.__name__.endswith(("ForCausalLM", "LMHeadModel"))
     if not named or kind not in LOSSES or not old.__module__.startswith("transformers."):
@@ -267,11 +284,17 @@ def _loss(model: Any) -> type | str:
     if "forward" in vars(model):
         return "the model's forward is replaced"
 
-    @functools.wraps(old.forward)
+    return _class("loss", old)
+
+
+def _fused(theirs: Callable) -> Callable:
+    """A model's forward that computes the loss, where it can, without holding the logits."""
+
+    @functools.wraps(theirs)
     def forward(self, input_ids=None, *args, labels=None, **kwargs):
         if labels is None or args or not _can_fuse(self, kwargs):
             labels = {} if labels is None else dict(labels=labels)
-            return old.forward(self, input_ids, *args, **labels, **kwargs)
+            return theirs(self, input_ids, *args, **labels, **kwargs)
         from transformers.modeling_outputs import CausalLMOutputWithPast
 
         shifted, ignored = kwargs.pop("shift_labels", None), kwargs.pop("ignore_index", -100)
@@ -298,7 +321,7 @@ def _loss(model: Any) -> type | str:
             attentions=out.attentions,
         )
 
-    return _subclass(old, None, dict(forward=forward))
+    return forward
 
 
 def _can_fuse(model: Any, kwargs: dict[str, Any]) -> bool:
@@ -317,56 +340,79 @@ def _can_fuse(model: Any, kwargs: dict[str, Any]) -> bool:
     )
 
 
-def _subclass(old: type, kind: type | None, members: dict[str, Any]) -> type:
-    """A subclass of `old`, by its name, with the members, or before them those of `kind`, whose
-    super() is `old`."""
-    members = dict(__module__=old.__module__, __qualname__=old.__qualname__) | members
-    return type(old.__name__, (old,) if kind is None else (kind, old), members)
+def _class(kind: str, old: type, activation: str | None = None) -> type:
+    """`old` with another forward: a subclass by its name, one for each `kind`."""
+    return _made(kind, old, old.forward, activation)
 
 
-def _proven(
-    module: nn.Module, kinds: list[type], members: dict[str, Any], known: dict
-) -> type | str:
-    """The first of `kinds` that gives what the module's own forward gives, as a subclass."""
+@functools.cache
+def _made(kind: str, old: type, forward: Any, activation: str | None) -> type:
+    members: dict[str, Any] = dict(__module__=old.__module__, __qualname__=old.__qualname__)
+    members |= {OF: (kind, old, activation), "__reduce_ex__": _reduce}
+    before = ()
+    if kind in _FORWARDS:
+        members["forward"] = _FORWARDS[kind](forward)
+    else:  # its super() is `old`
+        before = (getattr(hf_layers, kind),)
+        members["ponder_activation"] = activation
+    return type(old.__name__, (*before, old), members)
+
+
+_FORWARDS: dict[str, Callable] = dict(rotary=_turned, loss=_fused)
+
+
+def _reduce(module: nn.Module, protocol: Any):
+    """For pickle and copy, which look a class up by its name, and would find the old one."""
+    made, *rest = object.__reduce_ex__(module, protocol)
+    of = vars(type(module)).get(OF)  # None: something has made a class of ours into its own
+    return (made, *rest) if of is None else (_blank, of, *rest[1:])
+
+
+def _blank(*of: Any) -> nn.Module:
+    return nn.Module.__new__(_class(*of))
+
+
+def _proven(module: nn.Module, kinds: list[str], activation: str | None, known: dict) -> type | str:
+    """The first of `kinds` that gives what the module's own forward gives, as a class."""
     old = type(module)
     if "forward" in vars(module):
         return "its forward is replaced"
     # Of one class and with the same settings: those may differ from layer to layer.
     simple = bool | int | float | str
     settings = tuple((name, x) for name, x in vars(module).items() if isinstance(x, simple))
-    key = (old, *kinds, *members.values(), settings)
+    key = (old, *kinds, activation, settings)
     if key not in known:
-        known[key] = f"{old.__name__} computes something else"
-        for kind in kinds:
-            named = (old, kind, *members.values())
-            new = known[named] = known.get(named) or _subclass(old, kind, members)
-            if _agree(module, new):  # pyright: ignore[reportArgumentType]
-                known[key] = new
-                break
+        classes = (_class(kind, old, activation) for kind in kinds)
+        other = f"{old.__name__} computes something else"
+        known[key] = next((new for new in classes if _agree(module, new)), other)
     return known[key]
 
 
 @torch.no_grad()
 def _agree(module: nn.Module, new: type) -> bool:
-    """Whether the module gives the same under both classes, for rows with a mean and of two
-    magnitudes, the small one near the root of a norm's epsilon. Nothing of the module is left
-    changed."""
+    """Whether the module gives the same under both classes, while training (its dropout, with the
+    same random numbers) and not, for rows with a mean and of two magnitudes, the small one near the
+    root of a norm's epsilon. Nothing of the module is left changed."""
     old, modes = type(module), {m: m.training for m in module.modules()}
     weight = next(module.parameters())
     width = weight.shape[0] if weight.ndim == 1 else _width(module)
     x = 0.5 + torch.arange(2.0 * width, device=weight.device).sin().view(1, 2, width)
     x = (x * x.new_tensor([1.0, 1e-3])[:, None]).to(weight.dtype)
-    module.eval()
+    found: list[Tensor] = []
     try:
-        expected = module(x)
-        module.__class__ = new
-        return _near(module(x), expected)
+        for training in (False, True):
+            module.train(training)
+            for module.__class__ in (old, new):
+                with torch.random.fork_rng([weight.device] if weight.is_cuda else []):
+                    torch.manual_seed(0)
+                    found.append(module(x))
     except (RuntimeError, TypeError, ValueError):  # not a forward of one tensor, or of this one
         return False
     finally:
         module.__class__ = old
         for m, training in modes.items():
             m.training = training
+    return _near(found[1], found[0]) and _near(found[3], found[2])
 
 
 def _near(found: Tensor, expected: Tensor) -> bool:

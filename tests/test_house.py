@@ -128,6 +128,7 @@ row = torch.zeros(5).long()
 kernels.sample_tokens(x[0, 0], temperature=0.0, seeds=row, positions=row)
 for call, said in (
     (lambda: models.load("folder"), "checkpoints need the package safetensors"),
+    (lambda: GPT.from_pretrained("folder"), "checkpoints need the package safetensors"),
     (lambda: patch(torch.nn.Linear(1, 1)), "patch needs Transformers"),
 ):
     try:
@@ -136,9 +137,15 @@ for call, said in (
         assert said in str(error), error
     else:
         raise AssertionError(said)
+from ponder.cli import run
+
+assert run(["train", "--help"]) == 2
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
+    assert run.stderr.endswith(
+        "ponder: train needs the package tyro: pip install 'ponder[train,inference,report]'\n"
+    )
 
 
 def test_kernels_import_nothing_beside_torch():

@@ -291,10 +291,11 @@ def test_lora(tmp_path):
     """PEFT's adapters on a GPT, MLP's projections among them: trained, merged, written."""
     peft = pytest.importorskip("peft", reason="PEFT is not installed")
     model, tokens = gpt(), torch.randint(0, VOCABULARY, (2, 9))
-    before = model(tokens).detach()
     lora = peft.LoraConfig(target_modules=["q_proj", "gate_proj", "down_proj"])
-    adapted = peft.get_peft_model(model, lora)
-    assert torch.equal(adapted(tokens), before)  # they start at nothing
+    with torch.no_grad():  # PyTorch's norms round otherwise where weights have gradients
+        before = model(tokens)
+        adapted = peft.get_peft_model(model, lora)
+        assert torch.equal(adapted(tokens), before)  # they start at nothing
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], 1e-2)
     for _ in range(2):  # the second of an adapter's matrices has no gradient in the first step
         optimizer.zero_grad()
@@ -367,6 +368,24 @@ def test_what_else_is_in_the_folder_stays(tmp_path):
     assert len(modes) == 1
 
 
+def test_what_a_folder_says_of_its_tokens_stays(tmp_path):
+    """A fine-tuned model over the one that it came from: it ends its texts as before."""
+    model = PEERS["llama"].build()
+    model.config.eos_token_id, model.config.bos_token_id = 7, 1
+    model.generation_config.eos_token_id = [7, 8]
+    model.save_pretrained(tmp_path)
+    before = (tmp_path / "generation_config.json").read_text()
+    load(tmp_path).save_pretrained(tmp_path)
+    assert (tmp_path / "generation_config.json").read_text() == before
+    fields = json.loads((tmp_path / "config.json").read_text())
+    assert (fields["bos_token_id"], fields["eos_token_id"], fields["pad_token_id"]) == (1, 7, None)
+    load(tmp_path).save_pretrained(tmp_path, tokenizer=character_tokenizer(CHARACTERS[:9]))
+    assert hub.load_ends(tmp_path, load_tokenizer(tmp_path)) == (0,)
+    (tmp_path / "config.json").write_text("{")
+    save(model := gpt(1), tmp_path)  # over a broken folder: it is whole then
+    assert torch.equal(load(tmp_path).norm.weight, model.norm.weight)
+
+
 @pytest.mark.parametrize("existing", [True, False])
 def test_a_failed_save_leaves_no_trace(existing, tmp_path, monkeypatch):
     path, tokens = tmp_path / "model", torch.randint(0, VOCABULARY, (2, 9))
@@ -421,6 +440,8 @@ def test_what_cannot_be_saved(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="file is a file; a checkpoint is a folder"):
         save(gpt(), tmp_path / "file")
+    with pytest.raises(ValueError, match="dtype is torch.int8; weights can be torch.float64, "):
+        save(gpt(), tmp_path / "model", dtype=torch.int8)
     assert files(tmp_path) == {"file"}
 
 
@@ -480,6 +501,7 @@ STRETCH = dict(low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_
         (dict(layer_types=["full_attention", "sliding_attention"]), "layer_types holds 'sliding"),
         (dict(rope_scaling=dict(type="linear", factor=2.0)), 'rope_scaling has type "linear"'),
         (dict(rope_scaling=dict(type="yarn")), 'rope_scaling has type "yarn"'),
+        (dict(rope_parameters=dict(factor=2.0, rope_type="yarn")), 'has rope_type "yarn"'),
         (dict(rope_parameters=LLAMA3), "rope_parameters: original_max_position_embeddings is miss"),
         (
             dict(rope_parameters=LLAMA3 | STRETCH | dict(low_freq_factor=4.0)),
@@ -578,6 +600,8 @@ def test_an_equal_head_of_a_tied_model_and_old_rotary_tables_are_fine(folder):
 
 
 def test_wrong_shapes_and_types(folder):
+    with pytest.raises(ValueError, match="dtype is torch.int8; weights can be torch.float64, "):
+        load(folder, dtype=torch.int8)
     edit_config(folder, vocab_size=30)
     message = refused(folder)
     assert "2 tensors (model.embed_tokens.weight is (26, 64) and not (30, 64), lm_head" in message

@@ -56,7 +56,12 @@ def test_called_as_torchs_and_ligers_are():
     pairs = [
         (RMSNorm(24, 1e-3), liger.LigerRMSNorm(24, 1e-3)),
         (LayerNorm(24, 1e-3), liger.LigerLayerNorm(24, 1e-3, bias=True)),
-        (GatedMLP(24, 40), liger.LigerSwiGLUMLP(LlamaConfig(hidden_size=24, intermediate_size=40))),
+        (
+            GatedMLP(24, 40),
+            liger.LigerSwiGLUMLP(
+                LlamaConfig(hidden_size=24, intermediate_size=40, num_attention_heads=2)
+            ),
+        ),
     ]
     for ours, theirs in pairs:
         ours.load_state_dict(theirs.state_dict())

@@ -19,7 +19,7 @@ from transformers import (
 from ponder.models import hf_attention, patch, register, unpatch
 from ponder.training.tokenizer import character_tokenizer
 
-from .peers import FAMILIES, Peer
+from .peers import FAMILIES, GROUPED, Peer
 
 TOKENS = torch.randint(0, 50, (3, 40), generator=torch.Generator().manual_seed(0))
 
@@ -136,8 +136,10 @@ def test_unpatch_and_wrong_use(llama, capsys):
     patch(patched)
     said = capsys.readouterr().out
     assert "ponder under LlamaForCausalLM:" in said and "norm       5 replaced" in said
-    with pytest.raises(ValueError, match="LlamaForCausalLM is patched already"):
+    with pytest.raises(ValueError, match="the LlamaForCausalLM is patched already"):
         patch(patched)
+    with pytest.raises(ValueError, match="layers.0.self_attn in the LlamaModel is patched already"):
+        patch(patched.model)
     other = copy.deepcopy(patched)
     unpatch(patched)
     assert [type(m) for m in patched.modules()] == before
@@ -148,6 +150,9 @@ def test_unpatch_and_wrong_use(llama, capsys):
         assert (other(TOKENS).logits - expected).abs().max() < 1e-4
     unpatch(other)
     assert [type(m) for m in other.modules()] == before
+    patch(other.model, quiet=True)
+    with pytest.raises(ValueError, match="model in the LlamaForCausalLM is patched already"):
+        patch(other)
     with pytest.raises(ValueError, match="takes a Transformers model, not a Linear"):
         patch(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="no weights: model.embed_tokens.weight is on the meta"):
@@ -162,6 +167,50 @@ def test_saves_as_if_unpatched(llama, tmp_path):
     for file in (tmp_path / "plain").iterdir():
         assert (tmp_path / "patched" / file.name).read_bytes() == file.read_bytes(), file.name
     assert "ponder" not in json.dumps(json.loads((tmp_path / "patched/config.json").read_text()))
+
+
+def test_pickled_as_patched(llama, tmp_path):
+    """Into a process that has not heard of our attention; a deep copy goes the same way."""
+    model, patched = llama
+    patch(patched, quiet=True)
+    torch.save(patched, tmp_path / "patched.pt")
+    with torch.no_grad():
+        torch.save(patched(TOKENS).logits, tmp_path / "logits.pt")
+    script = """
+import sys, torch
+model, logits, tokens = (torch.load(f, weights_only=False) for f in sys.argv[1:])
+with torch.no_grad():
+    assert torch.equal(model(tokens).logits, logits)
+from ponder.models import unpatch
+unpatch(model)
+assert "ponder" not in str([type(m).__mro__ for m in model.modules()])
+assert model.config._attn_implementation == "eager"
+"""
+    torch.save(TOKENS, tmp_path / "tokens.pt")
+    files = [str(tmp_path / f"{name}.pt") for name in ("patched", "logits", "tokens")]
+    environment = os.environ | {"PYTHONPATH": ":".join(sys.path)}
+    command = [sys.executable, "-c", script, *files]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+@torch.no_grad()
+def test_compiled():
+    """In one graph, with our attention for every mask: nothing is said of Transformers'."""
+    model = eager(FAMILIES["gemma2"])
+    patched = copy.deepcopy(model)
+    patch(patched, quiet=True)
+    hf_attention._said.clear()
+    for name in ("none", "left", "packed"):
+        torch.compiler.reset()
+        compiled = torch.compile(patched, backend="eager", fullgraph=True)
+        given = masks()[name] | dict(use_cache=False)
+        seen = given.get("attention_mask", torch.ones_like(TOKENS)).bool()
+        error = (compiled(TOKENS, **given).logits - model(TOKENS, **given).logits)[seen]
+        assert error.abs().max() < 1e-4 and not hf_attention._said, name
+    whole = torch.ones(3, 1, 40, 40).tril().log()  # what is Transformers' is said while it traces
+    with pytest.warns(UserWarning, match="Transformers computes such attention, not ponder"):
+        compiled(TOKENS, attention_mask=dict(full_attention=whole, sliding_attention=whole))
 
 
 @torch.no_grad()
@@ -217,6 +266,23 @@ def test_a_mask_of_another_kind_is_transformers_own(llama):
         found = patched(TOKENS, attention_mask=mask).logits
     assert (found - model(TOKENS, attention_mask=mask).logits).abs().max() < 1e-4
 
+    with pytest.raises(ValueError, match=r"\(3, 1, 40, 40\) of torch.int32 in the layer"):
+        patched(TOKENS, attention_mask=seen.int())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["qwen3", "gemma2"])
+def test_weights_that_are_asked_for_are_transformers_own(family):
+    model = eager(FAMILIES[family])
+    patched = copy.deepcopy(model)
+    patch(patched, quiet=True)
+    mask = masks()["right"]["attention_mask"]
+    options = dict(attention_mask=mask, output_attentions=True)
+    expected, found = model(TOKENS, **options).attentions, patched(TOKENS, **options).attentions
+    for ours, theirs in zip(found, expected, strict=True):
+        seen = mask.bool()[:, None, :, None].expand_as(theirs)
+        torch.testing.assert_close(ours[seen], theirs[seen], atol=1e-4, rtol=1e-4)
+
 
 @pytest.mark.parametrize("kind", ["plain", "segments", "cu_seq_lens"])
 def test_dropout_is_transformers_own(kind):
@@ -247,7 +313,7 @@ def test_dropout_is_transformers_own(kind):
     expected, _ = sdpa_attention_forward(module, q, k, v, mask, **options)
     seen = mask.any(-1).transpose(1, 2)[..., None].expand_as(expected)
     torch.testing.assert_close(found[seen], expected[seen])
-    with pytest.raises(ValueError, match=r"attention_mask is \(2, 9\) in the layer"):
+    with pytest.raises(ValueError, match=r"attention_mask is \(2, 9\) of torch.bool in the layer"):
         hf_attention.attend(module, q, k, v, torch.ones(2, 9).bool())
 
 
@@ -341,6 +407,27 @@ def test_norms_of_one_class_are_looked_at_by_their_settings(llama):
     norm = next(part for part in patch(patched, quiet=True) if part.name == "norm")
     assert norm.replaced == 5 + 1 and norm.kept == {"SmallNorm computes something else": 2}
     assert [type(m) is SmallNorm for m in patched.model.more] == [False, True, True]
+
+
+def test_an_mlp_with_dropout_of_its_own_is_kept():
+    """SeedOss's drops out of its sum, which shows only while it trains."""
+    for rate, kept in ((0.1, {"SeedOssMLP computes something else": 2}), (0.0, {})):
+        peer = Peer("seed_oss", GROUPED | dict(residual_dropout=rate))
+        mlp = next(part for part in patch(peer.build(), quiet=True) if part.name == "MLP")
+        assert mlp.kept == kept and mlp.replaced == 2 - sum(kept.values())
+
+
+class Packed(torch.Tensor):
+    """What quantized weights are in torchao: a Tensor of another class, in a plain Linear."""
+
+
+def test_weights_of_another_class_are_not_read(llama):
+    _, patched = llama
+    weight = patched.model.layers[0].mlp.up_proj.weight
+    weight.data, other = weight.data, weight.data.as_subclass(Packed)
+    patched.model.layers[0].mlp.up_proj.weight = nn.Parameter(other)
+    mlp = next(part for part in patch(patched, quiet=True) if part.name == "MLP")
+    assert mlp.kept == {"up_proj is quantized or distributed (its weight is a Packed)": 1}
 
 
 def test_an_mlp_with_parameters_of_its_own_is_kept(llama):
@@ -485,28 +572,19 @@ def test_the_kernels_themselves_under_a_model(monkeypatch):
     assert torch.equal(patched.generate(tokens, **options), model.generate(tokens, **options))
 
 
-def test_a_model_that_makes_more_of_its_mask_gets_a_whole_one():
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("name", ["none", "packed"])
+def test_a_model_that_makes_more_of_its_mask_gets_a_whole_one(window, name):
     """Doge adds its own mask to the causal one, which it must then be given."""
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.DogeConfig(
-        vocab_size=50,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        attn_implementation="eager",
-    )
-    model = transformers.DogeForCausalLM(config).eval()
-    tokens = torch.randint(0, 50, (2, 24))
+    model = eager(Peer("doge", GROUPED | dict(sliding_window=window)))
+    patched = copy.deepcopy(model)
+    patch(patched, quiet=True)
+    hf_attention._said.clear()
+    with torch.no_grad(), pytest.warns(UserWarning, match="a mask that is not causal"):
+        found = patched(TOKENS, **masks()[name]).logits
     with torch.no_grad():
-        expected = model(tokens).logits
-        patch(model, quiet=True)
-        with pytest.warns(UserWarning, match="a mask that is not causal"):
-            hf_attention._said.clear()
-            found = model(tokens).logits
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        expected = model(TOKENS, **masks()[name]).logits
+    assert (found - expected).abs().max() < 1e-4
 
 
 def test_a_model_whose_attention_takes_no_other_keeps_it(monkeypatch, llama):
