@@ -226,7 +226,7 @@ def demo() -> TrainConfig:
         head_dim=32,
         n_embd=96,
         n_inner=256,
-        steps=360,
+        steps=300,
         batch_size=256,
         lr=6e-4,
     )
