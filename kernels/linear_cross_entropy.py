@@ -48,8 +48,8 @@ from .cross_entropy import (
 )
 
 # Logits that exist at once. On a GPU 4 % of those of 32k tokens and 50k words; a taller chunk would
-# read and write the whole of dW less often. On the CPU, 2**23 took 0.80 to 0.91 of the plain operations' time at V from 2048 to
-# 50257; smaller chunks gain at V = 8192 and lose at 50257.
+# read and write the whole of dW less often. On the CPU, 2**23 took 0.80 to 0.91 of the plain
+# operations' time at V from 2048 to 50257; smaller chunks gain at V = 8192 and lose at 50257.
 CHUNK = {"cuda": 2**26, "cpu": 2**23}
 # On the CPU, as many logits as this take no longer when they are all held at once.
 PLAIN = 2**21
@@ -298,8 +298,8 @@ def _in_chunks(
         if need_weight and dtype == wide:
             torch.addmm(dweight, dlogits.t(), b_x, out=dweight)
         elif need_weight and x.is_cuda and torch.version.hip is None:
-            # cuBLAS adds to fp32 what it multiplied in 16 bits: no other matrix of dW's size, and no
-            # rounding of each chunk's part.
+            # cuBLAS adds to fp32 what it multiplied in 16 bits: no second matrix of dW's size, and
+            # no rounding of each chunk's part.
             torch.addmm(dweight, dlogits.t(), b_x, out_dtype=wide, out=dweight)
         elif need_weight:
             dweight += torch.mm(dlogits.t(), b_x)
