@@ -573,7 +573,9 @@ int hidden(const Model *model, const Pass *pass) {
       if (token < 0 || token >= model->vocabulary) return 3;
     }
   }
-  const int64_t n = pass->sequences, most = pass->tokens < 64 ? 64 / pass->tokens : 1;
+  const int64_t n = pass->sequences;
+  if (!n || !pass->tokens) return 0;
+  const int64_t most = pass->tokens < 64 ? 64 / pass->tokens : 1;
   /* A thread takes its sequences through all layers, as many as the others, up to 64 rows. Where
      that leaves half of the threads without any, they divide each operation instead. */
   int64_t each = (n + pass->threads - 1) / pass->threads;
@@ -591,6 +593,7 @@ int hidden(const Model *model, const Pass *pass) {
 
 /* y (rows, outputs) of x (rows, C), behind the final norm; 1: no memory. */
 int logits(const Model *m, const float *x, int64_t rows, float *y, int64_t threads) {
+  if (!rows) return 0;
   const int half = m->half;
   const int64_t C = m->width, room = round_up(rows, STRIP), size = half ? 2 : 4;
   const int64_t stride = round_up(C, PANEL), wide = round_up(m->outputs, PANEL);
@@ -722,6 +725,7 @@ static void draw_row(const Draws *d, int64_t row, float *weight, float *room) {
 
 /* 1: no memory. */
 int draw(const Draws *d) {
+  if (!d->rows) return 0;
   const int64_t threads = d->threads < d->rows ? d->threads : d->rows;
   float *memory = malloc(2 * d->n * threads * sizeof *memory);
   if (!memory) return 1;

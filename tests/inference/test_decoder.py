@@ -123,6 +123,17 @@ def test_a_row_that_is_left_out_is_left_alone():
     assert (cache.keys[:, [2, 6], :, [3, 3]] != 7.0).all()
 
 
+def test_of_nothing_it_makes_nothing():
+    decoder, none = Decoder(gpt()), torch.zeros(0, dtype=torch.int64)
+    hidden = decoder.hidden(none[:, None], KVCache(decoder.config, 0, 32))
+    logits = decoder.logits(hidden[:, -1])
+    given = dict(temperature=torch.ones(0), top_p=torch.ones(0), min_p=torch.ones(0), top_k=none)
+    tokens, logprobs = decoder.sample_tokens(logits, **given, seeds=none, positions=none)
+    assert hidden.shape == (0, 1, 48) and logits.shape == (0, 21)
+    assert tokens.shape == logprobs.shape == (0,)
+    assert decoder.hidden(none.expand(2, 0), KVCache(decoder.config, 2, 32)).shape == (2, 0, 48)
+
+
 def test_what_lies_outside_is_refused():
     model = gpt()
     decoder, cache = Decoder(model), KVCache(model.config, 2, 32)
