@@ -392,11 +392,13 @@ def _proven(module: nn.Module, kinds: list[str], activation: str | None, known: 
 def _agree(module: nn.Module, new: type) -> bool:
     """Whether the module gives the same under both classes, while training (its dropout, with the
     same random numbers) and not, for rows with a mean and of two magnitudes, the small one near the
-    root of a norm's epsilon. Nothing of the module is left changed."""
+    root of a norm's epsilon; a row grows along its width, which a norm of groups does not pass.
+    Nothing of the module is left changed."""
     old, modes = type(module), {m: m.training for m in module.modules()}
     weight = next(module.parameters())
     width = weight.shape[0] if weight.ndim == 1 else _width(module)
     x = 0.5 + torch.arange(2.0 * width, device=weight.device).sin().view(1, 2, width)
+    x = x * torch.linspace(0.2, 3.0, width, device=weight.device)
     x = (x * x.new_tensor([1.0, 1e-3])[:, None]).to(weight.dtype)
     found: list[Tensor] = []
     try:

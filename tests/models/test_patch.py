@@ -388,28 +388,30 @@ def test_dropout_is_told_wherever_it_is_written(llama):
 
 
 class SmallNorm(nn.Module):
-    """What a norm can do that an RMSNorm does not: take off the mean, add a bias that is 0 yet."""
+    """What a norm can do that an RMSNorm does not: take off the mean, add a bias that is 0 yet,
+    norm groups of numbers, each by itself (Qwen4-Exp's)."""
 
-    def __init__(self, mean: bool, bias: bool, width: int = 2048):
+    def __init__(self, mean: bool, bias: bool, groups: int, width: int = 2048):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.bias = nn.Parameter(torch.zeros(width)) if bias else None
-        self.mean, self.eps = mean, 1e-6
+        self.mean, self.groups, self.eps = mean, groups, 1e-6
 
     def forward(self, x):
-        x = x - self.mean * x.mean(-1, keepdim=True)
-        y = x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt() * self.weight
+        x = (x - self.mean * x.mean(-1, keepdim=True)).unflatten(-1, (self.groups, -1))
+        y = x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        y = y.flatten(-2) * self.weight
         return y if self.bias is None else y + self.bias
 
 
 @torch.no_grad()
 def test_norms_of_one_class_are_looked_at_by_their_settings(llama):
     _, patched = llama
-    forms = [(False, False), (True, False), (False, True)]
+    forms = [(False, False, 1), (True, False, 1), (False, True, 1), (False, False, 4)]
     patched.model.more = nn.ModuleList([SmallNorm(*form) for form in forms])
     norm = next(part for part in patch(patched, quiet=True) if part.name == "norm")
-    assert norm.replaced == 5 + 1 and norm.kept == {"SmallNorm computes something else": 2}
-    assert [type(m) is SmallNorm for m in patched.model.more] == [False, True, True]
+    assert norm.replaced == 5 + 1 and norm.kept == {"SmallNorm computes something else": 3}
+    assert [type(m) is SmallNorm for m in patched.model.more] == [False, True, True, True]
 
 
 def test_an_mlp_with_dropout_of_its_own_is_kept():
