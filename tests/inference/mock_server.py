@@ -45,6 +45,7 @@ class MockServer:
         self.fault, self.key = fault, key
         self.requests: list[tuple[str, dict]] = []  # all that were asked
         self.answered: Counter[str] = Counter()  # how often each whole question got its answer
+        self.lost = 0  # good answers that nobody waited for
         self.context: int | None = 64
         self.models = ["mock"]
         self.reasoning = True  # whether chat answers part the thinking from the text
@@ -164,17 +165,20 @@ class MockServer:
             handler.end_headers()
             return handler.wfile.write(answer[:-5])
         if fault == "late":
-            time.sleep(0.6)
+            handler.connection.recv(1)  # until the client gives up
+            handler.close_connection = True
+            return
         try:
             if body.get("stream"):
                 self.stream(handler, body)
             else:
                 self.send(handler, 200, answer)
         except OSError:
-            return  # nobody waited for it
-        if fault != "late":
             with self._lock:
-                self.answered[handler.path + text.decode()] += 1
+                self.lost += 1
+            return
+        with self._lock:
+            self.answered[handler.path + text.decode()] += 1
 
     def answer(self, path: str, body: dict) -> dict:
         details = {}

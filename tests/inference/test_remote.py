@@ -253,14 +253,15 @@ def test_a_third_of_all_answers_lost_loses_no_sample_and_stores_none_twice(
         return kind
 
     with MockServer(fault=fault) as wild:
-        options = ServerOptions(concurrency=8, timeout=0.5, retries=20)
+        options = ServerOptions(concurrency=8, timeout=2, retries=20)
         sweep(config_of(wild, tokenizer, tmp_path / "wild", server=options))
         asked = len(wild.requests)
     assert all(hits[kind] for kind in FAULTS)
     assert stored(tmp_path / "wild") == calm
     # What was answered in time was not asked for again.
     assert set(wild.answered.values()) == {1}
-    assert asked == sum(hits.values()) == wild.answered.total() + sum(hits.values()) - hits["None"]
+    assert asked == sum(hits.values())
+    assert wild.answered.total() + wild.lost == hits["None"]
 
 
 def test_what_a_failing_server_kept_back_is_drawn_by_resume(calm, tokenizer, tmp_path, capsys):
@@ -304,10 +305,10 @@ def test_killed_amid_faults_it_loses_nothing_and_asks_for_nothing_twice(calm, to
         return dice.choice(FAULTS) if dice.random() < 0.3 else None
 
     with MockServer(fault=fault) as server:
-        options = ServerOptions(concurrency=8, timeout=0.5, retries=20)
+        options = ServerOptions(concurrency=8, timeout=2, retries=20)
         config = config_of(server, tokenizer, tmp_path / "out", server=options)
         words = f"sweep --model {server.url} --tokenizer {tokenizer} --out {config.out} --problems"
-        words += " 6 --samples 1 3 --budgets 0 2 --server.timeout 0.5 --server.retries 20"
+        words += " 6 --samples 1 3 --budgets 0 2 --server.timeout 2 --server.retries 20"
         process = subprocess.Popen([sys.executable, "-c", KILLED, *words.split()])
         assert process.wait(60) == -signal.SIGKILL
         before = stored(config.out)
