@@ -461,7 +461,8 @@ def _attention_cpu(
         mask = torch.ones(shape, dtype=torch.bool, device=q.device).tril(n_keys - n_queries)
         causal = False
     short = 1 < n_queries <= n_keys and n_queries * n_keys <= CPU_SCORES
-    if q.dtype == torch.bfloat16 and short and segments is None:
+    seeing = segments is None or segments[0] is segments[1]  # every query at least itself
+    if q.dtype == torch.bfloat16 and short and seeing:
         return _attention_cpu_short(q, k, v, causal, mask, scale)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=True
@@ -480,8 +481,8 @@ def _attention_cpu_short(
     k, v = k.reshape(B * Hkv, S, D), v.reshape(B * Hkv, S, v.shape[-1])
     scores = torch.bmm(q, k.transpose(1, 2))
     if mask is not None:
-        hidden = torch.zeros(T, S, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
-        scores = (scores.view(-1, T, S) + hidden).view(scores.shape)
+        hidden = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
+        scores = (scores.view(B, Hq, T, S) + hidden).view(scores.shape)
     return torch.bmm(torch.softmax(scores, -1), v).view(B, Hq, T, v.shape[-1])
 
 

@@ -20,6 +20,12 @@ class Batch(NamedTuple):
     targets: Tensor  # (B, T) int64, IGNORE where there is none
     segment_ids: Tensor | None = None  # (B, T) int32; None: a row is one document
 
+    def lengths(self) -> Tensor:
+        """(B,): each row's tokens up to its last target; what is behind it teaches nothing."""
+        there = self.targets != IGNORE
+        ends = torch.arange(1, there.shape[1] + 1, device=there.device)
+        return torch.where(there, ends, 0).amax(1)
+
 
 class Source(Protocol):
     """Rows as a function of the step: what a mixture draws from. Its str() says what it holds."""

@@ -29,6 +29,7 @@ from .hardware import choose_precision, cpp_compiler, peak_flops
 from .journal import append_rows, forget_after
 from .memory import check_free
 from .optimizer import Average, build_optimizer
+from .packing import compacted
 from .processes import (
     DTYPE,
     alone_in,
@@ -266,7 +267,7 @@ class _Run:
                 self._note_if_bad(loss, norm)
                 self.loss_sum += loss
                 self.step += 1
-                self.tokens += rows.tokens.numel()
+                self.tokens += int(rows.lengths().sum())
                 self.view.step()
                 evaluate, save = self._due(config.eval_every), self._due(config.save_every)
                 if (config.log_every and self.step % config.log_every == 0) or evaluate or save:
@@ -334,23 +335,25 @@ class _Run:
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def _share(self, batch: Batch, start: int = 0, stop: int | None = None) -> Batch:
-        """This process's part of these rows, on its device.
+        """This process's part of these rows, on its device, with little padding.
 
         Where there are fewer rows than processes, the last ones get a row without a target: every
         process takes part in every forward pass.
         """
         rows = slice(start + self.rank, stop, self.ranks)
         idle = not len(batch.tokens[rows])
+        if idle:
+            rows = slice(1)
+            batch = batch._replace(targets=torch.full_like(batch.targets, IGNORE))
+        device = self.accelerator.device
 
-        def part(x: torch.Tensor) -> torch.Tensor:
-            x, device = x[slice(1) if idle else rows], self.accelerator.device
+        def moved(x: torch.Tensor) -> torch.Tensor:
             if device.type == "cuda":  # from other memory a copy waits for the device
                 x = x.contiguous().pin_memory()
             return x.to(device, non_blocking=True)
 
-        segment_ids = None if batch.segment_ids is None else part(batch.segment_ids)
-        mine = Batch(part(batch.tokens), part(batch.targets), segment_ids)
-        return mine._replace(targets=torch.full_like(mine.targets, IGNORE)) if idle else mine
+        mine = compacted(Batch(*(None if x is None else x[rows] for x in batch)))
+        return Batch(*(None if x is None else moved(x) for x in mine))
 
     def _note_if_bad(self, loss: torch.Tensor, norm: torch.Tensor) -> None:
         """Keep the first step that went wrong, without waiting for the device."""
@@ -394,7 +397,7 @@ class _Run:
                 there = part.targets != IGNORE
                 sums[1] += there.sum()
                 if self.config.verifier:
-                    logits = self.model(part.tokens)
+                    logits = self.model(part.tokens, segment_ids=part.segment_ids)
                     sums[0] += verifier_loss(logits, part.targets).double()
                     pairs = zip(logits[there].tolist(), part.targets[there].tolist(), strict=True)
                     judged += [(logit, label, number) for logit, label in pairs]

@@ -323,6 +323,13 @@ def test_cpu_path(options, dtype, monkeypatch):
     check_options((2, 4, 2, 20, 23, 24), dtype, "cpu", 12, **options)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_documents_of_queries_and_keys_alike_on_a_cpu(dtype, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    same = ids(9, 11, batch=2)
+    check_options((2, 4, 2, 20, 20, 24), dtype, "cpu", 12, segment_ids=(same, same))
+
+
 @pytest.mark.parametrize("path", ["kernel", "cpu"])
 def test_new_packed_lengths_trace_once(path, device, monkeypatch):
     if path == "cpu":

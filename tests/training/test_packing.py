@@ -8,8 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ponder.training.batch import IGNORE
-from ponder.training.packing import PackedRows, Shorten, best_fit, cut, pack
+from ponder.models import GPT
+from ponder.training import preset
+from ponder.training.batch import IGNORE, Batch
+from ponder.training.data import load_data
+from ponder.training.loop import model_config
+from ponder.training.packing import PackedRows, Shorten, best_fit, compacted, cut, pack
 
 PAD, THINK, END = 0, 1, 2
 documents = st.lists(st.integers(1, 40), min_size=1, max_size=30)
@@ -124,3 +128,60 @@ def test_cuts_differ_by_epoch_and_every_length_is_drawn():
     assert len(counts) == 5
     # Half are whole, the other half is of any of the five lengths.
     assert 200 < counts[4] < 280 and (counts[:4] > 20).all()
+
+
+def runs(batch: Batch, lengths) -> list:
+    """(tokens, targets) of every segment of every row, up to the rows' lengths."""
+    found = []
+    for tokens, targets, ids, n in zip(*batch, lengths, strict=True):
+        for segment in ids[:n].unique():
+            here = (ids[:n] == segment).nonzero().flatten()
+            assert torch.equal(here, here[0] + torch.arange(len(here)))  # it is in one place
+            found.append((tokens[here].tolist(), targets[here].tolist()))
+    return sorted(found)
+
+
+@given(st.lists(st.integers(0, 20), min_size=1, max_size=80), st.booleans(), st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_rows_that_are_mostly_padding_share_a_row(lengths, segmented, seed):
+    rows, width, draw = len(lengths), 24, np.random.default_rng(seed)
+    last = torch.tensor(lengths)[:, None] - 1
+    place = torch.arange(width)
+    some = torch.from_numpy(draw.random((rows, width)) < 0.5)
+    tokens = torch.arange(rows * width).view(rows, width)  # each can be found again
+    targets = torch.where((place < last) & some | (place == last), tokens + 1, IGNORE)
+    ids = torch.from_numpy(np.sort(draw.integers(0, 3, (rows, width)).astype(np.int32)) * segmented)
+    batch = Batch(tokens, targets, ids if segmented else None)
+    assert batch.lengths().tolist() == lengths
+    small = compacted(batch)
+    if small is not batch:
+        assert len(small.tokens) % 8 == 0 and len(small.tokens) <= 0.8 * rows
+        filled = (small.segment_ids >= 0).sum(1)
+        assert (small.targets[small.segment_ids < 0] == IGNORE).all()
+        assert runs(small, filled) == runs(batch._replace(segment_ids=ids), lengths)
+
+
+def test_nothing_to_learn_and_full_rows_stay_as_they_are():
+    tokens = torch.ones(16, 8, dtype=torch.int64)
+    full = Batch(tokens, tokens)
+    assert compacted(full) is full
+    assert len(compacted(Batch(tokens, torch.full_like(tokens, IGNORE))).tokens) == 8
+
+
+def test_a_task_is_learned_from_fewer_tokens():
+    config = preset("tiny", data="task:last_digit", batch_size=64)
+    data = load_data(config)
+    batch = data.batch(0)
+    small = compacted(batch)
+    assert small.tokens.numel() < 0.75 * batch.tokens.numel()
+    assert small.tokens.numel() < 1.25 * int(batch.lengths().sum())
+    torch.manual_seed(0)
+    model = GPT(model_config(config, data.vocabulary.size))
+    for p in model.parameters():  # outputs start at zero
+        torch.nn.init.normal_(p, std=0.2)
+    gradients = []
+    for x in (batch, small):
+        loss = model(*x, reduction="sum")
+        gradients.append((loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * float(one.abs().max()))
