@@ -1,7 +1,7 @@
 """What training data are made of: batches, the sources of their rows, and what sources are read
 from."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -19,6 +19,11 @@ class Batch(NamedTuple):
     tokens: Tensor  # (B, T) int64
     targets: Tensor  # (B, T) int64, IGNORE where there is none
     segment_ids: Tensor | None = None  # (B, T) int32; None: a row is one document
+
+    def each(self, f: Callable[[Tensor], Tensor]) -> "Batch":
+        """f of every tensor."""
+        segment_ids = None if self.segment_ids is None else f(self.segment_ids)
+        return Batch(f(self.tokens), f(self.targets), segment_ids)
 
     def lengths(self) -> Tensor:
         """(B,): each row's tokens up to its last target; what is behind it teaches nothing."""

@@ -97,8 +97,8 @@ class ScaleConfig:
             faults.append("a fit needs at least 7 runs")
         if self.data.startswith("task:"):
             faults.append(
-                f"data is {self.data}; a law counts tokens, and problems have as many as they happen "
-                "to need: take text:PATH or hub:NAME"
+                f"data is {self.data}; a law counts tokens, and problems have as many as they "
+                "need: take text:PATH or hub:NAME"
             )
         if faults:
             raise ValueError("; ".join(dict.fromkeys(faults)))

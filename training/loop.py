@@ -352,8 +352,7 @@ class _Run:
                 x = x.contiguous().pin_memory()
             return x.to(device, non_blocking=True)
 
-        mine = compacted(Batch(*(None if x is None else x[rows] for x in batch)))
-        return Batch(*(None if x is None else moved(x) for x in mine))
+        return compacted(batch.each(lambda x: x[rows])).each(moved)
 
     def _note_if_bad(self, loss: torch.Tensor, norm: torch.Tensor) -> None:
         """Keep the first step that went wrong, without waiting for the device."""
