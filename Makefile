@@ -23,7 +23,7 @@ TRITONS ?= 3.6.0 3.7.1 3.8.0 3.9.0
 CHIPS ?= 80 90 100 120 gfx942
 compile: $(TRITONS:%=.venv/triton-%)
 	for version in $(TRITONS); do echo "Triton $$version"; PYTHONPATH=.venv/triton-$$version \
-	  CHIPS="$(CHIPS)" $(BIN)/python -m pytest -q -n auto tests/kernels/test_compile.py || exit 1; done
+	  PONDER_COMPILE=all CHIPS="$(CHIPS)" $(BIN)/python -m pytest -q -n auto tests/kernels/test_compile.py || exit 1; done
 
 .venv/triton-%: | .venv/.installed-dev
 	$(BIN)/python -m pip install -q --no-deps --target $@ triton==$*

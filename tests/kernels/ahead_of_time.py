@@ -4,19 +4,30 @@
 with no module it reads such pairs from standard input, a line each. It is a process of its own
 because the other kernel tests run with TRITON_INTERPRET=1. Chips: NVIDIA's by compute capability,
 and gfx942, AMD's MI300.
+
+What a compilation makes is a function of Triton's version, the chip, the options and the first
+intermediate code of a kernel. compiled.csv holds what came out, by a digest of these: what is
+there need not be compiled again, which takes 25 minutes for all. Every sixteenth is, and must
+give what the record says. `--record` compiles what is missing, and writes it down.
 """
 
 import argparse
+import csv
+import hashlib
 import importlib
+import os
 import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 
 import triton
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
 
 # By chip: its capability as torch tells it, Triton's target, bytes of shared memory for a block.
 CHIPS = {
@@ -27,11 +38,17 @@ CHIPS = {
     "gfx942": (94, GPUTarget("hip", "gfx942", 64), 65_536),
 }
 MAX_SPILL = 64  # bytes of stack a thread
+RECORD = Path(__file__).with_name("compiled.csv")
+RECORDED = ("80", "90", "100")
+KERNELS = Path(__file__).parents[2] / "kernels"
+COLUMNS = "digest triton chip kernel configuration registers stack shared wgmma".split()
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
-def compile_ahead(spec, target: GPUTarget, *, ones: bool = False):
-    """ones: with the constant 1 in the place of each number in `_may_be_one`."""
+def prepared(spec, target: GPUTarget, *, ones: bool = False) -> tuple[ASTSource, dict]:
+    """A configuration's source and options.
+
+    ones: with the constant 1 in the place of each number in `_may_be_one`."""
     fn = getattr(spec.kernel, "compiled", spec.kernel)  # jit replaces itself once used
     signature, constants, attrs = {}, dict(spec.constexprs), {}
     for i, parameter in enumerate(fn.params):
@@ -45,8 +62,30 @@ def compile_ahead(spec, target: GPUTarget, *, ones: bool = False):
             attrs[(i,)] = [["tt.divisibility", 16]]
         signature[name] = kind
     source = ASTSource(fn, signature, constants, attrs)
-    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
+    return source, {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
+
+
+def compile_ahead(spec, target: GPUTarget, *, ones: bool = False):
+    """The compiled kernel of a configuration."""
+    source, options = prepared(spec, target, ones=ones)
     return triton.compile(source, target=target, options=options)
+
+
+def digest(spec, target: GPUTarget, *, ones: bool = False) -> str:
+    """Of all that a compilation depends on."""
+    source, options = prepared(spec, target, ones=ones)
+    backend = make_backend(target)
+    options = backend.parse_options(options | source.parse_options())
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    functions = backend.get_codegen_implementation(options)
+    module = source.make_ir(target, options, functions, backend.get_module_map(), context)
+    place = r' loc\((?:[^()"]|"[^"]*"|\([^()]*\))*\)|^#loc.*\n'  # of the source, in files
+    text = re.sub(place, "", str(module), flags=re.MULTILINE)
+    chosen = {name: x for name, x in vars(options).items() if name != "extern_libs"}  # paths
+    parts = (triton.__version__, target, sorted(chosen.items()), text)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:20]
 
 
 def _may_be_one(spec) -> set[str]:
@@ -106,35 +145,86 @@ def narrow_addresses(ttir: str) -> list[str]:
     return found
 
 
+class Record:
+    """What earlier compilations gave, by digest."""
+
+    def __init__(self):
+        rows = []
+        if RECORD.exists():
+            with RECORD.open(newline="") as file:
+                rows = list(csv.DictReader(file))
+        self.rows = {row["digest"]: row for row in rows}
+        # Another Triton may even make its first code by other functions.
+        self.used = not rows or rows[0]["triton"] == triton.__version__
+        self.used &= os.environ.get("PONDER_COMPILE") != "all"
+
+    def found(self, spec, chip: str, target: GPUTarget, *, ones: bool = False) -> tuple[dict, bool]:
+        """The row of a configuration, compiled where there is none, and whether it was."""
+        key = digest(spec, target, ones=ones) if self.used else ""
+        known = self.rows.get(key)
+        if known and int(key, 16) % 16:
+            return known, False
+        kernel = compile_ahead(spec, target, ones=ones)
+        registers, stack = resources(kernel.asm)
+        row = dict(
+            digest=key,
+            triton=triton.__version__,
+            chip=chip,
+            kernel=spec.kernel.__name__,
+            configuration=_configuration(spec, ones),
+            registers=registers,
+            stack=stack,
+            shared=kernel.metadata.shared,
+            wgmma=int("wgmma" in kernel.asm.get("ptx", "")),
+        )
+        row = {name: str(value) for name, value in row.items()}
+        narrow = narrow_addresses(kernel.asm["ttir"])
+        # (Two configurations may come to one code, and so to one row.)
+        if known and any(known[name] != row[name] for name in COLUMNS[-4:]):
+            print(f"FAULT {RECORD.name} says {known}; compiled it is {row}")
+        for value in narrow:
+            print(f"FAULT {row['configuration']}: {value} is a 32-bit product in an address")
+            row["digest"] = ""  # not for the record
+        return row, True
+
+
+def _configuration(spec, ones: bool) -> str:
+    values = " ".join(f"{name}={value}" for name, value in spec.constexprs.items())
+    types = " ".join(sorted({kind.removesuffix(":16") for kind in spec.signature.values()}))
+    size = f"warps={spec.num_warps} stages={spec.num_stages}"
+    return f"{values} {size} {types}{' ones' if ones else ''}".strip()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("module", nargs="?")
     parser.add_argument("chip", nargs="?", default="90", choices=CHIPS)
     parser.add_argument("--only", default="", metavar="TEXT", help="kernels whose name has it")
     parser.add_argument("--verbose", action="store_true", help="a line for every configuration")
+    parser.add_argument("--record", action="store_true", help="compile what compiled.csv lacks")
     args = parser.parse_args()
-    if args.module:
+    if args.record:
+        write_record()
+    elif args.module:
         inspect(args.module, args.chip, args.only, args.verbose)
     else:
         for line in sys.stdin:
             inspect(*line.split())
 
 
-def inspect(name: str, chip: str, only: str = "", verbose: bool = False) -> None:
+def inspect(name: str, chip: str, only: str = "", verbose: bool = False) -> list[dict]:
     module = importlib.import_module(f"ponder.kernels.{name}")
     capability, target, shared_limit = CHIPS[chip]
-    compiled, last = 0, {}
+    record = Record()
+    rows, compiled, last = [], 0, {}
     for spec in module.specializations(capability):
         if only not in spec.kernel.__name__:
             continue
-        kernel = compile_ahead(spec, target)
-        compiled += 1
-        registers, stack = resources(kernel.asm)
-        shared = kernel.metadata.shared
-        label = (
-            f"{spec.kernel.__name__} {dict(spec.constexprs)} warps={spec.num_warps} "
-            f"stages={spec.num_stages} {sorted(set(spec.signature.values()))}"
-        )
+        row, new = record.found(spec, chip, target)
+        rows.append(row)
+        compiled += new
+        registers, stack, shared, wgmma = (int(row[name]) for name in COLUMNS[-4:])
+        label = f"{row['kernel']} {row['configuration']}"
         if verbose:
             print(f"{label}: {registers} registers, {stack} B stack, {shared} B shared")
         # Of gfx942 only that it compiles and fits; --verbose tells what it spills.
@@ -142,16 +232,40 @@ def inspect(name: str, chip: str, only: str = "", verbose: bool = False) -> None
             print(f"FAULT {label}: spills {stack} bytes")
         if shared > shared_limit:
             print(f"FAULT {label}: {shared} bytes of shared memory")
-        for value in narrow_addresses(kernel.asm["ttir"]):
-            print(f"FAULT {label}: {value} is a 32-bit product in an address")
-        if spec.matrix and chip == "90" and "wgmma" not in kernel.asm["ptx"]:
+        if spec.matrix and chip == "90" and not wgmma:
             print(f"FAULT {label}: no wgmma")
         if _may_be_one(spec):
             last[spec.kernel.__name__] = spec
     for spec in last.values():
-        compile_ahead(spec, target, ones=True)
-        compiled += 1
-    print(f"compiled {compiled}", flush=True)
+        row, new = record.found(spec, chip, target, ones=True)
+        rows.append(row)
+        compiled += new
+    print(f"looked at {len(rows)}, {compiled} of them compiled", flush=True)
+    return rows
+
+
+def write_record() -> None:
+    """Bring compiled.csv up to date, on all cores; what is there when it is stopped is kept."""
+    names = sorted(path.stem for path in KERNELS.glob("[!_]*.py"))
+    slow = ("attention", "mlp", "decode_attention")
+    names.sort(key=lambda name: name not in slow)
+    rows, seen = Record().rows, set()
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        tasks = [pool.submit(inspect, name, chip) for name in names for chip in RECORDED]
+        for task in as_completed(tasks):
+            found = {row["digest"]: row for row in task.result() if row["digest"]}
+            rows |= found
+            seen |= set(found)
+            _write(rows.values())
+    _write(row for key, row in rows.items() if key in seen)
+
+
+def _write(rows) -> None:
+    order = "kernel chip configuration digest".split()
+    with RECORD.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(sorted(rows, key=lambda row: [row[name] for name in order]))
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def compiler(tmp_path_factory):
         lines = []
         for line in process.stdout:
             lines.append(line)
-            if line.startswith("compiled "):
+            if line.startswith("looked at "):
                 break
         else:
             process.wait()
@@ -59,9 +59,9 @@ def compiler(tmp_path_factory):
 def test_every_configuration_compiles(name, chip, compiler):
     said = compiler(name, chip)
     assert "FAULT" not in said, said
-    compiled = re.search(r"^compiled (\d+)$", said, re.MULTILINE)
-    assert compiled, said[-3000:]
-    assert int(compiled[1]) > 0, f"{name} lists no specializations"
+    looked = re.search(r"^looked at (\d+), ", said, re.MULTILINE)
+    assert looked, said[-3000:]
+    assert int(looked[1]) > 0, f"{name} lists no specializations"
 
 
 @pytest.mark.parametrize("wide", [True, False])
