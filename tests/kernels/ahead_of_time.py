@@ -7,8 +7,8 @@ and gfx942, AMD's MI300.
 
 What a compilation makes is a function of Triton's version, the chip, the options and the first
 intermediate code of a kernel. compiled.csv holds what came out, by a digest of these: what is
-there need not be compiled again, which takes 25 minutes for all. Every sixteenth is, and must
-give what the record says. `--record` compiles what is missing, and writes it down.
+there need not be compiled again, which takes a core half an hour for all. Every sixteenth is, and
+must give what the record says. `--record` compiles what is missing, and writes it down.
 """
 
 import argparse
@@ -48,7 +48,8 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 def prepared(spec, target: GPUTarget, *, ones: bool = False) -> tuple[ASTSource, dict]:
     """A configuration's source and options.
 
-    ones: with the constant 1 in the place of each number in `_may_be_one`."""
+    ones: with the constant 1 in the place of each number in `_may_be_one`.
+    """
     fn = getattr(spec.kernel, "compiled", spec.kernel)  # jit replaces itself once used
     signature, constants, attrs = {}, dict(spec.constexprs), {}
     for i, parameter in enumerate(fn.params):
@@ -183,7 +184,8 @@ class Record:
         if known and any(known[name] != row[name] for name in COLUMNS[-4:]):
             print(f"FAULT {RECORD.name} says {known}; compiled it is {row}")
         for value in narrow:
-            print(f"FAULT {row['configuration']}: {value} is a 32-bit product in an address")
+            label = f"{row['kernel']} {row['configuration']}"
+            print(f"FAULT {label}: {value} is a 32-bit product in an address")
             row["digest"] = ""  # not for the record
         return row, True
 
@@ -203,6 +205,9 @@ def main() -> None:
     parser.add_argument("--verbose", action="store_true", help="a line for every configuration")
     parser.add_argument("--record", action="store_true", help="compile what compiled.csv lacks")
     args = parser.parse_args()
+    # Where lines of the source are is of no use here, takes a fifteenth of the time, and would
+    # make another code of every line that moved.
+    os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
     if args.record:
         write_record()
     elif args.module:

@@ -28,8 +28,7 @@ CASES += [("rotary", chip) for chip in ("120", "gfx942") if chip not in CHIPS]
 def compiler(tmp_path_factory):
     """Asks one process for all: to import PyTorch and hash Triton takes it seconds."""
     folder = tmp_path_factory.mktemp("compiled")
-    # Where lines of the source are is of no use here, and takes a fifteenth of the time.
-    environment = os.environ | {"TRITON_CACHE_DIR": str(folder), "TRITON_DISABLE_LINE_INFO": "1"}
+    environment = os.environ | {"TRITON_CACHE_DIR": str(folder)}
     environment.pop("TRITON_INTERPRET", None)
     words = [sys.executable, Path(__file__).with_name("ahead_of_time.py")]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
