@@ -194,8 +194,9 @@ def step_seconds(
     }[optimizer]  # fmt: skip
     update = (states + 8 * P + (4 + BYTES[precision]) * M * accumulation) / shards / stream
     if optimizer == "muon":
-        in_bf16 = hardware.peak.get("bf16", hardware.peak[precision])
-        update += _newton_schulz(shape) / (in_bf16 * hardware.matrix_efficiency)
+        # In fp32 where the hardware has no products in bf16, which then are many times slower.
+        rate = max(hardware.peak.get("bf16", hardware.peak[precision]), hardware.peak["fp32"])
+        update += _newton_schulz(shape) / (rate * hardware.matrix_efficiency)
     parts = {"matrix products": products, "memory": streams, "update": update}
     if devices > 1:
         inside = min(devices, hardware.per_node)

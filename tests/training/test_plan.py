@@ -112,6 +112,22 @@ def test_fp32_is_planned_without_tf32():
     )
 
 
+def test_muon_is_planned_in_fp32_where_bf16_has_no_units():
+    """Emulated bf16 products, many times slower, are not what the optimizer takes."""
+    h100 = device("h100")
+    fp32 = h100.peak["fp32"]
+    seconds = [
+        step_seconds(
+            shape_of("124m"),
+            replace(h100, peak={"fp32": fp32, "bf16": bf16}),
+            rows=8,
+            precision="fp32",
+        )["update"]
+        for bf16 in (fp32 / 50, fp32, 2 * fp32)
+    ]
+    assert seconds[0] == seconds[1] > seconds[2]
+
+
 def test_the_command_line_of_a_plan_is_the_plan(capsys):
     """What `ponder plan` says to launch parses, and its batch is the planned one."""
     config = replace(ONE, devices=8, optimizer="adamw")
