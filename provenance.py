@@ -56,9 +56,11 @@ def machine() -> dict[str, Any]:
     if cpuinfo.exists():
         lines = dict(x.split(":", 1) for x in cpuinfo.read_text().splitlines() if ":" in x)
         known = {name.strip(): value.strip() for name, value in lines.items()}
-        # A cloud's CPUs of one name differ in this, and so by factors in speed.
+        # A cloud's CPUs of one name differ in these, and so by factors in speed.
         width = next((w for w in VECTORS if w in known.get("flags", "").split()), None)
         name = known.get("model name", platform.machine())
+        if "cpu family" in known:
+            name += f" of family {known['cpu family']}"
         facts["processor"] = f"{name} with {VECTORS[width]}" if width else name
     else:
         facts["processor"] = platform.processor() or platform.machine()

@@ -16,17 +16,20 @@
 
 #if defined(__AVX512F__)
 #define LANES 16
-#define STRIP 8 /* rows whose sums stay in registers: 8 × 2 vectors of 32 */
 #elif defined(__AVX__)
 #define LANES 8
-#define STRIP 4 /* of 16 */
 #else
 #define LANES 4
-#define STRIP 4
+#endif
+#if defined(__AVX512F__) || defined(__aarch64__)
+#define STRIP 8 /* rows whose sums stay in registers: 8 × 2 vectors of 32 */
+#else
+#define STRIP 6 /* of 16 */
 #endif
 #define PANEL (2 * LANES)
 #define EACH_LANE _Pragma("GCC unroll 16") for (int i = 0; i < LANES; i++)
-#define EACH_ROW _Pragma("GCC unroll 8") for (int r = 0; r < STRIP; r++)
+/* Of some that are known to the compiler, at most MOST: unrolled, so that they stay in registers. */
+#define EACH_OF(MOST, some) _Pragma("GCC unroll 8") for (int i = 0; i < MOST; i++) if (i < some)
 
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
@@ -197,57 +200,83 @@ INLINE vec pair_added(vec acc, uint32_t inputs, words weights) {
 #endif
 }
 
-/* The sums of a strip of x (STRIP rows, `stride` numbers apart) with a panel. */
-INLINE void sums(vec acc[STRIP][2], const void *x, int64_t stride, const void *panel, int64_t in,
-                 int half) {
-  EACH_ROW acc[r][0] = acc[r][1] = (vec){};
+/* Ask for the next panel's words of the same inputs: once per strip, which costs next to nothing. */
+INLINE void expect(const void *words) {
+  for (int i = 0; i < 4 * PANEL; i += 64) __builtin_prefetch((const char *)words + i, 0, 2);
+}
+
+/* The sums of n rows of x, `stride` numbers apart, with a panel. */
+INLINE void sums_of(const int n, vec found[STRIP][2], const void *x, int64_t stride,
+                    const void *panel, int64_t in, int half) {
+  vec acc[STRIP][2] = {};
   if (half) {
     const uint32_t *pairs = x, *w = panel;
     for (int64_t k = 0; k < in / 2; k++) {
       words w0 = *(const words *)(w + k * PANEL), w1 = *(const words *)(w + k * PANEL + LANES);
-      EACH_ROW {
-        uint32_t pair = pairs[r * stride / 2 + k];
-        acc[r][0] = pair_added(acc[r][0], pair, w0);
-        acc[r][1] = pair_added(acc[r][1], pair, w1);
+      expect(w + (in / 2 + k) * PANEL);
+      EACH_OF(STRIP, n) {
+        uint32_t pair = pairs[i * stride / 2 + k];
+        acc[i][0] = pair_added(acc[i][0], pair, w0);
+        acc[i][1] = pair_added(acc[i][1], pair, w1);
       }
     }
   } else {
     const float *xs = x, *w = panel;
     for (int64_t k = 0; k < in; k++) {
       vec w0 = *(const vec *)(w + k * PANEL), w1 = *(const vec *)(w + k * PANEL + LANES);
-      EACH_ROW {
-        float one = xs[r * stride + k];
-        acc[r][0] += one * w0;
-        acc[r][1] += one * w1;
+      expect(w + (in + k) * PANEL);
+      EACH_OF(STRIP, n) {
+        float one = xs[i * stride + k];
+        acc[i][0] += one * w0;
+        acc[i][1] += one * w1;
       }
     }
   }
+  EACH_OF(STRIP, n) found[i][0] = acc[i][0], found[i][1] = acc[i][1];
+}
+
+/* The same for any n up to STRIP, each compiled with its sums in registers. */
+static void sums(int n, vec found[STRIP][2], const void *x, int64_t stride, const void *panel,
+                 int64_t in, int half) {
+#define OF(n)                                                  \
+  case n:                                                      \
+    if (half) sums_of(n, found, x, stride, panel, in, 1);      \
+    else sums_of(n, found, x, stride, panel, in, 0);           \
+    break;
+  switch (n) {
+    OF(1) OF(2) OF(3) OF(4) OF(5) OF(6)
+#if STRIP == 8
+    OF(7) OF(8)
+#endif
+  }
+#undef OF
 }
 
 /* y of x (rows, in): panels `first` to `last` of the matrix. Rows are `stride_x` and `stride_y`
-   numbers apart; there is room for a multiple of STRIP rows, and y has all of a panel's columns. */
+   numbers apart, and y has all of a panel's columns. */
 static void product(const Model *model, const Matrix *m, const void *x, int64_t stride_x,
                     int64_t rows, float *y, int64_t stride_y, int epilogue, int64_t first,
                     int64_t last) {
   const int half = model->half;
-  const int64_t size = half ? 2 : 4;
+  const int64_t size = half ? 2 : 4, strips = (rows + STRIP - 1) / STRIP;
   for (int64_t p = first; p < last; p++) {
     const char *panel = (const char *)m->weight + p * m->in * PANEL * size;
-    for (int64_t row = 0; row < rows; row += STRIP) {
-      vec acc[STRIP][2];
-      const char *strip = (const char *)x + row * stride_x * size;
-      if (half) sums(acc, strip, stride_x, panel, m->in, 1);
-      else sums(acc, strip, stride_x, panel, m->in, 0);
-      EACH_ROW for (int i = 0; i < 2; i++) {
-        int64_t column = p * PANEL + i * LANES;
-        vec *to = (vec *)(y + (row + r) * stride_y + column);
-        vec sum = acc[r][i];
-        if (m->bias) sum += *(const vec *)(m->bias + column);
-        if (epilogue == ADD) sum += *to;
-        else if (epilogue == ACTIVATE) sum = activated(sum, model->activation);
-        else if (epilogue == MULTIPLY) sum *= *to;
-        *to = sum;
-      }
+    for (int64_t strip = 0; strip < strips; strip++) { /* of about as many rows each */
+      const int64_t row = rows * strip / strips;
+      const int n = rows * (strip + 1) / strips - row;
+      vec found[STRIP][2];
+      sums(n, found, (const char *)x + row * stride_x * size, stride_x, panel, m->in, half);
+      for (int r = 0; r < n; r++)
+        for (int i = 0; i < 2; i++) {
+          const int64_t column = p * PANEL + i * LANES;
+          vec *to = (vec *)(y + (row + r) * stride_y + column);
+          vec sum = found[r][i];
+          if (m->bias) sum += *(const vec *)(m->bias + column);
+          if (epilogue == ADD) sum += *to;
+          else if (epilogue == ACTIVATE) sum = activated(sum, model->activation);
+          else if (epilogue == MULTIPLY) sum *= *to;
+          *to = sum;
+        }
     }
   }
 }
@@ -372,32 +401,29 @@ INLINE void score(const float *q, const void *keys, int64_t n, int64_t dim, floa
   }
 }
 
+/* out += weights · values for `wide` vectors of outputs; values are n, dim numbers apart. */
+INLINE void weigh_some(const int wide, const float *weights, const void *values, int64_t at,
+                       int64_t n, int64_t dim, float *out, int half) {
+  vec even[4] = {}, odd[4] = {};
+  int64_t j = 0;
+  for (; j + 2 <= n; j += 2)
+    EACH_OF(4, wide) {
+      even[i] += weights[j] * load(values, at + j * dim + i * LANES, half);
+      odd[i] += weights[j + 1] * load(values, at + (j + 1) * dim + i * LANES, half);
+    }
+  EACH_OF(4, wide) {
+    if (j < n) even[i] += weights[j] * load(values, at + j * dim + i * LANES, half);
+    *(vec *)(out + i * LANES) += even[i] + odd[i];
+  }
+}
+
 /* out (dim) += weights · values (n, dim) */
 INLINE void weigh(const float *weights, const void *values, int64_t n, int64_t dim, float *out,
                   int half) {
   int64_t d = 0;
-  for (; d + 2 * LANES <= dim; d += 2 * LANES) {
-    vec a = *(vec *)(out + d), b = *(vec *)(out + d + LANES), a_odd = {}, b_odd = {};
-    int64_t j = 0;
-    for (; j + 2 <= n; j += 2) {
-      const int64_t i = j * dim + d;
-      a += weights[j] * load(values, i, half);
-      b += weights[j] * load(values, i + LANES, half);
-      a_odd += weights[j + 1] * load(values, i + dim, half);
-      b_odd += weights[j + 1] * load(values, i + dim + LANES, half);
-    }
-    if (j < n) {
-      a += weights[j] * load(values, j * dim + d, half);
-      b += weights[j] * load(values, j * dim + d + LANES, half);
-    }
-    *(vec *)(out + d) = a + a_odd;
-    *(vec *)(out + d + LANES) = b + b_odd;
-  }
-  for (; d + LANES <= dim; d += LANES) {
-    vec a = *(vec *)(out + d);
-    for (int64_t j = 0; j < n; j++) a += weights[j] * load(values, j * dim + d, half);
-    *(vec *)(out + d) = a;
-  }
+  for (; d + 4 * LANES <= dim; d += 4 * LANES)
+    weigh_some(4, weights, values, d, n, dim, out + d, half);
+  for (; d + LANES <= dim; d += LANES) weigh_some(1, weights, values, d, n, dim, out + d, half);
   for (; d < dim; d++)
     for (int64_t j = 0; j < n; j++) out[d] += weights[j] * at(values, j * dim + d, half);
 }
@@ -500,7 +526,7 @@ static void attend_token(const Model *m, const Pass *pass, int64_t index, Place 
 
 /* Sequences first to last through all layers; `team` threads divide each product's columns. */
 static int run(const Model *m, const Pass *pass, int64_t first, int64_t last, int team) {
-  const int64_t T = pass->tokens, rows = (last - first) * T, room = round_up(rows, STRIP);
+  const int64_t T = pass->tokens, rows = (last - first) * T;
   const int64_t D = m->head_dim, heads = m->n_head * D, C = m->width;
   const int64_t stride_h = round_up(C, PANEL), stride_z = round_up(m->inner, PANEL);
   const int64_t stride_qkv = round_up(heads + 2 * m->n_kv_head * D, PANEL);
@@ -516,7 +542,7 @@ static int run(const Model *m, const Pass *pass, int64_t first, int64_t last, in
     if (n > positions) positions = n;
   }
   positions = round_up(positions, LANES);
-  const int64_t size_h = room * stride_h, size_y = room * stride_y, size_x = room * stride_x;
+  const int64_t size_h = rows * stride_h, size_y = rows * stride_y, size_x = rows * stride_x;
   float *memory = calloc(size_h + size_y + size_x + team * positions, sizeof *memory);
   if (!memory) return 1;
   float *h = memory, *y = h + size_h, *scores = y + size_y + size_x;
@@ -579,7 +605,6 @@ int hidden(const Model *model, const Pass *pass) {
   /* A thread takes its sequences through all layers, as many as the others, up to 64 rows. Where
      that leaves half of the threads without any, they divide each operation instead. */
   int64_t each = (n + pass->threads - 1) / pass->threads;
-  if (pass->tokens == 1) each = round_up(each, STRIP);
   if (each > most) each = most;
   const int team = 2 * ((n + each - 1) / each) <= pass->threads ? pass->threads : 1;
   if (team > 1) each = n < most ? n : most;
@@ -595,11 +620,11 @@ int hidden(const Model *model, const Pass *pass) {
 int logits(const Model *m, const float *x, int64_t rows, float *y, int64_t threads) {
   if (!rows) return 0;
   const int half = m->half;
-  const int64_t C = m->width, room = round_up(rows, STRIP), size = half ? 2 : 4;
+  const int64_t C = m->width, size = half ? 2 : 4;
   const int64_t stride = round_up(C, PANEL), wide = round_up(m->outputs, PANEL);
-  char *memory = calloc(room * (stride * size + wide * sizeof *y), 1);
+  char *memory = calloc(rows * (stride * size + wide * sizeof *y), 1);
   if (!memory) return 1;
-  float *found = (float *)(memory + room * stride * size);
+  float *found = (float *)(memory + rows * stride * size);
   for (int64_t row = 0; row < rows; row++)
     normed(m, x + row * C, m->norm, m->norm_bias, C, m->layer_norm, memory + row * stride * size,
            half);
