@@ -200,20 +200,17 @@ INLINE vec pair_added(vec acc, uint32_t inputs, words weights) {
 #endif
 }
 
-/* Ask for the next panel's words of the same inputs: once per strip, which costs next to nothing. */
-INLINE void expect(const void *words) {
-  for (int i = 0; i < 4 * PANEL; i += 64) __builtin_prefetch((const char *)words + i, 0, 2);
-}
-
-/* The sums of n rows of x, `stride` numbers apart, with a panel. */
+/* The sums of n rows of x, `stride` numbers apart, with a panel, over so many words of inputs: a
+   word is a number, or two in bf16. Meanwhile what follows is asked for, `ahead`, so many bytes a
+   word: a fraction of what is read here, as more than that would stand in its way. */
 INLINE void sums_of(const int n, vec found[STRIP][2], const void *x, int64_t stride,
-                    const void *panel, int64_t in, int half) {
+                    const void *panel, int64_t inputs, const char *ahead, int64_t bytes, int half) {
   vec acc[STRIP][2] = {};
   if (half) {
     const uint32_t *pairs = x, *w = panel;
-    for (int64_t k = 0; k < in / 2; k++) {
+    for (int64_t k = 0; k < inputs; k++) {
       words w0 = *(const words *)(w + k * PANEL), w1 = *(const words *)(w + k * PANEL + LANES);
-      expect(w + (in / 2 + k) * PANEL);
+      __builtin_prefetch(ahead + k * bytes, 0, 2);
       EACH_OF(STRIP, n) {
         uint32_t pair = pairs[i * stride / 2 + k];
         acc[i][0] = pair_added(acc[i][0], pair, w0);
@@ -222,9 +219,9 @@ INLINE void sums_of(const int n, vec found[STRIP][2], const void *x, int64_t str
     }
   } else {
     const float *xs = x, *w = panel;
-    for (int64_t k = 0; k < in; k++) {
+    for (int64_t k = 0; k < inputs; k++) {
       vec w0 = *(const vec *)(w + k * PANEL), w1 = *(const vec *)(w + k * PANEL + LANES);
-      expect(w + (in + k) * PANEL);
+      __builtin_prefetch(ahead + k * bytes, 0, 2);
       EACH_OF(STRIP, n) {
         float one = xs[i * stride + k];
         acc[i][0] += one * w0;
@@ -237,11 +234,11 @@ INLINE void sums_of(const int n, vec found[STRIP][2], const void *x, int64_t str
 
 /* The same for any n up to STRIP, each compiled with its sums in registers. */
 static void sums(int n, vec found[STRIP][2], const void *x, int64_t stride, const void *panel,
-                 int64_t in, int half) {
-#define OF(n)                                                  \
-  case n:                                                      \
-    if (half) sums_of(n, found, x, stride, panel, in, 1);      \
-    else sums_of(n, found, x, stride, panel, in, 0);           \
+                 int64_t inputs, const char *ahead, int64_t bytes, int half) {
+#define OF(n)                                                                     \
+  case n:                                                                         \
+    if (half) sums_of(n, found, x, stride, panel, inputs, ahead, bytes, 1);       \
+    else sums_of(n, found, x, stride, panel, inputs, ahead, bytes, 0);            \
     break;
   switch (n) {
     OF(1) OF(2) OF(3) OF(4) OF(5) OF(6)
@@ -258,14 +255,18 @@ static void product(const Model *model, const Matrix *m, const void *x, int64_t 
                     int64_t rows, float *y, int64_t stride_y, int epilogue, int64_t first,
                     int64_t last) {
   const int half = model->half;
-  const int64_t size = half ? 2 : 4, strips = (rows + STRIP - 1) / STRIP;
+  const int64_t inputs = half ? m->in / 2 : m->in, size = inputs * 4 * PANEL;
+  const int64_t strips = (rows + STRIP - 1) / STRIP; /* of about as many rows each */
+  const int64_t bytes = (4 * PANEL + strips - 1) / strips;
   for (int64_t p = first; p < last; p++) {
-    const char *panel = (const char *)m->weight + p * m->in * PANEL * size;
-    for (int64_t strip = 0; strip < strips; strip++) { /* of about as many rows each */
+    const char *panel = (const char *)m->weight + p * size;
+    for (int64_t strip = 0; strip < strips; strip++) {
       const int64_t row = rows * strip / strips;
       const int n = rows * (strip + 1) / strips - row;
+      const void *from = (const char *)x + row * stride_x * (half ? 2 : 4);
       vec found[STRIP][2];
-      sums(n, found, (const char *)x + row * stride_x * size, stride_x, panel, m->in, half);
+      sums(n, found, from, stride_x, panel, inputs, panel + size + strip * inputs * bytes, bytes,
+           half);
       for (int r = 0; r < n; r++)
         for (int i = 0; i < 2; i++) {
           const int64_t column = p * PANEL + i * LANES;
