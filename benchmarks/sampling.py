@@ -229,7 +229,8 @@ def _run(name: str, batch: int, each: int, peers: Collection[str], compiled: boo
             first = time.perf_counter() - begin
             print(f"{label}: {who}: first call {first:.1f} s", flush=True)
             slowest = max(slowest, first * ("compiled" not in who))
-    times = milliseconds(works, repeats=3 if slowest < 30 else 1, warmup=0)
+    repeats = max(1, min(9, int(30 / slowest)))
+    times = milliseconds(works, repeats=repeats, warmup=0)
     # A sample that drew <eos> ended early: ours is judged by the tokens that it did draw.
     tokens = dict.fromkeys(works, batch * NEW) | {"ponder": round(statistics.mean(counted))}
     nbytes, measured = least_bytes(batch, batch // each, dtype.itemsize), []
