@@ -171,23 +171,28 @@ class Slots:
         return samples
 
     def _fit(self, steps: int) -> None:
-        """Keep the cache's capacity near what is needed: on a CPU every step reads all of it.
+        """Keep the cache's capacity near what is needed, where every step reads all of it: it grows
+        at once, and shrinks where the most that was needed for a while is less.
 
-        It grows at once, and shrinks where the most that was needed for a while is less. On a GPU
-        only what is valid is read: there is room for the longest sample from the beginning, so that
-        a captured step is of use for long.
+        C and a GPU read what is valid alone. C's cache doubles, up to the longest sample; on a GPU
+        there is room for that from the beginning, so that a captured step is of use for long.
         """
-        running = self.running.values()
+        capacity, running = self.cache.capacity, self.running.values()
         if self.engine.device.type == "cuda":
-            needed = max(run.request.params.max_tokens for run in running) + steps
-            if needed > self.cache.capacity:
-                self.cache.resize(round_up(needed))
+            needed = self._longest(steps)
+            if needed > capacity:
+                self.cache.resize(needed)
             return
         needed = round_up(self.steps + steps - min(run.step for run in running))
         self.peak = max(self.peak, needed)
-        if needed > self.cache.capacity:
-            self.cache.resize(needed)
-        elif self.steps >= self.next_fit:
-            if self.peak < self.cache.capacity:
+        if needed > capacity:
+            ahead = min(2 * needed, self._longest(steps)) if self.engine.native else 0
+            self.cache.resize(max(needed, ahead))
+        elif self.steps >= self.next_fit and not self.engine.native:
+            if self.peak < capacity:
                 self.cache.resize(self.peak)
             self.peak, self.next_fit = needed, self.steps + LENGTH_STEP
+
+    def _longest(self, steps: int) -> int:
+        """What the longest of the running samples may need."""
+        return round_up(max(run.request.params.max_tokens for run in self.running.values()) + steps)
