@@ -34,7 +34,7 @@ from ponder.models import GPT
 PROMPT, NEW = 64, 64
 EOS = CONFIG.vocab_size - 1
 # The most telling first.
-BATCHES = (64, 256) if DEVICE == "cpu" else (4096, 64, 1024, 256, 16, 1)
+BATCHES = (64, 256, 16, 1, 1024) if DEVICE == "cpu" else (4096, 64, 1024, 256, 16, 1)
 EACH = (1, 16) if DEVICE == "cpu" else (64, 16, 1)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 USUAL_DTYPES = tuple(DTYPES) if DEVICE == "cpu" else ("bf16",)

@@ -603,17 +603,21 @@ int hidden(const Model *model, const Pass *pass) {
   const int64_t n = pass->sequences;
   if (!n || !pass->tokens) return 0;
   const int64_t most = pass->tokens < 64 ? 64 / pass->tokens : 1;
-  /* A thread takes its sequences through all layers, as many as the others, up to 64 rows. Where
-     that leaves half of the threads without any, they divide each operation instead. */
   int64_t each = (n + pass->threads - 1) / pass->threads;
   if (each > most) each = most;
-  const int team = 2 * ((n + each - 1) / each) <= pass->threads ? pass->threads : 1;
-  if (team > 1) each = n < most ? n : most;
   int failed = 0;
-#pragma omp parallel for num_threads(pass->threads) if (team == 1) schedule(dynamic) \
-    reduction(| : failed)
+  /* A thread takes its sequences through all layers, as many as the others, up to 64 rows. Where
+     that is not a strip for each, or leaves half of them without any, they divide each operation
+     instead: outside of the region below, as a team within another is made anew every time. */
+  if (each * pass->tokens < STRIP || 2 * ((n + each - 1) / each) <= pass->threads) {
+    each = n < most ? n : most;
+    for (int64_t first = 0; first < n; first += each)
+      failed |= run(model, pass, first, first + each < n ? first + each : n, pass->threads);
+    return failed;
+  }
+#pragma omp parallel for num_threads(pass->threads) schedule(dynamic) reduction(| : failed)
   for (int64_t first = 0; first < n; first += each)
-    failed |= run(model, pass, first, first + each < n ? first + each : n, team);
+    failed |= run(model, pass, first, first + each < n ? first + each : n, 1);
   return failed;
 }
 
