@@ -1,4 +1,4 @@
-"""The plan of the house: which room may import which, what the wheel holds, what README shows."""
+"""The plan of the house: which room may import which, what the wheel holds, what its tree shows."""
 
 import ast
 import re
@@ -161,19 +161,19 @@ assert not more, more
     assert run.returncode == 0, run.stderr
 
 
-def test_readme_shows_the_tree_as_it_is():
-    readme = (ROOT / "README.md").read_text()
-    tree = re.search(r"```text\n(.*?)```", readme, re.DOTALL)
-    assert tree, "README has no tree"
+def test_the_tree_is_shown_as_it_is():
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    tree = re.search(r"```text\n(.*?)```", page, re.DOTALL)
+    assert tree, "CONTRIBUTING.md has no tree"
     shown = re.findall(r"^(\S+)", re.sub(r"^  +", "", tree[1], flags=re.MULTILINE), re.MULTILINE)
     rooms = [name for name in shown if name.endswith("/")]
     for name in shown:
         found = [p for p in (ROOT / name, *(ROOT / room / name for room in rooms)) if p.exists()]
-        assert found, f"README's tree shows {name}, which is not there"
+        assert found, f"the tree shows {name}, which is not there"
     for room in ROOMS:
         for path in (ROOT / room).glob("*.py"):
             if path.name != "__init__.py":
-                assert path.name in shown, f"README's tree does not show {room}/{path.name}"
+                assert path.name in shown, f"the tree does not show {room}/{path.name}"
 
 
 def test_transformers_does_not_take_our_kernels_for_its_own():
