@@ -21,6 +21,7 @@ from ponder.models import GPT, GPTConfig
 from ponder.models.memory import training_memory
 from ponder.training import TrainConfig
 from ponder.training.devices import device
+from ponder.training.hardware import has_bf16_products
 from ponder.training.optimizer import build_optimizer
 from ponder.training.plan import step_seconds
 
@@ -92,8 +93,13 @@ def measure(what: str, name: str) -> dict:
 
 
 def main() -> None:
-    rows = []
-    for name in CASES:
+    table, machine = RESULTS / "plan.csv", _machine()
+    others = csv.DictReader(table.read_text().splitlines() if table.exists() else [])
+    rows = [row for row in others if row["gpu"] != machine["gpu"]]
+    for name, (*_, precision, _) in CASES.items():
+        if precision == "bf16" and not has_bf16_products(torch.device(DEVICE)):
+            print(f"{name}: left out, this machine has no bf16 products")
+            continue
         row: dict = {"case": name}
         for what in ("memory", "time"):
             # glibc keeps freed blocks below 32 MiB in a heap that fragments, and the resident set
@@ -106,8 +112,8 @@ def main() -> None:
             row |= json.loads(run.stdout.splitlines()[-1])
         memory, seconds = row["planned_mib"] / row["peak_mib"], row["planned_ms"] / row["ms"]
         print(f"{name}: memory {memory:.2f}, time {seconds:.2f} of what was measured", flush=True)
-        rows.append(row | _machine())
-        with open(RESULTS / "plan.csv", "w", newline="") as file:
+        rows.append(row | machine)
+        with open(table, "w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)

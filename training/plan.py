@@ -178,7 +178,8 @@ def step_seconds(
 ) -> dict[str, float]:
     """Seconds of one optimizer step, by part; every device has `rows` sequences a micro-batch."""
     T, P, M = shape.context, parameter_count(shape), shape.layer_weights
-    peak = hardware.peak[precision] * hardware.matrix_efficiency
+    efficiency = hardware.efficiency(shape.n_embd)
+    peak = hardware.peak[precision] * efficiency
     stream = hardware.bandwidth * hardware.stream_efficiency
     tokens = rows * accumulation * T
     # Forward once, backward twice.
@@ -196,7 +197,7 @@ def step_seconds(
     if optimizer == "muon":
         # In fp32 where the hardware has no products in bf16, which then are many times slower.
         rate = max(hardware.peak.get("bf16", hardware.peak[precision]), hardware.peak["fp32"])
-        update += _newton_schulz(shape) / (rate * hardware.matrix_efficiency)
+        update += _newton_schulz(shape) / (rate * efficiency)
     parts = {"matrix products": products, "memory": streams, "update": update}
     if devices > 1:
         inside = min(devices, hardware.per_node)
@@ -385,7 +386,7 @@ def _plan_sweep(config: PlanConfig, shape: GPTConfig, hardware: Device) -> Plan:
     # A token's attention, over the positions that it sees on average.
     attention = 4 * shape.n_layer * shape.n_head * shape.head_dim * (prompt + new / 2)
     flops = slots * (shape.flops_per_token(1) + attention)
-    rate = hardware.peak[config.precision] * hardware.matrix_efficiency
+    rate = hardware.peak[config.precision] * hardware.efficiency(shape.n_embd)
     steps = rounds * new
     # A prompt is read once for all its samples, and asks for the head at its end alone.
     head = 2 * shape.n_embd * shape.vocab_size

@@ -8,7 +8,7 @@ from ponder import cli
 from ponder.models import GPT
 from ponder.models.memory import parameter_count
 from ponder.training import PRESETS, TrainConfig
-from ponder.training.devices import DEVICES, GIB, device
+from ponder.training.devices import DEVICES, GIB, Device, device
 from ponder.training.memory import check_fits
 from ponder.training.plan import MODELS, PlanConfig, plan, shape_of, step_seconds
 from ponder.training.plan_text import describe
@@ -164,6 +164,14 @@ def test_long_prompts_are_paid_for():
     assert plan(replace(config, samples=8), "124m").seconds["prompts"] == pytest.approx(
         seconds["prompts"]
     )
+
+
+def test_wide_products_come_nearer_to_a_cpus_peak_and_not_past_it():
+    cpu = Device("cpu", {"fp32": 1e11}, 5e10, 2**34, 5e10, gpu=False, matrix_efficiency=0.6)
+    assert cpu.efficiency(64) == cpu.efficiency(256) == 0.6 < cpu.efficiency(512) < 0.75
+    assert cpu.efficiency(10**6) == 0.9
+    h100 = device("h100")
+    assert h100.efficiency(64) == h100.efficiency(4096) == h100.matrix_efficiency
 
 
 def test_time_grows_with_what_it_is_made_of():
