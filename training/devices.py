@@ -32,8 +32,8 @@ class Device:
     """runs the Triton kernels"""
 
     def efficiency(self, width: int) -> float:
-        """Fraction of the peak in products of matrices that are so wide: on a CPU more where they are
-        wider than 256, as benchmarks/results/plan.csv shows."""
+        """Fraction of the peak in products of matrices that are so wide: on a CPU more where they
+        are wider than 256, as benchmarks/results/plan.csv shows."""
         wider = 1.0 if self.gpu else max(1.0, width / 256)
         return min(0.9, self.matrix_efficiency * wider**0.25)
 

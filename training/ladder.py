@@ -134,8 +134,8 @@ def tiny() -> ScaleConfig:
 
 
 def cpu() -> ScaleConfig:
-    """Twenty runs and a larger one, 6 thousand to 1.6 million parameters: a quarter of an hour on two
-    CPU cores. 0.2 to 195 tokens a parameter, so that both terms of the law show."""
+    """Twenty runs and a larger one, 6 thousand to 1.6 million parameters: a quarter of an hour on
+    two CPU cores. 0.2 to 195 tokens a parameter, so that both terms of the law show."""
     return ScaleConfig()
 
 
