@@ -184,13 +184,18 @@ def check_device(name: str, x: Tensor, **others: Tensor | None) -> None:
             )
 
 
-def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """That of x in a matrix product, where autocast is on: it leaves fp64 as it is."""
+    kind = x.device.type
+    if x.is_meta or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def autocast(first: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors in autocast's dtype where autocast is on, as torch's matrix products do."""
-    first = next(t for t in tensors if t is not None)
-    if not torch.is_autocast_enabled(first.device.type):
-        return tensors
-    dtype = torch.get_autocast_dtype(first.device.type)
-    return tuple(t if t is None else t.to(dtype) for t in tensors)
+    dtype, tensors = autocast_dtype(first), (first, *others)
+    return tensors if dtype is None else tuple(t if t is None else t.to(dtype) for t in tensors)
 
 
 def cdiv(a: int, b: int) -> int:
@@ -254,5 +259,5 @@ class Specialization:
     signature: Mapping[str, str]
     constexprs: Mapping[str, Any] = field(default_factory=dict)
     num_warps: int = 4
-    num_stages: int = 2
+    num_stages: int | None = None  # the chip's own
     matrix: bool = False  # holds a matrix product, so sm_90 code must show wgmma

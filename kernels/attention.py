@@ -462,7 +462,7 @@ def _attention_cpu(
         causal = False
     short = 1 < n_queries <= n_keys and n_queries * n_keys <= CPU_SCORES
     seeing = segments is None or segments[0] is segments[1]  # every query at least itself
-    if q.dtype == torch.bfloat16 and short and seeing:
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and short and seeing:
         return _attention_cpu_short(q, k, v, causal, mask, scale)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=True
@@ -476,7 +476,7 @@ def _attention_cpu_short(
     bf16 units (256 × 3 × 40 × 32, forward and backward: 150 ms a thread against 10)."""
     (B, Hq, T, D), (Hkv, S) = q.shape, k.shape[1:3]
     if causal:
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()
+        mask = torch.ones(T, S, dtype=torch.bool).tril()
     q = (q * scale).reshape(B * Hkv, Hq // Hkv * T, D)
     k, v = k.reshape(B * Hkv, S, D), v.reshape(B * Hkv, S, v.shape[-1])
     scores = torch.bmm(q, k.transpose(1, 2))

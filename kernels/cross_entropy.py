@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._runtime import TRITON_TYPE, Specialization, jit, operation, tl, use_triton
+from ._runtime import TRITON_TYPE, Specialization, jit, operation, tl, traced, use_triton
 from .softmax import with_block
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -438,8 +438,8 @@ def check_targets(
     """The targets, flat and int64; ValueError where they do not fit the rows of `logits`, or of
     what they are made from.
 
-    Their values are looked at on the CPU alone, and not under torch.compile: on a GPU that would
-    wait for everything before.
+    Their values are looked at on the CPU alone, and not where calls are traced (fake tensors have
+    none): on a GPU that would wait for everything before.
     """
     shape, device = logits.shape[:-1], logits.device
     if reduction not in REDUCTIONS:
@@ -453,8 +453,7 @@ def check_targets(
     if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
         raise ValueError(f"{name}: targets are {targets.dtype}; they must be integers")
     targets = targets.reshape(-1).long()
-    looked_at = targets.device.type == "cpu" and not torch.compiler.is_compiling()
-    if looked_at and targets.numel():
+    if targets.device.type == "cpu" and not traced() and targets.numel():
         least, largest = targets.aminmax()
         if least < 0 or largest >= n_classes:
             wrong = targets[((targets < 0) | (targets >= n_classes)) & (targets != ignore_index)]

@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from ._runtime import (
     TRITON_TYPE,
     Specialization,
+    autocast_dtype,
     cdiv,
     check_device,
     jit,
@@ -276,7 +277,7 @@ def _in_chunks(
     weight = weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
     # As many chunks as must be, all of about the same height.
-    most = max(1, CHUNK[x.device.type] // n_cols)
+    most = max(1, CHUNK.get(x.device.type, CHUNK["cuda"]) // n_cols)
     height = cdiv(n_rows, max(1, cdiv(n_rows, most)))
     step_type = _TritonStep if use_triton(x) else _TorchStep
     step = step_type(height, n_cols, x.new_empty(0, dtype=dtype), ignore_index, options)
@@ -412,8 +413,8 @@ _total.register_autograd(_backward_total, setup_context=_setup_total)
 
 def _product_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
     """The dtype of the products: autocast's where it is on, else the inputs' own."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
+    if dtype := autocast_dtype(x):
+        return dtype
     for name, t in (("weight", weight), ("bias", bias)):
         if t is not None and t.dtype != x.dtype:
             raise ValueError(

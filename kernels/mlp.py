@@ -48,6 +48,7 @@ from ._runtime import (
     TRITON_TYPE,
     Specialization,
     autocast,
+    autocast_dtype,
     capability,
     jit,
     operation,
@@ -500,7 +501,7 @@ def _check(name: str, activation: str, x: Tensor, shapes: dict[str, tuple]) -> N
                 f"{name}: {argument} has shape {tuple(tensor.shape)}; with x of shape "
                 f"{tuple(x.shape)} it needs {shape}"
             )
-        same = tensor.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
+        same = tensor.dtype == x.dtype or autocast_dtype(x)
         if not same or tensor.device != x.device:
             raise ValueError(
                 f"{name}: {argument} is {tensor.dtype} on {tensor.device}; it must be as x, "

@@ -1,7 +1,8 @@
 """Compile every configuration of one kernel module for one chip, with no GPU, and inspect it.
 
 `python tests/kernels/ahead_of_time.py norm 90` prints a line a fault, then the number compiled;
-with no module it reads such pairs from standard input, a line each. It is a process of its own
+with no module it reads such pairs from standard input, a line each. The module `launches` stands
+for what real calls launch. It is a process of its own
 because the other kernel tests run with TRITON_INTERPRET=1. Chips: NVIDIA's by compute capability,
 and gfx942, AMD's MI300.
 
@@ -41,6 +42,7 @@ MAX_SPILL = 64  # bytes of stack a thread
 RECORD = Path(__file__).with_name("compiled.csv")
 RECORDED = ("80", "90", "100")
 KERNELS = Path(__file__).parents[2] / "kernels"
+LAUNCHES = "launches"  # beside this file
 COLUMNS = "digest triton chip kernel configuration registers stack shared wgmma".split()
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
@@ -63,7 +65,8 @@ def prepared(spec, target: GPUTarget, *, ones: bool = False) -> tuple[ASTSource,
             attrs[(i,)] = [["tt.divisibility", 16]]
         signature[name] = kind
     source = ASTSource(fn, signature, constants, attrs)
-    return source, {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
+    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
+    return source, {name: value for name, value in options.items() if value is not None}
 
 
 def compile_ahead(spec, target: GPUTarget, *, ones: bool = False):
@@ -193,7 +196,7 @@ class Record:
 def _configuration(spec, ones: bool) -> str:
     values = " ".join(f"{name}={value}" for name, value in spec.constexprs.items())
     types = " ".join(sorted({kind.removesuffix(":16") for kind in spec.signature.values()}))
-    size = f"warps={spec.num_warps} stages={spec.num_stages}"
+    size = f"warps={spec.num_warps} stages={spec.num_stages or 'default'}"
     return f"{values} {size} {types}{' ones' if ones else ''}".strip()
 
 
@@ -218,7 +221,7 @@ def main() -> None:
 
 
 def inspect(name: str, chip: str, only: str = "", verbose: bool = False) -> list[dict]:
-    module = importlib.import_module(f"ponder.kernels.{name}")
+    module = importlib.import_module(name if name == LAUNCHES else f"ponder.kernels.{name}")
     capability, target, shared_limit = CHIPS[chip]
     record = Record()
     rows, compiled, last = [], 0, {}
@@ -239,7 +242,7 @@ def inspect(name: str, chip: str, only: str = "", verbose: bool = False) -> list
             print(f"FAULT {label}: {shared} bytes of shared memory")
         if spec.matrix and chip == "90" and not wgmma:
             print(f"FAULT {label}: no wgmma")
-        if _may_be_one(spec):
+        if name != LAUNCHES and _may_be_one(spec):  # launches have their ones
             last[spec.kernel.__name__] = spec
     for spec in last.values():
         row, new = record.found(spec, chip, target, ones=True)
@@ -252,6 +255,7 @@ def inspect(name: str, chip: str, only: str = "", verbose: bool = False) -> list
 def write_record() -> None:
     """Bring compiled.csv up to date, on all cores; what is there when it is stopped is kept."""
     names = sorted(path.stem for path in KERNELS.glob("[!_]*.py"))
+    names.append(LAUNCHES)
     slow = ("attention", "mlp", "decode_attention")
     names.sort(key=lambda name: name not in slow)
     rows, seen = Record().rows, set()

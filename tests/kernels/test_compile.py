@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 KERNEL_FILES = sorted(p.stem for p in (ROOT / "kernels").glob("[!_]*.py"))
 # `make compile` names more chips; of those, here only what is quickly compiled.
 CHIPS = os.environ.get("CHIPS", "80 90 100").split()
-CASES = [(name, chip) for name in KERNEL_FILES for chip in CHIPS]
+CASES = [(name, chip) for name in [*KERNEL_FILES, "launches"] for chip in CHIPS]
 CASES += [("rotary", chip) for chip in ("120", "gfx942") if chip not in CHIPS]
 
 

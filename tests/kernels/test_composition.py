@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
@@ -40,6 +41,26 @@ def test_the_model_is_one_graph(model, device):
     eager = loss_and_gradients(model, model, *data)
     for a, b in zip(loss_and_gradients(model, whole, *data), eager, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("interpret", ["0", "1"], ids=["pytorch", "kernels"])
+@pytest.mark.parametrize("kind", ["meta", "fake"])
+def test_shapes_are_found_without_memory(model, kind, interpret, dtype, monkeypatch):
+    """By tools that plan a run: on meta tensors, or on fake ones, whose values nobody may ask."""
+    monkeypatch.setenv("TRITON_INTERPRET", interpret)
+    model = model.cpu().to(dtype)
+    expected = torch.zeros(()), *model.parameters()
+    tokens, targets = batch("cpu")
+    if kind == "meta":
+        with torch.device("meta"):
+            model = GPT(model.config).to(dtype)
+        found = loss_and_gradients(model, model, tokens.to("meta"), targets.to("meta"))
+    else:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            fake = (mode.from_tensor(x) for x in (tokens, targets))
+            found = loss_and_gradients(model, model, *fake)
+    assert [(x.shape, x.dtype) for x in found] == [(x.shape, x.dtype) for x in expected]
 
 
 def test_recomputed_layers_give_the_same_gradients(model, device):

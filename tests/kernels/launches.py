@@ -1,0 +1,137 @@
+"""What calls of the public functions launch on a GPU, found where there is none.
+
+They are called with fake tensors, which have shapes and no memory, and Triton is told of a chip
+where a launch is taken note of and nothing done. So all that a launcher computes is computed, and
+what it asks Triton to compile is known, with the types, alignments and ones that Triton sees. A
+launcher that looked at a value on the device, and so waited for it, would fail here.
+"""
+
+import contextlib
+import importlib
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from ponder import kernels
+from ponder.benchmarks import every_kernel
+from ponder.kernels import _runtime
+from ponder.kernels._attention_tiles import SPECIALIZED_TILES
+from ponder.kernels._runtime import Specialization
+from ponder.models import GPT, GPTConfig, KVCache, Prefix
+from ponder.training.plan import shape_of
+
+MODULES = [
+    importlib.import_module(f"ponder.kernels.{path.stem}")
+    for path in Path(kernels.__file__).parent.glob("*.py")
+    if path.stem != "__init__"
+]
+PROCESSORS = 132
+
+
+class Chip:
+    """A driver that Triton takes for one of this capability."""
+
+    def __init__(self, capability: int):
+        self.capability = capability
+
+    def get_current_device(self) -> int:
+        return self.capability  # so that Triton keeps what it knows of chips apart
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+
+class Nothing:
+    """A compiled kernel that does nothing."""
+
+    function = packed_metadata = None
+
+    def launch_metadata(self, *args) -> None: ...
+
+    def run(self, *args) -> None: ...
+
+
+def specializations(capability: int) -> Iterator[Specialization]:
+    """What `workload` launches, each once."""
+    found: dict[str, Specialization] = {}
+
+    def compiled(kernel, key, signature, device, constexprs, options, attrs, warmup) -> Nothing:
+        names = list(signature)
+        kinds = {name: kind for name, kind in signature.items() if kind != "constexpr"}
+        for (i,), attributes in attrs.items():
+            if attributes:
+                assert attributes == [["tt.divisibility", 16]]
+                kinds[names[i]] += ":16"
+        constants = {names[i]: value for (i,), value in constexprs.items()}
+        spec = Specialization(kernel, kinds, constants, options.num_warps, options.num_stages)
+        found[f"{kernel.__name__} {spec}"] = spec
+        return Nothing()
+
+    with contextlib.ExitStack() as stack:
+        replaced = dict(
+            use_triton=lambda x: True,
+            interpreting=lambda: False,
+            capability=lambda device: capability,
+            _processors=lambda device: PROCESSORS,
+        )
+        for name, value in replaced.items():
+            for module in MODULES:
+                if hasattr(module, name):
+                    stack.enter_context(patch.object(module, name, value))
+        stack.enter_context(patch.object(JITFunction, "_do_compile", compiled))
+        stack.enter_context(patch.object(_runtime, "traced", lambda: False))  # launchers are called
+        stack.enter_context(FakeTensorMode())
+        # Triton asks for the address of a fake tensor, which is 0, and PyTorch warns of it.
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+        driver.set_active(Chip(capability))
+        workload()
+        if capability == 90:
+            tiles = "ponder.kernels._attention_tiles.measured"
+            stack.enter_context(patch(tiles, lambda: (capability, SPECIALIZED_TILES)))
+            workload()
+    yield from found.values()
+
+
+def workload() -> None:
+    """Every function in bf16, and the steps of models as they are trained and sampled."""
+    for _, call in every_kernel.calls(torch.bfloat16):
+        call().float().square().sum().backward()
+    every_kernel.without_gradient(torch.bfloat16)
+    for name, rows in (("gpt2", 64), ("demo", 256), ("8b", 2)):
+        train(replace(shape_of(name), n_layer=1), rows)
+    for name, rows in (("demo", 4096), ("8b", 64)):
+        decode(replace(shape_of(name), n_layer=1), rows)
+
+
+def train(shape: GPTConfig, rows: int) -> None:
+    model = GPT(shape)
+    tokens = torch.zeros(rows, shape.context, dtype=torch.int64)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(tokens, tokens).backward()
+
+
+@torch.inference_mode()
+def decode(shape: GPTConfig, rows: int) -> None:
+    """A step of `rows` samples, 64 of a prompt."""
+    torch.set_default_dtype(torch.bfloat16)  # a fake model cannot be converted
+    model = GPT(shape)
+    torch.set_default_dtype(torch.float32)
+    cache = KVCache(shape, rows, 64, dtype=torch.bfloat16)
+    cache.prefix = Prefix(shape, rows, 64, 64, dtype=torch.bfloat16)
+    cache.empty = False
+    hidden = model.hidden(torch.zeros(rows, 1, dtype=torch.int64), cache)
+    logits = model.logits(hidden[:, -1])
+    numbers = torch.zeros(rows, dtype=torch.int64)
+    kernels.sample_tokens(logits, temperature=1.0, seeds=numbers, positions=numbers)
