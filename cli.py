@@ -161,7 +161,7 @@ def _plan(arguments: list[str]) -> None:
     if arguments and not arguments[0].startswith("-"):
         model, arguments = arguments[0], arguments[1:]
     config = tyro.cli(PlanConfig, prog=f"ponder plan [{'|'.join(MODELS)}|PRESET]", args=arguments)
-    print(describe(plan(config, model), config, model))
+    print(describe(plan(config, model), model))
 
 
 def _info(arguments: list[str]) -> None:

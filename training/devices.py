@@ -1,6 +1,7 @@
 """What the planner knows of hardware: dense peaks, bandwidths and memory by the makers' sheets."""
 
 import functools
+import os
 import re
 import time
 from dataclasses import dataclass
@@ -71,6 +72,12 @@ def device(name: str) -> Device:
     return DEVICES[key]
 
 
+def load() -> float:
+    """Programs that wanted a core in the last minute, for each core of this machine; 0 where the
+    system does not tell."""
+    return os.getloadavg()[0] / (os.cpu_count() or 1) if hasattr(os, "getloadavg") else 0.0
+
+
 @functools.cache
 def this_cpu() -> Device:
     """This machine without a GPU, measured in seconds: products of 1024 × 1024, and a copy."""
@@ -88,10 +95,14 @@ def this_cpu() -> Device:
         return min(times)
 
     def products(dtype: torch.dtype) -> float:
-        """FLOP/s. Some CPUs need seconds for a large product in bf16, and a small one tells it."""
+        """FLOP/s. Some CPUs need seconds for a large product in bf16, and a small one tells it; but
+        beside other programs a small one may take long in any dtype."""
         small, large = (torch.randn(n, n, dtype=dtype) for n in (256, 1024))
-        slow = 2 * 256**3 / least(lambda: small @ small, 0.0)
-        return slow if slow < 2e9 else 2 * 1024**3 / least(lambda: large @ large, 0.5)
+        if dtype == torch.bfloat16:
+            slow = 2 * 256**3 / least(lambda: small @ small, 0.1)
+            if slow < 2e9:
+                return slow
+        return 2 * 1024**3 / least(lambda: large @ large, 0.5)
 
     peak = {"fp32": 0.0, "bf16": 0.0}
     for _ in range(2):  # a process that has just begun may be slow for a while

@@ -20,11 +20,12 @@ from ..models.memory import (
     sampling_memory,
     training_memory,
 )
-from .devices import Device, device
+from .devices import Device, device, load
 
 HIDDEN = 0.7  # the share of the backward pass behind which gradients can travel
 NEWTON_SCHULZ = 5  # iterations of Muon
 LAUNCHES = 0.02  # seconds of a GPU's step below which launching its kernels is no small part
+BUSY = 1.25  # programs that want a core, for each core, beyond which a CPU was measured too slow
 ROOM = 0.9  # the share of a memory that is filled where possible: the count is up to 10 % off
 
 
@@ -79,11 +80,13 @@ class PlanConfig:
     devices: int = 1
     context: int = 0
     """0: the model's own"""
-    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """auto: bf16 where the device has it and is faster so"""
     tokens: float = 0
-    """train: to train on; 0: twenty a parameter (Hoffmann et al. 2022)"""
-    batch_tokens: int = 524_288
-    """train: in one optimizer step, over all devices"""
+    """train: to train on; 0: as many as the preset's steps see; without a preset twenty a parameter
+    (Hoffmann et al. 2022)"""
+    batch_tokens: int = 0
+    """train: in one optimizer step, over all devices; 0: the preset's, without one 524288"""
     optimizer: Literal["muon", "adamw", "adam", "momentum", "sgd"] = "muon"
     shards: int = 0
     """train: devices that weights and states are split over (FSDP); 1: none are (DDP); 0: whatever
@@ -116,19 +119,26 @@ class Layout:
 class Plan:
     """What a run needs: bytes and seconds by part, and how it is spread."""
 
+    config: PlanConfig
+    """what was asked, with all that it left open"""
     model: GPTConfig
     device: Device
-    devices: int
     memory: dict[str, float]
     """bytes on each device, by part"""
     seconds: dict[str, float]
     """of one step (train) or of the whole (sweep), by part"""
     steps: int = 1
-    batch_tokens: int = 0
     mfu: float = 0.0
     layout: Layout | None = None
-    recompute: bool = False
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def devices(self) -> int:
+        return self.config.devices
+
+    @property
+    def batch_tokens(self) -> int:
+        return self.config.batch_tokens
 
     @property
     def step_seconds(self) -> float:
@@ -239,10 +249,31 @@ def layouts(config: PlanConfig, shape: GPTConfig, hardware: Device) -> Iterator[
 def plan(config: PlanConfig, model: str) -> Plan:
     """The plan of a training or a sweep; ValueError where nothing fits or a name is not known."""
     hardware, shape = device(config.device), shape_of(model, config.context)
+    config = _settled(config, model, shape, hardware)
     _check(config, shape, hardware)
-    if config.what == "sweep":
-        return _plan_sweep(config, shape, hardware)
-    return _plan_training(config, shape, hardware)
+    make = _plan_sweep if config.what == "sweep" else _plan_training
+    made = make(config, shape, hardware)
+    if not hardware.gpu and load() > BUSY:
+        made.notes.append("other programs keep this machine busy: alone it would be faster")
+    return made
+
+
+def _settled(config: PlanConfig, model: str, shape: GPTConfig, hardware: Device) -> PlanConfig:
+    """What the configuration leaves open, decided."""
+    from .config import PRESETS
+
+    precision, batch, tokens = config.precision, config.batch_tokens, config.tokens
+    if precision == "auto":
+        peak = hardware.peak
+        gain = peak.get("bf16", 0.0) / peak["fp32"]
+        without = "fp16" if hardware.gpu else "fp32"
+        precision = "bf16" if gain > (1.0 if hardware.gpu else 2.0) else without
+    preset = PRESETS[model]() if model in PRESETS else None
+    batch = batch or (preset.batch_size * shape.context if preset else 524_288)
+    if preset and not tokens:
+        tokens = preset.steps * preset.batch_size * shape.context
+    tokens = tokens or 20 * parameter_count(shape)
+    return replace(config, precision=precision, batch_tokens=batch, tokens=tokens)
 
 
 def _check(config: PlanConfig, shape: GPTConfig, hardware: Device) -> None:
@@ -331,7 +362,6 @@ def _plan_training(config: PlanConfig, shape: GPTConfig, hardware: Device) -> Pl
         if sum(other[2].values()) < 0.98 * sum(best[2].values()):
             best = other
     layout, memory, seconds = best
-    tokens = config.tokens or 20 * parameter_count(shape)
     share = seconds["update"] / sum(seconds.values())
     notes = []
     if not roomy:
@@ -349,16 +379,14 @@ def _plan_training(config: PlanConfig, shape: GPTConfig, hardware: Device) -> Pl
     flops = 3 * shape.flops_per_token(shape.context) * config.batch_tokens
     peak = hardware.peak[config.precision] * config.devices
     return Plan(
+        config,
         shape,
         hardware,
-        config.devices,
         memory,
         seconds,
-        steps=max(1, round(tokens / config.batch_tokens)),
-        batch_tokens=config.batch_tokens,
+        steps=max(1, round(config.tokens / config.batch_tokens)),
         mfu=flops / sum(seconds.values()) / peak,
         layout=layout,
-        recompute=config.recompute,
         notes=notes,
     )
 
@@ -392,9 +420,9 @@ def _plan_sweep(config: PlanConfig, shape: GPTConfig, hardware: Device) -> Plan:
     head = 2 * shape.n_embd * shape.vocab_size
     read = samples / config.samples * (prompt * (shape.flops_per_token(prompt) - head) + head)
     return Plan(
+        config,
         shape,
         hardware,
-        config.devices,
         memory,
         {"prompts": read / rate, "decoding": steps * max(reads, flops / rate)},
         notes=[f"{config.problems * config.samples:,} samples of {new} tokens"],

@@ -2,12 +2,12 @@
 
 from ..models.memory import GIB, parameter_count
 from .config import PRESETS
-from .plan import Plan, PlanConfig
+from .plan import Plan
 
 
-def describe(plan: Plan, config: PlanConfig, model: str) -> str:
+def describe(plan: Plan, model: str) -> str:
     """The plan as the terminal shows it."""
-    P, d = parameter_count(plan.model), plan.device
+    P, d, config = parameter_count(plan.model), plan.device, plan.config
     total = sum(plan.memory.values())
     unit, unit_name = (GIB, "GiB") if total >= GIB else (2**20, "MiB")
     hours = plan.total_seconds / 3600 * plan.devices
@@ -36,7 +36,7 @@ def describe(plan: Plan, config: PlanConfig, model: str) -> str:
         lines += [
             f"steps              {plan.steps:,} of {plan.batch_tokens:,} tokens",
             f"layout             {layout_text(plan)}",
-            f"launch             {launch(plan, config, model)}",
+            f"launch             {launch(plan, model)}",
         ]
     if d.gpu:
         lines += ["", "GPU times rest on the makers' peaks and common efficiencies, not on a"]
@@ -64,13 +64,13 @@ def layout_text(plan: Plan) -> str:
     return f"FSDP over {layout.shards}, copied {plan.devices // layout.shards} times, {batch}"
 
 
-def launch(plan: Plan, config: PlanConfig, model: str) -> str:
+def launch(plan: Plan, model: str) -> str:
     """The accelerate command whose layout this is, up to data and, without a preset, the shape."""
-    layout, context = plan.layout, plan.model.context
+    layout, config, context = plan.layout, plan.config, plan.model.context
     assert layout is not None
     options = f"--context {context} --batch-size {plan.batch_tokens // context}"
     options += f" --precision {config.precision} --optimizer {config.optimizer}"
-    options += f" --accumulation {layout.accumulation}{' --recompute' if plan.recompute else ''}"
+    options += f" --accumulation {layout.accumulation}{' --recompute' if config.recompute else ''}"
     words = f"-m ponder train{f' {model}' if model in PRESETS else ''}"
     if plan.devices == 1:
         return f"python {words} {options}"
