@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch._library.autograd import make_autograd_impl
 from torch.autograd.function import once_differentiable
 
@@ -108,6 +109,14 @@ def _on_its_device(launch: Callable) -> Callable:
     return run
 
 
+def _refuse_forward_mode(name: str) -> None:
+    """PyTorch would take the tangents of an operator of one's own for zeros, and say nothing."""
+    if torch._C._are_functorch_transforms_active():
+        kinds = [x.key() for x in retrieve_all_functorch_interpreters()]
+        if torch._C._functorch.TransformType.Jvp in kinds:
+            raise NotImplementedError(f"{name} has no forward-mode derivative (torch.func.jvp)")
+
+
 _libraries: dict[str, torch.library.Library] = {}  # an op is there as long as its library
 
 
@@ -150,7 +159,11 @@ class Operation:
         return torch.library.register_fake(self.name, fake, lib=self.library)
 
     def __call__(self, *args):
-        return self.op(*args) if traced() else self.apply(*args)
+        if not traced():
+            return self.apply(*args)
+        if not torch.compiler.is_compiling():
+            _refuse_forward_mode(self.name)
+        return self.op(*args)
 
     def register_autograd(
         self, backward: Callable, *, setup_context: Callable, twice: bool = False

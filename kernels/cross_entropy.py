@@ -44,6 +44,7 @@ def cross_entropy_reference(
 ) -> Tensor:
     """The definition, computed in fp32 (fp64 stays fp64)."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
+    targets = targets.long()
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
     kept = targets != ignore_index
@@ -58,7 +59,8 @@ def cross_entropy_reference(
 
 
 def reduce_losses(losses: Tensor, targets: Tensor, ignore_index: int, reduction: str) -> Tensor:
-    """The mean is over the targets that are not ignored, and 0 where all are."""
+    """The mean is over the targets that are not ignored, and 0 where all are; targets are int64,
+    as a narrow type would wrap ignore_index to a class."""
     if reduction == "none":
         return losses
     return losses.sum() if reduction == "sum" else losses.sum() / _count(targets, ignore_index)
@@ -452,7 +454,7 @@ def check_targets(
         raise ValueError(f"{name}: targets are on {targets.device}; they must be on {device}")
     if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
         raise ValueError(f"{name}: targets are {targets.dtype}; they must be integers")
-    targets = targets.reshape(-1).long()
+    targets = targets.reshape(-1).long().contiguous()  # a column of a table has a stride
     if targets.device.type == "cpu" and not traced() and targets.numel():
         least, largest = targets.aminmax()
         if least < 0 or largest >= n_classes:
@@ -535,4 +537,4 @@ def cross_entropy(
     rows = logits.reshape(-1, n_cols)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     losses, _ = _cross_entropy(rows, flat, ignore_index, list(options))
-    return reduce_losses(losses.view(shape), targets, ignore_index, reduction)
+    return reduce_losses(losses.view(shape), flat, ignore_index, reduction)

@@ -487,7 +487,7 @@ def linear_cross_entropy(
     ]
     if reduction == "none" or not any(needs):
         losses = _losses(rows, weight, bias, flat, ignore_index, list(options), dtype)
-        return reduce_losses(losses.view(shape), targets, ignore_index, reduction)
+        return reduce_losses(losses.view(shape), flat, ignore_index, reduction)
     args = (rows, weight, bias, flat, None, ignore_index, list(options), dtype)
     total = _total(*args, *needs)[0]
-    return reduce_losses(total, targets, ignore_index, reduction)
+    return reduce_losses(total, flat, ignore_index, reduction)

@@ -453,6 +453,8 @@ def _weight_gradient(w: Tensor, inputs: Tensor, doutputs: Tensor) -> Tensor:
 
 
 def _backward(ctx, dy, *_):
+    if dy is None:  # what comes after has no gradient
+        return (None,) * 9
     x, w_gate, w_up, w_down, gate, up = ctx.saved_tensors
     gated = w_gate is not None
     up_is_hidden = ctx.keep and _up_is_hidden(gated, ctx.activation)

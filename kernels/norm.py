@@ -381,12 +381,13 @@ def _normalize(
                 f"{name}: {label} has shape {tuple(t.shape)}; x of shape {tuple(x.shape)} "
                 f"needs {tuple(x.shape[-1:])}"
             )
+    wide = torch.promote_types(x.dtype, torch.float32)
     if residual is not None and (
-        residual.shape != x.shape or residual.dtype not in (x.dtype, torch.float32)
+        residual.shape != x.shape or residual.dtype not in (x.dtype, wide)
     ):
         raise ValueError(
             f"{name}: residual is {tuple(residual.shape)} {residual.dtype}; it must have x's "
-            f"shape {tuple(x.shape)} and dtype {x.dtype}, or fp32"
+            f"shape {tuple(x.shape)} and dtype {x.dtype}{', or fp32' if wide != x.dtype else ''}"
         )
     check_device(name, x, weight=weight, bias=bias, residual=residual)
     if not use_triton(x):

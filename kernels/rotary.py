@@ -23,6 +23,7 @@ from ._runtime import (
     next_power_of_2,
     operation,
     tl,
+    traced,
     use_triton,
 )
 
@@ -274,7 +275,9 @@ def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
         raise ValueError(f"rotary: k is {k.dtype}; it must be as q, {q.dtype}")
     angles = (n_token, head_dim // 2)
     for name, x in (("cos", cos), ("sin", sin)):
-        if x.shape not in (angles, (n_row, *angles)) or x.shape != cos.shape:
+        # (Of sizes that torch.compile knows as symbols `not in` is not computed.)
+        fits = x.shape == angles or x.shape == (n_row, *angles)
+        if not fits or x.shape != cos.shape:
             raise ValueError(
                 f"rotary: {name} is {tuple(x.shape)}; cos and sin must both be {angles} or "
                 f"{(n_row, *angles)}"
@@ -301,7 +304,8 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
         if cos.dim() == 3:
             cos, sin = cos[:, None], sin[:, None]
         cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
-        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+        learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+        if learns and not traced():
             return _RotaryOnCpu.apply(q, k, cos, sin)  # pyright: ignore[reportReturnType]
         return _rotate_on_cpu(q, cos, sin), _rotate_on_cpu(k, cos, sin)
     if q.dtype not in TRITON_TYPE:

@@ -278,7 +278,8 @@ def _sample_tokens_kernel(
     # In a row with a NaN the argmax may lie past the last token.
     token = tl.minimum(token, n_token - 1)
     tl.store(token_ptr + i_row, token.to(tl.int64))
-    logprob = tl.load(row_ptr + token).to(tl.float32) - (best + tl.log(total))
+    # In this order: beside a large logit the logarithm would be rounded away.
+    logprob = (tl.load(row_ptr + token).to(tl.float32) - best) - tl.log(total)
     tl.store(logprob_ptr + i_row, logprob)
 
 

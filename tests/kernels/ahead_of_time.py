@@ -271,10 +271,12 @@ def write_record() -> None:
 
 def _write(rows) -> None:
     order = "kernel chip configuration digest".split()
-    with RECORD.open("w", newline="") as file:
+    aside = RECORD.with_suffix(".new")  # other processes read it
+    with aside.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(sorted(rows, key=lambda row: [row[name] for name in order]))
+    aside.replace(RECORD)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ponder.kernels import cross_entropy
+from ponder.kernels import cross_entropy, linear_cross_entropy
 from ponder.kernels.cross_entropy import cross_entropy_reference
 
 from .numerics import DTYPES, check
@@ -254,3 +254,35 @@ def test_compiles_whole(options, path):
     torch.testing.assert_close(loss, truth)
     (gradient,), (expected,) = (torch.autograd.grad(y, logits) for y in (loss, truth))
     torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("head", [False, True], ids=["cross_entropy", "linear_cross_entropy"])
+@pytest.mark.parametrize("layout", ["column", "expanded", "reversed"])
+def test_targets_lie_in_memory_as_they_like(layout, head, path):
+    torch.manual_seed(0)
+    table = torch.randint(7, (4, 3), device=path)
+    targets = {
+        "column": table[:, -1:],
+        "expanded": table[:1, :1].expand(4, 1),
+        "reversed": table.t().reshape(3, 4).t()[:, 1:2],
+    }[layout]
+    x, weight = torch.randn(4, 1, 5, device=path), torch.randn(7, 5, device=path)
+    truth = F.cross_entropy((x @ weight.t()).view(4, 7), targets.flatten(), reduction="none")
+    if head:
+        found = linear_cross_entropy(x, weight, targets, reduction="none")
+    else:
+        found = cross_entropy(x @ weight.t(), targets, reduction="none")
+    torch.testing.assert_close(found.flatten(), truth, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("head", [False, True], ids=["cross_entropy", "linear_cross_entropy"])
+def test_bytes_are_classes(head, path):
+    """-100, what is ignored, is 156 in uint8."""
+    torch.manual_seed(0)
+    targets = torch.tensor([156, 1, 2, 156], dtype=torch.uint8, device=path)
+    x, weight = torch.randn(4, 5, device=path), torch.randn(256, 5, device=path)
+    logits = x @ weight.t()
+    truth = F.cross_entropy(logits, targets.long())
+    found = linear_cross_entropy(x, weight, targets) if head else cross_entropy(logits, targets)
+    for loss in (found, cross_entropy_reference(logits, targets)):
+        torch.testing.assert_close(loss, truth, rtol=1e-5, atol=1e-5)

@@ -380,3 +380,22 @@ def test_cpu_path_recomputes(monkeypatch):
         assert sum(sizes) <= sum(t.numel() for t in tensors)
         again = torch.autograd.grad(y.sum(), tensors)
         assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_an_output_without_a_gradient_gives_none(recompute, device):
+    class Stop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dy):
+            return None
+
+    x, up, down = (
+        torch.randn(s, device=device, requires_grad=True) for s in ((3, 8), (12, 8), (8, 12))
+    )
+    y = mlp(x, up, down, recompute=recompute)
+    (Stop.apply(y).sum() + x.sum()).backward()
+    assert torch.equal(x.grad, torch.ones_like(x)) and up.grad is None and down.grad is None

@@ -194,6 +194,8 @@ def test_unsupported_input_is_named(norm, device):
         norm(x, weight, weight[None])
     with pytest.raises(ValueError, match=f"{name}: residual is"):
         norm(x, weight, residual=x.half())
+    with pytest.raises(ValueError, match=f"{name}: residual is .*and dtype torch.float64$"):
+        norm(x.double(), weight.double(), residual=x)
     with pytest.raises(ValueError, match=f"{name}: x is torch.int32"):
         norm(x.int(), weight)
     with pytest.raises(ValueError, match=f"{name}: x has 8193 columns; at most 8192"):

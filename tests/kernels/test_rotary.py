@@ -153,3 +153,37 @@ def test_compiles_whole_on_cpu(monkeypatch):
         torch.autograd.grad(sum(y.square().sum() for y in ys), (q, k)) for ys in (out, truth)
     )
     torch.testing.assert_close(grads, expected)
+
+
+def test_a_function_transform_differentiates_it_on_cpu(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    torch.manual_seed(0)
+    q, k = queries_and_keys((1, 2, 1, 5, 16), torch.float32, "cpu")
+    cos, sin = angles(5, 8, device="cpu")
+
+    def loss(q, k):
+        return sum(y.square().sum() for y in rotary(q, k, cos, sin))
+
+    for found, x in zip(torch.func.grad(loss, argnums=(0, 1))(q, k), (q, k), strict=True):
+        torch.testing.assert_close(found, 2 * x)  # a rotation keeps lengths
+
+
+def test_compiles_with_tables_whose_size_is_fixed(monkeypatch):
+    """While the tokens' number is a symbol."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    cos, sin = angles(5, 8, device="cpu")
+
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("cos", cos)
+            self.register_buffer("sin", sin)
+
+        def forward(self, q, k):
+            return rotary(q, k, self.cos, self.sin)
+
+    layer = Layer()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+    q, k = queries_and_keys((2, 2, 1, 5, 16), torch.float32, "cpu")
+    for found, expected in zip(compiled(q, k), layer(q, k), strict=True):
+        torch.testing.assert_close(found, expected)

@@ -90,3 +90,11 @@ def test_nor_where_the_calls_are_traced(device):
         assert "ponder.norm_backward.default" in seen.names
         with pytest.raises(RuntimeError, match="no autograd formula was registered"):
             first.sum().backward()
+
+
+def test_a_forward_mode_derivative_is_refused(device):
+    """PyTorch would give zeros."""
+    x, weight = torch.randn(3, 16, device=device), torch.randn(16, device=device)
+
+    with pytest.raises(NotImplementedError, match="ponder::norm has no forward-mode derivative"):
+        torch.func.jvp(lambda x: rms_norm(x, weight), (x,), (torch.randn_like(x),))

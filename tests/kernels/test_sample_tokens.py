@@ -329,3 +329,12 @@ def test_opcheck(device):
     torch.library.opcheck(
         torch.ops.ponder.sample_tokens.default, (logits, *parameters, *streams(2, device).values())
     )
+
+
+@pytest.mark.parametrize("large", [1e3, 1e4, 1e5])
+def test_large_logits_leave_the_logprob_its_digits(large, path):
+    logits = torch.full((2, 2), large, device=path)
+    _, logprob = sample_tokens(logits, **OFF, **streams(2, path))
+    torch.testing.assert_close(
+        logprob, torch.full((2,), -math.log(2), device=path), rtol=1e-6, atol=0
+    )
