@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
 from torch._compile import _disable_dynamo
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch._library.autograd import make_autograd_impl
@@ -113,7 +114,7 @@ def _refuse_forward_mode(name: str) -> None:
     """PyTorch would take the tangents of an operator of one's own for zeros, and say nothing."""
     if torch._C._are_functorch_transforms_active():
         kinds = [x.key() for x in retrieve_all_functorch_interpreters()]
-        if torch._C._functorch.TransformType.Jvp in kinds:
+        if TransformType.Jvp in kinds:
             raise NotImplementedError(f"{name} has no forward-mode derivative (torch.func.jvp)")
 
 
