@@ -24,7 +24,16 @@ from ponder.benchmarks import (
 )
 from ponder.benchmarks.comparison import measure
 from ponder.benchmarks.figures import draw
-from ponder.benchmarks.measure import DEVICE, RESULTS, WRONG, Row, read, side_by_side, write
+from ponder.benchmarks.measure import (
+    DEVICE,
+    RESULTS,
+    WRONG,
+    Row,
+    _machine,
+    read,
+    side_by_side,
+    write,
+)
 
 CASES = {
     module.__name__.rpartition(".")[2]: module.cases
@@ -37,23 +46,25 @@ GROUPS = [*CASES, *RUNS, *WHOLE]
 BY_NAME_ALONE = ("mlp_autotuned",)  # minutes of compiling for each case
 
 
-def measured(folder: Path) -> set[tuple[str, str, str]]:
-    """(benchmark, case, implementation) of every row that is there."""
-    found = [read(path) or [] for path in folder.glob("*.csv")]
-    return {(row.benchmark, row.case, row.implementation) for rows in found for row in rows}
+Done = Collection[tuple[str, str, str, str]]  # (benchmark, case, dtype, implementation)
 
 
-def results(
-    group: str, only: str, smoke: bool, done: Collection[tuple[str, str, str]] = ()
-) -> Iterator[list[Row]]:
-    """The rows of a group, as they come, but for those of `done`, as `measured` names them."""
-    there = {(benchmark, case) for benchmark, case, _ in done}
+def measured(folder: Path) -> Done:
+    """What this machine has a row of."""
+    found = [row for path in folder.glob("*.csv") for row in read(path) or []]
+    own = [row for row in found if row.gpu == _machine()["gpu"]]
+    return {(row.benchmark, row.case, row.dtype, row.implementation) for row in own}
+
+
+def results(group: str, only: str, smoke: bool, done: Done = ()) -> Iterator[list[Row]]:
+    """The rows of a group, as they come, but for the cases that ponder has a row of in `done`."""
+    there = {row[:3] for row in done if row[3] == "ponder"}
     if group in WHOLE:
         if smoke:
             return
         if group == "sampling":
-            yield from sampling.run(done={(c, who) for name, c, who in done if name == group})
-        elif group not in {benchmark for benchmark, _ in there}:
+            yield from sampling.run(done={row[1:] for row in done if row[0] == group})
+        elif not {dtype for name, _, dtype in there if name == group} >= set(train_step.DTYPES):
             yield train_step.run()
     elif DEVICE == "cpu" and not smoke:
         print(f"{group}: no GPU here, so there is nothing to compare")
@@ -61,7 +72,7 @@ def results(
         yield list(RUNS[group](smoke))
     else:
         for case in CASES[group](smoke):
-            cases = {(case.benchmark, f"{case.name} {mode}") for mode in case.modes}
+            cases = {(case.benchmark, f"{case.name} {mode}", case.dtype) for mode in case.modes}
             if only in case.name and not cases <= there:
                 yield list(measure(case, repeats=2 if smoke else 20))
 

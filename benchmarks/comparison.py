@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -34,40 +35,55 @@ class Case:
     part: Callable[[Inputs], Inputs] = list
     allowed: float = 2e-2  # relative error of an output or a gradient, in norm
 
+    @property
+    def dtype(self) -> str:
+        return str(self.inputs[0].dtype).replace("torch.bfloat16", "bf16").replace("torch.", "")
+
 
 def measure(case: Case, *, repeats: int = 20) -> Iterator[Row]:
     """The rows of a case; what is wrong gets none."""
     errors: dict[str, float] = {}
     for name, f in case.implementations.items():
-        try:
+        with _left_out_if_it_fails(case, name):
             errors[name] = _error(case, f)
-        except Exception as error:  # a peer that cannot run here must not end the comparison
-            reason = str(error).strip().partition("\n")[0][:120]
-            kind = type(error).__name__
-            left_out(name, f"{case.benchmark} {case.name}: {name} fails: {kind} {reason}")
     own_ceiling = case.ceiling and case.ceiling()
     for mode in case.modes:
         # Inputs of their own: some implementations write over theirs.
-        works = {
-            name: _work(case.implementations[name], [_leaf(x, x.dtype) for x in case.inputs], mode)
-            for name in errors
-        }
+        inputs = {name: [_leaf(x, x.dtype) for x in case.inputs] for name in errors}
+        works = {}
+        for name in errors:
+            with _left_out_if_it_fails(case, name):  # as for want of memory, with all inputs there
+                work = _work(case.implementations[name], inputs[name], mode)
+                work()
+                works[name] = work
         flops = case.flops * (1.0 if mode == "forward" else 1.0 + case.backward)
         nbytes = case.nbytes.get(mode)
         ceiling = own_ceiling or (copy_ceiling() if nbytes else matmul_ceiling())
-        yield from rows(
-            case.benchmark,
-            f"{case.name} {mode}",
-            str(case.inputs[0].dtype).replace("torch.bfloat16", "bf16").replace("torch.", ""),
-            works,
-            repeats=repeats,
-            flops=None if nbytes else flops,
-            nbytes=nbytes,
-            ceiling=ceiling,
-            errors=errors,
-            allowed=case.allowed,
-            queued=True,
-        )
+        with _left_out_if_it_fails(case, "ponder or a peer"):  # only now
+            yield from rows(
+                case.benchmark,
+                f"{case.name} {mode}",
+                case.dtype,
+                works,
+                repeats=repeats,
+                flops=None if nbytes else flops,
+                nbytes=nbytes,
+                ceiling=ceiling,
+                errors=errors,
+                allowed=case.allowed,
+                queued=True,
+            )
+
+
+@contextmanager
+def _left_out_if_it_fails(case: Case, name: str) -> Iterator[None]:
+    """A peer that cannot run here must not end the comparison, nor a case those after it."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0][:120]
+        kind = type(error).__name__
+        left_out(name, f"{case.benchmark} {case.name}: {name} fails: {kind} {reason}")
 
 
 def _leaf(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -113,15 +129,17 @@ def _error(case: Case, f: Callable) -> float:
         upstream = [tensor(*y.shape, grad=False) for y in outputs]
         found += case.part(_gradients(outputs, inputs, upstream))
         truth += _gradients(true_outputs, wide, case.part(upstream))
-    return max(
-        ((x.double() - t.double()).norm() / t.double().norm().clamp_min(1e-12)).item()
+    errors = [
+        (x.double() - t.double()).norm() / t.double().norm().clamp_min(1e-12)
         for t, x in zip(truth, found, strict=True)
-    )
+    ]
+    return torch.stack(errors).max().item()  # NaN if one is, where Python's max may drop it
 
 
 def _gradients(outputs: Inputs, inputs: Inputs, upstream: Inputs) -> Inputs:
     leaves = [x for x in inputs if x.requires_grad]
-    upstream = [u.to(y.dtype) for u, y in zip(upstream, outputs, strict=True)]
+    # Copies, as Liger's norms write their gradient over them.
+    upstream = [u.to(y.dtype, copy=True) for u, y in zip(upstream, outputs, strict=True)]
     return list(torch.autograd.grad(outputs, leaves, upstream))
 
 

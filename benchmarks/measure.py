@@ -6,7 +6,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import date
 from functools import cache
@@ -131,7 +131,7 @@ def peak_mib(work: Callable[[], object]) -> float | str:
 def left_out(name: str, fault: str) -> None:
     """Say what gets no row; ponder's own fault is remembered."""
     print(fault, flush=True)
-    if name == "ponder":
+    if name.startswith("ponder"):
         WRONG.append(fault)
 
 
@@ -208,19 +208,24 @@ def read(path: Path) -> list[Row] | None:
 def write(measured: list[Row], folder: Path = RESULTS, *, whole_cases: bool = True) -> None:
     """Put rows into the file of their benchmark, in place of this machine's of the same cases;
     whole_cases False: of the same cases and implementations, where those are measured apart."""
-    folder.mkdir(parents=True, exist_ok=True)
     key = ("gpu", "case", "dtype") + (() if whole_cases else ("implementation",))
     for name in {found.benchmark: None for found in measured}:
-        path = folder / f"{name}.csv"
         new = [asdict(found) for found in measured if found.benchmark == name]
-        replaced = {tuple(found[k] for k in key) for found in new}
-        kept: list[dict] = []
-        if path.exists():
-            with open(path, newline="") as file:
-                old = csv.DictReader(file)
-                kept = [r for r in old if tuple(r[k] for k in key) not in replaced]
-        with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, [f.name for f in fields(Row)])
-            writer.writeheader()
-            writer.writerows(kept + new)
-        print(path)
+        merge(folder / f"{name}.csv", [f.name for f in fields(Row)], new, key)
+
+
+def merge(path: Path, columns: Sequence[str], new: list[dict], key: Sequence[str]) -> None:
+    """Put rows into a table, in place of those that equal one of them in the columns of `key`."""
+    replaced = {tuple(row[k] for k in key) for row in new}
+    kept: list[dict] = []
+    if path.exists():
+        with open(path, newline="") as file:
+            kept = [r for r in csv.DictReader(file) if tuple(r[k] for k in key) not in replaced]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".tmp")  # a run that is killed here leaves the old table
+    with open(aside, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(kept + new)
+    os.replace(aside, path)
+    print(path)

@@ -14,6 +14,7 @@ FILE` goes on from the on_gpu.tar.gz that the one before left.
 """
 
 import argparse
+import csv
 import json
 import os
 import shutil
@@ -26,6 +27,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).parents[1]
 TESTS = ROOT / "tests"
@@ -113,11 +116,21 @@ def run_group(
         output = process.communicate(timeout=seconds)[0]
         verdict = "ok" if process.returncode == 0 else f"exit {process.returncode}"
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        end(process)
         verdict, output = f"over {seconds:.0f} s", ""
         with suppress(subprocess.TimeoutExpired):  # a GPU that hangs does not let it go
             output = process.communicate(timeout=20)[0]
     return verdict, output or ""
+
+
+def end(process: subprocess.Popen) -> None:
+    """Kill a process of a group of its own and all below it, in whatever groups those are."""
+    os.killpg(process.pid, signal.SIGSTOP)  # it starts no further ones
+    below = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGKILL)
+    for child in below:
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
 
 
 def run_stage(name: str, out: Path, seconds: float, smoke: bool) -> dict:
@@ -181,14 +194,19 @@ def keep(out: Path, state: dict[str, dict], packed: Path) -> None:
 
 def adopt(out: Path, folder: Path) -> None:
     """The rows of a run into a folder of results, in place of the same machine's."""
-    from ponder.benchmarks.measure import read, write
+    from ponder.benchmarks.measure import merge, read, write
 
     for path in sorted((out / "results").glob("*.csv")):
         found = read(path)
-        if found is None:  # a table of another kind
-            shutil.copy(path, folder / path.name)
-        else:
+        if found is not None:
             write(found, folder)
+            continue
+        with open(path, newline="") as file:  # a table of another kind
+            table = csv.DictReader(file)
+            columns, rows = table.fieldnames or [], list(table)
+        # patch.csv grows model by model: those that a run did not come to keep their rows.
+        key = [name for name in ("gpu", "device", "model") if name in columns]
+        merge(folder / path.name, columns, rows, key)
 
 
 def main() -> None:

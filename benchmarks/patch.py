@@ -15,12 +15,15 @@ import copy
 import csv
 import datetime
 import statistics
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ponder.benchmarks.measure import _machine
+from ponder.benchmarks.measure import _machine, merge
 from ponder.models import patch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -111,17 +114,33 @@ def parity(kind: str, device: str) -> dict[str, Any]:
             logits.append(m.eval()(tokens, attention_mask=mask).logits[mask.bool()])
         m.train()(input_ids=tokens, attention_mask=mask, labels=labels).loss.backward()
         gradients.append([p.grad for p in m.parameters()])
-    errors = [((b - a).norm() / a.norm()).item() for a, b in zip(*gradients, strict=True)]
+    errors = [(b - a).norm() / a.norm() for a, b in zip(*gradients, strict=True)]
     return replaced | dict(
         logit_error=f"{(logits[1] - logits[0]).abs().max().item():.1e}",
-        gradient_error=f"{max(errors):.1e}",
+        gradient_error=f"{torch.stack(errors).max().item():.1e}",  # NaN if one is
     )
+
+
+@contextmanager
+def own_names(model: Any, names: dict[str, Any]) -> Iterator[None]:
+    """Within, Transformers' module of a model holds the `names` that a patch of it left there.
+
+    Liger replaces functions and classes of the module, and so would time the other models too.
+    """
+    module = vars(sys.modules[type(model).__module__])
+    plain = dict(module)
+    module.update(names)
+    try:
+        yield
+    finally:
+        names.update(module)
+        module.update(plain)
 
 
 def times(kind: str, implementations: list[str], steps: int) -> dict[str, dict[str, str]]:
     """Milliseconds of a training step, and the most memory beside the weights, on the GPU."""
     found: dict[str, dict[str, str]] = {}
-    models = {}
+    models: dict[str, tuple[Any, dict[str, Any]]] = {}
     tokens = torch.randint(0, 32000, (4, 1024), device="cuda")
 
     def step(model: Any) -> None:
@@ -131,25 +150,27 @@ def times(kind: str, implementations: list[str], steps: int) -> dict[str, dict[s
         model.zero_grad()
 
     for name in implementations:
-        model = build(kind, small=False).cuda().train()
+        model, names = build(kind, small=False).cuda().train(), {}
         try:
-            apply(name, model)
-            step(model)
+            with own_names(model, names):
+                apply(name, model)
+                step(model)
         except Exception as error:  # a peer that cannot run here must not end the comparison
             if name == "ponder":
                 raise
             print(f"{kind}: {name} fails: {type(error).__name__} {error}", flush=True)
         else:
-            models[name] = model
+            models[name] = model, names
     milliseconds: dict[str, list[float]] = {name: [] for name in models}
     for i in range(steps + 3):
-        for name, model in models.items():
+        for name, (model, names) in models.items():
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            step(model)
-            end.record()
+            with own_names(model, names):
+                start.record()
+                step(model)
+                end.record()
             torch.cuda.synchronize()
             if i >= 3:
                 milliseconds[name].append(start.elapsed_time(end))
@@ -176,7 +197,9 @@ def table() -> str:
     lines = [head, "|---|---|---|---|---|---|---|---|---|---|"]
     by_model: dict[str, dict[str, dict[str, str]]] = {}
     for row in rows:
-        by_model.setdefault(row["model"], {})[row["implementation"]] = row
+        if row["implementation"] == "ponder":  # a machine's first row: the last machine's stay
+            by_model[row["model"]] = {}
+        by_model[row["model"]][row["implementation"]] = row
     for model, found in by_model.items():
         ours = found["ponder"]
         parts = [ours[name] or "-" for name in ("attention", "rotary", "norm", "mlp", "loss")]
@@ -211,21 +234,18 @@ def main() -> None:
         commit=_machine()["commit"],
         date=datetime.date.today().isoformat(),
     )
-    rows = []
     for kind in FAMILIES:
         implementations = ["ponder", "transformers"] if gpu else ["ponder"]
         if gpu and liger_knows(kind):
             implementations.append("liger")
-        measured = times(kind, implementations, options.steps) if gpu else {"ponder": {}}
         found = parity(kind, "cuda" if gpu else "cpu")
+        measured = times(kind, implementations, options.steps) if gpu else {"ponder": {}}
+        rows = []
         for name, figures in measured.items():
             own = found if name == "ponder" else {}
             rows.append(dict(model=kind, implementation=name) | own | figures | facts)
-        print(rows[-len(measured) :], flush=True)
-        with options.out.open("w", newline="") as file:  # now, lest a later family ends it
-            writer = csv.DictWriter(file, COLUMNS, restval="")
-            writer.writeheader()
-            writer.writerows(rows)
+        print(rows, flush=True)
+        merge(options.out, COLUMNS, rows, ("device", "model"))  # now, lest a later family ends it
 
 
 if __name__ == "__main__":

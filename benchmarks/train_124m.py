@@ -15,7 +15,6 @@ The losses (train_124m_curves.csv) are means of ten steps, by steps and by secon
 """
 
 import argparse
-import csv
 import json
 import os
 import re
@@ -37,7 +36,17 @@ import torch
 
 from ponder.benchmarks.comparison import matmul_ceiling
 from ponder.benchmarks.figures import COMPILED, CURVES
-from ponder.benchmarks.measure import DEVICE, RESULTS, Row, _machine, left_out, read, row, write
+from ponder.benchmarks.measure import (
+    DEVICE,
+    RESULTS,
+    Row,
+    _machine,
+    left_out,
+    merge,
+    read,
+    row,
+    write,
+)
 from ponder.training import TrainConfig, preset
 from ponder.training.batch import IGNORE
 from ponder.training.data import load_data
@@ -192,21 +201,16 @@ def runs(config: TrainConfig, checkout: Path | None, folder: Path) -> dict[str, 
 
 def keep_curve(name: str, gpu: str, run: Run, path: Path) -> None:
     """The losses of a run into the file of curves, in place of this machine's older ones."""
-    kept: list[dict[str, Any]] = []
-    if path.exists():
-        with open(path, newline="") as file:
-            kept = [r for r in csv.DictReader(file) if (r[CURVES[0]], r[CURVES[1]]) != (gpu, name)]
     # The first block compiles; it is counted as a usual one.
     seconds = np.cumsum([statistics.median(run.ms), *run.ms[1:]]) * BLOCK / 1e3
     steps = BLOCK * np.arange(1, len(seconds) + 1)
     held_out = [""] * (len(steps) - 1) + [round(run.val_loss, 4)]
     losses = np.round(run.losses, 4)
-    for values in zip(steps, seconds.round(3), losses, held_out, strict=True):
-        kept.append(dict(zip(CURVES, (gpu, name, *values), strict=True)))
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, CURVES)
-        writer.writeheader()
-        writer.writerows(kept)
+    new = [
+        dict(zip(CURVES, (gpu, name, *values), strict=True))
+        for values in zip(steps, seconds.round(3), losses, held_out, strict=True)
+    ]
+    merge(path, CURVES, new, ("gpu", "implementation"))
 
 
 def result(name: str, run: Run, config: TrainConfig, case: str) -> Row:

@@ -3,7 +3,8 @@
 `python -m ponder.benchmarks train_step`. On a CPU 4.85M parameters (6 layers, 256 wide, 8 query and
 4 key-value heads) and 16 × 256 tokens; on a GPU 124M (12 layers, 768 wide) and 16 × 1024 in bf16,
 where `python -m ponder.benchmarks.train_step --nanogpt PATH` puts the `gpt2` preset's model beside
-nanoGPT's of PATH, a checkout of it. AdamW; losses of the first step must agree.
+nanoGPT's of PATH, a checkout of it. AdamW. What has another loss than Transformers'
+in its first step gets no row.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from ponder.benchmarks.comparison import matmul_ceiling
 from ponder.benchmarks.measure import DEVICE, Row, rows, synchronize, write
 from ponder.models import GPT, GPTConfig
 from ponder.training import preset
+from ponder.training.batch import IGNORE
 from ponder.training.loop import model_config
 
 SMALL = GPTConfig(
@@ -43,8 +45,21 @@ BATCH = 16
 CONFIG = GPT2_SIZE if DEVICE == "cuda" else SMALL
 CONTEXT = CONFIG.context
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Of a loss, relative: the mean of thousands of tokens, whose roundings (2^-9 in bf16) cancel.
+ALLOWED = {"fp32": 1e-5, "bf16": 1e-3}
 if DEVICE == "cuda":
     del DTYPES["fp32"]
+
+
+def random_model() -> GPT:
+    """A model of CONFIG, the same at each call."""
+    torch.manual_seed(0)
+    model = GPT(CONFIG).to(DEVICE)
+    with torch.no_grad():
+        for parameter in model.parameters():  # zero output projections would make it trivial
+            if parameter.ndim == 2:
+                parameter.normal_(std=parameter.shape[1] ** -0.5)
+    return model
 
 
 def peer_of(model: GPT) -> Qwen3ForCausalLM:
@@ -93,12 +108,8 @@ def run(compiled: bool = True) -> list[Row]:
         torch.manual_seed(0)
         tokens = torch.randint(CONFIG.vocab_size, (BATCH, CONTEXT), device=DEVICE)
         targets = torch.roll(tokens, -1, 1)
-
-        def ours() -> GPT:
-            torch.manual_seed(0)
-            return GPT(CONFIG).to(DEVICE)
-
-        model = ours()
+        targets[:, -1] = IGNORE  # as Transformers has it
+        model = random_model()
         peer = peer_of(model)
         peer.train()
         labels = tokens  # it shifts them itself
@@ -109,7 +120,7 @@ def run(compiled: bool = True) -> list[Row]:
             ),
         }
         if compiled:
-            other = ours()
+            other = random_model()
             fast = torch.compile(other)
             steps["ponder, torch.compile"] = stepper(
                 lambda f=fast: f(tokens, targets), other.parameters(), dtype
@@ -121,6 +132,8 @@ def run(compiled: bool = True) -> list[Row]:
                 other_peer.parameters(),
                 dtype,
             )
+        losses = {who: step().item() for who, step in steps.items()}
+        truth = losses["transformers Qwen3"]
         measured += rows(
             "train_step",
             f"Qwen3 {model.parameter_count / 1e6:.2f}M, {BATCH}x{CONTEXT} tokens, AdamW",
@@ -129,6 +142,8 @@ def run(compiled: bool = True) -> list[Row]:
             repeats=15,
             flops=3 * CONFIG.flops_per_token(CONTEXT) * BATCH * CONTEXT,
             ceiling=matmul_ceiling() if DEVICE == "cuda" else None,
+            errors={who: abs(loss - truth) / truth for who, loss in losses.items()},
+            allowed=ALLOWED[name],
         )
         median = {r.implementation: r.ms_p50 for r in measured if r.dtype == name}
         for implementation, ms in median.items():

@@ -7,13 +7,23 @@ import subprocess
 import sys
 import tarfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from ponder.benchmarks import isolated, measure, on_gpu, sampling, train_124m
+from ponder.benchmarks import (
+    isolated,
+    measure,
+    mlp_tiles,
+    on_gpu,
+    patch,
+    sampling,
+    train_124m,
+    train_step,
+)
 from ponder.benchmarks.__main__ import measured, results
 from ponder.benchmarks.comparison import Case
 from ponder.benchmarks.comparison import measure as measure_case
@@ -21,6 +31,7 @@ from ponder.benchmarks.figures import draw, ratios
 from ponder.benchmarks.tables import tables
 from ponder.kernels import _attention_tiles
 from ponder.kernels._runtime import tiles_file
+from ponder.models import GPTConfig
 from ponder.training.data import load_data
 from ponder.training.text import Windows
 
@@ -52,6 +63,27 @@ def test_a_wrong_gradient_gets_no_row(case, capsys):
     assert all(float(row.error) == 0.0 and row.ms_p50 > 0 for row in rows)
 
 
+def doubled(gradient):
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, dy):
+            return gradient(dy)
+
+    return Double.apply
+
+
+def test_a_gradient_may_be_written_over_its_upstream_and_must_be_a_number(case, capsys):
+    in_place, nan = doubled(lambda dy: dy.mul_(2)), doubled(lambda dy: dy * torch.nan)
+    case.implementations = {"in place": in_place, "nan": nan}
+    case.inputs = [torch.randn(30, 40).bfloat16().requires_grad_()]
+    assert {row.implementation for row in measure_case(case, repeats=1)} == {"in place"}
+    assert "nan is wrong by nan" in capsys.readouterr().out
+
+
 def test_the_truth_is_told_for_a_part_of_what_is_timed():
     """Rows of their own: the first of three is compared; all that is called has three."""
     called = []
@@ -72,9 +104,10 @@ def test_the_truth_is_told_for_a_part_of_what_is_timed():
 
 def test_ponders_own_fault_is_told(case, monkeypatch):
     monkeypatch.setattr(measure, "WRONG", [])
-    case.implementations = {"ponder": case.implementations["wrong"]}
+    wrong = case.implementations["wrong"]
+    case.implementations = {"ponder": wrong, "ponder, one pass": wrong, "peer": wrong}
     assert not list(measure_case(case, repeats=1))
-    assert len(measure.WRONG) == 2 and "ponder is wrong by" in measure.WRONG[0]
+    assert len(measure.WRONG) == 4 and "ponder is wrong by" in measure.WRONG[0]
 
 
 def test_what_cannot_run_is_left_out(case, monkeypatch, capsys):
@@ -87,12 +120,19 @@ def test_what_cannot_run_is_left_out(case, monkeypatch, capsys):
     names = {row.implementation for row in measure_case(case, repeats=1)}
     assert names == {"ponder", "right", "wrong"} and not measure.WRONG
     assert "peer fails: RuntimeError no available kernel\n" in capsys.readouterr().out
+    factors = iter([2])
+    case.implementations |= {"peer": lambda x: next(factors) * x}  # fails when called once more
+    names = {row.implementation for row in measure_case(case, repeats=1)}
+    assert names == {"ponder", "right", "wrong"} and not measure.WRONG
+    factors = iter([2, 2, 2])  # fails when it is timed: the others are without it from then on
+    assert {row.case for row in measure_case(case, repeats=1)} == {"double forward+backward"}
+    assert len(measure.WRONG) == 1 and "ponder or a peer fails" in measure.WRONG.pop()
     case.implementations = {"ponder": absent, "right": case.implementations["right"]}
     assert {row.implementation for row in measure_case(case, repeats=1)} == {"right"}
     assert len(measure.WRONG) == 1 and "ponder fails" in measure.WRONG[0]
 
 
-def test_rows_replace_those_of_their_case_or_their_own(tmp_path):
+def test_rows_replace_those_of_their_case_or_their_own(tmp_path, monkeypatch):
     def write(*names, **options):
         measure.write(
             [measure.row("b", "a case", "bf16", n, [1.0]) for n in names], tmp_path, **options
@@ -102,6 +142,14 @@ def test_rows_replace_those_of_their_case_or_their_own(tmp_path):
     assert write("ponder", "peer") == ["ponder", "peer"]
     assert write("late peer", whole_cases=False) == ["ponder", "peer", "late peer"]
     assert write("ponder") == ["ponder"]  # ratios are of one run
+
+    def cut(writer, rows):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(csv.DictWriter, "writerows", cut)
+    with pytest.raises(KeyboardInterrupt):
+        write("peer")
+    assert [row.implementation for row in measure.read(tmp_path / "b.csv") or ()] == ["ponder"]
 
 
 def test_figures_show_each_machine_and_peer(tmp_path):
@@ -130,9 +178,20 @@ def test_every_group_runs():
 def test_a_run_goes_on_at_the_case_where_it_stopped(tmp_path, monkeypatch):
     cases = [row.case for rows in results("decode", "", True) for row in rows]
     assert len(set(cases)) > 1
-    measure.write([measure.row("decode", cases[0], "bf16", "ponder", [1.0])], tmp_path)
-    again = [r.case for rows in results("decode", "", True, measured(tmp_path)) for r in rows]
-    assert again == [case for case in cases if case != cases[0]]
+    row = measure.row("decode", cases[0], "bf16", "ponder", [1.0])
+
+    def again(**changes):
+        (tmp_path / "decode.csv").unlink(missing_ok=True)
+        measure.write([replace(row, **changes)], tmp_path)
+        return [r.case for rows in results("decode", "", True, measured(tmp_path)) for r in rows]
+
+    assert again() == [case for case in cases if case != cases[0]]
+    assert again(implementation="sdpa") == again(dtype="fp32") == again(gpu="another") == cases
+    monkeypatch.setattr(train_step, "run", lambda: "all")
+    for gpu, left in ((row.gpu, []), ("another", ["all"])):
+        rows = [replace(row, benchmark="train_step", dtype=d, gpu=gpu) for d in train_step.DTYPES]
+        measure.write(rows, tmp_path / gpu)
+        assert list(results("train_step", "", False, measured(tmp_path / gpu))) == left
 
 
 def test_a_peer_that_may_not_come_back_is_behind_all_others(monkeypatch):
@@ -144,10 +203,77 @@ def test_a_peer_that_may_not_come_back_is_behind_all_others(monkeypatch):
     cases = [("bf16", 64, 1), ("bf16", 64, 16), ("bf16", 8, 1)]
     others = [(*case, ["generate", "generate static"]) for case in cases]
     assert order() == others + [(*case, ["generate_batch"]) for case in cases]
-    done = {(sampling.case_of(64, 16), "ponder")}
+    done = {(sampling.case_of(64, 16), "bf16", "ponder")}
     assert order(done) == [others[0], others[2], *order()[3:]]
+    assert order({(case, "fp32", who) for case, _, who in done}) == order()
     with pytest.raises(TimeoutError, match="longer than 0.01 s"), sampling._patience(0.01):
         time.sleep(5)
+
+
+def test_logits_that_are_no_numbers_are_not_timed(monkeypatch):
+    monkeypatch.setattr(sampling, "build", lambda dtype: (None, None))
+    monkeypatch.setattr(sampling, "error_of", lambda model, peer: float("nan"))
+    with pytest.raises(RuntimeError, match="differ by nan"):
+        sampling._run("fp32", 16, 1, [], False)
+
+
+def test_losses_of_the_first_step_must_agree(monkeypatch):
+    shape = dict(vocab_size=50, context=8, n_layer=1, n_head=2, n_kv_head=1, head_dim=16)
+    monkeypatch.setattr(train_step, "CONFIG", GPTConfig(**shape, n_embd=32, n_inner=64))
+    monkeypatch.setattr(train_step, "CONTEXT", 8)
+    monkeypatch.setattr(measure, "WRONG", [])
+    dtypes = list(train_step.DTYPES)
+    names = ["ponder", "transformers Qwen3"]
+    rows = train_step.run(compiled=False)
+    found = [(row.dtype, row.implementation) for row in rows]
+    assert found == [(dtype, name) for dtype in dtypes for name in names]
+    other = torch.roll
+    monkeypatch.setattr(torch, "roll", lambda x, *_: other(x, 1, 1))  # the token before
+    assert {row.implementation for row in train_step.run(compiled=False)} == {names[1]}
+    assert len(measure.WRONG) == len(dtypes)
+
+
+def test_what_a_patch_puts_into_a_module_is_its_own():
+    """As Liger's does: neither another model, nor one built later, meets it."""
+    plain = patch.build("llama", small=True)
+    model, names = patch.build("llama", small=True), {}
+    module = sys.modules[type(model).__module__]
+    theirs, called = module.apply_rotary_pos_emb, []
+
+    def rotary(*arguments, **options):
+        called.append(1)
+        return theirs(*arguments, **options)
+
+    with patch.own_names(model, names):
+        module.apply_rotary_pos_emb = rotary
+    tokens = torch.randint(500, (1, 8))
+    plain(tokens)
+    assert module.apply_rotary_pos_emb is theirs and not called
+    with patch.own_names(model, names):
+        model(tokens)
+    assert len(called) == 2  # a layer each
+
+
+def test_a_gradient_of_a_patched_model_that_is_no_number_shows(monkeypatch):
+    def spoiled(name, model):
+        model.lm_head.weight.register_hook(lambda gradient: gradient * torch.nan)
+        return {}
+
+    monkeypatch.setattr(patch, "apply", spoiled)
+    assert patch.parity("llama", "cpu")["gradient_error"] == "nan"
+
+
+def test_the_table_of_patched_models_is_of_the_newest_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr(patch, "RESULTS", tmp_path / "patch.csv")
+
+    def add(device, *names):
+        rows = [dict(model="llama", implementation=n, device=device, ms_p50=device) for n in names]
+        measure.merge(patch.RESULTS, patch.COLUMNS, rows, ("device", "model"))
+
+    add("1", "ponder", "transformers", "liger")
+    add("2", "ponder", "transformers")
+    assert "| 2 / 2 |" in patch.table() and "1" not in patch.table()
+    assert len(patch.RESULTS.read_text().splitlines()) == 6
 
 
 def test_tables_say_what_the_rows_say(tmp_path):
@@ -171,7 +297,8 @@ def stage(code, **more):
 
 def test_stages_fail_and_end_one_by_one(tmp_path, monkeypatch, capsys):
     """A failure, a missing program and one that never ends, child processes included."""
-    child = "import subprocess, sys; subprocess.run([sys.executable, '-c', '{}'])"
+    child = "import subprocess, sys; "
+    child += "subprocess.run([sys.executable, '-c', '{}'], start_new_session=True)"
     late = f"import time; time.sleep(3); open({str(tmp_path / 'late')!r}, 'w')"
     stages = {
         "good": stage("import os; print('seen', os.environ.get('PONDER_TILES'))"),
@@ -252,11 +379,14 @@ def test_a_run_is_adopted(tmp_path):
     results, own = tmp_path / "run" / "results", tmp_path / "own"
     rows = [measure.row("kernel", "a case", "bf16", name, [1.0]) for name in ("ponder", "peer")]
     measure.write(rows, results)
-    (results / "patch.csv").write_text("model,ms\nllama,1\n")
+    (results / "patch.csv").write_text("model,device,ms\nllama,A,1\n")
+    own.mkdir()
+    kept = "model,device,ms\nllama,B,3\nqwen2,A,4\n"
+    (own / "patch.csv").write_text(kept + "llama,A,2\n")
     on_gpu.adopt(tmp_path / "run", own)
     with open(own / "kernel.csv", newline="") as file:
         assert [row["implementation"] for row in csv.DictReader(file)] == ["ponder", "peer"]
-    assert (own / "patch.csv").read_text() == "model,ms\nllama,1\n"
+    assert (own / "patch.csv").read_text() == kept + "llama,A,1\n"
 
 
 def test_a_file_that_dies_is_a_failure(tmp_path, monkeypatch, capsys):
@@ -267,6 +397,14 @@ def test_a_file_that_dies_is_a_failure(tmp_path, monkeypatch, capsys):
     assert isolated.main() == 1
     out = capsys.readouterr().out
     assert "FAILED test_dies.py: exit -6" in out and out.endswith("1 passed, 1 failed\n")
+
+
+def test_a_file_that_hangs_ends_at_its_limit(tmp_path, monkeypatch, capsys):
+    (tmp_path / "test_hangs.py").write_text("import time\ndef test_x():\n    time.sleep(999)\n")
+    monkeypatch.setattr(sys, "argv", ["isolated", "--seconds", "2", str(tmp_path)])
+    assert isolated.main() == 1
+    out = capsys.readouterr().out
+    assert "FAILED test_hangs.py: over 2 s" in out and out.endswith("0 passed, 1 failed\n")
 
 
 def test_parts_of_a_file_are_all_of_it(tmp_path, monkeypatch, capsys):
@@ -329,6 +467,25 @@ def test_a_candidate_is_proven_in_a_process_of_its_own(tmp_path):
     run = subprocess.run([*words, json.dumps(good)], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     assert run.stdout.startswith("relative error")
+
+
+@pytest.mark.parametrize("spoiled, value", [(1, torch.nan), (2, 7.0)])
+def test_all_that_a_tile_writes_is_judged(monkeypatch, spoiled, value):
+    """The gradients, whose NaN is no small error, and the hidden units."""
+    pytest.importorskip("triton", reason="Triton is not installed here")
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter is for where there is no GPU")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    backward = mlp._mlp_backward
+
+    def wrong(*arguments):
+        written = backward(*arguments)
+        written[spoiled].fill_(value)
+        return written
+
+    monkeypatch.setattr(mlp, "_mlp_backward", wrong)
+    monkeypatch.setattr(mlp, "_tiles", mlp._tiles)  # put back what error_of leaves there
+    assert not mlp_tiles.error_of(True, mlp_tiles.INTERPRETED[0], True) < 1
 
 
 def test_both_sides_train_on_the_same_tokens(tmp_path, monkeypatch):
