@@ -28,7 +28,7 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """The steps that there is a checkpoint of, in order."""
         names = [path.name.removeprefix("step-") for path in self.folder.glob("step-*")]
-        return sorted(int(name) for name in names if name.isdigit())
+        return sorted(int(name) for name in names if name.isdecimal())
 
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:06}"

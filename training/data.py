@@ -7,6 +7,7 @@ have seen, and every process can take its own rows of the same batch.
 import os
 from collections.abc import Iterator, Sequence
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -92,7 +93,7 @@ def open_corpus(config: TrainConfig, name: str) -> Corpus:
         return SolverTraces(config, place)
     if kind == "task":
         return Problems(config, place)
-    if kind == "text" and not any(c in place for c in "*?["):
+    if kind == "text" and (Path(place).is_file() or not any(c in place for c in "*?[")):
         return LongText(config, name, place)
     return Documents(config, name, "jsonl" if kind == "json" else kind, place)
 

@@ -20,7 +20,13 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
         return []
     # str.splitlines would also cut at what a model may write, as U+2028.
     whole = file.read_text(encoding="utf-8").split("\n")[:-1]
-    return [json.loads(line) for line in whole]
+    rows = []
+    for number, line in enumerate(whole, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            raise ValueError(f"{file} line {number} is not JSON; mend or delete it") from None
+    return rows
 
 
 def forget_after(file: Path, step: int) -> None:

@@ -13,12 +13,12 @@ import random
 import re
 import sysconfig
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..provenance import open_run, write_aside
+from ..provenance import open_run, read_run, write_aside
 from .config import TrainConfig
 from .journal import read_rows
 
@@ -95,6 +95,8 @@ class ScaleConfig:
                 faults.append(f"{name} name {twice} more than once; one run would count for two")
         if len(set(self.sizes)) * len(set(self.tokens)) < 7:
             faults.append("a fit needs at least 7 runs")
+        if not 0 <= self.seed < 1 << 32:
+            faults.append(f"seed is {self.seed}; it must be at least 0 and less than 2³²")
         if self.data.startswith("task:"):
             faults.append(
                 f"data is {self.data}; a law counts tokens, and problems have as many as they "
@@ -111,6 +113,11 @@ class ScaleConfig:
                 "parameters; a fit needs at least 3"
             )
         steps = {round(count / self.batch_tokens) for count in self.tokens}
+        if len(steps) < 3:
+            faults.append(
+                f"tokens are {', '.join(map(str, self.tokens))}, of {len(steps)} different numbers "
+                f"of steps of {self.batch_tokens}; a fit needs at least 3"
+            )
         if self.held_out in self.sizes and round(self.held_out_tokens / self.batch_tokens) in steps:
             faults.append(
                 f"held_out is {self.held_out} with {self.held_out_tokens} tokens, a run of the "
@@ -118,6 +125,7 @@ class ScaleConfig:
             )
         if faults:
             raise ValueError("; ".join(dict.fromkeys(faults)))
+        rung_config(self, self.sizes[0], self.tokens[0]).check()  # what all runs have alike
 
 
 def tiny() -> ScaleConfig:
@@ -270,6 +278,7 @@ def scale(config: ScaleConfig) -> Path:
     for number, rung in enumerate(plan, 1):
         print(f"run {number} of {len(plan)}: {rung.out.name}", flush=True)
         rungs.append(_train_rung(rung, held_out=False))
+        _check_same_data(plan[:number])
         if main:
             write_aside(folder / "runs.csv", _table(rungs))
     if config.held_out:
@@ -281,6 +290,7 @@ def scale(config: ScaleConfig) -> Path:
         value, low, high = fit.predict(waiting.parameters, tokens)
         print(f"predicted for {waiting.name}: {value:.4f} ({low:.4f} to {high:.4f})", flush=True)
         rungs.append(_train_rung(last, held_out=True))
+        _check_same_data([*plan, last])
     if main:
         report(rungs, config, folder)
     return folder
@@ -321,6 +331,19 @@ def _train_rung(config: TrainConfig, *, held_out: bool) -> Rung:
         seconds=row["seconds"],
         val_loss=row["val_loss"],
     )
+
+
+def _check_same_data(rungs: Sequence[TrainConfig]) -> None:
+    """ValueError where a file changed since earlier runs: one law is of one text."""
+    found: dict[str, str] = {}
+    for rung in filter(_finished, rungs):
+        told = read_run(rung.out)["train"]["configuration"]["data_fingerprint"]
+        found.setdefault(told, rung.out.name)
+    if len(found) > 1:
+        raise ValueError(
+            f"the data are not what they were: {' and '.join(found.values())} have seen different "
+            "ones; take another --out, or put the data back and delete the later runs"
+        )
 
 
 def _finished(config: TrainConfig) -> bool:

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from ..models import GPT, GPTConfig, hub
 from ..models.verifier import Verifier, save_verifier, verifier_loss
-from ..provenance import note, open_run
+from ..provenance import note, open_run, read_run
 from .calibration import calibrate
 from .checkpoint import Checkpoints
 from .config import TrainConfig
@@ -50,6 +50,11 @@ from .tokenizer import check_vocabulary
 from .trackers import check_trackers, start_trackers
 from .view import View
 
+SHAPE = (
+    *("n_layer", "n_head", "n_kv_head", "head_dim", "n_embd", "n_inner", "gated", "activation"),
+    *("qk_norm", "tie_embeddings"),
+)
+
 
 class Diverged(ValueError):
     """The loss is no number any more."""
@@ -57,8 +62,7 @@ class Diverged(ValueError):
 
 def model_config(config: TrainConfig, vocab_size: int) -> GPTConfig:
     """The shape of the model that this configuration trains."""
-    names = "context n_layer n_head n_kv_head head_dim n_embd n_inner gated activation qk_norm"
-    fields = {name: getattr(config, name) for name in (*names.split(), "tie_embeddings")}
+    fields = {name: getattr(config, name) for name in ("context", *SHAPE)}
     return GPTConfig(vocab_size=vocab_size, **fields)
 
 
@@ -120,6 +124,7 @@ def train(config: TrainConfig, *, model_folder: Path | None = None) -> Path:
         shape = model_config(config, data.vocabulary.size)
     else:
         shape = _taken_up(config, data, given)
+        config = replace(config, **{name: getattr(shape, name) for name in SHAPE})
     with Stop() as stop, ExitStack() as held:
         return _Run(config, data, shape, stop, held, model_folder or config.out).go()
 
@@ -223,6 +228,12 @@ class _Run:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 held.enter_context(alone_in(self.folder))
+                known = read_run(self.out) if (self.out / "run.json").exists() else {}
+                if "train" not in known and (self.model_folder / "config.json").exists():
+                    raise ValueError(
+                        f"{self.model_folder} holds a model that no run of ponder left; take "
+                        "another --out"
+                    )
                 # Data that changed since the run began would make another run of it.
                 identity = self.config.identity() | {"data_fingerprint": self.data.fingerprint}
                 open_run(self.out, "train", identity, resume=self.config.resume)
@@ -250,6 +261,8 @@ class _Run:
 
     def go(self) -> Path:
         config = self.config
+        if self.step == config.steps and not any(self.model_folder.glob("*.safetensors")):
+            self._save()  # it was finished, and its model is gone
         with ExitStack() as stack:
             self.view = stack.enter_context(View(config.steps, self.step, enabled=self.main))
             ahead = stack.enter_context(ThreadPoolExecutor(1))
@@ -307,6 +320,11 @@ class _Run:
         self.optimizer.optimizer.set_rate(config.rate(self.step))
         # Normalized by the tokens of the whole batch, not by micro-batches or processes.
         total = int((batch.targets != IGNORE).sum())
+        if not total:
+            raise ValueError(
+                f"nothing in the batch of step {self.step + 1} is to be learned; a larger batch "
+                "or a longer context would hold something"
+            )
         loss_sum = torch.zeros((), device=accelerator.device)
         rows = len(batch.tokens) // config.accumulation
         for i in range(config.accumulation):

@@ -241,9 +241,9 @@ def layouts(config: PlanConfig, shape: GPTConfig, hardware: Device) -> Iterator[
         shards += sorted({min(config.devices, hardware.per_node), config.devices})
     for count in [config.shards] if config.shards else shards:
         share = sequences // config.devices
-        for rows in range(share, 0, -1):
-            if share % rows == 0:
-                yield Layout(count, rows, share // rows)
+        small = [d for d in range(1, math.isqrt(share) + 1) if share % d == 0]
+        for rows in sorted({*small, *(share // d for d in small)}, reverse=True):
+            yield Layout(count, rows, share // rows)
 
 
 def plan(config: PlanConfig, model: str) -> Plan:

@@ -131,7 +131,6 @@ def _conversation(row: Row, eos: str, template: str) -> Iterator[Document]:
     key = next((turn["content"] for turn in turns if turn["role"] == "user"), "")
 
     def render(turns: list[dict[str, str]], answering: bool = False) -> str:
-        from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
@@ -142,7 +141,7 @@ def _conversation(row: Row, eos: str, template: str) -> Iterator[Document]:
                 eos_token=eos,
                 bos_token="",
             )
-        except TemplateError as error:
+        except Exception as error:  # a template may do anything
             raise ValueError(f"{row.where}: the chat template refuses it: {error}") from None
         return text
 
@@ -151,7 +150,12 @@ def _conversation(row: Row, eos: str, template: str) -> Iterator[Document]:
         if turn["role"] == "assistant":
             whole = render(turns[: i + 1])
             # A template may open the answer with more than an answer in the past begins with.
-            before = (render(turns[:i], True), render(turns[:i]) if i else "")
+            try:
+                before = render(turns[:i], True), render(turns[:i]) if i else ""
+            except ValueError:
+                if i:
+                    raise
+                before = ()  # some templates fail where nothing was said yet
             said = next((b for b in before if whole.startswith(b)), None)
             if said is None:  # the answer's own words then tell where it begins
                 words = turn["content"].strip()

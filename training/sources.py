@@ -98,7 +98,7 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
                 continue
             where = f"{path} line {number}"
             try:
-                values = json.loads(line.decode("utf-8"))
+                values = json.loads(line.decode("utf-8-sig"))  # a byte-order mark may come first
             except UnicodeDecodeError as error:
                 raise ValueError(
                     f"{where} is not UTF-8: byte {error.start} of it cannot be read"
@@ -125,7 +125,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
                 for values in batch.to_pylist():
                     number += 1
                     yield Row(f"{path} row {number}", values)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} cannot be read as Parquet after row {number}: {reason}") from None
 

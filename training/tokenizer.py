@@ -140,7 +140,7 @@ def load_vocabulary(kind: str, corpora: Sequence["Corpus"]) -> Vocabulary:
 
 def _learned(kind: str, corpora: Sequence["Corpus"], thinks: bool) -> Tokenizer:
     size = kind.removeprefix("bpe:")
-    if kind != "char" and not size.isdigit():
+    if kind != "char" and not size.isdecimal():
         raise ValueError(f"tokenizer is {kind!r}; bpe needs a number of tokens, as in bpe:4096")
     alphabets = [corpus.alphabet for corpus in corpora]
     if kind == "char" and None not in alphabets:

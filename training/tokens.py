@@ -127,6 +127,6 @@ def hold_out(keys: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     order = fits if len(fits) else order[np.argsort(lengths[order], kind="stable")]
     count = max(1, int(np.searchsorted(np.cumsum(lengths[order]), most, side="right")))
     held_out = np.isin(keys, keys[order[:count]])
-    if held_out.sum() > 2 * count:
+    if held_out.sum() > 2 * count or held_out.all():
         held_out = np.isin(np.arange(len(keys)), order[:count])
     return held_out

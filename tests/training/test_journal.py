@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,3 +30,10 @@ def test_any_text_is_one_row(tmp_path_factory, text):
     file = tmp_path_factory.mktemp("rows") / "samples.jsonl"
     append_rows(file, [{"step": 1, "text": text}])
     assert read_rows(file) == [{"step": 1, "text": text}]
+
+
+def test_a_damaged_row_is_named(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1}\nstep 2\n')
+    with pytest.raises(ValueError, match="metrics.jsonl line 2 is not JSON; mend or delete it"):
+        read_rows(file)

@@ -2,7 +2,9 @@ import csv
 import json
 import math
 import random
+import shutil
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -103,6 +105,17 @@ def test_what_is_finished_is_not_trained_again(ladder, monkeypatch):
     assert trained == ["1x32_768"] * 2 and table(ladder) == before
 
 
+def test_two_texts_are_not_taken_for_one(ladder, tmp_path):
+    out = shutil.copytree(ladder.out, tmp_path / "out")
+    shutil.rmtree(out / "runs" / "1x16_640")
+    text = Path(ladder.data.removeprefix("text:"))
+    before = text.read_text()
+    text.write_text(before[::-1])
+    with pytest.raises(ValueError, match="1x16_640 and 1x16_768 have seen different ones; take"):
+        scale(replace(ladder, out=out, resume=True))
+    text.write_text(before)
+
+
 def test_two_processes_climb_the_ladder_together(ladder, tmp_path):
     """Into a folder that is not there yet."""
     words = ["scale", f"--data={ladder.data}", f"--out={tmp_path}/out", "--held-out="]
@@ -201,6 +214,12 @@ def test_presets_are_ladders_that_can_be(name):
         (dict(tokens=(1000, 500_000, 10**6)), "1000 tokens are fewer than 10 steps of 1024"),
         (dict(batch_tokens=1000), "batch_tokens is 1000; it must be a multiple of the context"),
         (dict(resamples=0), "resamples is 0"),
+        (dict(seed=-1), "seed is -1; it must be at least 0"),
+        (dict(lr=float("nan")), "lr is nan"),
+        (
+            dict(tokens=(100_000, 100_001, 100_002)),
+            "tokens are 100000, 100001, 100002, of 1 different numbers of steps of 1024",
+        ),
         (dict(data="task:last_digit"), "data is task:last_digit; a law counts tokens"),
         (dict(sizes=("2x64", "8x32", "2x128")), "of 2 different numbers of parameters"),
         (dict(held_out="2x64", held_out_tokens=600_100), "held_out is 2x64 .* a run of the ladder"),

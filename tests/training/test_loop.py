@@ -13,6 +13,7 @@ import torch
 
 from ponder.models import GPT, hub
 from ponder.models.memory import training_memory
+from ponder.provenance import read_run
 from ponder.training import preset
 from ponder.training.checkpoint import MANIFEST, STATE, Checkpoints
 from ponder.training.loop import Diverged, model_config, train
@@ -135,6 +136,15 @@ def test_a_folder_that_cannot_be_is_told(config, tmp_path):
         train(replace(config, out=tmp_path / "file"))
 
 
+def test_a_model_that_no_run_left_is_not_written_over(config, checkpoint, tmp_path):
+    config, _ = config
+    out = shutil.copytree(checkpoint, tmp_path / "out")
+    before = (out / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="out holds a model that no run of ponder left; take"):
+        train(replace(config, out=out, init=str(out)))
+    assert (out / "model.safetensors").read_bytes() == before
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of CPUs alone")
 def test_half_precision_on_a_cpu_is_told(config, tmp_path):
     config, _ = config
@@ -215,6 +225,22 @@ def test_resume_gives_the_same_losses_and_weights(config, whole, monkeypatch):
     ours = newest(out)["model"]
     theirs = newest(whole)["model"]
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_finished_run_whose_model_is_gone_gives_it_again(config, copied):
+    config, _ = config
+    file = copied / "model.safetensors"
+    before = file.read_bytes()
+    file.unlink()
+    train(replace(config, out=copied, resume=True))
+    assert file.read_bytes() == before
+
+
+def test_a_batch_without_a_target_is_no_divergence(config, tmp_path):
+    config, _ = config
+    short = dict(data="task:countdown", verifier="process", context=24, batch_size=2)
+    with pytest.raises(ValueError, match="nothing in the batch of step 1 is to be learned"):
+        train(replace(config, out=tmp_path / "out", **short))
 
 
 def test_what_launchers_repeat_does_not_interrupt(monkeypatch):
@@ -448,6 +474,8 @@ def test_a_checkpoint_is_trained_further(config, checkpoint):
     train(replace(config, steps=2, lr=1e-9))
     before, after = (AutoModelForCausalLM.from_pretrained(p) for p in (checkpoint, out))
     assert type(after) is type(before)
+    recorded = read_run(out)["train"]["configuration"]
+    assert recorded["n_inner"] == after.config.intermediate_size != config.n_inner
     tokens = torch.arange(10)[None]
     torch.testing.assert_close(after(tokens).logits, before(tokens).logits, rtol=1e-5, atol=1e-6)
     train(replace(config, out=folder.mktemp("learned"), steps=60, lr=0.3))

@@ -128,3 +128,16 @@ def test_a_template_that_refuses_a_conversation_is_named():
     refuses = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(ValueError, match="x line 1: the chat template refuses it: roles must alt"):
         render({"messages": CHAT}, template=refuses)
+
+
+def test_a_template_that_renders_no_empty_conversation_takes_one_that_the_assistant_begins():
+    first = "{% if messages[0]['role'] == 'system' %}{{ messages[0].content }}{% endif %}"
+    turns = [{"role": "assistant", "content": "Hello"}, *CHAT[3:]]
+    [document] = render({"messages": turns}, template=first + CHATML)
+    assert marked(document).startswith("<|im_start|>assistant\n[Hello<|im_end|>\n]<|im_start|>user")
+
+
+@pytest.mark.parametrize("fault", ["{{ messages[0].content + 3 }}", "{{ messages | length // 0 }}"])
+def test_a_template_that_fails_is_told_with_the_row(fault):
+    with pytest.raises(ValueError, match="x line 1: the chat template refuses it"):
+        render({"messages": CHAT}, template=fault)
