@@ -22,23 +22,29 @@ class PonderConfig(PretrainedConfig):
 class _Layer(LayerCache):
     """One layer of Transformers' cache, as GPT's attention asks for it."""
 
-    def __init__(self, past: DynamicCache, index: int):
-        self.past, self.index = past, index
+    def __init__(self, past: DynamicCache, index: int, length: int):
+        self.past, self.index, self.length = past, index, length
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attention(q, *self.past.update(k, v, self.index), causal=True)
+        keys, values = self.past.update(k, v, self.index)
+        if keys.shape[2] != self.length + k.shape[2]:
+            raise ValueError(
+                f"the {type(self.past).__name__} gives {keys.shape[2]} keys for "
+                f"{self.length + k.shape[2]} tokens; a ponder model takes a DynamicCache"
+            )
+        return attention(q, keys, values, causal=True)
 
 
 class _Past(KVCache):
     """Transformers' cache, all rows equally long, as GPT asks for it."""
 
     def __init__(self, past: DynamicCache, tokens: Tensor, n_layer: int):
-        self.past, self.n_layer, length = past, n_layer, past.get_seq_length()
-        self.lengths = torch.full(tokens.shape[:1], length, device=tokens.device)
-        self.empty = length == 0
+        self.past, self.n_layer, self.length = past, n_layer, int(past.get_seq_length())
+        self.lengths = torch.full(tokens.shape[:1], self.length, device=tokens.device)
+        self.empty = self.length == 0
 
     def views(self, positions: Tensor | None, count: int) -> list[LayerCache]:
-        return [_Layer(self.past, i) for i in range(self.n_layer)]
+        return [_Layer(self.past, i, self.length) for i in range(self.n_layer)]
 
 
 class PonderForCausalLM(PreTrainedModel, GenerationMixin):
@@ -81,8 +87,8 @@ class PonderForCausalLM(PreTrainedModel, GenerationMixin):
         """input_ids (B, T) → logits (B, T, V); the last `logits_to_keep` of them where given.
 
         position_ids are those of unpadded rows: 0, 1, … after what the cache holds; use_cache
-        begins a cache where none is given. Raises ValueError for an attention_mask with zeros, and
-        for more tokens than the context.
+        begins a cache where none is given. Raises ValueError for an attention_mask with zeros, for
+        more tokens than the context, and for a cache that gives more keys than there are tokens.
         """
         if attention_mask is not None and not attention_mask.all():
             raise ValueError("attention_mask has zeros; a ponder model takes rows of equal length")

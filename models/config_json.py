@@ -201,8 +201,9 @@ def _refuse(fields: Mapping[str, Any], kind: str) -> None:
     for name in OFF if kind in MLP_BIAS else (*OFF, "mlp_bias"):
         if fields.get(name):
             raise ValueError(f"{name} is {_short(fields[name])}, which a GPT does not express")
-    if fields.get("scale_attn_weights") is False:
-        raise ValueError("scale_attn_weights is false, which a GPT does not express")
+    for name in ("scale_attn_weights", "is_causal"):
+        if fields.get(name) is False:
+            raise ValueError(f"{name} is false, which a GPT does not express")
     # There, use_sliding_window decides.
     if fields.get("sliding_window") and kind not in ("qwen2", "qwen3", "smollm3"):
         raise ValueError(
@@ -237,7 +238,7 @@ def _rope(fields: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     rope = fields.get(name) or {}
     if not isinstance(rope, dict):
         raise ValueError(f"{name} is {_short(rope)}; it must be an object")
-    theta = _get(rope if rope.get("rope_theta") else fields, "rope_theta", float, 10000.0)
+    theta = _get(fields if rope.get("rope_theta") is None else rope, "rope_theta", float, 10000.0)
     plain = dict(rope_type="default", type="default", partial_rotary_factor=1.0)
     scaling = None
     if "llama3" in (rope.get("rope_type"), rope.get("type")):

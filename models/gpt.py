@@ -265,8 +265,10 @@ class GPT(nn.Module):
         segment_ids (B, T), int32 or int64: a token attends to those of its own segment alone (a
         document of several packed in a row). With a cache, row b's tokens take the positions from
         `cache.lengths[b]` on; its capacity must hold them, and the caller then adds to `lengths`.
-        ValueError where T is more than the context.
+        ValueError where T is more than the context, or segments are given with a cache.
         """
+        if cache is not None and segment_ids is not None:
+            raise ValueError("segment_ids are given with a cache, whose rows are of one segment")
         T = tokens.shape[1]
         positions = None
         if cache is None or cache.empty:

@@ -3,9 +3,10 @@
 `register()` makes `attn_implementation="ponder"` known. Transformers asks `mask` once for each kind
 of layer and hands what it gives to `attend` in each layer. A mask is, in T + S numbers instead of
 T × S: None, the tokens see all keys up to their own; or the keys' segment ids (B, 1, 1, S) in
-int32, of which a negative one, ~id, is a padded key that no token sees. (They have four dimensions
-because `generate` makes some masks ahead, and models take one of two for padding.) Windows come
-from the layer. A mask that is not made so comes as Transformers makes it, (B, 1, T, S), and such a
+int32, of which a negative one, ~id, is a padded key that no token sees; or for one query, in int64,
+0 for a key that it sees and −1 for another. (They have four dimensions because `generate` makes
+some masks ahead, and models take one of two for padding.) Windows come from the layer, but for that
+of one query. A mask that is not made so comes as Transformers makes it, (B, 1, T, S), and such a
 call takes Transformers' own function, which is said once.
 
 Shapes: B sequences, T queries, S keys.
@@ -95,7 +96,7 @@ def mask(**asked: Any) -> Tensor | None:
     if n_queries == 1:  # every key is looked at, so any function will do
         seen = sees(row, head, torch.zeros_like(keys) + q_offset, keys).expand(n_row, n_keys)
         seen = seen if present is None else seen & present
-        return None if not compiling and seen.all() else (seen.int() - 1)[:, None, None]
+        return None if not compiling and seen.all() else (seen.long() - 1)[:, None, None]
     if compiling:
         if "allow_is_bidirectional_skip" in asked or sees.__name__ not in CAUSAL:
             return sdpa_mask(**as_theirs)
@@ -133,24 +134,30 @@ def attend(
 
     Where there is no mask, cu_seq_lens_q says where the sequences of one packed row begin.
     """
+    chosen = any(rest.get(name) is not None for name in ("indices", "block_indices"))
+    if chosen or getattr(module, "compressor", None) is not None:
+        raise ValueError(
+            f"{type(module).__name__} chooses its keys by itself, which attn_implementation "
+            f'"{NAME}" does not compute; "eager" does'
+        )
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     if sliding_window is None and causal:
         sliding_window = _untold_window(module)
     n_row, n_queries, n_keys = query.shape[0], query.shape[2], key.shape[2]
     options: dict[str, Any] = dict(window=sliding_window, softcap=softcap, sinks=s_aux)
     ids = None
+    ours = attention_mask is not None and attention_mask.dtype in (torch.int32, torch.int64)
     if attention_mask is not None and (
-        attention_mask.ndim != 4
-        or (attention_mask.dtype == torch.int32 and attention_mask.shape[1:3] != (1, 1))
+        attention_mask.ndim != 4 or (ours and attention_mask.shape[1:3] != (1, 1))
     ):
         raise ValueError(
             f"attention_mask is {tuple(attention_mask.shape)} of {attention_mask.dtype} in the "
             "layer; it must be None, (B, 1, T, S) of bool or a float dtype, or what ponder's mask "
             "function gives"
         )
-    if attention_mask is not None and attention_mask.dtype == torch.int32:
+    if ours and attention_mask is not None:
         ids = attention_mask[:, 0, 0]
-        if n_queries == 1:  # then the ids tell the window too
+        if ids.dtype == torch.int64:  # which tell the window too
             options["window"] = None
     if attention_mask is not None:
         cu_seq_lens_q = None
@@ -224,8 +231,9 @@ def _scales_by_layer(module: nn.Module, scaling: float | None) -> bool:
 
 
 def _queries(ids: Tensor, n_queries: int) -> Tensor:
-    """The segment ids of the queries, which stand beside the last keys, padded or not."""
-    if n_queries == 1:
+    """The segment ids of the queries, which stand beside the last keys, padded or not; one that
+    the mask was made for may stand elsewhere."""
+    if ids.dtype == torch.int64:
         return torch.zeros_like(ids[:, :1])
     own = ids[:, -n_queries:]
     return torch.where(own < 0, ~own, own)

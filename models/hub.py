@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from . import layout
@@ -62,7 +62,8 @@ def load(
     expected = {n: t.shape for n, t in layout.to_checkpoint(kind, model.state_dict()).items()}
     state = read_tensors(folder, expected, config, dtype=dtype, device=device)
     embedding = state[layout.embedding(kind)]
-    if config.tie_embeddings and not torch.equal(state.get(layout.HEAD, embedding), embedding):
+    head = state.get(layout.HEAD, embedding) if config.tie_embeddings else embedding
+    if head is not embedding and not head.allclose(embedding, rtol=0, atol=0, equal_nan=True):
         raise ValueError(
             f"{folder}: lm_head.weight is not {layout.embedding(kind)}, yet config.json has "
             "tie_word_embeddings true"
@@ -320,14 +321,20 @@ def save(
     one does; template: the tokenizer's chat template (Jinja), which chat with the model in vLLM or
     Transformers needs. Weights above shard_bytes are split into shards.
 
-    Raises ValueError for a tokenizer with more tokens than the model, a wrapped model, or a dtype
-    that weights cannot have.
+    Raises ValueError for a tokenizer with more tokens than the model, a template or bos without a
+    tokenizer, a wrapped model, one with other parameters than its config says (adapters), or a
+    dtype that weights cannot have.
     """
     path = Path(path)
     if not isinstance(model, GPT):
         raise ValueError(f"only a GPT can be saved, not a {type(model).__name__}: unwrap it first")
     _check_dtype(dtype)
+    for name, given in (("bos", bos), ("template", template)):
+        if given is not None and tokenizer is None:
+            raise ValueError(f"{name} is {given[:40]!r}, and no tokenizer is given to save it with")
     config = model.config
+    with shapes_alone():
+        check_parameters(model, GPT(config))
     state = _checkpoint(model, dtype)
     write_folder(
         path,
@@ -369,10 +376,10 @@ def write_folder(
     aside, then rename; see `save`, errors as there."""
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file; a checkpoint is a folder")
-    if tokenizer is not None and tokenizer.get_vocab_size() > config.vocab_size:
+    highest = -1 if tokenizer is None else max(tokenizer.get_vocab().values(), default=-1)
+    if highest >= config.vocab_size:
         raise ValueError(
-            f"the tokenizer has {tokenizer.get_vocab_size()} tokens; the model has only "
-            f"{config.vocab_size}"
+            f"the tokenizer has ids up to {highest}; the model has only {config.vocab_size} tokens"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     # Inside a folder that exists, which may be a mount: a rename does not cross file systems.
@@ -396,6 +403,18 @@ def write_folder(
             aside.rename(path)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def check_parameters(model: nn.Module, plain: nn.Module) -> None:
+    """ValueError where the model has other parameters, or ties others, than a plain one has."""
+    # A shared parameter is named once, by the first of its names.
+    found, expected = ({n: p.shape for n, p in m.named_parameters()} for m in (model, plain))
+    wrong = [name for name in expected | found if found.get(name) != expected.get(name)]
+    if wrong:
+        raise ValueError(
+            f"the model is not what its config says in {_listed(wrong)}; adapters must be merged, "
+            "and parametrizations removed, before it is saved"
+        )
 
 
 def _checkpoint(model: GPT, dtype: torch.dtype) -> dict[str, Tensor]:

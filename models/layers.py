@@ -26,6 +26,13 @@ from ..kernels._activations import ACTIVATIONS
 from .cache import LayerCache
 
 
+def hooked(module: nn.Module) -> bool:
+    """Whether something looks on when the module is called, or stands in for its forward."""
+    m = module
+    hooks = m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks
+    return any(hooks) or "forward" in vars(m)
+
+
 def readable(*projections: nn.Module) -> bool:
     """Whether a kernel may read the weights of these modules instead of calling them.
 
@@ -34,9 +41,8 @@ def readable(*projections: nn.Module) -> bool:
     on.
     """
     for p in projections:
-        hooks = p._forward_hooks, p._forward_pre_hooks, p._backward_hooks, p._backward_pre_hooks
         plain = type(p) is nn.Linear or type(p).__name__ == "Conv1D"
-        if not plain or any(hooks) or "forward" in vars(p):
+        if not plain or hooked(p):
             return False
         # torchao's weights, and DTensor's, are subclasses of Tensor in a Linear like any other.
         if type(p.weight) not in (nn.Parameter, Tensor):

@@ -9,8 +9,11 @@ numbers; otherwise it stays as it is, and the summary says why. Where something 
 (LoRA, quantization, a hook on a projection), the module falls back on its own forward.
 """
 
+import copy
 import functools
+import inspect
 import types
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,11 +27,12 @@ from ..kernels import linear_cross_entropy
 from ..kernels import rotary as turn
 from ..kernels._activations import ACTIVATIONS
 from . import hf_attention, hf_layers
-from .layers import readable
+from .layers import hooked, readable
 
 # The models whose logits are a head's alone, as they are or capped as Gemma's: their loss is known.
 LOSSES = frozenset("llama qwen2 qwen3 mistral smollm3 gemma2 gemma3_text phi3 olmo2 gpt2".split())
 STATE, OF = "_ponder_patch", "_ponder_of"  # on the model, and on each class that is put in
+_patched: weakref.WeakSet[Any] = weakref.WeakSet()  # some of which may share a config
 
 
 @dataclass
@@ -115,22 +119,32 @@ def patch(
     for module, new in classes:
         module.__class__ = new
     setattr(model, STATE, undo)
+    _patched.add(model)
     if not quiet:
         print("\n".join([f"ponder under {type(model).__name__}:", *map(str, everything)]))
     return everything
 
 
 def unpatch(model: nn.Module) -> None:
-    """Undo `patch`; ValueError for a model that is not patched."""
-    undo = getattr(model, STATE, None)
-    if not isinstance(undo, _Undo):
+    """Undo `patch`; ValueError for a model that is not patched, or has a part that something else
+    (`fully_shard`, a parametrization) has given a class since; nothing is changed then."""
+    # A model that was made by the class of a patched one has that class alone.
+    undo = vars(model).get(STATE, _Undo() if OF in vars(type(model)) else None)
+    if undo is None:
         raise ValueError(f"the {type(model).__name__} is not patched: there is nothing to undo")
-    for module in model.modules():
-        if (of := vars(type(module)).get(OF)) is not None:
-            module.__class__ = of[1]
+    changed = {name: m for name, m in model.named_modules() if hasattr(type(m), OF)}
+    for name, module in changed.items():
+        if OF not in vars(type(module)):
+            raise ValueError(
+                f"{name or 'the model'} was made into a {type(module).__name__} after patch; undo "
+                "that first"
+            )
+    for module in changed.values():
+        module.__class__ = vars(type(module))[OF][1]
     if undo.attention is not None:
         model.set_attn_implementation(undo.attention)  # pyright: ignore[reportCallIssue]
-    delattr(model, STATE)
+    vars(model).pop(STATE, None)
+    _patched.discard(model)
 
 
 def _check(model: nn.Module) -> None:
@@ -142,7 +156,7 @@ def _check(model: nn.Module) -> None:
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"patch takes a Transformers model, not a {name}: unwrap it first")
     for part, module in model.named_modules():
-        if hasattr(module, STATE) or OF in vars(type(module)):
+        if hasattr(module, STATE) or hasattr(type(module), OF):
             part = f"{part} in the {name}" if part else f"the {name}"
             raise ValueError(f"{part} is patched already; unpatch it first")
     for parameter, p in model.named_parameters():
@@ -163,11 +177,19 @@ def _attention(model: Any, undo: _Undo) -> Part:
     configs = {part: getattr(model.config, part, None) for part in model.config.sub_configs}
     configs = {"": model.config} | {part: c for part, c in configs.items() if c is not None}
     before = {part: config._attn_implementation for part, config in configs.items()}
+    shared = (getattr(other, STATE).attention for other in _patched if other.config is model.config)
+    before = next(filter(None, shared), before)
     part = Part("attention")
     if not getattr(model, "_supports_attention_backend", False):
         part.kept[f"{type(model).__name__} takes no attention of others"] = len(layers)
         return part
-    if set(before.values()) != {hf_attention.NAME}:
+    if any(config.output_attentions for config in configs.values()):
+        part.kept["its config has output_attentions"] = len(layers)
+        return part
+    if (chooses := next(filter(_chooses_keys, layers), None)) is not None:
+        part.kept[f"{type(chooses).__name__} chooses its keys by itself"] = len(layers)
+        return part
+    if {config._attn_implementation for config in configs.values()} != {hf_attention.NAME}:
         model.set_attn_implementation(hf_attention.NAME)
     if model.config._attn_implementation != hf_attention.NAME:
         part.kept[f"{type(model).__name__} does not go by Transformers' registry"] = len(layers)
@@ -180,6 +202,14 @@ def _attention(model: Any, undo: _Undo) -> Part:
     if max(rates, default=0.0) > 0:
         part.note = f"by PyTorch's sdpa while training, with dropout {max(rates)}"
     return part
+
+
+def _chooses_keys(layer: nn.Module) -> bool:
+    """Whether an attention layer picks keys by a rule that it tells eager attention and SDPA alone,
+    by their names (DeepSeek-V3.2), or joins some to those that the mask is for (DeepSeek-V4)."""
+    code = getattr(inspect.unwrap(type(layer).forward), "__code__", None)
+    told = code is not None and ("eager", "sdpa") in code.co_consts
+    return told or any(_get(layer, name) is not None for name in ("indexer", "compressor"))
 
 
 def _norm(module: nn.Module, known: dict) -> type | str | None:
@@ -213,14 +243,16 @@ def _mlp(module: nn.Module, known: dict) -> type | str | None:
             if type(projection) is nn.Linear and weight is not nn.Parameter:
                 return f"{name} is quantized or distributed (its weight is a {weight.__name__})"
             return f"{name} is wrapped or hooked ({type(projection).__name__})"
+    function = _get(module, kind.FUNCTION)
+    if isinstance(function, nn.Module) and hooked(function):
+        return f"{kind.FUNCTION} is hooked ({type(function).__name__})"
     own = sum(len(list(getattr(module, name).parameters())) for name in kind.PROJECTIONS)
     if len(list(module.parameters())) > own:
         return f"{type(module).__name__} has parameters beside its projections"
-    function = _get(module, kind.FUNCTION)
     activation = None if function is None else _activation(function)
     if activation is None:
         return f"no kernel has its activation ({type(function).__name__})"
-    return _proven(module, [kind.__name__], activation, known)
+    return _proven(module, [kind.__name__], (activation, hf_layers.identity(function)), known)
 
 
 def _rotary(module: nn.Module, known: dict) -> type | str | None:
@@ -268,10 +300,10 @@ def _turning(theirs: Callable) -> Callable | None:
     q, k = numbers.cos().view(2, 1, 3, 16).repeat(1, 2, 1, 1), numbers.view(2, 1, 3, 16)
     try:
         expected = theirs(q, k, angles.cos(), angles.sin())
+        found = apply_rotary_pos_emb(q, k, angles.cos(), angles.sin())
+        same = all(_near(x, y) for x, y in zip(found, expected, strict=True))
     except Exception:  # another signature: any error says so
         return None
-    found = apply_rotary_pos_emb(q, k, angles.cos(), angles.sin())
-    same = all(_near(x, y) for x, y in zip(found, expected, strict=True))
     return apply_rotary_pos_emb if same else None
 
 
@@ -295,7 +327,7 @@ def _fused(theirs: Callable) -> Callable:
         if labels is None or args or not _can_fuse(self, kwargs):
             labels = {} if labels is None else dict(labels=labels)
             return theirs(self, input_ids, *args, **labels, **kwargs)
-        from transformers.modeling_outputs import CausalLMOutputWithPast
+        from transformers import modeling_outputs as outputs
 
         shifted, ignored = kwargs.pop("shift_labels", None), kwargs.pop("ignore_index", -100)
         kwargs.pop("logits_to_keep", None)
@@ -314,12 +346,11 @@ def _fused(theirs: Callable) -> Callable:
         )
         if count is not None:
             loss = loss / (count.to(loss.device) if isinstance(count, Tensor) else count)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            past_key_values=out.past_key_values,
-            hidden_states=out.hidden_states,
-            attentions=out.attentions,
-        )
+        kept = ["past_key_values", "hidden_states", "attentions"]
+        kind = outputs.CausalLMOutputWithPast
+        if hasattr(out, "cross_attentions"):  # GPT-2's
+            kept, kind = [*kept, "cross_attentions"], outputs.CausalLMOutputWithCrossAttentions
+        return kind(loss=loss, **{name: getattr(out, name) for name in kept})
 
     return forward
 
@@ -340,13 +371,14 @@ def _can_fuse(model: Any, kwargs: dict[str, Any]) -> bool:
     )
 
 
-def _class(kind: str, old: type, activation: str | None = None) -> type:
-    """`old` with another forward: a subclass by its name, one for each `kind`."""
+def _class(kind: str, old: type, activation: tuple[str, Any] | None = None) -> type:
+    """`old` with another forward: a subclass by its name, one for each `kind`; for an MLP with our
+    name of its activation, and what tells that from others."""
     return _made(kind, old, old.forward, activation)
 
 
 @functools.cache
-def _made(kind: str, old: type, forward: Any, activation: str | None) -> type:
+def _made(kind: str, old: type, forward: Any, activation: tuple[str, Any] | None) -> type:
     members: dict[str, Any] = dict(__module__=old.__module__, __qualname__=old.__qualname__)
     members |= {OF: (kind, old, activation), "__reduce_ex__": _reduce}
     before = ()
@@ -354,7 +386,7 @@ def _made(kind: str, old: type, forward: Any, activation: str | None) -> type:
         members["forward"] = _FORWARDS[kind](forward)
     else:  # its super() is `old`
         before = (getattr(hf_layers, kind),)
-        members["ponder_activation"] = activation
+        members["ponder_activation"], members["ponder_function"] = activation or (None, None)
     return type(old.__name__, (*before, old), members)
 
 
@@ -372,7 +404,9 @@ def _blank(*of: Any) -> nn.Module:
     return nn.Module.__new__(_class(*of))
 
 
-def _proven(module: nn.Module, kinds: list[str], activation: str | None, known: dict) -> type | str:
+def _proven(
+    module: nn.Module, kinds: list[str], activation: tuple[str, Any] | None, known: dict
+) -> type | str:
     """The first of `kinds` that gives what the module's own forward gives, as a class."""
     old = type(module)
     if "forward" in vars(module):
@@ -390,31 +424,31 @@ def _proven(module: nn.Module, kinds: list[str], activation: str | None, known: 
 
 @torch.no_grad()
 def _agree(module: nn.Module, new: type) -> bool:
-    """Whether the module gives the same under both classes, while training (its dropout, with the
-    same random numbers) and not, for rows with a mean and of two magnitudes, the small one near the
-    root of a norm's epsilon; a row grows along its width, which a norm of groups does not pass.
-    Nothing of the module is left changed."""
-    old, modes = type(module), {m: m.training for m in module.modules()}
-    weight = next(module.parameters())
+    """Whether a copy of the module with random weights, in fp32, gives the same under both classes,
+    while training (its dropout, with the same random numbers) and not, for rows with a mean and of
+    three magnitudes, one near the root of a norm's epsilon, one beyond what an MLP may clamp; a row
+    grows along its width, which a norm of groups does not pass. No hook sees the trial."""
+    old, weight = type(module), next(module.parameters())
     width = weight.shape[0] if weight.ndim == 1 else _width(module)
-    x = 0.5 + torch.arange(2.0 * width, device=weight.device).sin().view(1, 2, width)
+    x = 0.5 + torch.arange(3.0 * width, device=weight.device).sin().view(1, 3, width)
     x = x * torch.linspace(0.2, 3.0, width, device=weight.device)
-    x = (x * x.new_tensor([1.0, 1e-3])[:, None]).to(weight.dtype)
-    found: list[Tensor] = []
+    x = x * x.new_tensor([1.0, 1e-3, 30.0])[:, None]
+    hooks = (x for m in module.modules() for name, x in vars(m).items() if "_hooks" in name)
+    found = []
     try:
-        for training in (False, True):
-            module.train(training)
-            for module.__class__ in (old, new):
-                with torch.random.fork_rng([weight.device] if weight.is_cuda else []):
-                    torch.manual_seed(0)
-                    found.append(module(x))
-    except (RuntimeError, TypeError, ValueError):  # not a forward of one tensor, or of this one
+        trial = copy.deepcopy(module, {id(x): type(x)() for x in hooks}).float()
+        with torch.random.fork_rng([weight.device] if weight.is_cuda else []):
+            torch.manual_seed(0)
+            for p in trial.parameters():
+                p.normal_(std=1.0 if p.ndim == 1 else width**-0.5)
+            for training in (False, True):
+                trial.train(training)
+                for trial.__class__ in (old, new):
+                    torch.manual_seed(1)
+                    found.append(trial(x))
+        return _near(found[1], found[0]) and _near(found[3], found[2])
+    except Exception:  # its forward is not one of a tensor that gives a tensor: any error says so
         return False
-    finally:
-        module.__class__ = old
-        for m, training in modes.items():
-            m.training = training
-    return _near(found[1], found[0]) and _near(found[3], found[2])
 
 
 def _near(found: Tensor, expected: Tensor) -> bool:

@@ -84,7 +84,10 @@ class Verifier(nn.Module):
         reduction: str = "mean",
     ) -> Tensor:
         """tokens (B, T) → logits (B, T) in fp32; with targets (B, T) of 0 and 1, −100 where there
-        is none, the binary cross-entropy in nats, whose `reduction` (mean, sum) is over them."""
+        is none, the binary cross-entropy in nats, whose `reduction` (mean, sum) is over them;
+        ValueError for another."""
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction is {reduction!r}; it must be mean or sum")
         hidden = self.model.hidden(tokens, segment_ids=segment_ids)
         logits = self.score(hidden).squeeze(-1).float()
         if targets is None:
@@ -117,6 +120,8 @@ def save_verifier(
     scale · logit + shift, so that its σ is a probability for whoever opens it.
     """
     path, config = Path(path), verifier.config
+    with hub.shapes_alone():
+        hub.check_parameters(verifier, Verifier(GPT(config), verifier.reading))
     kind = model_type(config)
     score = copy.deepcopy(verifier.score).to("cpu", torch.float32)
     with torch.no_grad():

@@ -215,6 +215,12 @@ def test_more_tokens_than_the_context():
         GPT(TINY)(torch.zeros(1, 65, dtype=torch.long))
 
 
+def test_segments_are_not_for_a_cache():
+    tokens = torch.zeros(1, 4, dtype=torch.long)
+    with pytest.raises(ValueError, match="segment_ids are given with a cache"):
+        GPT(TINY).hidden(tokens, KVCache(TINY, 1, 8), tokens)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_grown_vocabulary_says_what_it_said(tied):
     torch.manual_seed(0)

@@ -8,11 +8,14 @@ import threading
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedTokenizerFast,
+    StaticCache,
 )
 
 from ponder.models import GPT, GPTConfig, KVCache, hub, load, load_config, load_tokenizer, save
@@ -198,6 +201,8 @@ def test_ponder_type_with_and_without_cache(tmp_path):
         peer(prompts, attention_mask=torch.tensor([[0] + [1] * 6] * 3))
     with pytest.raises(ValueError, match="65 tokens are more than the model's context of 64"):
         peer(prompts.repeat(1, 10)[:, :65])
+    with pytest.raises(ValueError, match="the StaticCache gives 16 keys for 7 tokens"):
+        peer(prompts, past_key_values=StaticCache(config=peer.config, max_cache_len=16))
     peer.save_pretrained(tmp_path / "again")
     assert torch.equal(load(tmp_path / "again")(prompts), model(prompts))
     fresh = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path / "model"))
@@ -432,9 +437,15 @@ def test_a_reader_never_sees_half(tmp_path):
 
 
 def test_what_cannot_be_saved(tmp_path):
-    with pytest.raises(ValueError, match="tokenizer has 26 tokens; the model has only 20"):
+    tokenizer = character_tokenizer(CHARACTERS)
+    with pytest.raises(ValueError, match="tokenizer has ids up to 25; the model has only 20 token"):
         torch.manual_seed(0)
-        save(GPT(GPTConfig(20)), tmp_path / "model", tokenizer=character_tokenizer(CHARACTERS))
+        save(GPT(GPTConfig(20)), tmp_path / "model", tokenizer=tokenizer)
+    apart = Tokenizer(models.WordLevel({"<unk>": 0, "a": 26}, unk_token="<unk>"))
+    with pytest.raises(ValueError, match="tokenizer has ids up to 26; the model has only 26 token"):
+        save(gpt(), tmp_path / "model", tokenizer=apart)
+    with pytest.raises(ValueError, match="template is 'once', and no tokenizer is given"):
+        save(gpt(), tmp_path / "model", template="once")
     with pytest.raises(ValueError, match="not a DataParallel: unwrap it"):
         save(torch.nn.DataParallel(gpt()), tmp_path / "model")  # type: ignore[arg-type]
     (tmp_path / "file").write_text("")
@@ -443,6 +454,33 @@ def test_what_cannot_be_saved(tmp_path):
     with pytest.raises(ValueError, match="dtype is torch.int8; weights can be torch.float64, "):
         save(gpt(), tmp_path / "model", dtype=torch.int8)
     assert files(tmp_path) == {"file"}
+
+
+def untied(model: GPT):
+    model.lm_head.weight = nn.Parameter(model.embed_tokens.weight.detach().clone())
+
+
+def adapted(model: GPT):
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (untied, r"1 tensor \(lm_head.weight\)"),
+        (lambda m: setattr(m, "scale", nn.Parameter(torch.ones(1))), r"1 tensor \(scale\)"),
+        (lambda m: nn.utils.parametrizations.weight_norm(m.norm), "3 tensors .norm.weight, norm"),
+        (lambda m: setattr(m.layers[1], "mlp", m.layers[0].mlp), "3 tensors .layers.1.mlp.gate"),
+        (adapted, "layers.0.self_attn.q_proj.weight"),
+    ],
+    ids=["untied", "more", "parametrized", "shared", "adapted"],
+)
+def test_a_model_that_is_not_what_its_config_says(change, said, tmp_path):
+    change(model := gpt())
+    with pytest.raises(ValueError, match=f"not what its config says in .*{said}"):
+        save(model, tmp_path / "model")
+    assert not files(tmp_path)
 
 
 # Reading what is broken
@@ -496,6 +534,7 @@ STRETCH = dict(low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_
         (dict(quantization_config=dict(bits=4)), 'quantization_config is {"bits": 4}'),
         (dict(mlp_bias=True), "mlp_bias is true, which a GPT does not express"),
         (dict(attention_dropout=0.1), "attention_dropout is 0.1"),
+        (dict(is_causal=False), "is_causal is false, which a GPT does not express"),
         (dict(use_sliding_window=True, sliding_window=32), "use_sliding_window is true"),
         (dict(model_type="llama", sliding_window=32), "sliding_window is 32"),
         (dict(layer_types=["full_attention", "sliding_attention"]), "layer_types holds 'sliding"),
@@ -514,6 +553,7 @@ STRETCH = dict(low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_
         (dict(rope_parameters=dict(full_attention={})), "rope_parameters has full_attention"),
         (dict(partial_rotary_factor=0.5), "partial_rotary_factor 0.5"),
         (dict(rope_parameters=dict(rope_theta=-1.0)), "rope_theta is -1.0; it must be above 0"),
+        (dict(rope_parameters=dict(rope_theta=0)), "rope_theta is 0.0; it must be above 0"),
     ],
 )
 def test_fields_that_a_gpt_does_not_express(changes, message, folder):
@@ -597,6 +637,20 @@ def test_an_equal_head_of_a_tied_model_and_old_rotary_tables_are_fine(folder):
     edit_weights(folder, tie)
     model = load(folder)
     assert model.lm_head.weight is model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_a_tied_model_with_a_nan(head, folder):
+    edit_config(folder, tie_word_embeddings=True)
+
+    def spoil(state):
+        state["model.embed_tokens.weight"][3, 5] = float("nan")
+        state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+        if not head:
+            del state["lm_head.weight"]
+
+    edit_weights(folder, spoil)
+    assert load(folder).lm_head.weight.isnan().sum() == 1
 
 
 def test_wrong_shapes_and_types(folder):

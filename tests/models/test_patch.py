@@ -22,7 +22,7 @@ from transformers import (
 from ponder.models import hf_attention, patch, register, unpatch
 from ponder.training.tokenizer import character_tokenizer
 
-from .peers import FAMILIES, GROUPED, Peer
+from .peers import FAMILIES, GEMMA, GROUPED, LAYERS, Peer
 
 TOKENS = torch.randint(0, 50, (3, 40), generator=torch.Generator().manual_seed(0))
 
@@ -104,10 +104,12 @@ def test_loss_and_gradients(pair):
         m.zero_grad()
         out = m(**options)
         out.loss.backward()
-        found.append((out.loss.item(), {n: p.grad for n, p in m.named_parameters()}))
+        gradients = {n: p.grad for n, p in m.named_parameters()}
+        found.append((out.loss.item(), gradients, type(out)))
         m.eval()
         assert (out.logits is None) == (m is patched)
-    (expected, gradients), (loss, ours) = found
+    (expected, gradients, kind), (loss, ours, fused) = found
+    assert fused is kind
     # About ten sums in a row per layer, forward and back, of at most 120 (tokens) products, each
     # with a relative error of ε √120 whose sign is random; both sides make it.
     tolerance = 2 * 2**-24 * math.sqrt(120) * 10 * model.config.num_hidden_layers
@@ -153,6 +155,13 @@ def test_unpatch_and_wrong_use(llama, capsys):
         assert (other(TOKENS).logits - expected).abs().max() < 1e-4
     unpatch(other)
     assert [type(m) for m in other.modules()] == before
+    made = type(patched)(model.config)
+    patch(made, quiet=True)
+    again = type(made)(model.config)  # by a class of ours: patched in no more than that
+    with pytest.raises(ValueError, match="the LlamaForCausalLM is patched already"):
+        patch(again)
+    unpatch(again)
+    assert type(again) is type(model)
     patch(other.model, quiet=True)
     with pytest.raises(ValueError, match="model in the LlamaForCausalLM is patched already"):
         patch(other)
@@ -160,6 +169,30 @@ def test_unpatch_and_wrong_use(llama, capsys):
         patch(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="no weights: model.embed_tokens.weight is on the meta"):
         patch(model.to("meta"))
+
+
+def test_what_was_given_another_class_since_is_not_unpatched(llama):
+    """As `fully_shard` gives one, too: nothing is changed."""
+    _, patched = llama
+    patch(patched, quiet=True)
+    before = [type(m) for m in patched.modules()]
+    norm = patched.model.norm
+    torch.nn.utils.parametrize.register_parametrization(norm, "weight", nn.Identity())
+    with pytest.raises(ValueError, match="model.norm was made into a ParametrizedLlamaRMSNorm"):
+        unpatch(patched)
+    torch.nn.utils.parametrize.remove_parametrizations(norm, "weight")
+    assert [type(m) for m in patched.modules()] == before
+    unpatch(patched)
+
+
+def test_models_that_share_a_config():
+    one, two = (eager(FAMILIES["llama"]) for _ in range(2))
+    two.config = one.config
+    for model in (one, two):
+        patch(model, quiet=True)
+    for model in (one, two):
+        unpatch(model)
+    assert one.config._attn_implementation == "eager"
 
 
 def test_saves_as_if_unpatched(llama, tmp_path):
@@ -243,6 +276,44 @@ def test_a_window_that_the_model_leaves_to_the_mask():
     assert (model(TOKENS).logits - near).abs().max() > 1e-2, "no window to be seen"
 
 
+SPARSE = dict(
+    **dict(q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=16, qk_nope_head_dim=16),
+    **dict(v_head_dim=16, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1),
+    **dict(moe_intermediate_size=32, first_k_dense_replace=2),
+    **dict(index_topk=4, index_n_heads=2, index_head_dim=32),
+)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["deepseek_v32", "glm_moe_dsa"])
+def test_attention_that_chooses_its_keys_is_kept(kind):
+    """By rules of theirs, which they tell attention functions of other names another way."""
+    model = eager(Peer(kind, SPARSE))
+    patched = copy.deepcopy(model)
+    attention = patch(patched, quiet=True)[0]
+    assert attention.replaced == 0 and "chooses its keys by itself" in str(attention)
+    assert (patched(TOKENS).logits - model(TOKENS).logits).abs().max() < 1e-4
+    model.set_attn_implementation("ponder")
+    with pytest.raises(ValueError, match="Attention chooses its keys by itself"):
+        model(TOKENS)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["none", "left", "right", "packed"])
+def test_a_mask_that_was_made_for_more_queries(name):
+    """Gemma 4's last layers compute the kept token alone, by a mask that was made for all."""
+    more = dict(global_head_dim=32, num_kv_shared_layers=2, hidden_size_per_layer_input=8)
+    layers = dict(num_hidden_layers=4, layer_types=2 * LAYERS["layer_types"])
+    fields = GEMMA | layers | more | dict(vocab_size_per_layer_input=50)
+    model = eager(Peer("gemma4_text", fields))
+    patched = copy.deepcopy(model)
+    patch(patched, quiet=True)
+    options = masks()[name] | dict(logits_to_keep=1)
+    last = options.get("attention_mask", torch.ones_like(TOKENS))[:, -1:].bool()
+    error = patched(TOKENS, **options).logits - model(TOKENS, **options).logits
+    assert error[last].abs().max() < 1e-4
+
+
 @torch.no_grad()
 def test_cu_seq_lens(llama):
     """As a collator without padding gives them: the row's sequences are as if alone."""
@@ -285,6 +356,10 @@ def test_weights_that_are_asked_for_are_transformers_own(family):
     for ours, theirs in zip(found, expected, strict=True):
         seen = mask.bool()[:, None, :, None].expand_as(theirs)
         torch.testing.assert_close(ours[seen], theirs[seen], atol=1e-4, rtol=1e-4)
+    model.config.output_attentions = True  # of every call
+    attention = patch(model, quiet=True)[0]
+    assert attention.kept == {"its config has output_attentions": 2}
+    assert len(model(TOKENS).attentions) == 2
 
 
 @pytest.mark.parametrize("kind", ["plain", "segments", "cu_seq_lens"])
@@ -360,6 +435,22 @@ def test_what_is_wrapped_is_called(early):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])
+def test_an_activation_that_is_no_longer_the_proven_one_is_called(family):
+    model = eager(FAMILIES[family])
+    patched = copy.deepcopy(model)
+    patch(patched, quiet=True)
+    for m in (model, patched):
+        mlps = [part for part in m.modules() if type(part).__name__.endswith("MLP")]
+        name = next(n for n in ("act_fn", "activation_fn", "act") if hasattr(mlps[0], n))
+        setattr(mlps[0], name, nn.ReLU())
+        getattr(mlps[1], name).register_forward_hook(lambda m, x, y: 2 * y)
+    assert (patched(TOKENS).logits - model(TOKENS).logits).abs().max() < 1e-4
+    mlp = next(part for part in patch(model, quiet=True) if part.name == "MLP")
+    assert mlp.replaced == 1 and f"1 kept: {name} is hooked" in str(mlp)
+
+
+@torch.no_grad()
 def test_what_is_unknown_is_kept_and_named(llama, capsys):
     model, patched = llama
 
@@ -412,6 +503,60 @@ def test_norms_of_one_class_are_looked_at_by_their_settings(llama):
     norm = next(part for part in patch(patched, quiet=True) if part.name == "norm")
     assert norm.replaced == 5 + 1 and norm.kept == {"SmallNorm computes something else": 3}
     assert [type(m) is SmallNorm for m in patched.model.more] == [False, True, True, True]
+
+
+class ScaledMLP(nn.Module):
+    """Halved, or clamped where numbers are large; its sum is 0 yet."""
+
+    def __init__(self, scale: float, limit: float):
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(64, 96), nn.Linear(64, 96)
+        self.down_proj, self.act_fn = nn.Linear(96, 64, bias=False), nn.SiLU()
+        nn.init.zeros_(self.down_proj.weight)
+        self.scale, self.limit = scale, limit
+
+    def forward(self, x):
+        up = self.up_proj(x).clamp(-self.limit, self.limit)
+        return self.scale * self.down_proj(self.act_fn(self.gate_proj(x)) * up)
+
+
+class FailingNorm(nn.Module):
+    """What gives no tensor, or none for a row of numbers."""
+
+    def __init__(self, error: type[Exception] | None):
+        super().__init__()
+        self.weight, self.eps, self.error = nn.Parameter(torch.zeros(64)), 1e-6, error
+
+    def forward(self, x):
+        if self.error is not None:
+            raise self.error
+        return x * self.weight, x
+
+
+def test_a_module_is_proven_on_a_copy_whatever_its_weights(llama):
+    _, patched = llama
+    forms = [(1.0, 1e9), (0.5, 1e9), (1.0, 10.0)]
+    patched.model.mlps = nn.ModuleList([ScaledMLP(*form) for form in forms])
+    patched.model.norms = nn.ModuleList([SmallNorm(mean, False, 1) for mean in (False, True)])
+    errors = [None, AssertionError, AttributeError]
+    patched.model.more = nn.ModuleList([FailingNorm(error) for error in errors])
+    for m in patched.model.norms:
+        nn.init.zeros_(m.weight)
+    calls = []
+    for m in (patched.model.norm, patched.model.norms[0], patched.model.mlps[0]):
+        m.register_forward_hook(lambda *call: calls.append(call))
+    parts = {part.name: part for part in patch(patched, quiet=True)}
+    assert parts["MLP"].kept == {"ScaledMLP computes something else": 2}
+    assert parts["norm"].kept == {
+        "SmallNorm computes something else": 1,
+        "FailingNorm computes something else": 3,
+    }
+    assert not calls and patched.model.norms[0].weight.eq(0).all()
+
+
+def test_large_numbers_of_the_proof_are_none_too_large_for_fp16():
+    model = eager(Peer("llama", dict(hidden_act="relu2"))).half()
+    assert not any(part.kept for part in patch(model, quiet=True))
 
 
 def test_an_mlp_with_dropout_of_its_own_is_kept():

@@ -85,6 +85,8 @@ def test_the_loss_is_that_of_the_labels_there_are():
     truth = binary_cross_entropy_with_logits(verifier(tokens)[there], targets[there].float())
     torch.testing.assert_close(verifier(tokens, targets), truth)
     torch.testing.assert_close(verifier(tokens, targets, reduction="sum"), truth * there.sum())
+    with pytest.raises(ValueError, match="reduction is 'none'; it must be mean or sum"):
+        verifier(tokens, targets, reduction="none")
     verifier(tokens, targets).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in verifier.parameters())
 
@@ -99,6 +101,10 @@ def test_a_folder_that_holds_no_verifier_is_told(tmp_path):
         load_verifier(tmp_path / "writer")
     with pytest.raises(ValueError, match="there is no folder .*nowhere"):
         load_verifier(tmp_path / "nowhere")
+    verifier = random_verifier(QWEN3)
+    verifier.model.scale = torch.nn.Parameter(torch.ones(1))
+    with pytest.raises(ValueError, match=r"not what its config says in 1 tensor \(model.scale\)"):
+        save_verifier(verifier, tmp_path / "more", tokenizer=words())
     folder = tmp_path / "verifier"
     save_verifier(random_verifier(QWEN3), folder, tokenizer=words())
     fields = json.loads((folder / "config.json").read_text())
