@@ -7,6 +7,7 @@ Texts are plain characters of the task's alphabet; the special tokens are not am
 
 import random
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -78,13 +79,20 @@ def final_text(text: str) -> str | None:
 
 
 def at_most(task: Task, split: str, count: int, seed: int) -> list[Problem]:
-    """`problems`, or half as many, or half of those, where the split holds fewer."""
-    while count > 1:
+    """`problems`, or all that there are where the split holds fewer."""
+
+    def lacks(size: int) -> bool:
         try:
-            return task.problems(split, count, seed)
+            task.problems(split, size, seed)
         except ValueError:
-            count //= 2
-    return task.problems(split, count, seed)
+            return True
+        return False
+
+    try:
+        return task.problems(split, count, seed)
+    except ValueError:
+        held = bisect_left(range(1, count), True, key=lacks)
+    return task.problems(split, max(1, held), seed)
 
 
 def judge(task: Task, problem: Problem, text: str) -> tuple[str | None, bool]:

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterator
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ from .config import TrainConfig
 from .tokenizer import Vocabulary
 
 VALIDATION_PROBLEMS = 1024
+VALIDATION_TOKENS = 8192  # in a batch of them
 ATTEMPTS = 3  # before the last one, in a thought with retries, at most
 LEARN_PROBLEMS = 4096  # for a tokenizer to learn from
 SURVEYED = 256  # examples that tell how many are longer than the context
@@ -66,6 +67,7 @@ class ProblemRows:
         self.name, self.task = corpus.name, corpus.task
         self.config, self.vocabulary = config, vocabulary
         self.fingerprint = corpus.identity
+        self._check_alphabet()
         self.think, self.end_think = vocabulary.id("<think>"), vocabulary.id("</think>")
         self.eos = vocabulary.id(vocabulary.eos)
         self.cue = self._cue() if config.retries else None
@@ -75,6 +77,18 @@ class ProblemRows:
             raise ValueError(
                 f"{self.long:.0%} of the examples of {self.task.name} have more tokens than the "
                 f"context, which is {config.context}; of {SURVEYED} the longest has {max(lengths)}"
+            )
+
+    def _check_alphabet(self) -> None:
+        """ValueError for characters that the tokenizer does not know, as inference refuses them."""
+        tokenizer, alphabet = self.vocabulary.tokenizer, self.task.alphabet
+        unknown = tokenizer.token_to_id("<unk>")
+        encoded = tokenizer.encode_batch_fast(list(alphabet), add_special_tokens=False)
+        lost = "".join(c for c, e in zip(alphabet, encoded, strict=True) if unknown in e.ids)
+        if lost:
+            raise ValueError(
+                f"the tokenizer {self.config.tokenizer} does not know the characters {lost!r} of "
+                f"{self.task.name}; take one that does, such as byte"
             )
 
     def _cue(self) -> int:
@@ -98,8 +112,15 @@ class ProblemRows:
     def rows(self, step: int, start: int, count: int) -> Batch:
         return self._rows("train", count, f"{self.config.seed}/{step}")
 
+    @cached_property
+    def held_out(self) -> Batch:
+        # Kept, for to draw them takes seconds where the task holds out few.
+        return self._rows("val", VALIDATION_PROBLEMS, "0")
+
     def validation(self) -> Iterator[Batch]:
-        yield self._rows("val", VALIDATION_PROBLEMS, "0")
+        tokens, targets, _ = self.held_out
+        rows = max(1, VALIDATION_TOKENS // tokens.shape[1])
+        yield from map(Batch, tokens.split(rows), targets.split(rows))
 
     def _rows(self, split: str, count: int, key: str) -> Batch:
         """Examples that the context holds; others are left out, of "train" drawn anew."""
@@ -117,6 +138,7 @@ class ProblemRows:
             )
         rows = [example.row for example in examples]
         width = -(-(max(map(len, rows)) - 1) // 8) * 8  # few distinct shapes
+        width = min(self.config.context, width)
         tokens = np.full((len(rows), width), self.eos)
         targets = np.full((len(rows), width), IGNORE)
         for i, row in enumerate(rows):
@@ -145,12 +167,8 @@ class ProblemRows:
             forced.append(trace != whole and not wrong)
             end = self.vocabulary.eos
             texts.append(f"{problem.prompt}<think>{trace}</think>{problem.answer}{end}")
-        # One call for the whole batch: a call costs more than the characters.
-        tokenizer = self.vocabulary.tokenizer
-        flat = np.array(tokenizer.encode("".join(texts), add_special_tokens=False).ids)
-        rows = np.split(flat, np.flatnonzero(flat == self.eos)[:-1] + 1)
-        prefix = self.vocabulary.prefix
-        rows = [np.concatenate([prefix, row]) for row in rows] if prefix else rows
+        encode, prefix = self.vocabulary.tokenizer.encode_batch_fast, self.vocabulary.prefix
+        rows = [np.array(prefix + e.ids) for e in encode(texts, add_special_tokens=False)]
         return [Example(*parts) for parts in zip(rows, forced, attempts, strict=True)]
 
     def _attempts(

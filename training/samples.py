@@ -47,22 +47,26 @@ def _task(data: Data) -> Task | None:
 def write_samples(model: GPT, data: Data, count: int) -> list[dict[str, Any]]:
     """`count` samples: {"prompt", "text", "right"}, the same prompts at every call.
 
-    Of a task: validation problems, and whether the answer is right. Of a text: the beginnings of
-    validation rows, continued; right is None.
+    Of a task: validation problems that the context has room for, and whether the answer is right.
+    Of a text: the beginnings of validation rows, continued; right is None.
     """
     task = _task(data)
     tokenizer = data.tokenizer
     if task is not None:
-        problems = at_most(task, "val", count, 0)
-        prompts = [tokenizer.encode(problem.prompt + "<think>").ids for problem in problems]
         eos, limit = tokenizer.token_to_id(data.vocabulary.eos), model.config.context
+        asked = []
+        for problem in at_most(task, "val", count, 0):
+            text = problem.prompt + "<think>"
+            ids = data.vocabulary.prefix + tokenizer.encode(text, add_special_tokens=False).ids
+            if len(ids) < limit:
+                asked.append((problem, ids))
     else:
         rows = next(iter(data.validation())).tokens[:count]
         prompts = rows[:, : max(1, rows.shape[1] // 4)].tolist()
-        problems, eos, limit = [None] * len(prompts), None, NEW_TOKENS
+        asked, eos, limit = [(None, prompt) for prompt in prompts], None, NEW_TOKENS
     samples = []
-    written = greedy(model, prompts, limit, eos)
-    for problem, prompt, row in zip(problems, prompts, written, strict=True):
+    written = greedy(model, [prompt for _, prompt in asked], limit, eos) if asked else []
+    for (problem, prompt), row in zip(asked, written, strict=True):
         text = tokenizer.decode(row, skip_special_tokens=False)
         right = None
         if task is not None and problem is not None:

@@ -17,7 +17,7 @@ import random
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -182,7 +182,7 @@ class Flat:
                 f"a solution has {max(lengths)} tokens; context is {context}, so set it to at "
                 f"least {max(lengths)}"
             )
-        self.pad = pad
+        self.context, self.pad = context, pad
         self.ends = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         self.tokens = _joined([tokens for tokens, _ in written], np.int32)
         self.targets = _joined([targets for _, targets in written], np.int8)
@@ -191,10 +191,10 @@ class Flat:
         return len(self.ends) - 1
 
     def batch(self, rows: Sequence[int]) -> Batch:
-        """These rows, padded to a multiple of 8 tokens."""
+        """These rows, padded to a multiple of 8 tokens, or to the context."""
         spans = [slice(self.ends[row], self.ends[row + 1]) for row in rows]
         width = max(span.stop - span.start for span in spans)
-        width = -(-width // 8) * 8  # few distinct shapes
+        width = min(self.context, -(-width // 8) * 8)  # few distinct shapes
         tokens = np.full((len(spans), width), self.pad, dtype=np.int64)
         targets = np.full((len(spans), width), IGNORE, dtype=np.int64)
         for i, span in enumerate(spans):
@@ -333,8 +333,12 @@ class TraceRows:
     def rows(self, step: int, start: int, count: int) -> Batch:
         return self._rows("train", count, f"{self.config.seed}/{step}")
 
+    @cached_property
+    def held_out(self) -> Flat:
+        return self._flat("val", VALIDATION_PROBLEMS, "0")
+
     def validation(self) -> Iterator[Batch]:
-        every = self._flat("val", VALIDATION_PROBLEMS, "0")
+        every = self.held_out
         for first in range(0, len(every), BATCH):
             yield every.batch(range(first, min(first + BATCH, len(every))))
 

@@ -46,17 +46,19 @@ class LongText:
 
     def source(self, config: TrainConfig, vocabulary: Vocabulary) -> "Windows":
         def write(folder: Path) -> dict[str, Any]:
-            content = hashlib.sha256()
+            content, unknown = hashlib.sha256(), 0
+            unknown_id = vocabulary.tokenizer.token_to_id("<unk>")
             for name, text in zip(PARTS, self.parts, strict=True):
                 ids = np.array(vocabulary.tokenizer.encode(text).ids, dtype=np.int32)
                 np.save(folder / f"{name}.npy", ids)
                 content.update(ids.tobytes())
-            return {"content": content.hexdigest()[:20]}
+                unknown += int((ids == unknown_id).sum())
+            return {"content": content.hexdigest()[:20], "unknown": unknown}
 
-        folder, facts = cached("text", [self.identity, vocabulary.digest], write)
+        folder, facts = cached("windows", [self.identity, vocabulary.digest], write)
         self.__dict__.pop("parts", None)  # the text is not needed any more
         train, held_out = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in PARTS)
-        return Windows(config, self.name, train, held_out, facts["content"])
+        return Windows(config, self.name, train, held_out, facts["content"], facts["unknown"])
 
 
 class Windows:
@@ -69,10 +71,11 @@ class Windows:
         train: np.ndarray,
         held_out: np.ndarray,
         fingerprint: str,
+        unknown: int = 0,
     ):
-        """train, held_out: token ids, 1-D."""
+        """train, held_out: token ids, 1-D; unknown: how many are <unk>."""
         self.name, self.config, self.train, self.held_out = name, config, train, held_out
-        self.fingerprint = fingerprint
+        self.fingerprint, self.unknown = fingerprint, unknown
         for part, tokens in (("training", train), ("validation", held_out)):
             if len(tokens) <= config.context:
                 raise ValueError(
@@ -81,9 +84,12 @@ class Windows:
                 )
 
     def __str__(self) -> str:
-        return (
+        text = (
             f"{self.name}: {len(self.train):,} tokens to train on, {len(self.held_out):,} held out"
         )
+        if self.unknown:
+            text += f"; {self.unknown:,} tokens are <unk>"
+        return text
 
     def rows(self, step: int, start: int, count: int) -> Batch:
         c = self.config

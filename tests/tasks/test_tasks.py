@@ -73,6 +73,17 @@ def test_a_held_out_split_can_be_used_up(name, monkeypatch):
     assert set(drawn(task, "train", 20_000)) <= train
 
 
+def test_at_most_gives_all_that_a_split_holds(monkeypatch):
+    monkeypatch.setattr(tasks, "PATIENCE", 200)
+    task = tasks.get("multiply", digits=(2, 2))
+    held = sum(tasks.split_of(task.key(s)) == "val" for s in task.every())
+    given = tasks.at_most(task, "val", 1024, 3)
+    assert given == task.problems("val", held, 3) and held == 369
+    assert tasks.at_most(task, "val", 5, 3) == given[:5]
+    with pytest.raises(ValueError, match="unknown split 'dev'"):
+        tasks.at_most(task, "dev", 5, 3)
+
+
 def test_a_space_with_nothing_held_out_says_so():
     task = tasks.get("multiply", digits=(1, 1))
     held = {

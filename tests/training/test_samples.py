@@ -3,6 +3,7 @@
 import json
 
 import torch
+from tokenizers import processors
 
 from ponder import tasks
 from ponder.models import GPT, GPTConfig
@@ -92,6 +93,26 @@ def test_a_small_task_gives_the_samples_that_it_has(tmp_path):
     samples = write_samples(ours, data, 60)
     assert len(samples) == held_out < 60
     assert [s["right"] for s in samples] == [False] * held_out
+
+
+def test_prompts_are_encoded_as_training_rows_and_fit_the_context(monkeypatch):
+    """A tokenizer may end every text, and a prompt may be longer than the context."""
+    data = load_data(preset("tiny"))
+    tokenizer, eos = data.tokenizer, data.vocabulary.id("<eos>")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <eos>", special_tokens=[("<eos>", eos)]
+    )
+    shown = []
+    monkeypatch.setattr(
+        "ponder.training.samples.greedy",
+        lambda model, prompts, limit, eos: shown.extend(prompts) or [[]] * len(prompts),
+    )
+    samples = write_samples(model(context=12), data, 40)
+    assert 0 < len(samples) < 40 and max(map(len, shown)) < 12
+    for sample, prompt in zip(samples, shown, strict=True):
+        text = tokenizer.decode(prompt, skip_special_tokens=False)
+        assert text == sample["prompt"] + "<think>"
+    assert write_samples(model(context=3), data, 40) == []
 
 
 def test_a_text_is_continued(tmp_path):
