@@ -2,6 +2,7 @@
 
 import errno
 import importlib.util
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -29,8 +30,11 @@ options:
 """
 
 
-# What a disk or its owner says to a write: no fault of ours.
-REFUSALS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EFBIG}
+# What a disk or its owner says to a write, or to a path that cannot be: no fault of ours.
+REFUSALS = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
+}
 
 
 @dataclass(frozen=True)
@@ -215,6 +219,9 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 
 def run(arguments: list[str]) -> int:
     """The exit status: 0; 1 where samples are lacking; 2 where what was asked for cannot be."""
+    for stream in (sys.stdout, sys.stderr):  # where they are not UTF-8, "?" is better than nothing
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(HELP, end="")
         return 0
@@ -246,6 +253,9 @@ def run(arguments: list[str]) -> int:
     except BrokenPipeError:  # the reader has enough: ponder generate ... | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the exit
         return 141
+    except MemoryError as error:
+        print(f"ponder: there is not enough memory: {error}", file=sys.stderr)
+        return 2
     except OSError as error:
         if error.errno not in REFUSALS:
             raise

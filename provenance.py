@@ -5,6 +5,8 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -81,14 +83,42 @@ def write_aside(path: Path, text: str) -> None:
 
 
 def read_run(out: Path) -> dict[str, Any]:
-    """What `run.json` says, by command; ValueError where there is none."""
+    """What `run.json` says, by command; ValueError where there is none, or a damaged one."""
     file = out / "run.json"
     if not file.is_file():
         raise ValueError(f"{out} holds no run.json; give a folder that a ponder command left")
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError:
+        runs = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
         raise ValueError(f"{file} is not readable JSON; take another folder") from None
+    known = runs.values() if isinstance(runs, dict) else [None]
+    if not all(isinstance(run, dict) and "configuration" in run for run in known):
+        raise ValueError(f"{file} does not hold the configuration of each run; take another folder")
+    return runs
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other processes' runs out of a folder; ValueError where one is in it. The lock of a
+    process that is killed is gone with it; on Windows there is none."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another process is at work in {folder}; wait for its end, or take another --out"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(handle)
 
 
 def open_run(out: Path, kind: str, configuration: dict[str, Any], *, resume: bool) -> bool:

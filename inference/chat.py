@@ -1,6 +1,6 @@
 """Text around a model: its chat template, the spelling of thoughts, and what a terminal may see."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ class ChatTokenizer:
     def encode(self, prompt: str) -> tuple[tuple[int, ...], bool]:
         """The rendered prompt's tokens, and whether they end inside a thought."""
         text = self.render(prompt)
+        check_text(text, "prompt")
         tokens = tuple(self.tokenizer.encode(text, add_special_tokens=not self.template))
         unknown = {self.tokenizer.unk_token_id} - {
             None,
@@ -87,13 +88,30 @@ def thoughtful(text: str, opened: bool) -> str:
     return THINK + text if THINK_END in text else text
 
 
-def think_tokens(text: str, tokens: Sequence[int], opened: bool, think_end: int | None) -> int:
+def think_tokens(
+    text: str, tokens: Sequence[int], opened: bool, think: int | None, think_end: int | None
+) -> int:
     """How many tokens of a completion lie inside its thought; text: what it says, as `thoughtful`
-    gives it."""
+    gives it; think, think_end: the ids of <think>, which it need not hold, and </think>."""
     if not text.startswith(THINK):
         return 0
     end = tokens.index(think_end) if think_end in tokens else len(tokens)
-    return end - (not opened)
+    return end if opened or think not in tokens[:end] else end - tokens.index(think) - 1
+
+
+def check_cue(cue: str, tokens: Sequence[int], ends: Iterable[int], think_end: int | None) -> None:
+    """ValueError for a cue whose tokens would end the thought that it is to take up again."""
+    if {*ends, think_end} & {*tokens}:
+        raise ValueError(f"cue is {cue!r}; it may hold neither {THINK_END} nor what ends a text")
+
+
+def check_text(text: str, what: str) -> None:
+    """ValueError for a lone surrogate, half of a character, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start]
+        raise ValueError(f"the {what} has {half!r}, which is no character of Unicode") from None
 
 
 def no_thoughts(path: str | Path) -> str:

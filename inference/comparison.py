@@ -108,9 +108,15 @@ def _check(results: Sequence[Sequence[Result]], stores: Sequence[Store]) -> None
         raise ValueError(f"the sweeps are of different tasks, {' and '.join(tasks)}")
     first = stores[0].problems()
     for store in stores[1:]:
-        for i, problem in store.problems().items():
+        problems = store.problems()
+        for i, problem in problems.items():
             if i in first and first[i].prompt != problem.prompt:
                 raise ValueError(
                     f"{stores[0].path} and {store.path} hold different problems (problem {i} is "
                     f"{first[i].prompt!r} and {problem.prompt!r}): sweep both with one seed"
                 )
+        if problems.keys() != first.keys():
+            raise ValueError(
+                f"{stores[0].path} holds {len(first)} problems and {store.path} {len(problems)}: "
+                "sweep both with one number of --problems"
+            )

@@ -47,10 +47,10 @@ class SearchOptions:
         faults = []
         for name in ("width", "step"):
             value = getattr(self, name)
-            if value != "task" and value < 1:
-                faults.append(f"{name} is {value}; it must be at least 1")
-        if not self.lines or min(self.lines) < 1:
-            faults.append(f"lines is {list(self.lines)}; each must be at least 1")
+            if value != "task" and not 1 <= value <= LARGEST:
+                faults.append(f"{name} is {value}; it must be from 1 to {LARGEST}")
+        if not self.lines or not all(1 <= lines <= LARGEST for lines in self.lines):
+            faults.append(f"lines is {list(self.lines)}; each must be from 1 to {LARGEST}")
         elif self.width >= 1 and {"beam", "dvts"} & {*self.search}:
             odd = [n for n in self.lines if n % min(n, self.width)]
             if odd:
@@ -116,16 +116,16 @@ class SweepConfig:
     def check(self) -> None:
         """Raise one ValueError that names every field that cannot be."""
         faults = []
-        if not self.samples or min(self.samples) < 1:
-            faults.append(f"samples is {list(self.samples)}; each must be at least 1")
+        if not self.samples or not all(1 <= samples <= LARGEST for samples in self.samples):
+            faults.append(f"samples is {list(self.samples)}; each must be from 1 to {LARGEST}")
         if min(self.budgets, default=0) < 0:
             faults.append(f"budgets is {list(self.budgets)}; each must be at least 0")
         if not all(1 <= times <= LARGEST for times in self.extend):
             faults.append(f"extend is {list(self.extend)}; each must be from 1 to {LARGEST}")
         if self.cue == "":
             faults.append("cue is empty; it must hold a character at least")
-        if self.problems < 1:
-            faults.append(f"problems is {self.problems}; it must be at least 1")
+        if not 1 <= self.problems <= LARGEST:
+            faults.append(f"problems is {self.problems}; it must be from 1 to {LARGEST}")
         if not 0 < self.temperature < math.inf:
             faults.append(
                 f"temperature is {self.temperature}; votes need a finite one above 0 "
@@ -139,6 +139,8 @@ class SweepConfig:
 def common_faults(config: "SweepConfig | GenerateConfig") -> list[str]:
     """What is wrong with the fields that both have."""
     faults = []
+    if not config.model:
+        faults.append("model is empty; give a folder, an id on the Hub, or a server's URL")
     for name in ("max_tokens", "slots"):
         value = getattr(config, name)
         if value is not None and not 1 <= value <= LARGEST:
@@ -213,8 +215,8 @@ class GenerateConfig:
         faults = []
         if not self.prompts and self.file is None:
             faults.append("there is no prompt; give one, or --file PATH (- is standard input)")
-        if self.samples < 1:
-            faults.append(f"samples is {self.samples}; it must be at least 1")
+        if not 1 <= self.samples <= LARGEST:
+            faults.append(f"samples is {self.samples}; it must be from 1 to {LARGEST}")
         if self.budget is not None and self.budget < 0:
             faults.append(f"budget is {self.budget}; it must be at least 0")
         if not 0 <= self.temperature < math.inf:

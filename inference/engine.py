@@ -108,10 +108,9 @@ class LocalEngine:
             raise ValueError(
                 "invariant is true; on a CPU it needs a GPT in fp32 or bf16 and a C compiler"
             )
-        self.least = GPU_BLOCK if gpu and invariant else ROWS  # slots
-        self.slots, self.invariant = slots, invariant
-        if not self.native:
-            self.slots = round_up(slots, self.least)
+        # Slots; C's rows are each computed alone.
+        self.least = 1 if self.native else GPU_BLOCK if gpu and invariant else ROWS
+        self.slots, self.invariant = round_up(slots, self.least), invariant
         self.rows = GPU_BLOCK if gpu and invariant else self.slots  # that decode together
         group = GROUP if gpu or self.native else CPU_GROUP
         self.group = max(1, group * config.n_kv_head // config.n_head)
@@ -149,6 +148,7 @@ class LocalEngine:
             requests,
             choices,
             available(self.device),
+            ahead=self.steps_per_look,
             shape=self.model.config,
             itemsize=itemsize,
             weights=weights,

@@ -8,12 +8,14 @@ Laws with Board Games", section 5.
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from ..provenance import read_run
 from . import stats
 from .chat import known_shape
 from .evaluation import Result, paired_difference
@@ -25,17 +27,27 @@ LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 
 def training_flops(folder: str | Path) -> float | None:
     """FLOPs that training the model in a folder took, as its journal has it: a backward pass costs
-    two forward passes. None where `ponder train` did not leave it."""
+    two forward passes. None where `ponder train` did not leave it; ValueError for a damaged
+    run.json."""
     folder = Path(folder)
     # The demonstration keeps its model beside train/, a training run above it.
     for home in (folder, folder.parent):
-        journal, run = home / "train" / "metrics.jsonl", home / "run.json"
-        if not (journal.is_file() and run.is_file()):
+        journal = home / "train" / "metrics.jsonl"
+        if not (journal.is_file() and (home / "run.json").is_file()):
             continue
-        shape = known_shape(str(folder))
-        last = json.loads(journal.read_text(encoding="utf-8").splitlines()[-1])
-        context = json.loads(run.read_text(encoding="utf-8"))["train"]["configuration"]["context"]
-        return None if shape is None else 3 * shape.flops_per_token(context) * last["tokens"]
+        run, shape, tokens = read_run(home).get("train"), known_shape(str(folder)), _tokens(journal)
+        if run is None or shape is None or tokens is None:
+            return None
+        return 3 * shape.flops_per_token(run["configuration"]["context"]) * tokens
+    return None
+
+
+def _tokens(journal: Path) -> int | None:
+    """How many tokens training has seen, by the last line that says so: a killed run may have left
+    half a line behind it."""
+    for line in reversed(journal.read_text(encoding="utf-8", errors="replace").splitlines()):
+        with suppress(ValueError, KeyError, TypeError):
+            return json.loads(line)["tokens"]
     return None
 
 

@@ -17,6 +17,8 @@ from .chat import (
     THINK,
     THINK_END,
     ChatTokenizer,
+    check_cue,
+    check_text,
     no_thoughts,
     opens_thought,
     think_tokens,
@@ -72,12 +74,15 @@ class LocalSpeaker:
         self.tokenizer: Tokenizer = (
             self.chat.tokenizer.backend_tokenizer if self.chat else hub.load_tokenizer(path)
         )
-        think, self.think_end = map(self.tokenizer.token_to_id, (THINK, THINK_END))
-        self.thought = () if think is None or self.think_end is None else (think,)
+        self.think, self.think_end = map(self.tokenizer.token_to_id, (THINK, THINK_END))
+        self.thought = () if self.think is None or self.think_end is None else (self.think,)
         if (budgets or cue is not None) and not self.thought:
             raise ValueError(no_thoughts(path))
         self.ends = hub.load_ends(path, self.tokenizer)
-        self.cue = () if cue is None else self._known(cue, "cue")
+        self.cue = ()
+        if cue is not None:
+            self.cue = self._known(cue, "cue", special=False)
+            check_cue(cue, self.cue, self.ends, self.think_end)
         on = device()
         free = available(torch.device(on))
         if free is not None:
@@ -126,9 +131,11 @@ class LocalSpeaker:
     def _text(self, tokens: Sequence[int]) -> str:
         return self.tokenizer.decode(list(tokens), skip_special_tokens=False)
 
-    def _known(self, text: str, what: str) -> tuple[int, ...]:
-        """The text's tokens; ValueError for what the vocabulary cannot say."""
-        encoding = self.tokenizer.encode(text)
+    def _known(self, text: str, what: str, *, special: bool = True) -> tuple[int, ...]:
+        """The text's tokens; special: with what the tokenizer puts around a text, <bos> say.
+        ValueError for what the vocabulary cannot say."""
+        check_text(text, what)
+        encoding = self.tokenizer.encode(text, add_special_tokens=special)
         unknown = self.tokenizer.token_to_id("<unk>")
         if unknown in encoding.ids:
             start, end = encoding.offsets[encoding.ids.index(unknown)]
@@ -200,14 +207,14 @@ class LocalSpeaker:
 
     def _completion(self, sample: Sample) -> Completion:
         tokens, prompt = sample.tokens, sample.request.prompt
-        text = self.decode(tokens, prompt)
+        text, opened = self.decode(tokens, prompt), self.opened(prompt)
         return Completion(
             ask=sample.request.key,
             text=text,
             prompt_tokens=len(prompt),
             sampled_tokens=sample.sampled_tokens,
             forced_tokens=sample.forced_tokens,
-            think_tokens=think_tokens(text, tokens, self.opened(prompt), self.think_end),
+            think_tokens=think_tokens(text, tokens, opened, self.think, self.think_end),
             logprob=sample.logprob,
             finish=sample.finish,
             seconds=sample.seconds,

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..models.memory import GIB, require, sampling_memory
+from .prompts import round_up
 from .request import Request
 
 
@@ -13,13 +14,20 @@ class Plan:
 
     Of the numbers of slots in `choices`, from the most to the least, the first with which the
     requests fit into `free` bytes (None: any fits); a warning where that is not the first of all.
-    run: what else `sampling_memory` asks for. Raises ValueError where none fits.
+    ahead: tokens for which a sample's cache has room behind its last one. run: what else
+    `sampling_memory` asks for. Raises ValueError where none fits.
     """
 
     def __init__(
-        self, requests: Iterable[Request], choices: Iterable[int], free: int | None, **run: Any
+        self,
+        requests: Iterable[Request],
+        choices: Iterable[int],
+        free: int | None,
+        *,
+        ahead: int,
+        **run: Any,
     ):
-        self.free, self.run = free, run
+        self.free, self.ahead, self.run = free, ahead, run
         self.prompt = self.new = 0
         self._grow(requests)
         most, *fewer = choices
@@ -42,8 +50,9 @@ class Plan:
             self._check()
 
     def parts(self, slots: int) -> dict[str, float]:
-        """Bytes by part."""
-        return sampling_memory(slots=slots, prompt=self.prompt, new=self.new, **self.run)
+        """Bytes by part; caches have the lengths that the engine rounds up to."""
+        prompt, new = round_up(self.prompt), round_up(self.new + self.ahead)
+        return sampling_memory(slots=slots, prompt=prompt, new=new, **self.run)
 
     def needed(self, slots: int) -> float:
         return sum(self.parts(slots).values())

@@ -112,21 +112,28 @@ def percent(share: float) -> str:
 
 
 def human(x: float) -> str:
-    """A number of at most four characters and a unit: 1234567 → "1.23 M"."""
+    """A number of three digits and a unit: 1234567 → "1.23 M"."""
     if math.isnan(x):
         return "unknown"
+    x = _three_digits(x)
     for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(x) >= size:
-            return f"{x / size:.3g} {unit}"
+            return f"{x / size:g} {unit}"
     return f"{x:.3g}"
 
 
 def duration(seconds: float) -> str:
     """Seconds with a unit of fitting size: 0.00032 → "320 µs"."""
+    seconds = _three_digits(seconds)
     for unit, size in (("s", 1), ("ms", 1e-3), ("µs", 1e-6)):
         if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
+            return f"{seconds / size:g} {unit}"
     return f"{seconds:.2g} s"
+
+
+def _three_digits(x: float) -> float:
+    """Rounded before a unit is chosen: 999.6 is a thousand."""
+    return float(f"{x:.3g}")
 
 
 def visible(text: str) -> str:

@@ -20,7 +20,7 @@ from ..models import GPTConfig, hub
 from .chat import THINK, THINK_END, ChatTokenizer, known_shape, printable, thoughtful
 from .config import ServerOptions
 from .engine import stream_key
-from .server import Answer, Failed, Server, deltas
+from .server import Answer, Failed, Refused, Server, deltas
 from .speaker import Ask, Completion, Watch, room
 
 Show: TypeAlias = Callable[[str], None]
@@ -161,7 +161,7 @@ class RemoteSpeaker:
         for worker in workers:
             worker.start()
         source = iter(asks)
-        under_way = failed_in_a_row = 0
+        under_way = failed_in_a_row = refused = 0
         alike = _Alike()
         refusal: ValueError | None = None
         arrived = False
@@ -183,10 +183,15 @@ class RemoteSpeaker:
                     alike.see(result)
                     yield result
                 elif isinstance(result, Failed | ValueError):
-                    # A refusal may be of this prompt (too long, say); if nothing arrives, of all.
                     refusal = refusal or (result if isinstance(result, ValueError) else None)
                     self.failures[str(result)] += 1
-                    failed_in_a_row += 1
+                    # Of this prompt (too long, say); if nothing arrives, of all.
+                    if isinstance(result, Refused):
+                        refused += 1
+                        if refused == GIVE_UP and not arrived:
+                            warnings.warn(f"nothing arrived so far: {result}", stacklevel=2)
+                    else:
+                        failed_in_a_row += 1
                     if failed_in_a_row >= max(GIVE_UP, len(workers)):
                         source = iter(())
                         self.server.stopped.set()  # what is under way gets no further attempt
@@ -250,22 +255,25 @@ class RemoteSpeaker:
         budget, most = ask.params.budget, ask.params.max_tokens
         if show and opened:
             show(THINK)
-        text, sampled, forced = "", 0, 0
+        text, tag, sampled, forced = "", "", 0, 0
         if budget is not None:
             closed = False
             if budget:
                 part = self._continue(ask, prompt, min(budget, most), show, stop=[THINK_END])
                 # A server does not say whether </think> or the end of the text stopped it; either
                 # way the thought is over. Some give the stop string with the text.
-                text, sampled = part.text.partition(THINK_END)[0], part.tokens
+                text, tag, _ = part.text.partition(THINK_END)
+                sampled = part.tokens
                 closed = part.finish == "stop"
             if not closed:
                 forced = len(self._tokens(THINK_END))
             text += THINK_END
-            if show:
+            if show and not tag:  # else it was streamed
                 show(THINK_END)
         behind = prompt + self._tokens(text)
-        answer = self._continue(ask, behind, max(1, most - sampled - forced), show)
+        # A thought that was cut inside a character may have more tokens when it is read again.
+        left = min(most - sampled - forced, (self.context or UNBOUNDED) - len(behind))
+        answer = self._continue(ask, behind, max(1, left), show)
         text = thoughtful(text + answer.text, opened)
         return Completion(
             ask=ask,

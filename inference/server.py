@@ -38,6 +38,10 @@ class Failed(Exception):
         self.reason, self.wait = reason, wait
 
 
+class Refused(ValueError):
+    """A refusal that may be of what was asked, and of nothing else."""
+
+
 class Server:
     """The HTTP side: JSON out, JSON in.
 
@@ -47,14 +51,20 @@ class Server:
     """
 
     def __init__(self, url: str, options: ServerOptions):
-        parts = urlsplit(url)
-        if "@" in parts.netloc or parts.query:
+        if "@" in url or "?" in url:
             raise ValueError(
                 "the model's URL holds a user name, a password or a query; leave them out, and put "
                 f"the key into the environment as {KEYS[0]}"
             )
-        if not parts.hostname:
-            raise ValueError(f"model is {printable(url)!r}; a server is http://HOST:PORT/v1")
+        try:
+            parts = urlsplit(url)
+            if not (parts.hostname and parts.port != 0 and re.fullmatch(r"[!-~]+", url)):
+                raise ValueError
+        except ValueError:  # or urlsplit's, of a bracket, or the port's
+            raise ValueError(
+                f"model is {printable(url)!r}; a server is http://HOST:PORT/v1, in ASCII and "
+                "without spaces"
+            ) from None
         path = parts.path.rstrip("/") or "/v1"
         self.url = f"{parts.scheme}://{parts.netloc}{path}"
         self.options = options
@@ -193,7 +203,8 @@ class Server:
         except (Failed, OSError, http.client.HTTPException, RecursionError):
             said = ""
         said = " ".join(printable(said).split())[:300]
-        return ValueError(f"{self.url} refuses (HTTP {status}){': ' + said if said else ''}")
+        kind = Refused if status in (400, 413, 422) else ValueError
+        return kind(f"{self.url} refuses (HTTP {status}){': ' + said if said else ''}")
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):

@@ -94,13 +94,13 @@ class Shard:
                 "the first process of this sweep has ended; what was finished is kept: say --resume"
             ) from None
 
-    def leave(self) -> None:
-        """Tell the others; the first process goes last."""
+    def leave(self, patience: float = FAREWELL_SECONDS) -> None:
+        """Tell the others; the first process goes last, after so many seconds at most."""
         if self.shared is None:
             return
         try:
             self.shared.set(f"left/{self.rank}", "")
-            deadline = time.monotonic() + FAREWELL_SECONDS * self.first
+            deadline = time.monotonic() + patience * self.first
             others = [f"left/{rank}" for rank in range(1, self.count)]
             while time.monotonic() < deadline and not self.shared.check(others):
                 time.sleep(LOOK_EVERY_SECONDS)
@@ -111,7 +111,10 @@ class Shard:
 @contextmanager
 def joined() -> Iterator[Shard]:
     """This process's shard, as torchrun and accelerate launch tell it in the environment."""
-    count = int(os.environ.get("WORLD_SIZE", 1))
+    size = os.environ.get("WORLD_SIZE", "1")
+    count = int(size) if size.isdecimal() else 0
+    if count < 1:
+        raise ValueError(f"WORLD_SIZE is {size!r}; a launcher sets it to the number of processes")
     if count == 1:
         yield Shard(0, 1)
         return
@@ -119,10 +122,14 @@ def joined() -> Iterator[Shard]:
     shared, rank, count = next(iter(rendezvous("env://", timeout=timedelta(minutes=10))))
     prefixed = dist.PrefixStore(f"ponder/sweep {next(sweeps)}", shared)  # type: ignore
     shard = Shard(rank, count, prefixed)
+    patience = FAREWELL_SECONDS
     try:
         yield shard
+    except KeyboardInterrupt:
+        patience = 0.0  # the others were told to end as well, or one is dead
+        raise
     finally:
-        shard.leave()
+        shard.leave(patience)
 
 
 def merge(folder: Path, store: Store) -> None:

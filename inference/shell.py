@@ -98,7 +98,7 @@ def _read(config: GenerateConfig) -> list[str]:
     for number, line in lines.items():
         try:
             prompts.append(json.loads(line)["prompt"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             prompts.append(None)
         if not isinstance(prompts[-1], str):
             raise ValueError(f'{config.file}: line {number} is no {{"prompt": "..."}}')
@@ -134,6 +134,7 @@ class Screen:
     def __init__(self, *, dim: bool):
         self.dim, self.bold, self.plain = (DIM, BOLD, PLAIN) if dim else ("", "", "")
         self.held = ""  # the end of what came, where it may be the beginning of a tag
+        self.title = ""  # the prompt that the last sample was of
 
     def show(self, text: str) -> None:
         text = self.held + text
@@ -153,7 +154,9 @@ class Screen:
 
     def sample(self, completion: Completion, *, titled: bool) -> None:
         """A whole sample; titled: behind its prompt, where several are answered."""
-        if titled and completion.ask.index == 0:
-            print(f"{self.bold}{printable(completion.ask.prompt)}{self.plain}")
+        ask = completion.ask
+        if titled and (ask.index == 0 or ask.prompt != self.title):
+            print(f"{self.bold}{printable(ask.prompt)}{self.plain}")
+        self.title = ask.prompt
         self.show(completion.text)
         self.end()

@@ -215,8 +215,8 @@ def halved(slots: int, least: int = 1) -> int:
     """Fewer slots for the same work, told on stderr; ValueError where there are none to spare."""
     if slots <= least:
         raise ValueError(
-            f"the memory does not hold even {slots} samples at once; take a smaller model, a "
-            "smaller --max-tokens, or bf16"
+            f"the memory does not hold even {'one sample' if slots == 1 else f'{slots} samples'} "
+            "at once; take a smaller model, a smaller --max-tokens, or bf16"
         )
     print(f"ponder: out of memory; {slots // 2} slots instead of {slots}", file=sys.stderr)
     if torch.cuda.is_available():

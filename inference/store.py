@@ -208,7 +208,7 @@ class Store:
     store is opened as it is; `store.identity` tells whose it is. Several processes may write.
 
     Raises ValueError for a file that is no store, has another schema version, or belongs to
-    another model or task.
+    another model or task; and whenever the file cannot be opened or written.
     """
 
     def __init__(self, path: str | Path, *, identity: Mapping[str, Any] | None):
@@ -217,17 +217,15 @@ class Store:
             raise ValueError(f"{path}: there is no sample store")
         if identity is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._db = sqlite3.connect(self.path, timeout=TIMEOUT, isolation_level=None)
-        try:
-            self._open(identity)
-        except sqlite3.DatabaseError as error:
-            self.close()
-            if isinstance(error, sqlite3.OperationalError):
+        with _named(self.path):
+            self._db = sqlite3.connect(self.path, timeout=TIMEOUT, isolation_level=None)
+            try:
+                self._open(identity)
+            except BaseException as error:
+                self.close()
+                if type(error) is sqlite3.DatabaseError:
+                    raise ValueError(f"{path} is not a sample store ({error})") from None
                 raise
-            raise ValueError(f"{path} is not a sample store ({error})") from None
-        except BaseException:
-            self.close()
-            raise
 
     def _open(self, identity: Mapping[str, Any] | None) -> None:
         if self._is_new():
@@ -291,13 +289,15 @@ class Store:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
-        self._db.execute("COMMIT")
+        with _named(self.path):
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:  # a full disk has ended it
+                    self._db.execute("ROLLBACK")
+                raise
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
@@ -511,6 +511,15 @@ class Store:
 def storable(text: str) -> str:
     """The text without lone surrogates, which a server's JSON may hold and UTF-8 cannot."""
     return text.encode("utf-8", "replace").decode("utf-8")
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """What keeps SQLite from the file (a lock, a full disk), as a sentence that names it."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _json_value(value: Any) -> Any:

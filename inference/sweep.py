@@ -1,9 +1,13 @@
 """A sweep: samples and searches of a model on a task, kept in a store, evaluated, reported."""
 
+import queue
+import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +17,7 @@ from tqdm import tqdm
 
 from .. import tasks
 from ..models import GPTConfig
-from ..provenance import note, open_run, read_run
+from ..provenance import alone_in, note, open_run, read_run
 from . import Unfinished, search_table
 from .chat import known_shape
 from .comparison import write_comparison
@@ -24,6 +28,7 @@ from .exchange import training_flops
 from .report import write_report
 from .scores import score
 from .search_sweep import Searches
+from .server import Refused
 from .shards import Shard, joined, merge
 from .speaker import Ask, Completion, Speaker, open_speaker
 from .store import Key, Record, Store, params_text, parse_params
@@ -48,19 +53,33 @@ def sweep(config: SweepConfig) -> Path:
     """Sample what the store lacks, evaluate, write the report; returns its page.
 
     Every finished sample is kept within seconds: a sweep that was killed goes on where it was
-    (`resume`) and ends with the same samples. Under a launcher (torchrun, accelerate launch) the
-    problems are dealt out to its processes. Raises Unfinished, after the report of what there is,
-    where a server left samples out.
+    (`resume`) and ends with the same samples; SIGTERM ends it as Ctrl-C does. Under a launcher
+    (torchrun, accelerate launch) the problems are dealt out to its processes. Raises Unfinished,
+    after the report of what there is, where a server left samples out, and ValueError where
+    another process is at work in the folder.
     """
     config.check()
-    with joined() as shard:
-        return _sweep(config, shard)
+    with _terminable(), ExitStack() as held, joined() as shard:
+        return _sweep(config, shard, held)
 
 
-def _sweep(config: SweepConfig, shard: Shard) -> Path:
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM is a KeyboardInterrupt in here, where this is the thread that gets it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _sweep(config: SweepConfig, shard: Shard, held: ExitStack) -> Path:
     task = tasks.get(config.task)
     problems = task.problems(config.split, config.problems, config.seed)
-    budgets = [*config.budgets, None]
+    budgets = [*dict.fromkeys(config.budgets), None]
     verifier = open_verifier(config.verifier) if config.verifier else None
 
     def opened(precision: str) -> tuple[Speaker, int, Searches]:
@@ -73,6 +92,9 @@ def _sweep(config: SweepConfig, shard: Shard) -> Path:
         )
         prompts = [problem.prompt for problem in problems]
         most = speaker.fit(prompts, budgets=budgets, max_tokens=config.max_tokens)
+        # Not of what is there already, and a server's answers are shorter than what they may be.
+        if verifier is not None and speaker.shape is not None and not config.resume:
+            verifier.check(prompts, most)
         params = replace(_sampled(config), max_tokens=most)
         return speaker, most, Searches(config, task, speaker, params, verifier)
 
@@ -96,10 +118,11 @@ def _sweep(config: SweepConfig, shard: Shard) -> Path:
             "model_hash": speaker.identity["model"],
             "precision": speaker.identity["precision"],
         }
+        folder.mkdir(parents=True, exist_ok=True)
+        held.enter_context(alone_in(folder))
         open_run(config.out, "sweep", identity, resume=config.resume)
         if speaker.shape is not None:  # for reports when the model is not there any more
             note(config.out, "sweep", {"shape": asdict(speaker.shape)})
-        folder.mkdir(exist_ok=True)
         of_store = {**speaker.identity, "task": config.task, "split": config.split}
         with Store(folder / "samples.sqlite", identity=of_store) as store:
             merge(folder, store)  # what a killed run left
@@ -111,26 +134,33 @@ def _sweep(config: SweepConfig, shard: Shard) -> Path:
         mine = shard.problems(len(problems))
         wanted = _wanted(config, whole, mine, budgets)
         keys = searches.wanted(whole, mine)
+        begun = len(whole) > 0
     if shard.first and (wanted or keys):  # seconds depend on it; a sweep that goes on may change it
         before = read_run(config.out)["sweep"].get("slots", [])
         note(config.out, "sweep", {"slots": sorted({*before, speaker.slots})})
-    with Store(shard.store(folder), identity=identity) as store:
+    part = partial(Store, shard.store(folder), identity=identity)
+    with part() as store:
         store.add_problems(problems)
-        asks = (
-            Ask(
-                prompt=problems[key.problem].prompt,
-                params=_params(config, key, max_tokens=most),
-                seed=config.seed,
-                index=key.sample,
-                key=key,
-            )
-            for key in wanted
+    asks = (
+        Ask(
+            prompt=problems[key.problem].prompt,
+            params=_params(config, key, max_tokens=most),
+            seed=config.seed,
+            index=key.sample,
+            key=key,
         )
-        records = (_record(c, task, problems) for c in speaker.generate(asks))
-        _keep(records, store.add, _bar(len(wanted), "sample", shard))
-        if keys:
-            add = partial(search_table.add, store)
-            _keep(searches.run(keys, problems), add, _bar(len(keys), "search", shard))
+        for key in wanted
+    )
+    records = (_record(c, task, problems) for c in speaker.generate(asks))
+    try:
+        _keep(records, part, Store.add, _bar(len(wanted), "sample", shard))
+    except Refused:
+        if not begun:  # else all that is lacking may be what a server refuses
+            raise
+    if keys:
+        _keep(
+            searches.run(keys, problems), part, search_table.add, _bar(len(keys), "search", shard)
+        )
     failures = sum(map(Counter, shard.gathered(speaker.failures)), Counter[str]())
 
     page = config.out / "report" / "index.html"
@@ -161,8 +191,9 @@ def _sweep(config: SweepConfig, shard: Shard) -> Path:
         raise SystemExit(1)
     if lacking:
         reasons = ", ".join(f"{reason} {n} times" for reason, n in failures.most_common(4))
+        why = f" ({reasons})" if reasons else ""
         raise Unfinished(
-            f"{lacking} samples did not arrive ({reasons}); what arrived is in {config.out}: say "
+            f"{lacking} samples did not arrive{why}; what arrived is in {config.out}: say "
             "--resume to ask for the rest"
         )
     return page
@@ -172,25 +203,44 @@ def _bar(total: int, unit: str, shard: Shard) -> tqdm:
     return tqdm(total=total, unit=unit, dynamic_ncols=True, disable=not shard.first)
 
 
-def _keep(records: Iterable[T], add: Callable[[list[T]], None], bar: tqdm) -> None:
-    """Put the records into the store as they come, a batch every few seconds."""
-    batch: list[T] = []
-    kept = time.monotonic()
+def _keep(
+    records: Iterable[T],
+    opened: Callable[[], Store],
+    add: Callable[[Store, list[T]], None],
+    bar: tqdm,
+) -> None:
+    """Put the records into the store as they come, a batch every few seconds, in a thread: the
+    next one may be long in coming."""
+    arrived: queue.SimpleQueue[T | None] = queue.SimpleQueue()
 
     def keep() -> None:
-        add(batch)
-        bar.update(len(batch))
-        batch.clear()
+        with opened() as store:  # SQLite wants it to be this thread's
+            for batch in _batches(arrived):
+                add(store, batch)
+                bar.update(len(batch))
 
-    try:
-        for record in records:
-            batch.append(record)
-            if time.monotonic() - kept > KEEP_EVERY_SECONDS:
-                keep()
-                kept = time.monotonic()
-    finally:  # also when sampling was interrupted: what is finished is kept
-        keep()
-        bar.close()
+    with bar, ThreadPoolExecutor(1) as pool:
+        kept = pool.submit(keep)
+        try:
+            for record in records:
+                arrived.put(record)
+                if kept.done():  # it failed
+                    break
+        finally:  # also when sampling was interrupted: what is finished is kept
+            arrived.put(None)
+            kept.result()
+
+
+def _batches(arrived: "queue.SimpleQueue[T | None]") -> Iterator[list[T]]:
+    """What comes up to a None, none of it later than KEEP_EVERY_SECONDS."""
+    while True:
+        batch, end = [arrived.get()], time.monotonic() + KEEP_EVERY_SECONDS
+        with suppress(queue.Empty):
+            while batch[-1] is not None and (left := end - time.monotonic()) > 0:
+                batch.append(arrived.get(timeout=left))
+        yield [record for record in batch if record is not None]
+        if batch[-1] is None:
+            return
 
 
 def _sampled(config: SweepConfig) -> SamplingParams:

@@ -23,6 +23,8 @@ from .chat import (
     THINK,
     THINK_END,
     ChatTokenizer,
+    check_cue,
+    check_text,
     first_line,
     known_shape,
     no_thoughts,
@@ -78,15 +80,17 @@ class TransformersSpeaker:
             self.model: Any = model.to(self.device).eval()
         except Exception as error:  # what it raises depends on the checkpoint and on the network
             raise ValueError(f"no model of {path} could be loaded: {first_line(error)}") from None
-        self.think_end = self._token(THINK_END)
-        if budgets and (self.think_end is None or self._token(THINK) is None):
+        self.think, self.think_end = map(self._token, (THINK, THINK_END))
+        if budgets and None in (self.think, self.think_end):
             raise ValueError(no_thoughts(path))
+        self.ends = self._ends()
         self.cue: tuple[int, ...] = ()
         if cue is not None:
             if self.think_end is None:
                 raise ValueError(f"the tokenizer of {path} has no token </think> to put a cue for")
+            check_text(cue, "cue")
             self.cue = tuple(self.chat.tokenizer.encode(cue, add_special_tokens=False))
-        self.ends = self._ends()
+            check_cue(cue, self.cue, self.ends.tolist(), self.think_end)
         self._keeps_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         self.shape = known_shape(path)
         self.identity = {
@@ -236,7 +240,7 @@ class TransformersSpeaker:
             prompt_tokens=prompt_tokens,
             sampled_tokens=len(tokens) - forced,
             forced_tokens=forced,
-            think_tokens=think_tokens(text, tokens, opened, self.think_end),
+            think_tokens=think_tokens(text, tokens, opened, self.think, self.think_end),
             logprob=logprob,
             finish="stop" if tokens[-1] in self.ends.tolist() else "length",
             seconds=seconds,

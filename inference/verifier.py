@@ -14,6 +14,7 @@ from torch import Tensor
 from ..models import KVCache, hub
 from ..models.verifier import Verifier, encode_solutions, load_verifier, step_ends
 from . import cost
+from .chat import THINK, THINK_END
 from .decoder import Decoder, fits
 from .prompts import LENGTH_STEP, round_up
 from .speaker import device, model_hash
@@ -50,8 +51,21 @@ class Scorer:
         if isinstance(verifier, Verifier) and self.device.type == "cpu":
             if fits(verifier.model, verifier.score.weight.dtype):
                 self.decoder = Decoder(verifier.model, head=verifier.score)
-        self.think_end = tokenizer.token_to_id("</think>")
+        self.think, self.think_end = map(tokenizer.token_to_id, (THINK, THINK_END))
         self.step_ends = step_ends(tokenizer, self.reading.step_end)
+
+    def check(self, prompts: Sequence[str], most: int) -> None:
+        """ValueError where this verifier might not read a completion of up to `most` tokens behind
+        one of the prompts, to be told before any is drawn."""
+        opened = "" if self.think is None else THINK
+        pairs = encode_solutions(self.tokenizer, [(prompt, opened, None) for prompt in prompts])
+        longest = max(len(tokens) for tokens, _ in pairs)
+        if longest + most > self.shape.context:
+            raise ValueError(
+                f"a problem has up to {longest} tokens and its completion up to {most}; the "
+                f"verifier has a context of {self.shape.context}: take a smaller --max-tokens, or "
+                "train one with a longer --context"
+            )
 
     def score(self, solutions: Sequence[tuple[str, str, bool]]) -> list[Score]:
         """The scores of completions: (prompt, text, whether it came to its end) each.

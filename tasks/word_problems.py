@@ -153,7 +153,8 @@ class WordProblems:
     def _split(self, split: str) -> list[Problem]:
         if split not in self._problems:
             raise ValueError(
-                f"{self.name} has no {split} problems here; there are {', '.join(self._problems)}"
+                f"{self.name} has no {split} problems here; there are "
+                f"{', '.join(self._problems) or 'none at all'}"
             )
         return self._problems[split]
 
@@ -234,8 +235,19 @@ class WordProblems:
         if answer is None:
             raise ValueError(f"{self.name}: {gold[-40:]!r} ends in no number, as an answer must")
         level = row.get(source.level) if source.level else None
-        difficulty = int(level) if level is not None else len(steps)
+        try:
+            difficulty = int(level) if level is not None else len(steps)
+        except (ValueError, TypeError):
+            raise ValueError(f"{self.name}: level is {level!r}; it must be a number") from None
         prompt = str(row[source.question]).strip() + "\n"
+        try:
+            "".join((prompt, answer, *steps)).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start]
+            raise ValueError(
+                f"{self.name}: the problem {prompt[:40]!r} has {half!r}, which is no character of "
+                "Unicode"
+            ) from None
         return Problem(self.name, prompt, answer, difficulty, steps)
 
     def _steps(self, solution: str) -> tuple[str, ...]:
@@ -256,7 +268,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
             rows = json.loads(text)
         else:
             rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{path} could not be read: {error}") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path} holds no list of rows (objects with named fields)")

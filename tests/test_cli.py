@@ -1,9 +1,11 @@
 """The command as a user meets it: what it says of bad input, and that help is light."""
 
 import errno
+import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from ponder import cli
@@ -33,6 +35,13 @@ def test_help_names_every_command():
         assert f"\n  {name} " in run.stdout
 
 
+def test_a_terminal_that_is_not_utf_8_gets_what_it_can_show():
+    words = [sys.executable, "-m", "ponder", "--help"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    run = subprocess.run(words, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0 and "samples ? thinking budgets" in run.stdout
+
+
 def test_the_repository_root_as_current_folder_hides_nothing():
     from pathlib import Path
 
@@ -54,13 +63,18 @@ BAD = [
     ("train tiny --n-head 3 --n-kv-head 2", "n_head 3 is not a multiple of n_kv_head 2"),
     ("train tiny --steps 0", "steps is 0; it must be at least 1"),
     ("train tiny --activation swish9", "activation"),
-    ("sweep --model missing --samples 0", "samples is [0]; each must be at least 1"),
+    ("sweep --model missing --samples 0", "samples is [0]; each must be from 1 to 2"),
+    ("sweep --model missing --samples 99999999999", "each must be from 1 to 2147483647"),
+    ("sweep --model missing --problems 99999999999", "problems is 99999999999; it must be from 1"),
+    ("sweep --model missing --lines 99999999999", "lines is [99999999999]; each must be from 1 to"),
+    ("sweep --model missing --width 99999999999", "width is 99999999999; it must be from 1 to"),
     ("sweep --model missing --budgets -1", "budgets is [-1]; each must be at least 0"),
     ("sweep --model missing", "missing"),
     ("sweep --model missing --task chess", "last_digit"),
     ("report nowhere", "nowhere holds no run.json"),
     ("generate --model missing 1+1=", "missing"),
-    ("generate --model missing --samples 0 1+1=", "samples is 0; it must be at least 1"),
+    ("generate --model missing --samples 0 1+1=", "samples is 0; it must be from 1 to 2"),
+    ("generate --model missing --samples 99999999999 1+1=", "it must be from 1 to 2147483647"),
     ("generate --model missing --budget -2 1+1=", "budget is -2; it must be at least 0"),
     ("generate --model missing --temperature inf 1+1=", "temperature is inf; it must be at least"),
     ("sweep --model missing --temperature inf", "temperature is inf; votes need a finite one"),
@@ -97,6 +111,51 @@ def test_what_a_disk_refuses_is_one_sentence(monkeypatch, capsys):
     monkeypatch.setitem(cli.COMMANDS, "report", fail)
     with pytest.raises(OSError, match="no fault of a disk"):
         cli.run(["report", "x"])
+
+
+def test_what_no_memory_holds_is_one_sentence(monkeypatch, capsys):
+    def fail(words):
+        np.empty(1 << 60, dtype=np.int64)
+
+    monkeypatch.setitem(cli.COMMANDS, "train", fail)
+    assert cli.run(["train"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("ponder: there is not enough memory: Unable to allocate 8")
+
+
+@pytest.mark.parametrize(
+    "path, says",
+    [
+        ("file", "File exists"),
+        ("file/below", "Not a directory"),
+        ("long" * 999, "File name too long"),
+        ("loop/below", "Too many levels of symbolic links"),
+    ],
+)
+def test_a_path_that_cannot_be_is_one_sentence(path, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(cli.COMMANDS, "sweep", lambda words: (tmp_path / words[0]).mkdir())
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    assert cli.run(["sweep", path]) == 2
+    assert capsys.readouterr().err == f"ponder: {tmp_path / path}: {says}\n"
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        (b"", "is not readable JSON"),
+        (b"\xff", "is not readable JSON"),
+        (b"[" * 200_000, "is not readable JSON"),
+        (b"[1]", "does not hold the configuration of each run"),
+        (b'{"sweep": 3}', "does not hold the configuration of each run"),
+        (b'{"sweep": {}}', "does not hold the configuration of each run"),
+    ],
+)
+def test_a_damaged_run_json_is_one_sentence(text, says, tmp_path, capsys):
+    file = tmp_path / "run.json"
+    file.write_bytes(text)
+    assert cli.run(["report", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"ponder: {file} {says}; take another folder\n"
 
 
 def test_an_unknown_field_is_named():

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from ..models import GPT, GPTConfig, hub
 from ..models.verifier import Verifier, save_verifier, verifier_loss
-from ..provenance import note, open_run, read_run
+from ..provenance import alone_in, note, open_run, read_run
 from .calibration import calibrate
 from .checkpoint import Checkpoints
 from .config import TrainConfig
@@ -32,7 +32,6 @@ from .optimizer import Average, build_optimizer
 from .packing import compacted
 from .processes import (
     DTYPE,
-    alone_in,
     build_accelerator,
     gather,
     gather_weights,

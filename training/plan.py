@@ -134,10 +134,12 @@ class Plan:
 
     @property
     def devices(self) -> int:
+        """Of how many the plan is."""
         return self.config.devices
 
     @property
     def batch_tokens(self) -> int:
+        """In one optimizer step, over all devices."""
         return self.config.batch_tokens
 
     @property

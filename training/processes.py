@@ -5,9 +5,7 @@ number of processes, sharded or not, goes on from it.
 """
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch
@@ -60,30 +58,6 @@ def main_alone(action: Callable[[], T]) -> T:
     if fault is not None:
         raise ValueError(fault)
     return cast(T, found)
-
-
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Keep other processes' runs out of a folder; ValueError where one is in it. The lock of a
-    process that is killed is gone with it; on Windows there is none."""
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"another process is at work in {folder}; wait for its end, or take another --out"
-            ) from None
-        except OSError:  # a file system without locks
-            pass
-        yield
-    finally:
-        os.close(handle)
 
 
 def wants_shards(config: TrainConfig) -> bool:

@@ -335,6 +335,7 @@ class TraceRows:
 
     @cached_property
     def held_out(self) -> Flat:
+        """What is validated on, drawn once."""
         return self._flat("val", VALIDATION_PROBLEMS, "0")
 
     def validation(self) -> Iterator[Batch]:

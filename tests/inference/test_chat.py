@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ponder.inference.chat import ChatTokenizer, printable, thoughtful
+from ponder.inference.chat import ChatTokenizer, printable, think_tokens, thoughtful
 from ponder.training.tokenizer import character_tokenizer
 
 PLAIN = (
@@ -66,6 +66,7 @@ def test_a_prompt_of_a_model_that_does_not_think_stays_as_it_is(tokenizer):
     ("template", "prompt", "system", "message"),
     [
         (PLAIN, "", None, "the prompt is empty"),
+        (PLAIN, "1\ud800=", None, r"the prompt has '\\ud800', which is no character of Unicode"),
         (PLAIN, "1é=", None, r"the prompt '1é=' holds what the tokenizer of .* does not know"),
         (
             PLAIN + "{{ raise_exception('no\x1b system') }}",
@@ -99,6 +100,23 @@ def test_a_prompt_that_cannot_be_rendered_gets_one_sentence(
 )
 def test_a_thought_has_its_beginning(text, opened, expected):
     assert thoughtful(text, opened) == expected
+
+
+@pytest.mark.parametrize(
+    ("own", "tokens", "opened", "count"),  # 8 is <think>, 9 </think>
+    [
+        ("ab</think>4", (1, 2, 9, 4), True, 2),
+        ("<think>ab</think>4", (8, 1, 2, 9, 4), False, 2),
+        ("\n<think>ab</think>4", (3, 8, 1, 2, 9, 4), False, 2),
+        ("<think>ab</think>4", (8, 1, 2, 9, 4), True, 3),
+        ("ab</think>4", (1, 2, 9, 4), False, 2),  # <think> stands before it in the text alone
+        ("</think>4", (9, 4), False, 0),
+        ("<think>ab", (8, 1, 2), False, 2),
+        ("4", (4,), False, 0),
+    ],
+)
+def test_the_tokens_of_a_thought_are_counted(own, tokens, opened, count):
+    assert think_tokens(thoughtful(own, opened), tokens, opened, 8, 9) == count
 
 
 def test_printable_leaves_what_can_be_seen():

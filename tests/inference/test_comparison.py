@@ -74,4 +74,7 @@ def test_what_cannot_be_compared_is_named(tmp_path):
     moved = make_store(tmp_path / "c", ["aaab"] * 12, greedy="a" * 12, prompt="another ")
     with pytest.raises(ValueError, match="problem 0 is '0' and 'another 0'.*: sweep both with one"):
         write_comparison(tmp_path / "out", results, [stores[0], moved])
+    fewer = make_store(tmp_path / "d", ["aaab"] * 7, greedy="a" * 7)
+    with pytest.raises(ValueError, match="a holds 12 problems and .*d 7: sweep both with one num"):
+        write_comparison(tmp_path / "out", results, [stores[0], fewer])
     assert not (tmp_path / "out").exists()

@@ -82,7 +82,16 @@ def test_training_flops_are_those_of_the_journal(tmp_path):
     assert taken is not None
     assert 1 < taken / (6 * weights * last["tokens"]) < 1.5
     assert exchange.training_flops(tmp_path) is None
-    (folder / "train" / "metrics.jsonl").unlink()
+    journal = folder / "train" / "metrics.jsonl"
+    with open(journal, "a") as file:
+        file.write('{"step": 3}\n{"step": 4, "tok')  # a killed run's last words
+    assert exchange.training_flops(folder) == taken
+    for nothing in ("", '{"step": 1}\n', "[1]\n"):
+        journal.write_text(nothing)
+        assert exchange.training_flops(folder) is None
+    (folder / "run.json").write_text("{}")
+    assert exchange.training_flops(folder) is None
+    journal.unlink()
     assert exchange.training_flops(folder) is None
 
 

@@ -290,7 +290,7 @@ from ponder.cli import run
 from ponder.inference import server, sweep
 server.LONGEST_WAIT = 0.01
 sweep.KEEP_EVERY_SECONDS = 0
-run(sys.argv[1:])
+sys.exit(run(sys.argv[1:]))
 """
 
 
@@ -322,20 +322,61 @@ def test_killed_amid_faults_it_loses_nothing_and_asks_for_nothing_twice(calm, to
         assert len(server.requests) - asked == sum(2 if row[1] else 1 for row in lacking)
 
 
+def test_sigterm_ends_a_sweep_as_ctrl_c_does(tmp_path):
+    process: subprocess.Popen | None = None
+
+    def fault(n: int) -> str | None:
+        if n == 20:
+            assert process
+            process.terminate()
+        return "late" if n >= 20 else None
+
+    with MockServer(fault=fault) as server:
+        words = f"sweep --model {server.url} --out {tmp_path} --budgets --server.concurrency 1"
+        code = KILLED.replace("KEEP_EVERY_SECONDS = 0", "KEEP_EVERY_SECONDS = 1000")
+        process = subprocess.Popen([sys.executable, "-c", code, *words.split()])
+        assert process.wait(60) == 130
+    assert 0 < len(stored(tmp_path)) <= 20
+
+
 def test_a_prompt_that_is_refused_stops_no_other(no_report, tmp_path):
     with MockServer() as server:
-        config = config_of(server, None, tmp_path / "out", problems=3)
+        options = ServerOptions(concurrency=1)
+        config = config_of(server, None, tmp_path / "out", samples=(9,), problems=3, server=options)
         prompts = [p.prompt for p in tasks.get(config.task).problems("test", 3, config.seed)]
         server.refused = f'"{prompts[0]}"'
-        with pytest.raises(
-            Unfinished, match=r"4 samples .* refuses \(HTTP 400\): too long 4 times"
-        ):
+        missing = r"10 samples .* refuses \(HTTP 400\): too long 10 times"
+        with pytest.raises(Unfinished, match=missing):  # more in a row than a server's end takes
             sweep(config)
         assert {row[0] for row in stored(config.out)} == {1, 2}
-        assert len(server.requests) == 3 * 4  # a refusal is not asked again
+        assert len(server.requests) == 3 * 10  # a refusal is not asked again
+        with pytest.raises(Unfinished, match=missing):  # where nothing else is lacking
+            sweep(replace(config, resume=True))
         server.refused = "nothing"
         sweep(replace(config, resume=True))
-        assert len(stored(config.out)) == len(server.requests) - 4 == 12
+        assert len(stored(config.out)) == len(server.requests) - 20 == 30
+
+
+def test_a_server_that_refuses_all_is_told_of_before_all_is_asked(server):
+    server.status = 400
+    speaker = RemoteSpeaker(server.url, ServerOptions(concurrency=1))
+
+    def asks():
+        yield from [ask()] * 20
+        assert told
+
+    with pytest.warns(UserWarning, match="nothing arrived so far: .* no such thing") as told:
+        with pytest.raises(ValueError, match="no such thing"):
+            list(speaker.generate(asks()))
+    assert len(server.requests) == 20
+
+
+def test_a_server_that_refuses_the_key_is_not_asked_for_the_rest(server):
+    speaker = RemoteSpeaker(server.url, ServerOptions(concurrency=1))
+    server.key = "another"
+    with pytest.raises(ValueError, match="asks for a key"):
+        list(speaker.generate([ask()] * 60))
+    assert len(server.requests) < 20
 
 
 def test_a_server_that_goes_away_is_not_asked_for_the_rest(no_report, tokenizer, tmp_path):
@@ -431,6 +472,27 @@ def test_a_streamed_sample_is_the_whole_one(server, tokenizer, budget):
     assert all(body["stream"] for _, body in server.requests[: len(server.requests) // 2])
 
 
+def test_a_stop_string_that_comes_with_the_text_is_shown_once(server, tokenizer):
+    server.echo = "</think>"
+    speaker = RemoteSpeaker(server.url, ServerOptions(), tokenizer=tokenizer, budgets=True)
+    pieces: list[str] = []
+    (streamed,) = speaker.generate([ask(budget=9)], watch=lambda _, text: pieces.append(text))
+    assert "".join(pieces) == streamed.text
+
+
+def test_a_budget_that_is_named_twice_is_drawn_once(server, tokenizer, no_report, tmp_path):
+    sweep(config_of(server, tokenizer, tmp_path / "out", budgets=(2, 0, 2), problems=2))
+    assert set(server.answered.values()) == {1}
+
+
+def test_a_thought_with_more_tokens_than_were_drawn_stays_within_the_context(server, tokenizer):
+    server.echo = "abc"  # what the server does not count
+    speaker = RemoteSpeaker(server.url, ServerOptions(), tokenizer=tokenizer, budgets=True)
+    most = speaker.fit(["3+8="], budgets=[2], max_tokens=None)
+    list(speaker.generate([Ask("3+8=", SamplingParams(max_tokens=most, budget=2), 0, 0)]))
+    assert [len(b["prompt"]) + b["max_tokens"] for _, b in server.requests] == [5 + 2, 64]
+
+
 def test_a_streamed_chat_shows_its_thinking_between_tags(server):
     speaker = RemoteSpeaker(server.url, ServerOptions())
     pieces: list[str] = []
@@ -482,7 +544,9 @@ def test_a_key_that_no_header_can_carry_is_not_shown(server, monkeypatch):
     assert "planted" not in str(error.value)
 
 
-@pytest.mark.parametrize("url", ["http://me:planted@host/v1", "http://host/v1?api-key=planted"])
+@pytest.mark.parametrize(
+    "url", ["http://me:planted@host/v1", "http://host/v1?api-key=planted", "http://me:planted@[::1"]
+)
 def test_a_url_with_a_secret_is_refused_without_saying_it(tmp_path, url):
     with pytest.raises(ValueError, match="leave them out") as error:
         sweep(SweepConfig(model=url, out=tmp_path / "out"))
@@ -499,6 +563,9 @@ def down() -> str:
     [
         (dict(model="down"), "no server answers at http://127.0.0.1:.*refused"),
         (dict(model="http:///v1"), "a server is http://HOST:PORT/v1"),
+        (dict(model="http://[::1"), r"model is 'http://\[::1'; a server is http://HOST:PORT/v1"),
+        (dict(model="http://localhost:abc/v1"), "model is 'http://localhost:abc/v1'; a server is"),
+        (dict(model="http://localhost:1/ä"), "'http://localhost:1/ä'; .* in ASCII and without"),
         (dict(path="/elsewhere"), r"refuses \(HTTP 404\)"),
         (dict(key="needed"), "asks for a key .* PONDER_API_KEY or OPENAI_API_KEY"),
         (dict(models=["a", "b"]), r"serves 2 models \(a, b\); say which, as in --model .*#NAME"),

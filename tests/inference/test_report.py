@@ -294,13 +294,19 @@ def test_nothing_to_report(tmp_path):
 
 @pytest.mark.parametrize(
     "number, text",
-    [(0, "0"), (999, "999"), (1234567, "1.23 M"), (5e9, "5 G"), (float("nan"), "unknown")],
+    [
+        *((0, "0"), (999, "999"), (1234567, "1.23 M"), (5e9, "5 G"), (float("nan"), "unknown")),
+        *((999.6, "1 k"), (-999.6, "-1 k"), (999_999, "1 M"), (1.2345e18, "1230 P")),
+    ],
 )
 def test_human(number, text):
     assert human(number) == text
 
 
-@pytest.mark.parametrize("seconds, text", [(2.5, "2.5 s"), (0.00032, "320 µs"), (0, "0 s")])
+@pytest.mark.parametrize(
+    "seconds, text",
+    [(2.5, "2.5 s"), (0.00032, "320 µs"), (0, "0 s"), (0.9999, "1 s"), (1234.5, "1230 s")],
+)
 def test_duration(seconds, text):
     assert duration(seconds) == text
 

@@ -248,7 +248,7 @@ def test_what_cannot_be_searched_or_extended_is_named(swept, tmp_path):
     wrong = replace(swept, out=tmp_path)
     with pytest.raises(ValueError, match="lines is .2, 3.; for beam and dvts each must be a mult"):
         replace(wrong, searches=replace(swept.searches, lines=(2, 3))).check()
-    with pytest.raises(ValueError, match="width is 0; .*step is 0; it must be at least 1"):
+    with pytest.raises(ValueError, match="width is 0; .*step is 0; it must be from 1 to"):
         replace(wrong, searches=SearchOptions(width=0, step=0)).check()
     with pytest.raises(
         ValueError, match="extend is .0.; each must be from 1 to 2147483647; cue is empty"
@@ -256,6 +256,8 @@ def test_what_cannot_be_searched_or_extended_is_named(swept, tmp_path):
         replace(wrong, extend=(0,), cue="").check()
     with pytest.raises(ValueError, match="the cue has 'W', which the tokenizer of"):
         sweep(replace(wrong, extend=(1,), cue="Wait"))
+    with pytest.raises(ValueError, match="cue is '=</think>'; it may hold neither </think> nor"):
+        sweep(replace(wrong, extend=(1,), cue="=</think>"))
     with pytest.raises(ValueError, match="a server does not let thoughts be drawn out"):
         sweep(replace(wrong, model="http://localhost:1/v1", precision="auto", extend=(1,)))
     config = replace(wrong, searches=replace(swept.searches, search=("beam",)))

@@ -200,12 +200,18 @@ def test_a_server_answers_from_the_shell_and_what_is_missing_is_said(capsys):
         with pytest.raises(Unfinished, match=r"1 of 3 samples did not arrive \(HTTP 503 1 times"):
             generate(GenerateConfig(("1=", "2=", "3="), server.url, server=options))
         assert capsys.readouterr().out.splitlines()[::2] == ["1=", "3="]
+        server.fault = lambda n: "error" if n == 6 else None  # the second prompt's first
+        with pytest.raises(Unfinished, match="1 of 4 samples did not arrive"):
+            generate(GenerateConfig(("1=", "2="), server.url, samples=2, server=options))
+        shown = capsys.readouterr().out.splitlines()
+        assert [line for line in shown if "<think>" not in line] == ["1=", "2="]
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         (dict(prompts=("",)), "the prompt is empty"),
+        (dict(prompts=("3+\udce9",)), r"the prompt has '\\udce9', which is no character"),
         (dict(prompts=("3+x=",)), "the prompt has 'x', which the tokenizer"),
         (dict(prompts=("1+" * 40,)), "81 tokens as the model reads it; its context of 64"),
         (dict(max_tokens=60), "max_tokens is 60; after 5 prompt tokens"),

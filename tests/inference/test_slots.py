@@ -205,12 +205,13 @@ def test_a_replay_meets_the_tensors_that_it_was_captured_with(monkeypatch):
     assert replays >= 20  # more than half of the steps
 
 
-def test_the_plan_covers_what_is_held():
+@pytest.mark.parametrize("half, new, rounded", [(40, 150, (96, 160)), (2, 32, (32, 64))])
+def test_the_plan_covers_what_is_held(half, new, rounded):
     """The tensors of a run of the worst kind: no prompt shared, every sample as long as allowed."""
     model = gpt(n_layer=4)
     engine = LocalEngine(model, slots=32, eos=EOS)
     asked = [
-        Request((2 + i % 9, 3 + i // 9) * 40, SamplingParams(max_tokens=150), 0, i)
+        Request((2 + i % 9, 3 + i // 9) * half, SamplingParams(max_tokens=new), 0, i)
         for i in range(32)
     ]
     network = engine.network()
@@ -220,28 +221,34 @@ def test_the_plan_covers_what_is_held():
     prompts.prefill(asked, [])
     blocks = {place.block for place in prompts.ready.values()}
     slots.fill(asked, prompts, 0.0)
-    while slots.cache.capacity < 160 and not slots.done.all():
+    while slots.cache.capacity < rounded[1] and not slots.done.all():
         slots.step()
     held = [slots.cache, slots.prefix, *blocks]
     held = sum(x.keys.nbytes + x.values.nbytes for x in held)
     reckoned = engine.plan(asked).needed(32)
-    parts = sampling_memory(model.config, slots=32, prompt=80, new=150, itemsize=4, triton=False)
+    prompt, new = rounded
+    parts = sampling_memory(
+        model.config, slots=32, prompt=prompt, new=new, itemsize=4, triton=False
+    )
     weights = 4 * sum(p.numel() for p in model.parameters())  # laid out for the CPU, with the head
     assert reckoned == sum(parts.values()) + 4 * model.config.vocab_size * model.config.n_embd
     assert parts["weights"] == weights
-    reckoned -= parts["weights"]
-    assert held < reckoned < 3 * held
+    assert held <= parts["KV cache"] < 2 * held
 
 
-def test_fewer_slots_where_memory_is_short(monkeypatch):
+@pytest.mark.parametrize("slots, fit", [(128, 64), (5, 1)])
+def test_fewer_slots_where_memory_is_short(slots, fit, monkeypatch):
     model, asked = gpt(), requests(70)
-    engine = LocalEngine(model, slots=128, eos=EOS)
+    engine = LocalEngine(model, slots=slots, eos=EOS)
+    if fit < 8 and not engine.native:
+        pytest.skip("PyTorch has 8 rows at least")
     wanted = results(engine, asked)
-    free = engine.plan(asked).needed(64)
+    free = engine.plan(asked).needed(fit)
     monkeypatch.setattr("ponder.inference.engine.available", lambda device: free)
-    with pytest.warns(UserWarning, match="128 slots need .* GiB .* are free: 64 slots are used"):
+    says = f"{slots} slots need .* GiB .* are free: {fit} slots are used"
+    with pytest.warns(UserWarning, match=says):
         assert results(engine, asked) == wanted
-    assert engine.slots == 128
+    assert engine.slots == slots
 
 
 def test_requests_that_cannot_fit_are_told_before_anything_is_sampled(monkeypatch):
@@ -255,7 +262,7 @@ def test_requests_that_cannot_fit_are_told_before_anything_is_sampled(monkeypatc
     with pytest.raises(ValueError, match="64 samples .* 150 tokens .* 100 needs .* fewer slots"):
         samples.extend(engine.generate(asked))
     monkeypatch.setattr("ponder.inference.engine.available", lambda device: 1000)
-    with pytest.raises(ValueError, match="^drawing 8 samples at a time of up to 2 tokens"):
+    with pytest.raises(ValueError, match="^drawing [18] samples at a time of up to 2 tok"):
         next(engine.generate([small]))
 
 

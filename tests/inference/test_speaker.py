@@ -5,11 +5,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
+from ponder import tasks
 from ponder.inference.engine import LocalEngine, SamplingParams
 from ponder.inference.local import LocalSpeaker
 from ponder.inference.slots import Slots
 from ponder.inference.speaker import Ask, out_of_memory
+from ponder.training.tokenizer import character_tokenizer
+
+from .conftest import save_random
 
 
 @pytest.mark.parametrize(
@@ -79,7 +84,7 @@ def test_invariant_samples_do_not_depend_on_the_slots(model, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(Slots, "step", failing)
-    with pytest.raises(ValueError, match="does not hold even 8 samples at once"):
+    with pytest.raises(ValueError, match="does not hold even one sample at once"):
         list(many.generate(asks))
 
 
@@ -89,18 +94,28 @@ def test_where_nothing_helps_there_is_a_sentence_and_what_was_finished_stays(mod
 
     def failing(self, requests, **options):
         for n, sample in enumerate(generate(self, requests, **options)):
-            if n == 3:
+            if n == 3 or self.slots < 8:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             yield sample
 
     monkeypatch.setattr(LocalEngine, "generate", failing)
     found = []
-    with pytest.raises(ValueError, match="the memory does not hold even 8 samples at once"):
+    with pytest.raises(ValueError, match="the memory does not hold even one sample at once"):
         for completion in speaker.generate(
             [Ask("3+8=", SamplingParams(max_tokens=4), 0, i) for i in range(9)]
         ):
             found.append(completion)
     assert len(found) == 3
+
+
+def test_a_cue_is_its_own_tokens_alone(tmp_path):
+    """What the tokenizer puts in front of a text belongs to a prompt, not into a thought."""
+    words = character_tokenizer(tasks.get("last_digit").alphabet)
+    bos = words.token_to_id("=")
+    words.post_processor = TemplateProcessing(single="= $A", special_tokens=[("=", bos)])
+    speaker = LocalSpeaker(str(save_random(tmp_path, words)), slots=8, precision="fp32", cue="+-")
+    assert speaker.cue == (words.token_to_id("+"), words.token_to_id("-"))
+    assert speaker.encode("+")[:2] == (bos, words.token_to_id("+"))
 
 
 def test_other_faults_are_not_taken_for_it():

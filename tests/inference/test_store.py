@@ -170,6 +170,23 @@ def test_files_that_are_no_store(tmp_path):
         Store(path, identity=IDENTITY)
 
 
+def test_what_keeps_sqlite_from_the_file_is_a_sentence(tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match="folder: unable to open database file"):
+        Store(tmp_path / "folder", identity=IDENTITY)
+    monkeypatch.setattr("ponder.inference.store.TIMEOUT", 0)
+    path = tmp_path / "s"
+    with Store(path, identity=IDENTITY) as store:
+        with Store(path, identity=IDENTITY) as other, other.transaction():
+            with pytest.raises(ValueError, match=f"{path}: database is locked"):
+                store.add_problems([Problem("1+1=", "2")])
+        ((pages,),) = store.rows("PRAGMA page_count")
+        store.rows(f"PRAGMA max_page_count = {pages}")
+        with pytest.raises(ValueError, match=f"{path}: database or disk is full"):
+            store.add_problems([Problem("1" * 100_000, "2")])
+        assert not store.problems()
+
+
 def test_another_schema_version(tmp_path):
     path = tmp_path / "s.sqlite"
     Store(path, identity=IDENTITY).close()

@@ -4,9 +4,11 @@ import multiprocessing
 import shutil
 import signal
 import sqlite3
+import threading
 import time
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from random import Random
 
@@ -14,11 +16,15 @@ import pytest
 import torch
 import tyro
 from tokenizers import Tokenizer, models
+from tqdm import tqdm
 
 from ponder import tasks
+from ponder.inference import Unfinished
 from ponder.inference.config import SweepConfig
-from ponder.inference.sweep import redraw, sweep
+from ponder.inference.local import LocalSpeaker
+from ponder.inference.sweep import _keep, redraw, sweep
 from ponder.models import hub
+from ponder.provenance import alone_in
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +60,7 @@ def samples(out: Path) -> list[tuple]:
 @pytest.mark.parametrize(
     ("asker", "message"),
     [
-        ("engine", "drawing 8 samples at a time of up to .* needs .* fewer slots"),
+        ("engine", r"drawing \d samples at a time of up to .* needs .* fewer slots"),
         ("local", r"the model .* needs .*\(weights .*\) and there are 0.00; take a smaller one"),
     ],
 )
@@ -156,6 +162,49 @@ def test_a_sweep_killed_twenty_times_ends_with_the_same_samples(config, tmp_path
     sweep(killed)
     assert samples(killed.out) == whole
     assert rows(killed.out) == rows(config.out)
+
+
+def test_what_is_finished_is_kept_while_the_next_is_long_in_coming(monkeypatch):
+    monkeypatch.setattr("ponder.inference.sweep.KEEP_EVERY_SECONDS", 0.01)
+    kept: list[int] = []
+    first = threading.Event()
+
+    def records():
+        yield from (1, 2)
+        assert first.wait(60)
+        yield 3
+
+    def add(_, batch: list[int]):
+        kept.extend(batch)
+        if {1, 2} <= {*kept}:
+            first.set()
+
+    _keep(records(), nullcontext, add, tqdm(disable=True))  # type: ignore[arg-type]
+    assert kept == [1, 2, 3]
+
+
+def test_samples_that_cannot_be_kept_end_the_sweep(monkeypatch):
+    monkeypatch.setattr("ponder.inference.sweep.KEEP_EVERY_SECONDS", 0)
+
+    def add(*_):
+        raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        _keep(count(), nullcontext, add, tqdm(disable=True))  # type: ignore[arg-type]
+
+
+def test_a_folder_where_a_sweep_is_at_work_is_left_alone(swept, config, no_figures):
+    shutil.copytree(swept.out, config.out)
+    with alone_in(config.out / "sweep"):
+        with pytest.raises(ValueError, match="another process is at work in .*; wait for its end"):
+            sweep(replace(config, resume=True))
+    sweep(replace(config, resume=True))
+
+
+def test_samples_that_are_lacking_for_no_known_reason_are_counted(config, monkeypatch):
+    monkeypatch.setattr(LocalSpeaker, "generate", lambda *_, **__: iter(()))
+    with pytest.raises(Unfinished, match="72 samples did not arrive; what arrived is in"):
+        sweep(config)
 
 
 def test_a_resumed_sweep_keeps_the_precision_that_was_measured(config, monkeypatch, no_figures):

@@ -100,7 +100,7 @@ def test_running_out_of_memory_ends_in_smaller_batches_or_a_sentence(model, thei
     assert {k: c.text for k, c in found.items()} == {k: c.text for k, c in expected.items()}
     assert "out of memory; 2 slots instead of 4" in capsys.readouterr().err
     most = 0
-    with pytest.raises(ValueError, match="does not hold even 1 samples at once"):
+    with pytest.raises(ValueError, match="does not hold even one sample at once"):
         list(small.generate(asks()))
 
 

@@ -5,7 +5,6 @@ import json
 import shutil
 import sqlite3
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,10 +12,12 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ponder import tasks
 from ponder.inference import scores
 from ponder.inference.config import SweepConfig
 from ponder.inference.cost import verifier_flops
 from ponder.inference.evaluation import evaluate
+from ponder.inference.local import LocalSpeaker
 from ponder.inference.scores import Scores, score, scores_of
 from ponder.inference.strategies import STRATEGIES, spend
 from ponder.inference.sweep import redraw, sweep
@@ -261,8 +262,26 @@ def test_a_verifier_that_cannot_read_the_samples_is_told(config, model, tmp_path
     save_verifier(random_verifier(shape), other, tokenizer=words)
     with pytest.raises(ValueError, match="the verifier's tokenizer does not know '.', which is in"):
         sweep(replace(config, verifier=str(other)))
-    assert Path(config.out / "sweep" / "samples.sqlite").is_file()  # the samples are kept
-    assert sweep(replace(config, verifier=str(tmp_path / "verifier"), resume=True)).is_file()
+    assert not config.out.exists()
+
+
+def test_a_verifier_tells_before_what_it_could_not_read():
+    """<think> stands behind a prompt, as it does in what is scored."""
+    scorer = known()
+    read = len(WORDS.encode("12=").ids) + 1
+    scorer.check(["1=", "12="], SHAPE.context - read)
+    message = f"up to {read} tokens and .* up to {65 - read}; the verifier has a context of 64: "
+    with pytest.raises(ValueError, match=message):
+        scorer.check(["1=", "12="], SHAPE.context - read + 1)
+    with pytest.raises(ValueError, match=r"tokenizer does not know '\+', which is in '1\+'"):
+        scorer.check(["1+"], 1)
+
+
+def test_a_verifier_with_the_model_s_context_reads_whatever_the_model_writes(config, tmp_path):
+    prompts = [p.prompt for p in tasks.get(config.task).problems("test", 5, 0)]
+    speaker = LocalSpeaker(config.model, slots=8, precision="fp32", budgets=True)
+    most = speaker.fit(prompts, budgets=[None], max_tokens=None)
+    open_verifier(tmp_path / "verifier", on="cpu").check(prompts, most)
 
 
 def test_training_problems_are_sampled_where_that_is_asked_for(config, no_figures):
@@ -270,8 +289,6 @@ def test_training_problems_are_sampled_where_that_is_asked_for(config, no_figure
     with sqlite3.connect(config.out / "sweep" / "samples.sqlite") as db:
         identity = dict(db.execute("SELECT name, value FROM identity"))
         prompts = [prompt for (prompt,) in db.execute("SELECT prompt FROM problem ORDER BY id")]
-    from ponder import tasks
-
     problems = tasks.get("last_digit").problems("train", 5, 0)
     assert prompts == [p.prompt for p in problems] and identity["split"] == '"train"'
     run = json.loads((config.out / "run.json").read_text())["sweep"]["configuration"]

@@ -146,6 +146,12 @@ def test_math500_compares_formulas(tmp_path, monkeypatch):
         ("a.jsonl", "[1]", "holds no list of rows"),
         ("a.jsonl", '{"question": "q"}', "a row has no text 'answer'; it has question"),
         ("a.jsonl", '{"question": "q", "answer": "well"}', "'well' ends in no number"),
+        ("a.jsonl", "[" * 200_000, "a.jsonl could not be read"),
+        (
+            *("a.jsonl", r'{"question": "1 \ud800", "answer": "#### 1"}'),
+            r"the problem '1 \\ud800\\n' has '\\ud800', which is no character of Unicode",
+        ),
+        ("a.jsonl", "", "gsm8k has no train problems here; there are none at all"),
         (None, None, "there is no file or folder"),
     ],
 )
@@ -154,6 +160,14 @@ def test_bad_files_are_named(tmp_path, name, content, message):
         (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
         tasks.get(f"gsm8k:{tmp_path / (name or 'none.jsonl')}").problems("train", 1, 0)
+
+
+def test_a_level_that_is_no_number_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(answers, "have_math_verify", lambda: True)
+    monkeypatch.setattr(answers, "canonical", lambda text: text)
+    path = write(tmp_path / "a.jsonl", [{"problem": "1+1", "answer": "2", "level": "Level 3"}])
+    with pytest.raises(ValueError, match="math500: level is 'Level 3'; it must be a number"):
+        tasks.get(f"math500:{path}").problems("test", 1, 0)
 
 
 def test_an_empty_folder_and_a_hub_out_of_reach(tmp_path, monkeypatch):

@@ -13,11 +13,11 @@ import torch
 
 from ponder.models import GPT, hub
 from ponder.models.memory import training_memory
-from ponder.provenance import read_run
+from ponder.provenance import alone_in, read_run
 from ponder.training import preset
 from ponder.training.checkpoint import MANIFEST, STATE, Checkpoints
 from ponder.training.loop import Diverged, model_config, train
-from ponder.training.processes import alone_in, process_state
+from ponder.training.processes import process_state
 
 
 @pytest.fixture(scope="module")
