@@ -115,12 +115,12 @@ def test_what_a_disk_refuses_is_one_sentence(monkeypatch, capsys):
 
 def test_what_no_memory_holds_is_one_sentence(monkeypatch, capsys):
     def fail(words):
-        np.empty(1 << 60, dtype=np.int64)
+        np.empty(1 << 50, dtype=np.int64)
 
     monkeypatch.setitem(cli.COMMANDS, "train", fail)
     assert cli.run(["train"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("ponder: there is not enough memory: Unable to allocate 8")
+    assert error.startswith("ponder: there is not enough memory: Unable to allocate 8.00 PiB")
 
 
 @pytest.mark.parametrize(
