@@ -260,8 +260,8 @@ class _Run:
 
     def go(self) -> Path:
         config = self.config
-        if self.step == config.steps and not any(self.model_folder.glob("*.safetensors")):
-            self._save()  # it was finished, and its model is gone
+        if self.step == config.steps and main_alone(self._model_is_gone):
+            self._save()
         with ExitStack() as stack:
             self.view = stack.enter_context(View(config.steps, self.step, enabled=self.main))
             ahead = stack.enter_context(ThreadPoolExecutor(1))
@@ -298,6 +298,9 @@ class _Run:
         for tracker in self.accelerator.trackers:
             tracker.finish()
         return self.model_folder
+
+    def _model_is_gone(self) -> bool:
+        return not any(self.model_folder.glob("*.safetensors"))
 
     def _due(self, every: int) -> bool:
         return self.step == self.config.steps or bool(every) and self.step % every == 0
