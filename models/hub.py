@@ -160,11 +160,16 @@ def load_ends(path: str | os.PathLike[str], tokenizer: Tokenizer) -> tuple[int, 
     files = [GENERATION, "config.json", SETTINGS]
     folder, found = _folder(path, files), set()
     for name in files:
-        said = read_settings(folder / name).get("eos_token" if name == SETTINGS else "eos_token_id")
+        key = "eos_token" if name == SETTINGS else "eos_token_id"
+        said = read_settings(folder / name).get(key)
         for token in said if isinstance(said, list) else [said]:
             if isinstance(token, dict):  # a token with its properties
                 token = token.get("content")
-            found.add(tokenizer.token_to_id(token) if isinstance(token, str) else token)
+            if isinstance(token, str):
+                token = tokenizer.token_to_id(token)
+            elif token is not None and type(token) is not int:
+                raise ValueError(f"{folder / name}: {key} is {said!r}; it names a token or several")
+            found.add(token)
     if found <= {None}:
         found = {tokenizer.token_to_id("<eos>")}
     return tuple(sorted(token for token in found if token is not None))
@@ -176,8 +181,15 @@ def load_template(path: str | os.PathLike[str]) -> str | None:
     if (folder / TEMPLATE).is_file():
         return (folder / TEMPLATE).read_text(encoding="utf-8")
     template = read_settings(folder / SETTINGS).get("chat_template")
-    if isinstance(template, list):  # several, by name
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    try:
+        if isinstance(template, list):  # several, by name
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        if not isinstance(template, str | None):
+            raise TypeError
+    except (KeyError, TypeError):
+        raise ValueError(
+            f"{folder / SETTINGS}: chat_template is neither a template nor a list of named ones"
+        ) from None
     return template
 
 

@@ -7,7 +7,6 @@ Texts are plain characters of the task's alphabet; the special tokens are not am
 
 import random
 from abc import ABC, abstractmethod
-from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -47,7 +46,8 @@ class Task(Protocol):
         ...
 
     def problems(self, split: str, count: int, seed: int) -> list[Problem]:
-        """count problems of a split ("train", "val" or "test"); (split, seed) decides which."""
+        """count problems of a split ("train", "val" or "test"); (split, seed) decides which. Raises
+        TooFew where the split holds fewer."""
         ...
 
     def trace(self, problem: Problem, budget: int | None = None) -> str:
@@ -78,21 +78,20 @@ def final_text(text: str) -> str | None:
     return None if "<think>" in tail else tail.strip()
 
 
+class TooFew(ValueError):
+    """A split has fewer problems than are asked for: `held`, all of which can be asked for."""
+
+    def __init__(self, sentence: str, held: int):
+        super().__init__(sentence)
+        self.held = held
+
+
 def at_most(task: Task, split: str, count: int, seed: int) -> list[Problem]:
-    """`problems`, or all that there are where the split holds fewer."""
-
-    def lacks(size: int) -> bool:
-        try:
-            task.problems(split, size, seed)
-        except ValueError:
-            return True
-        return False
-
+    """`problems`, or all that there are where the task says by `TooFew` that it holds fewer."""
     try:
         return task.problems(split, count, seed)
-    except ValueError:
-        held = bisect_left(range(1, count), True, key=lacks)
-    return task.problems(split, max(1, held), seed)
+    except TooFew as few:
+        return task.problems(split, max(1, few.held), seed)
 
 
 def judge(task: Task, problem: Problem, text: str) -> tuple[str | None, bool]:
@@ -206,9 +205,11 @@ class WorkedTask(ABC):
             yield from rng.choices(rest, k=count)
             return
         if len(rest) < count:
-            raise ValueError(
-                f"{self.name}: {split} holds {len(seen) + len(rest)} distinct problems with these "
-                f"settings; {len(seen) + count} were asked for"
+            held, asked = len(seen) + len(rest), len(seen) + count
+            raise TooFew(
+                f"{self.name}: {split} holds {held} distinct problems with these settings; {asked} "
+                "were asked for",
+                held,
             )
         rng.shuffle(rest)
         yield from rest[:count]
@@ -218,7 +219,7 @@ class WorkedTask(ABC):
 
         They depend on (split, seed) alone and a longer list begins with the shorter one. The
         splits are disjoint, whatever the seeds. Those of val and test are distinct; train may
-        repeat. Raises ValueError for an unknown split, a negative count, and where val or test
+        repeat. Raises ValueError for an unknown split or a negative count, TooFew where val or test
         holds fewer than count problems.
         """
         return [self.solve(statement) for statement in self.statements(split, count, seed)]

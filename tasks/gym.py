@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from . import PATIENCE, SPLITS, Problem, final_text, split_of
+from . import PATIENCE, SPLITS, Problem, TooFew, final_text, split_of
 
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 ENDLESS = 1 << 30  # entries are made when they are asked for
@@ -37,8 +37,8 @@ class Gym:
     def problems(self, split: str, count: int, seed: int) -> list[Problem]:
         """count distinct problems of a split ("train", "val" or "test"), which a hash of the
         question decides, so that the splits are disjoint whatever the seeds. A longer list begins
-        with the shorter one. Raises ValueError for an unknown split, a negative count, and where
-        no new problems turn up.
+        with the shorter one. Raises ValueError for an unknown split or a negative count, TooFew
+        where no new problems turn up.
         """
         if split not in SPLITS:
             raise ValueError(f"{self.name}: unknown split {split!r}; known: {', '.join(SPLITS)}")
@@ -54,9 +54,10 @@ class Gym:
             if split_of(prompt) != split or prompt in found:
                 misses += 1
                 if misses == PATIENCE:
-                    raise ValueError(
+                    raise TooFew(
                         f"{self.name}: {split} holds about {len(found)} distinct problems; {count} "
-                        "were asked for"
+                        "were asked for",
+                        len(found),
                     )
                 continue
             misses = 0

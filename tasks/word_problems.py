@@ -14,7 +14,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from . import SPLITS, Problem, answers, split_of
+from . import SPLITS, Problem, TooFew, answers, split_of
 
 FORMATS = (".jsonl", ".json", ".parquet")
 
@@ -107,8 +107,8 @@ class WordProblems:
         """count problems of a split ("train", "val" or "test"), in an order drawn with the seed.
 
         A longer list begins with the shorter one; problems of val and test are distinct, train
-        repeats where it is used up. Raises ValueError for an unknown or missing split, a negative
-        count, and where val or test holds fewer than count problems.
+        repeats where it is used up. Raises ValueError for an unknown or missing split or a negative
+        count, TooFew where val or test holds fewer than count problems.
         """
         if split not in SPLITS:
             raise ValueError(f"{self.name}: unknown split {split!r}; known: {', '.join(SPLITS)}")
@@ -117,8 +117,9 @@ class WordProblems:
         every = self._split(split)
         rng = random.Random(f"{self.name}/{split}/{seed}")
         if split != "train" and count > len(every):
-            raise ValueError(
-                f"{self.name}: {split} holds {len(every)} problems; {count} were asked for"
+            raise TooFew(
+                f"{self.name}: {split} holds {len(every)} problems; {count} were asked for",
+                len(every),
             )
         chosen: list[Problem] = []
         while len(chosen) < count:

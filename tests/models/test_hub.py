@@ -713,6 +713,13 @@ def test_a_text_ends_where_any_file_says_so(tmp_path, files, ends):
     assert hub.load_ends(tmp_path, tokenizer) == ends
 
 
+@pytest.mark.parametrize("said", [[[1, 2]], 1.5, True, [{"content": 3.0}]])
+def test_an_end_that_is_no_token_is_named(tmp_path, said):
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": said}))
+    with pytest.raises(ValueError, match="config.json: eos_token_id is .*; it names a token"):
+        hub.load_ends(tmp_path, character_tokenizer("abcd"))
+
+
 def test_a_chat_template_is_found_where_it_is_kept(tmp_path):
     settings = tmp_path / "tokenizer_config.json"
     assert hub.load_template(tmp_path) is None
@@ -729,3 +736,7 @@ def test_a_chat_template_is_found_where_it_is_kept(tmp_path):
     settings.write_text("[]")
     with pytest.raises(ValueError, match="tokenizer_config.json: this is not a JSON object"):
         hub.load_template(tmp_path)
+    for other in ([{"template": "five"}], ["five"], 5, [dict(name="default", template=5)]):
+        settings.write_text(json.dumps({"chat_template": other}))
+        with pytest.raises(ValueError, match="chat_template is neither a template nor a list"):
+            hub.load_template(tmp_path)

@@ -45,6 +45,7 @@ def test_a_single_file_is_divided_into_disjoint_splits(tmp_path):
     assert len({p.prompt for p in ten}) == 10
     with pytest.raises(ValueError, match=rf"test holds {sizes['test']} problems; 1000 were asked"):
         task.problems("test", 1000, 0)
+    assert tasks.at_most(task, "test", 1000, 3) == task.problems("test", sizes["test"], 3)
     assert len(task.problems("train", 2000, 0)) == 2000  # train goes round again
 
 
@@ -256,8 +257,10 @@ def test_gym_problems(gym, monkeypatch):
     with pytest.raises(ValueError, match="gym:sums has no worked chains of thought"):
         _ = task.alphabet
     monkeypatch.setattr("ponder.tasks.gym.PATIENCE", 100)
-    with pytest.raises(ValueError, match=r"gym:small: test holds about \d distinct.*; 50 were"):
-        gym("small").problems("test", 50, 0)
+    small = gym("small")
+    with pytest.raises(tasks.TooFew, match=r"small: test holds about \d distinct.*; 50 were") as e:
+        small.problems("test", 50, 0)
+    assert tasks.at_most(small, "test", 50, 0) == small.problems("test", e.value.held, 0)
     with pytest.raises(ValueError, match="gym:unknown could not be made: Dataset 'unknown'"):
         gym("unknown")
 
