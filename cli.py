@@ -194,7 +194,7 @@ def _info(arguments: list[str]) -> None:
         path = "PyTorch's operations, as there is no GPU"
     for name in kernels.__all__:
         print(f"{name:22}{path}")
-    from .inference.native import compiler, library
+    from .models.native import compiler, library
 
     command = " ".join(compiler() or ())
     way = (

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from ..models import GPT, KVCache
+from ..models.decoder import Decoder, fits
 from ..models.memory import available
-from .decoder import Decoder, fits
 from .memory import Plan
 from .prompts import Prompts, round_up
 from .request import Request, Sample, SamplingParams, stream_key

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from ..models import hub
+from ..models.decoder import bf16_pays
 from ..models.gpt import GPT, GPTConfig
 from ..models.memory import available, parameter_count, require
 from .chat import (
@@ -24,7 +25,6 @@ from .chat import (
     think_tokens,
     thoughtful,
 )
-from .decoder import bf16_pays
 from .engine import LocalEngine, Request, Sample, SamplingParams
 from .speaker import (
     DTYPE,
@@ -70,7 +70,9 @@ class LocalSpeaker:
             raise ValueError(f"{error}; --engine transformers takes any causal model") from None
         self.chat: ChatTokenizer | None = None
         if system is not None or hub.load_template(path) is not None:
-            self.chat = ChatTokenizer(path, system=system, think=budgets)
+            self.chat = ChatTokenizer(
+                path, system=system, think=budgets, kind="PreTrainedTokenizerFast"
+            )
         self.tokenizer: Tokenizer = (
             self.chat.tokenizer.backend_tokenizer if self.chat else hub.load_tokenizer(path)
         )

@@ -12,10 +12,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ..models import KVCache, hub
+from ..models.decoder import Decoder, fits
 from ..models.verifier import Verifier, encode_solutions, load_verifier, step_ends
 from . import cost
 from .chat import THINK, THINK_END
-from .decoder import Decoder, fits
 from .prompts import LENGTH_STEP, round_up
 from .speaker import device, model_hash
 

@@ -156,7 +156,8 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 
 def load_ends(path: str | os.PathLike[str], tokenizer: Tokenizer) -> tuple[int, ...]:
     """The ids that end a text (a chat model may have several): what the folder's
-    generation_config.json, config.json and tokenizer_config.json name, or the tokenizer's <eos>."""
+    generation_config.json, config.json and tokenizer_config.json name, or the tokenizer's <eos>.
+    ValueError where they name what is no token."""
     files = [GENERATION, "config.json", SETTINGS]
     folder, found = _folder(path, files), set()
     for name in files:
@@ -176,7 +177,8 @@ def load_ends(path: str | os.PathLike[str], tokenizer: Tokenizer) -> tuple[int, 
 
 
 def load_template(path: str | os.PathLike[str]) -> str | None:
-    """The chat template (Jinja) of a Hugging Face folder's tokenizer; None where it has none."""
+    """The chat template (Jinja) of a Hugging Face folder's tokenizer; None where it has none,
+    ValueError where it is no template."""
     folder = _folder(path, [TEMPLATE, SETTINGS])
     if (folder / TEMPLATE).is_file():
         return (folder / TEMPLATE).read_text(encoding="utf-8")

@@ -38,7 +38,8 @@ class Data:
         weights: Sequence[float] = (),
         template: str | None = None,
     ):
-        self.batch_size, self.vocabulary, self.sources = config.batch_size, vocabulary, sources
+        self.batch_size, self.context = config.batch_size, config.context
+        self.vocabulary, self.sources = vocabulary, sources
         self.template = template
         """the chat template (Jinja) that conversations were written by, if there are any"""
         weights = weights or [1.0] * len(sources)

@@ -8,12 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ponder.inference.decoder import Decoder
 from ponder.inference.engine import LocalEngine, Request, SamplingParams
 from ponder.inference.graphs import Graphed
 from ponder.inference.prompts import Groups, Place, Prompts
 from ponder.inference.slots import Slots
 from ponder.models import GPT, GPTConfig, KVCache, Prefix, memory
+from ponder.models.decoder import Decoder
 from ponder.models.memory import GIB, available, sampling_memory
 
 EOS, END = 0, 1

@@ -115,6 +115,16 @@ def test_prompts_are_encoded_as_training_rows_and_fit_the_context(monkeypatch):
     assert write_samples(model(context=3), data, 40) == []
 
 
+def test_a_model_with_a_longer_context_writes_no_more_than_a_row(monkeypatch):
+    data, limits = load_data(preset("tiny", context=40)), []
+    monkeypatch.setattr(
+        "ponder.training.samples.greedy",
+        lambda model, prompts, limit, eos: limits.append(limit) or [[]] * len(prompts),
+    )
+    write_samples(model(context=8192), data, 4)
+    assert limits == [40]
+
+
 def test_a_text_is_continued(tmp_path):
     (tmp_path / "text.txt").write_text("to be or not to be, " * 60)
     config = preset("tiny", data=f"text:{tmp_path}/text.txt", context=16)

@@ -10,23 +10,26 @@ import ctypes
 import time
 from collections.abc import Iterable
 from ctypes import c_float, c_int64, c_void_p
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels._activations import ACTIVATIONS
-from ..models import GPT, KVCache
-from ..models.layers import LayerNorm, RMSNorm, readable
+from .cache import KVCache
+from .gpt import GPT
+from .layers import LayerNorm, RMSNorm, readable
 from .native import library
 
 DTYPES = torch.float32, torch.bfloat16
+TELLING = 128 * 2**20  # bytes of fp32 weights: more than a CPU's caches hold
 
 
 def fits(model: Any, dtype: torch.dtype) -> bool:
-    """Whether a Decoder can be made of the model: a GPT with nothing put into its layers (adapters,
-    hooks), in fp32 or bf16, on a machine with a C compiler."""
-    if not isinstance(model, GPT) or dtype not in DTYPES:
+    """Whether a Decoder can be made of the model: a GPT itself, no class of one's own, with nothing
+    put into its layers (adapters, hooks), in fp32 or bf16, on a machine with a C compiler."""
+    if type(model) is not GPT or dtype not in DTYPES:
         return False
     parts = [m for block in model.layers for m in block.modules() if not any(m.children())]
     plain = all(isinstance(m, RMSNorm | LayerNorm) or readable(m) for m in parts)
@@ -39,12 +42,17 @@ def bf16_pays(model: GPT, rows: int) -> bool:
     model that no Decoder can be made of."""
     if not fits(model, torch.bfloat16):
         return False
-    length = min(64, model.config.context)
+    c = model.config
+    length = min(64, c.context)
+    # Layers of the same shape, as many as show what their weights' way from memory costs.
+    layers = min(c.n_layer, max(1, TELLING * c.n_layer // (4 * c.layer_weights)))
+    shape = replace(c, n_layer=layers, vocab_size=1, context=length, nope_layers=())
+    part = GPT(shape)
     tokens = torch.zeros(min(rows, 1024), 1, dtype=torch.int64)  # more are as fast, each
     seconds = {}
     for dtype in DTYPES:
-        decoder = Decoder(model, dtype)
-        cache = KVCache(model.config, len(tokens), length, dtype=dtype)
+        decoder = Decoder(part, dtype)
+        cache = KVCache(shape, len(tokens), length, dtype=dtype)
         cache.empty = False
         times = []
         for _ in range(6):
@@ -257,13 +265,15 @@ class Decoder:
 
     def _matrix(self, *linears: nn.Linear) -> Matrix:
         """Their weights one above the other, packed as `decoder.c` reads them."""
-        weight = torch.cat([linear.weight.detach() for linear in linears]).to(self.dtype)
+        weights = [linear.weight.detach().to(self.dtype) for linear in linears]
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         rows, columns = weight.shape
         panel = self.library.panel()
-        weight = nn.functional.pad(weight, (0, columns % 2, 0, -rows % panel))
-        together = 1 if self.dtype == torch.float32 else 2  # inputs
-        packed = weight.view(-1, panel, weight.shape[1] // together, together)
-        packed = packed.transpose(1, 2).contiguous()
+        if columns % 2 or rows % panel:
+            weight = nn.functional.pad(weight, (0, columns % 2, 0, -rows % panel))
+        words = weight.contiguous().view(torch.int32)  # a number, or two in bf16
+        packed = words.view(-1, panel, words.shape[1]).transpose(1, 2)
+        packed = packed.clone(memory_format=torch.contiguous_format)
         self.kept.append(packed)
         bias = None
         if any(linear.bias is not None for linear in linears):

@@ -6,11 +6,10 @@ import subprocess
 import pytest
 import torch
 
-from ponder.inference import native
-from ponder.inference.decoder import Decoder, bf16_pays, fits
 from ponder.inference.engine import LocalEngine
 from ponder.kernels.sample_tokens import sample_tokens_reference, uniform
-from ponder.models import GPT, GPTConfig, KVCache
+from ponder.models import GPT, GPTConfig, KVCache, native
+from ponder.models.decoder import Decoder, bf16_pays, fits
 
 
 def gpt(**changes) -> GPT:
@@ -159,7 +158,7 @@ def test_a_model_whose_weights_are_not_its_own_is_none_for_the_decoder(monkeypat
     assert not engine.native and engine.network() is adapted
     with pytest.raises(ValueError, match="invariant is true; on a CPU it needs a GPT in fp32"):
         LocalEngine(adapted, eos=0, invariant=True)
-    monkeypatch.setattr("ponder.inference.decoder.library", lambda: None)  # no compiler
+    monkeypatch.setattr("ponder.models.decoder.library", lambda: None)  # no compiler
     assert not fits(gpt(), torch.float32)
 
 
@@ -173,7 +172,7 @@ def test_bf16_is_chosen_where_it_pays(monkeypatch, seconds, expected):
         clock += seconds[decoder.dtype == torch.bfloat16]
 
     monkeypatch.setattr(Decoder, "hidden", hidden)
-    monkeypatch.setattr("ponder.inference.decoder.time.perf_counter", lambda: clock)
+    monkeypatch.setattr("ponder.models.decoder.time.perf_counter", lambda: clock)
     assert bf16_pays(gpt(), 10) == expected
 
 
