@@ -4,6 +4,7 @@ import errno
 import importlib.util
 import io
 import os
+import sqlite3
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -253,6 +254,10 @@ def run(arguments: list[str]) -> int:
     except BrokenPipeError:  # the reader has enough: ponder generate ... | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the exit
         return 141
+    except sqlite3.DatabaseError as error:
+        sentence = f"a store of samples is damaged ({error}); sqlite3's .recover saves the rest"
+        print(f"ponder: {sentence}", file=sys.stderr)
+        return 2
     except MemoryError as error:
         print(f"ponder: there is not enough memory: {error}", file=sys.stderr)
         return 2

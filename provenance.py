@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -39,6 +40,16 @@ def commit() -> str:
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
     except OSError:
         return ""
+
+
+def command() -> str:
+    """The command line that this process runs, as a shell would take it again."""
+    program = Path(sys.argv[0])
+    # python -m ponder
+    name = (
+        "ponder" if program.resolve() == Path(__file__).with_name("__main__.py") else program.name
+    )
+    return shlex.join([name, *sys.argv[1:]])
 
 
 # What /proc/cpuinfo calls the vectors of x86-64's CPUs, the widest first.
@@ -142,7 +153,7 @@ def open_run(out: Path, kind: str, configuration: dict[str, Any], *, resume: boo
                 f"{out} holds this {kind} run already; say --resume to go on, or take another --out"
             )
     runs[kind] = (before or {}) | {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command(),
         "configuration": plain,
         "seed": plain.get("seed"),
         "versions": versions(),

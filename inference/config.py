@@ -66,7 +66,7 @@ class SweepConfig:
     """Sample a model on a task at several budgets and temperatures, and evaluate what it bought."""
 
     model: str
-    """a folder that `ponder train` left, any Llama or Qwen3 checkpoint with <think> tokens, or the
+    """a folder that `ponder train` left, any checkpoint of a type that GPT is, or the
     URL of an OpenAI-compatible server, as in http://localhost:8000/v1#NAME"""
     task: str = "last_digit"
     out: Path = Path("runs/sweep")

@@ -4,11 +4,12 @@ import errno
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from ponder import cli
+from ponder import cli, provenance
 
 
 def ponder(*words: str, cwd=None) -> subprocess.CompletedProcess:
@@ -166,7 +167,8 @@ def test_an_unknown_field_is_named():
 
 ENDLESS = """
 import sys
-from ponder import cli
+from pathlib import Path
+from ponder import cli, provenance
 cli.COMMANDS["info"] = lambda words: [print("x" * 999) for _ in range(9999)]
 sys.exit(cli.run(["info"]))
 """
@@ -180,3 +182,11 @@ def test_a_reader_that_has_enough_is_no_error():
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 141
+
+
+@pytest.mark.parametrize(
+    "program", ["/somewhere/bin/ponder", str(Path(cli.__file__).with_name("__main__.py"))]
+)
+def test_a_run_s_command_is_what_a_shell_would_take_again(program, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [program, "sweep", "--cue", "Wait, no;"])
+    assert provenance.command() == "ponder sweep --cue 'Wait, no;'"

@@ -9,6 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+from ponder import cli
 from ponder.inference.drawing import legend
 from ponder.inference.evaluation import evaluate
 from ponder.inference.figures import png
@@ -330,3 +331,19 @@ def test_a_legend_stays_within_its_figure(columns):
     assert width < axes.figure.bbox.width
     assert len(drawn.get_texts()) == 11
     assert columns == 1 or width > axes.figure.bbox.width / 2  # as wide as it may be
+
+
+def test_a_store_damaged_in_the_middle_is_one_sentence(tmp_path, capsys):
+    (tmp_path / "sweep").mkdir()
+    path = tmp_path / "sweep" / "samples.sqlite"
+    make_store(path, texts=("x" * 3000,)).close()
+    whole = path.read_bytes()
+    with path.open("r+b") as file:
+        file.seek(len(whole) // 2)
+        file.write(b"\x5a" * 8192)
+    configuration = {"model": "nowhere", "samples": [1, 4], "seed": 0}
+    run = {"sweep": {"configuration": configuration}}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    assert cli.run(["report", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("ponder: ") and "damaged" in said and said.count("\n") == 1, said
