@@ -115,13 +115,6 @@ class GPTConfig:
         return cls(**known)
 
     @property
-    def llama_like(self) -> bool:
-        """Whether every layer is of RMSNorm, rotary attention with four biases or none, and an MLP
-        without: what code that reads a block's weights by name may take for granted."""
-        rotary = self.positions == "rotary" and not self.nope_layers
-        return self.norm == "rms" and rotary and not (self.qkv_bias or self.mlp_bias)
-
-    @property
     def layer_weights(self) -> int:
         """Weights in the matrices of all layers, embedding and head left out."""
         heads = 2 * (self.n_head + self.n_kv_head) * self.head_dim

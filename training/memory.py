@@ -3,6 +3,7 @@
 The count is `models/memory.py`'s, the one of `ponder plan`.
 """
 
+import math
 import os
 from typing import Any
 
@@ -78,7 +79,9 @@ def check_fits(
         memory.pop("CUDA context", None)  # it is there already, and so not among what is free
         return memory
 
-    ways = [(n, again) for again in (recompute, True) for n in range(1, rows + 1) if rows % n == 0]
+    pairs = ((n, rows // n) for n in range(1, math.isqrt(rows) + 1) if rows % n == 0)
+    divisors = sorted({n for pair in pairs for n in pair})
+    ways = [(n, again) for again in (recompute, True) for n in divisors]
     fitting = (way for way in ways if sum(need(*way).values()) <= available)
     remedy = "take a smaller model, a shorter context, or more devices"
     if way := next(fitting, None):
