@@ -41,12 +41,16 @@
 #endif
 /* In front of a loop: its rounds are dealt out to `team` threads. */
 #define TEAM _Pragma("omp parallel for num_threads(team) if (team > 1) schedule(static)")
+#define GROUP 4 /* heads that read their keys together */
+#define EACH_HEAD(heads) _Pragma("GCC unroll 4") for (int h = 0; h < GROUP; h++) if (h < heads)
+#define MOST_DIM 256 /* of a head */
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint32_t words __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+typedef double doubles __attribute__((vector_size(8 * LANES)));
 typedef uint16_t bf16;
 
 typedef struct {
@@ -187,16 +191,13 @@ INLINE vec activated(vec x, int64_t activation) {
   return y;
 }
 
-/* acc + the products of two bf16 inputs, as one word, with the weights of both. */
-INLINE vec pair_added(vec acc, uint32_t inputs, words weights) {
+/* acc + the products of two bf16 numbers, as one word, with two others. */
+INLINE vec pairs_added(vec acc, words inputs, words weights) {
 #if defined(__AVX512BF16__)
-  return (vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(inputs), (__m512bh)weights);
+  return (vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)inputs, (__m512bh)weights);
 #else
-  const uint32_t low = inputs << 16, high = inputs & 0xffff0000;
-  float first, second;
-  memcpy(&first, &low, 4);
-  memcpy(&second, &high, 4);
-  return acc + first * (vec)(weights << 16) + second * (vec)(weights & 0xffff0000);
+  acc += (vec)(inputs << 16) * (vec)(weights << 16);
+  return acc + (vec)(inputs & 0xffff0000) * (vec)(weights & 0xffff0000);
 #endif
 }
 
@@ -212,9 +213,9 @@ INLINE void sums_of(const int n, vec found[STRIP][2], const void *x, int64_t str
       words w0 = *(const words *)(w + k * PANEL), w1 = *(const words *)(w + k * PANEL + LANES);
       __builtin_prefetch(ahead + k * bytes, 0, 2);
       EACH_OF(STRIP, n) {
-        uint32_t pair = pairs[i * stride / 2 + k];
-        acc[i][0] = pair_added(acc[i][0], pair, w0);
-        acc[i][1] = pair_added(acc[i][1], pair, w1);
+        const words pair = pairs[i * stride / 2 + k] - (words){};
+        acc[i][0] = pairs_added(acc[i][0], pair, w0);
+        acc[i][1] = pairs_added(acc[i][1], pair, w1);
       }
     }
   } else {
@@ -250,7 +251,7 @@ static void sums(int n, vec found[STRIP][2], const void *x, int64_t stride, cons
 }
 
 /* y of x (rows, in): panels `first` to `last` of the matrix. Rows are `stride_x` and `stride_y`
-   numbers apart, and y has all of a panel's columns. */
+   numbers apart; what a panel has behind a row of y is not written. */
 static void product(const Model *model, const Matrix *m, const void *x, int64_t stride_x,
                     int64_t rows, float *y, int64_t stride_y, int epilogue, int64_t first,
                     int64_t last) {
@@ -270,9 +271,14 @@ static void product(const Model *model, const Matrix *m, const void *x, int64_t 
       for (int r = 0; r < n; r++)
         for (int i = 0; i < 2; i++) {
           const int64_t column = p * PANEL + i * LANES;
-          vec *to = (vec *)(y + (row + r) * stride_y + column);
+          float *end = y + (row + r) * stride_y + column;
+          vec *to = (vec *)end;
           vec sum = found[r][i];
           if (m->bias) sum += *(const vec *)(m->bias + column);
+          if (column + LANES > stride_y) { /* of logits, which are only stored */
+            if (column < stride_y) memcpy(end, &sum, (stride_y - column) * sizeof *y);
+            continue;
+          }
           if (epilogue == ADD) sum += *to;
           else if (epilogue == ACTIVATE) sum = activated(sum, model->activation);
           else if (epilogue == MULTIPLY) sum *= *to;
@@ -377,14 +383,21 @@ INLINE vec totals(vec a[LANES]) {
   return a[0];
 }
 
-/* scores[j] of n keys (n, dim) with q; −inf up to the next multiple of LANES. */
-INLINE void score(const float *q, const void *keys, int64_t n, int64_t dim, float *scores,
-                  int half) {
-  const int64_t even = dim / LANES * LANES;
+/* scores[j] of n keys (n, dim) with q; −inf up to the next multiple of LANES. In bf16 as many
+   numbers as fill vectors are multiplied in pairs, with q rounded as the keys are. */
+INLINE void score(const float *q, const uint32_t *pairs, const void *keys, int64_t n, int64_t dim,
+                  float *scores, int half) {
+  const int64_t even = dim / LANES * LANES, paired = half ? dim / (2 * LANES) * LANES : 0;
+  const int64_t row = dim / 2; /* words of a key in bf16 */
   int64_t j = 0;
   for (; j + LANES <= n; j += LANES) {
     vec acc[LANES] = {};
-    for (int64_t d = 0; d < even; d += LANES) {
+    for (int64_t d = 0; d < paired; d += LANES) {
+      const words b_q = *(const words *)(pairs + d);
+      const uint32_t *from = (const uint32_t *)keys + j * row + d;
+      EACH_LANE acc[i] = pairs_added(acc[i], b_q, *(const words *)(from + i * row));
+    }
+    for (int64_t d = 2 * paired; d < even; d += LANES) {
       const vec b_q = *(const vec *)(q + d);
       EACH_LANE acc[i] += b_q * load(keys, (j + i) * dim + d, half);
     }
@@ -395,38 +408,52 @@ INLINE void score(const float *q, const void *keys, int64_t n, int64_t dim, floa
   }
   for (const int64_t end = round_up(n, LANES); j < end; j++) {
     vec acc = {};
-    for (int64_t d = 0; j < n && d < even; d += LANES)
+    for (int64_t d = 0; j < n && d < paired; d += LANES)
+      acc = pairs_added(acc, *(const words *)(pairs + d),
+                        *(const words *)((const uint32_t *)keys + j * row + d));
+    for (int64_t d = 2 * paired; j < n && d < even; d += LANES)
       acc += *(const vec *)(q + d) * load(keys, j * dim + d, half);
     scores[j] = j < n ? total(acc) : -INFINITY;
     for (int64_t d = even; j < n && d < dim; d++) scores[j] += q[d] * at(keys, j * dim + d, half);
   }
 }
 
-/* out += weights · values for `wide` vectors of outputs; values are n, dim numbers apart. */
-INLINE void weigh_some(const int wide, const float *weights, const void *values, int64_t at,
-                       int64_t n, int64_t dim, float *out, int half) {
-  vec even[4] = {}, odd[4] = {};
+/* Of several heads at once, each value read once: out += weights · values for `wide` vectors of
+   outputs. Heads are `room` numbers apart in the weights, values and rows of out are dim apart. */
+INLINE void weigh_some(const int heads, const int wide, const float *weights, int64_t room,
+                       const void *values, int64_t at, int64_t n, int64_t dim, float *out,
+                       int half) {
+  vec acc[GROUP][4] = {}, odd[4] = {};
   int64_t j = 0;
-  for (; j + 2 <= n; j += 2)
+  for (; heads == 1 && j + 2 <= n; j += 2) /* one alone would wait for its own sums */
     EACH_OF(4, wide) {
-      even[i] += weights[j] * load(values, at + j * dim + i * LANES, half);
+      acc[0][i] += weights[j] * load(values, at + j * dim + i * LANES, half);
       odd[i] += weights[j + 1] * load(values, at + (j + 1) * dim + i * LANES, half);
     }
+  for (; j < n; j++)
+    EACH_OF(4, wide) {
+      const vec value = load(values, at + j * dim + i * LANES, half);
+      EACH_HEAD(heads) acc[h][i] += weights[h * room + j] * value;
+    }
   EACH_OF(4, wide) {
-    if (j < n) even[i] += weights[j] * load(values, at + j * dim + i * LANES, half);
-    *(vec *)(out + i * LANES) += even[i] + odd[i];
+    acc[0][i] += odd[i];
+    EACH_HEAD(heads) *(vec *)(out + h * dim + i * LANES) += acc[h][i];
   }
 }
 
-/* out (dim) += weights · values (n, dim) */
-INLINE void weigh(const float *weights, const void *values, int64_t n, int64_t dim, float *out,
-                  int half) {
+/* out (heads, dim) += weights · values (n, dim) */
+INLINE void weigh(const int heads, const float *weights, int64_t room, const void *values,
+                  int64_t n, int64_t dim, float *out, int half) {
+  const int wide = LANES == 16 || heads < 3 ? 4 : 2; /* sums stay in registers */
   int64_t d = 0;
-  for (; d + 4 * LANES <= dim; d += 4 * LANES)
-    weigh_some(4, weights, values, d, n, dim, out + d, half);
-  for (; d + LANES <= dim; d += LANES) weigh_some(1, weights, values, d, n, dim, out + d, half);
+  for (; d + wide * LANES <= dim; d += wide * LANES)
+    weigh_some(heads, wide, weights, room, values, d, n, dim, out + d, half);
+  for (; d + LANES <= dim; d += LANES)
+    weigh_some(heads, 1, weights, room, values, d, n, dim, out + d, half);
   for (; d < dim; d++)
-    for (int64_t j = 0; j < n; j++) out[d] += weights[j] * at(values, j * dim + d, half);
+    EACH_HEAD(heads)
+      for (int64_t j = 0; j < n; j++)
+        out[h * dim + d] += weights[h * room + j] * at(values, j * dim + d, half);
 }
 
 typedef struct {
@@ -434,30 +461,50 @@ typedef struct {
   int64_t n;
 } Segment;
 
-/* out (dim) of a scaled query against two segments of positions; scores has room for both. */
-INLINE void attend(const float *q, const Segment segment[2], int64_t dim, float *scores, float *out,
-                   int half) {
+/* out (heads, dim) of scaled queries (heads, dim), a group that shares its keys, against two
+   segments of positions; scores has, for each head, room for both. */
+INLINE void attend(const int heads, const float *q, const Segment segment[2], int64_t dim,
+                   float *scores, float *out, int half) {
   const int64_t second = round_up(segment[0].n, LANES);
   const int64_t all = second + round_up(segment[1].n, LANES);
-  score(q, segment[0].keys, segment[0].n, dim, scores, half);
-  score(q, segment[1].keys, segment[1].n, dim, scores + second, half);
-  vec most = spread(-INFINITY), sum = {};
-  for (int64_t j = 0; j < all; j += LANES) {
-    vec b = *(vec *)(scores + j);
-    most = choose(b > most, b, most);
+  float scale[GROUP];
+  EACH_HEAD(heads) {
+    float *own = scores + h * all;
+    const float *b_q = q + h * dim;
+    uint32_t pairs[MOST_DIM / 2];
+    if (half) narrow(b_q, dim, (bf16 *)pairs);
+    score(b_q, pairs, segment[0].keys, segment[0].n, dim, own, half);
+    score(b_q, pairs, segment[1].keys, segment[1].n, dim, own + second, half);
+    vec most = spread(-INFINITY), sum = {};
+    for (int64_t j = 0; j < all; j += LANES) {
+      vec b = *(vec *)(own + j);
+      most = choose(b > most, b, most);
+    }
+    float best = most[0];
+    for (int i = 1; i < LANES; i++) best = most[i] > best ? most[i] : best;
+    for (int64_t j = 0; j < all; j += LANES) {
+      vec b = exponential(*(vec *)(own + j) - best);
+      *(vec *)(own + j) = b;
+      sum += b;
+    }
+    scale[h] = 1.0f / total(sum);
   }
-  float best = most[0];
-  for (int i = 1; i < LANES; i++) best = most[i] > best ? most[i] : best;
-  for (int64_t j = 0; j < all; j += LANES) {
-    vec b = exponential(*(vec *)(scores + j) - best);
-    *(vec *)(scores + j) = b;
-    sum += b;
-  }
-  const float scale = 1.0f / total(sum);
-  memset(out, 0, dim * sizeof *out);
-  weigh(scores, segment[0].values, segment[0].n, dim, out, half);
-  weigh(scores + second, segment[1].values, segment[1].n, dim, out, half);
-  for (int64_t d = 0; d < dim; d++) out[d] *= scale;
+  memset(out, 0, heads * dim * sizeof *out);
+  weigh(heads, scores, all, segment[0].values, segment[0].n, dim, out, half);
+  weigh(heads, scores + second, all, segment[1].values, segment[1].n, dim, out, half);
+  EACH_HEAD(heads) for (int64_t d = 0; d < dim; d++) out[h * dim + d] *= scale[h];
+}
+
+/* The same for any number of heads up to GROUP, each compiled with its sums in registers. */
+static void attend_group(int heads, const float *q, const Segment segment[2], int64_t dim,
+                         float *scores, float *out, int half) {
+#define OF(n)                                                          \
+  case n:                                                              \
+    if (half) attend(n, q, segment, dim, scores, out, 1);              \
+    else attend(n, q, segment, dim, scores, out, 0);                   \
+    break;
+  switch (heads) { OF(1) OF(2) OF(3) OF(4) }
+#undef OF
 }
 
 /* ---- the model */
@@ -507,7 +554,7 @@ static void place_token(const Model *m, const Layer *layer, const Pass *pass, in
 static void attend_token(const Model *m, const Pass *pass, int64_t index, Place place,
                          const float *y, float *scores, void *out) {
   const int64_t D = m->head_dim, G = m->n_kv_head, H = m->n_head, size = m->half ? 2 : 4;
-  float found[256];
+  float found[GROUP * MOST_DIM];
   for (int64_t g = 0; g < G; g++) {
     const int64_t prefix = ((index * pass->groups + place.group) * G + g) * pass->prefix_capacity;
     const int64_t own = ((index * pass->rows + place.row) * G + g) * pass->capacity;
@@ -516,11 +563,12 @@ static void attend_token(const Model *m, const Pass *pass, int64_t index, Place 
          (const char *)pass->prefix_values + prefix * D * size, place.shared},
         {(const char *)pass->keys + own * D * size, (const char *)pass->values + own * D * size,
          place.own + 1}};
-    for (int64_t head = g * (H / G); head < (g + 1) * (H / G); head++) {
-      if (m->half) attend(y + head * D, segment, D, scores, found, 1);
-      else attend(y + head * D, segment, D, scores, found, 0);
-      if (m->half) narrow(found, D, (bf16 *)out + head * D);
-      else memcpy((float *)out + head * D, found, D * sizeof *found);
+    const int64_t end = (g + 1) * (H / G);
+    for (int64_t head = g * (H / G); head < end; head += GROUP) {
+      const int heads = end - head < GROUP ? end - head : GROUP;
+      attend_group(heads, y + head * D, segment, D, scores, found, m->half);
+      if (m->half) narrow(found, heads * D, (bf16 *)out + head * D);
+      else memcpy((float *)out + head * D, found, heads * D * sizeof *found);
     }
   }
 }
@@ -542,7 +590,7 @@ static int run(const Model *m, const Pass *pass, int64_t first, int64_t last, in
     const int64_t n = round_up(end.shared, LANES) + end.own;
     if (n > positions) positions = n;
   }
-  positions = round_up(positions, LANES);
+  positions = GROUP * round_up(positions, LANES); /* scores of a group of heads */
   const int64_t size_h = rows * stride_h, size_y = rows * stride_y, size_x = rows * stride_x;
   float *memory = calloc(size_h + size_y + size_x + team * positions, sizeof *memory);
   if (!memory) return 1;
@@ -625,17 +673,13 @@ int hidden(const Model *model, const Pass *pass) {
 int logits(const Model *m, const float *x, int64_t rows, float *y, int64_t threads) {
   if (!rows) return 0;
   const int half = m->half;
-  const int64_t C = m->width, size = half ? 2 : 4;
-  const int64_t stride = round_up(C, PANEL), wide = round_up(m->outputs, PANEL);
-  char *memory = calloc(rows * (stride * size + wide * sizeof *y), 1);
+  const int64_t C = m->width, size = half ? 2 : 4, stride = round_up(C, PANEL);
+  char *memory = calloc(rows * stride, size);
   if (!memory) return 1;
-  float *found = (float *)(memory + rows * stride * size);
   for (int64_t row = 0; row < rows; row++)
     normed(m, x + row * C, m->norm, m->norm_bias, C, m->layer_norm, memory + row * stride * size,
            half);
-  whole(m, &m->head, memory, stride, rows, found, wide, STORE, threads);
-  for (int64_t row = 0; row < rows; row++)
-    memcpy(y + row * m->outputs, found + row * wide, m->outputs * sizeof *y);
+  whole(m, &m->head, memory, stride, rows, y, m->outputs, STORE, threads);
   free(memory);
   return 0;
 }
@@ -658,6 +702,8 @@ static double uniform(uint64_t seed, uint64_t position) {
   return (double)((uint64_t)x[0] << 21 | x[1] >> 11) * 0x1p-53;
 }
 
+enum { FEW = 64 }; /* of a row's logits, whose sum is taken at once */
+
 static void sift(float *heap, int64_t i, int64_t n) { /* so that none is above its parent */
   const float x = heap[i];
   for (int64_t child; (child = 2 * i + 1) < n; i = child) {
@@ -678,45 +724,95 @@ typedef struct {
   int64_t threads;
 } Draws;
 
-/* e^((x − best) / temperature) of n logits; their sum. */
-static double weights(const float *x, int64_t n, float best, float temperature, float *weight) {
+/* e^((x − best) / temperature) of n logits. */
+static void weights(const float *x, int64_t n, float best, float temperature, float *weight) {
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES)
+    *(vec *)(weight + i) = exponential((*(const vec *)(x + i) - best) / temperature);
+  vec rest = {};
+  memcpy(&rest, x + i, (n - i) * sizeof *x);
+  rest = exponential((rest - best) / temperature);
+  memcpy(weight + i, &rest, (n - i) * sizeof *x);
+}
+
+/* The sum of n numbers, in fp64. */
+static double sum_of(const float *x, int64_t n) {
+  doubles sum = {};
   double all = 0;
-  for (int64_t i = 0; i < n; i += LANES) {
-    const int64_t here = n - i < LANES ? n - i : LANES;
-    vec b = {};
-    memcpy(&b, x + i, here * sizeof *x);
-    b = exponential((b - best) / temperature);
-    memcpy(weight + i, &b, here * sizeof *x);
-    for (int64_t j = 0; j < here; j++) all += b[j];
-  }
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES)
+    sum += __builtin_convertvector(*(const vec *)(x + i), doubles);
+  for (int lane = 0; lane < LANES; lane++) all += sum[lane];
+  for (; i < n; i++) all += x[i];
   return all;
+}
+
+/* The largest of n numbers; NaN where the first is. */
+static float largest(const float *x, int64_t n) {
+  vec most = spread(x[0]);
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) {
+    const vec b = *(const vec *)(x + i);
+    most = choose(b > most, b, most);
+  }
+  float best = most[0];
+  for (int lane = 1; lane < LANES; lane++) best = most[lane] > best ? most[lane] : best;
+  for (; i < n; i++) best = x[i] > best ? x[i] : best;
+  return best;
+}
+
+/* Puts the largest of a heap of n behind the others, which stay one. */
+static float take(float *heap, int64_t n) {
+  const float x = heap[0];
+  heap[0] = heap[n - 1];
+  heap[n - 1] = x;
+  sift(heap, 0, n - 1);
+  return x;
+}
+
+static void make_heap(float *x, int64_t n) {
+  for (int64_t i = n / 2; i-- > 0;) sift(x, i, n);
 }
 
 /* The least logit that top_k and top_p keep; room has n numbers. */
 static float least_kept(const float *logits, const float *weight, int64_t n, int64_t top_k,
                         float top_p, float best, float temperature, float *room) {
-  memcpy(room, logits, n * sizeof *room);
-  for (int64_t i = n / 2; i-- > 0;) sift(room, i, n);
-  float least = -INFINITY;
-  int64_t left = n; /* in the heap; what was taken out lies behind it, the best last */
+  /* Only what may be kept goes into the heap. For top_k: of the blocks' largest, the k-th. For
+     top_p: all that are lighter than this together have less than 1 − top_p of the mass. */
+  float floor = -INFINITY;
+  double light = 0, wanted = 0, mass = 0;
   if (top_k && top_k < n) {
-    for (; left > n - top_k; sift(room, 0, left)) {
-      least = room[0];
-      room[0] = room[--left];
-      room[left] = least;
+    int64_t blocks = 0;
+    for (int64_t i = 0; i < n; i += FEW)
+      room[blocks++] = largest(logits + i, n - i < FEW ? n - i : FEW);
+    if (top_k <= blocks) {
+      make_heap(room, blocks);
+      for (int64_t k = 0; k < top_k; k++) floor = take(room, blocks - k);
+    }
+  } else {
+    wanted = sum_of(weight, n);
+    light = 0.5 * (1.0 - top_p) * wanted / n;
+  }
+  int64_t m = 0;
+  for (int64_t i = 0; i < n; i += FEW) {
+    const int64_t end = n - i < FEW ? n : i + FEW;
+    if (largest(weight + i, end - i) < light || largest(logits + i, end - i) < floor) continue;
+    for (int64_t j = i; j < end; j++) {
+      room[m] = logits[j];
+      m += (logits[j] >= floor) & (weight[j] >= light);
     }
   }
+  make_heap(room, m);
+  float least = -INFINITY;
+  int64_t left = m; /* in the heap; what was taken out lies behind it, the best last */
+  if (top_k && top_k < n)
+    for (; left && left > m - top_k; left--) least = take(room, left);
   if (!(top_p < 1)) return least;
-  double wanted = 0, mass = 0;
-  for (int64_t i = 0; i < n; i++) wanted += logits[i] >= least ? weight[i] : 0;
+  for (int64_t i = 0; i < n && top_k && top_k < n; i++)
+    if (logits[i] >= least) wanted += weight[i];
   wanted *= top_p;
-  for (int64_t i = n; i-- > 0;) {
-    if (i < left) { /* take the next one out */
-      const float next = room[0];
-      room[0] = room[--left];
-      room[left] = next;
-      sift(room, 0, left);
-    }
+  for (int64_t i = m; i-- > 0;) {
+    if (i < left) take(room, left--);
     if (room[i] < least) return least;
     mass += exponential((spread(room[i]) - best) / temperature)[0];
     if (mass >= wanted) return room[i];
@@ -726,11 +822,12 @@ static float least_kept(const float *logits, const float *weight, int64_t n, int
 
 static void draw_row(const Draws *d, int64_t row, float *weight, float *room) {
   const float *logits = d->logits + row * d->n, temperature = d->temperature[row];
-  float best = logits[0];
+  const float best = largest(logits, d->n);
   int64_t token = 0;
-  for (int64_t i = 1; i < d->n; i++)
-    if (logits[i] > best) best = logits[token = i];
-  const double all = weights(logits, d->n, best, 1.0f, weight);
+  while (token < d->n - 1 && !(logits[token] == best)) token++;
+  if (!(logits[token] == best)) token = 0; /* NaN */
+  weights(logits, d->n, best, 1.0f, weight);
+  const double all = sum_of(weight, d->n);
   if (temperature > 0) {
     if (temperature != 1) weights(logits, d->n, best, temperature, weight);
     float least = -INFINITY;
@@ -738,16 +835,21 @@ static void draw_row(const Draws *d, int64_t row, float *weight, float *room) {
       least = least_kept(logits, weight, d->n, d->top_k[row], d->top_p[row], best, temperature,
                          room);
     double mass = 0, before = 0;
-    for (int64_t i = 0; i < d->n; i++) {
-      if (!(logits[i] >= least) || weight[i] < d->min_p[row]) weight[i] = 0;
-      mass += weight[i];
-    }
-    mass *= uniform(d->seed[row], d->position[row]);
     for (int64_t i = 0; i < d->n; i++)
-      if ((before += weight[i]) > mass) {
-        token = i;
+      weight[i] = logits[i] >= least && !(weight[i] < d->min_p[row]) ? weight[i] : 0;
+    for (int64_t i = 0; i < d->n; i += FEW)
+      mass += sum_of(weight + i, d->n - i < FEW ? d->n - i : FEW);
+    mass *= uniform(d->seed[row], d->position[row]);
+    for (int64_t i = 0; i < d->n; i += FEW) {
+      const int64_t here = d->n - i < FEW ? d->n - i : FEW;
+      const double after = before + sum_of(weight + i, here);
+      if (after > mass) { /* it is one of these: the last where their own sum is rounded below */
+        for (int64_t j = i; j < i + here && !(before > mass); before += weight[j++])
+          if (weight[j] > 0) token = j;
         break;
       }
+      before = after;
+    }
   }
   d->token[row] = token;
   d->logprob[row] = logits[token] - best - (float)log(all);

@@ -42,6 +42,8 @@ VARIANTS = [
     dict(nope_layers=(1,), activation="tanh"),
     dict(activation="sigmoid", head_dim=80),
     dict(activation="identity", gated=False),
+    dict(n_head=6, n_kv_head=1, head_dim=64),  # heads that read their keys together: four, then two
+    dict(n_head=3, n_kv_head=1, head_dim=48),
 ]
 
 
@@ -68,7 +70,7 @@ def test_decoder_is_the_model(variant, dtype, tolerance):
             cache.lengths += 1
 
 
-@pytest.mark.parametrize("variant", [*VARIANTS[:6], dict(n_embd=96, n_inner=288)])
+@pytest.mark.parametrize("variant", [*VARIANTS[:6], *VARIANTS[-2:], dict(n_embd=96, n_inner=288)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_rows_bits_do_not_depend_on_its_place(variant, dtype, set_threads):
     """Rows that are alike get logits alike, however many there are, of how many the cache has room,
@@ -189,7 +191,7 @@ FILTERS = [
 ]
 
 
-@pytest.mark.parametrize("n_token", [2, 37, 1000])
+@pytest.mark.parametrize("n_token", [2, 37, 1000, 5000])
 @pytest.mark.parametrize("ties", [False, True])
 def test_tokens_are_those_of_the_definition(n_token, ties):
     """Rows of all kinds beside each other, token by token; equal logits, -inf and outliers too."""
