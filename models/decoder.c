@@ -384,13 +384,16 @@ INLINE vec totals(vec a[LANES]) {
 }
 
 /* scores[j] of n keys (n, dim) with q; −inf up to the next multiple of LANES. In bf16 as many
-   numbers as fill vectors are multiplied in pairs, with q rounded as the keys are. */
-INLINE void score(const float *q, const uint32_t *pairs, const void *keys, int64_t n, int64_t dim,
-                  float *scores, int half) {
+   numbers as fill vectors are multiplied in pairs, with q rounded as the keys are. Meanwhile the
+   values, which lie as the keys do, are asked for. */
+INLINE void score(const float *q, const uint32_t *pairs, const void *keys, const void *values,
+                  int64_t n, int64_t dim, float *scores, int half) {
   const int64_t even = dim / LANES * LANES, paired = half ? dim / (2 * LANES) * LANES : 0;
-  const int64_t row = dim / 2; /* words of a key in bf16 */
+  const int64_t row = dim / 2, size = half ? 2 : 4; /* words of a key in bf16; bytes of a number */
   int64_t j = 0;
   for (; j + LANES <= n; j += LANES) {
+    const char *soon = (const char *)values + j * dim * size;
+    for (int64_t b = 0; b < LANES * dim * size; b += 64) __builtin_prefetch(soon + b, 0, 3);
     vec acc[LANES] = {};
     for (int64_t d = 0; d < paired; d += LANES) {
       const words b_q = *(const words *)(pairs + d);
@@ -473,8 +476,10 @@ INLINE void attend(const int heads, const float *q, const Segment segment[2], in
     const float *b_q = q + h * dim;
     uint32_t pairs[MOST_DIM / 2];
     if (half) narrow(b_q, dim, (bf16 *)pairs);
-    score(b_q, pairs, segment[0].keys, segment[0].n, dim, own, half);
-    score(b_q, pairs, segment[1].keys, segment[1].n, dim, own + second, half);
+    score(b_q, pairs, segment[0].keys, segment[0].values, segment[0].n, dim,
+          own, half);
+    score(b_q, pairs, segment[1].keys, segment[1].values, segment[1].n, dim,
+          own + second, half);
     vec most = spread(-INFINITY), sum = {};
     for (int64_t j = 0; j < all; j += LANES) {
       vec b = *(vec *)(own + j);
