@@ -1,8 +1,9 @@
 """Batched sampling against Transformers: same weights, prompts and number of new tokens.
 
 `python -m ponder.benchmarks.sampling [--batch 64 256] [--each 1 16] [--dtype fp32 bf16]
-[--peer NAME ...] [--compiled] [--profile]`: the model of train_step.py, 64-token prompts, 64 new
-tokens, temperature 1; 16 samples of each prompt, as a sweep draws them, or of each prompt one.
+[--peer NAME ...] [--model FOLDER] [--compiled] [--profile]`: the model of train_step.py, or a
+checkpoint's; 64-token prompts, 64 new tokens, temperature 1; 16 samples of each prompt, as a sweep
+draws them, or of each prompt one.
 Peers: `generate` with its dynamic cache and with a static one (compiled with --compiled, on a GPU
 always; that takes half a minute for each shape), and `generate_batch`, its continuous batching,
 which has a round of its own behind all others, against ours once more; the benchmark ends where its
@@ -22,17 +23,17 @@ from contextlib import contextmanager, nullcontext
 from functools import cache
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from ponder.benchmarks.measure import DEVICE, Row, milliseconds, row, synchronize, write
-from ponder.benchmarks.train_step import CONFIG, peer_of, random_model
+from ponder.benchmarks.train_step import peer_of, random_model
 from ponder.inference.engine import LocalEngine, Request, SamplingParams
-from ponder.models import GPT
+from ponder.models import GPT, GPTConfig
 
 PROMPT, NEW = 64, 64
-EOS = CONFIG.vocab_size - 1
 # The most telling first.
 BATCHES = (64, 256, 16, 1, 1024) if DEVICE == "cpu" else (4096, 64, 1024, 256, 16, 1)
 EACH = (1, 16) if DEVICE == "cpu" else (64, 16, 1)
@@ -47,19 +48,36 @@ PATIENCE = 120  # seconds for the first call of generate_batch, which waits for 
 @torch.inference_mode()
 def error_of(model: GPT, peer) -> float:
     """Relative difference of the two models' logits on one batch: they are the same model."""
-    tokens = torch.randint(CONFIG.vocab_size, (4, PROMPT), device=DEVICE)
+    tokens = torch.randint(model.config.vocab_size, (4, PROMPT), device=DEVICE)
     a, b = model(tokens), peer(input_ids=tokens).logits.float()
     return ((a - b).norm() / b.norm()).item()
 
 
 @cache
-def build(dtype: torch.dtype) -> tuple[GPT, torch.nn.Module]:
-    """Our model (fp32: the engine casts it) and the peer in dtype, with the same random weights."""
-    model = random_model()
+def build(dtype: torch.dtype, folder: str | None = None) -> tuple[GPT, torch.nn.Module]:
+    """Our model (fp32: the engine casts it) and the peer in dtype, with the same weights: those of
+    a checkpoint, or random ones."""
+    peer: Any
+    if folder is None:
+        model = random_model()
+        peer = peer_of(model)
+    else:
+        model = GPT.from_pretrained(folder, dtype=torch.float32, device=DEVICE)
+        peer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(DEVICE)
     with torch.no_grad():
-        model.lm_head.weight[EOS] = 0.0  # <eos> is rare, as in the middle of a thought
-    peer = peer_of(model).to(dtype).eval()
-    return model.eval(), peer
+        for one in (model, peer):  # <eos> is rare, as in the middle of a thought
+            one.lm_head.weight[eos_of(model)] = 0.0
+    return model.eval(), peer.to(dtype).eval()
+
+
+def eos_of(model: GPT) -> int:
+    return model.config.vocab_size - 1
+
+
+@cache
+def engine_of(model: GPT, slots: int, dtype: torch.dtype) -> LocalEngine:
+    """Made in the first call, whose memory is counted and whose time is not."""
+    return LocalEngine(model, slots=slots, eos=eos_of(model), dtype=dtype, device=DEVICE)
 
 
 @cache
@@ -71,9 +89,8 @@ def copy_bandwidth() -> float:
     return 2 * a.nbytes / (statistics.median(times) / 1e3)
 
 
-def least_bytes(batch: int, prompts: int, itemsize: int) -> float:
+def least_bytes(c: GPTConfig, batch: int, prompts: int, itemsize: int) -> float:
     """What the decode steps must read at least, the prefill left out."""
-    c = CONFIG
     weights = (c.layer_weights + c.n_embd * c.vocab_size) * itemsize
     token = 2 * c.n_layer * c.n_kv_head * c.head_dim * itemsize
     return NEW * (weights + prompts * PROMPT * token) + batch * token * NEW * (NEW + 1) / 2
@@ -102,8 +119,10 @@ def peak_mib(work: Callable[[], object]) -> float | str:
     return round((kib("VmHWM") - before) / 1024, 1)
 
 
-def _peers(peer, prompts: torch.Tensor, compiled: bool) -> dict[str, Callable[[], object]]:
-    shared = dict(do_sample=True, temperature=1.0, top_k=0, eos_token_id=EOS, pad_token_id=EOS)
+def _peers(
+    peer, prompts: torch.Tensor, eos: int, compiled: bool
+) -> dict[str, Callable[[], object]]:
+    shared = dict(do_sample=True, temperature=1.0, top_k=0, eos_token_id=eos, pad_token_id=eos)
     shared |= dict(max_new_tokens=NEW, min_new_tokens=NEW)
 
     def generate(**more) -> None:
@@ -144,8 +163,9 @@ def _compiled(peer):
     return torch.compile(type(peer).forward.__get__(peer), dynamic=False)
 
 
-def case_of(batch: int, each: int) -> str:
-    return f"{PROMPT}-token prompts, {NEW} new, batch {batch}, {each} of each prompt"
+def case_of(batch: int, each: int, folder: str | None = None) -> str:
+    case = f"{PROMPT}-token prompts, {NEW} new, batch {batch}, {each} of each prompt"
+    return case if folder is None else f"{Path(folder).name}, {case}"
 
 
 def run(
@@ -155,6 +175,7 @@ def run(
     peers=USUAL,
     compiled: bool = DEVICE == "cuda",
     done: Collection[tuple[str, str, str]] = (),
+    folder: str | None = None,
 ) -> Iterator[list[Row]]:
     """The rows of each case, as they come, but for `done`: (case, dtype, implementation)."""
     rounds = {"ponder": [peer for peer in peers if peer != "generate_batch"]}
@@ -163,8 +184,8 @@ def run(
     for (shown, chosen), name, batch in product(rounds.items(), dtypes, batches):
         torch.compiler.reset()  # else the second size is compiled for any, which is slower
         for each in eachs:
-            if each <= batch and (case_of(batch, each), name, shown) not in done:
-                yield _run(name, batch, each, chosen, compiled)
+            if each <= batch and (case_of(batch, each, folder), name, shown) not in done:
+                yield _run(name, batch, each, chosen, compiled, folder)
 
 
 @contextmanager
@@ -186,14 +207,17 @@ def _patience(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def _run(name: str, batch: int, each: int, peers: Collection[str], compiled: bool) -> list[Row]:
+def _run(
+    name: str, batch: int, each: int, peers: Collection[str], compiled: bool, folder: str | None
+) -> list[Row]:
     """The rows of a case; TimeoutError where generate_batch does not come back."""
     dtype = DTYPES[name]
-    model, peer = build(dtype)
+    model, peer = build(dtype, folder)
     error, allowed = error_of(model, peer), 1e-5 if dtype == torch.float32 else 5e-2
     if not error <= allowed:
         raise RuntimeError(f"the two models differ by {error:.2e}, allowed {allowed:.2e}")
-    prompts = torch.randint(EOS, (batch // each, PROMPT), device=DEVICE)
+    eos = eos_of(model)
+    prompts = torch.randint(eos, (batch // each, PROMPT), device=DEVICE)
     prompts = prompts.repeat_interleave(each, 0)
     counted: list[int] = []
 
@@ -201,10 +225,10 @@ def _run(name: str, batch: int, each: int, peers: Collection[str], compiled: boo
         counted.append(sample(model, prompts, dtype))
         synchronize()
 
-    case = case_of(batch, each)
+    case = case_of(batch, each, folder)
     label = f"{case}, {name}"
     works: dict[str, Callable[[], object]] = {"ponder": ours}
-    for peer_name, work in _peers(peer, prompts, compiled).items():
+    for peer_name, work in _peers(peer, prompts, eos, compiled).items():
         if peer_name.removesuffix(" compiled") not in peers:
             continue
         works[f"transformers {peer_name}"] = work
@@ -229,7 +253,8 @@ def _run(name: str, batch: int, each: int, peers: Collection[str], compiled: boo
     times = milliseconds(works, repeats=repeats, warmup=0)
     # A sample that drew <eos> ended early: ours is judged by the tokens that it did draw.
     tokens = dict.fromkeys(works, batch * NEW) | {"ponder": round(statistics.mean(counted))}
-    nbytes, measured = least_bytes(batch, batch // each, dtype.itemsize), []
+    measured: list[Row] = []
+    nbytes = least_bytes(model.config, batch, batch // each, dtype.itemsize)
     for who in works:
         seconds = statistics.median(times[who]) / 1e3
         more = dict(gb_per_s=round(nbytes / seconds / 1e9, 3), peak_mib=peaks[who])
@@ -249,18 +274,19 @@ def _run(name: str, batch: int, each: int, peers: Collection[str], compiled: boo
 
 def sample(model: GPT, prompts: torch.Tensor, dtype: torch.dtype) -> int:
     """Draw a sample of each of our prompts; how many tokens they have together."""
-    engine = LocalEngine(model, slots=len(prompts), eos=EOS, dtype=dtype, device=DEVICE)
+    engine = engine_of(model, len(prompts), dtype)
     params = SamplingParams(temperature=1.0, max_tokens=NEW)
     rows = [tuple(prompt) for prompt in prompts.tolist()]
     requests = (Request(prompt, params, 0, i) for i, prompt in enumerate(rows))
     return sum(len(sample.tokens) for sample in engine.generate(requests))
 
 
-def profile(batch: int, each: int, name: str) -> None:
+def profile(batch: int, each: int, name: str, folder: str | None) -> None:
     """Where our time goes, by operation; on a CPU in one thread, as others are not looked at."""
     torch.set_num_threads(1)
-    model, _ = build(DTYPES[name])
-    prompts = torch.randint(EOS, (batch // each, PROMPT), device=DEVICE).repeat_interleave(each, 0)
+    model, _ = build(DTYPES[name], folder)
+    prompts = torch.randint(eos_of(model), (batch // each, PROMPT), device=DEVICE)
+    prompts = prompts.repeat_interleave(each, 0)
     sample(model, prompts, DTYPES[name])
     activities = [torch.profiler.ProfilerActivity.CPU]
     if DEVICE == "cuda":
@@ -277,6 +303,7 @@ def main() -> None:
     parser.add_argument("--each", type=int, nargs="+", default=EACH)
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=USUAL_DTYPES)
     parser.add_argument("--peer", choices=PEERS, nargs="*", default=USUAL)
+    parser.add_argument("--model", metavar="FOLDER", help="a checkpoint instead of random weights")
     parser.add_argument(
         "--compiled",
         action="store_true",
@@ -287,9 +314,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.profile:
         for name in args.dtype:
-            profile(args.batch[0], args.each[0], name)
+            profile(args.batch[0], args.each[0], name, args.model)
     else:
-        for rows in run(args.batch, args.each, args.dtype, args.peer, args.compiled):
+        chosen = args.batch, args.each, args.dtype, args.peer, args.compiled
+        for rows in run(*chosen, folder=args.model):
             write(rows, whole_cases=False)
 
 

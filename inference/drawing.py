@@ -145,9 +145,12 @@ def samples_axis(axes: Axes, sizes: Sequence[int]) -> None:
 
 
 def finish(axes: Axes, guess: float, columns: int, title: str = "") -> None:
+    """Accuracy from nothing to all, or to what is well above everything that is drawn."""
+    drawn = axes.dataLim.ymax
     line = axes.axhline(guess, color=COLOURS["muted"], linestyle=(0, (5, 4)), linewidth=1.2)
     line.set_label("best guess")
-    axes.set_ylim(0, 1.03)
+    top = next((top for top in (0.1, 0.2, 0.5) if max(drawn, guess) < 0.9 * top), 1.0)
+    axes.set_ylim(0, 1.03 * top)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.0f} %"))
     axes.set_ylabel("Accuracy")
     axes.grid(axis="x", visible=False)

@@ -172,7 +172,8 @@ def _compare(
 
 
 def draw_coverage(axes: Axes, rows: Sequence[dict[str, Any]], title: str = "") -> None:
-    """The chance that any of k samples is right, against k, and the power law through it."""
+    """The chance that any of k samples is right, against k, the power law through it, and what k
+    guesses cover."""
     colours = shades([row["budget"] for row in rows], "budget")
     for row in rows:
         k, colour = np.array(row["k"]), colours[row["budget"]]
@@ -183,6 +184,8 @@ def draw_coverage(axes: Axes, rows: Sequence[dict[str, Any]], title: str = "") -
             fine = np.geomspace(k[0], k[-1], 100)
             axes.plot(fine, row["fit"](fine), color=colour, linewidth=1.4)
     axes.plot([], [], color=COLOURS["muted"], linewidth=1.4, label="exp(a k^−b)")
+    dashed = dict(color=COLOURS["muted"], linestyle=(0, (5, 4)), linewidth=1.2)
+    axes.plot(rows[0]["k"], rows[0]["guesses"], label="k guesses", **dashed)
     samples_axis(axes, rows[0]["k"])
     axes.set_ylim(0, 1.03)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.0f} %"))
@@ -240,9 +243,12 @@ def draw_outcomes(axes: Axes, shares: dict[int | None, tuple[float, ...]]) -> No
         width = np.array([share[i] for share in shares.values()])
         axes.barh(place, width, left=left, height=0.62, color=COLOURS[colour], label=label)
         left += width
-    axes.set_yticks(place, [short_budget(b) for b in shares])
+    if len(shares) > 1:
+        axes.set_yticks(place, [short_budget(b) for b in shares])
+        axes.set_ylabel("Thinking budget")
+    else:
+        axes.set_yticks([])
     axes.invert_yaxis()
-    axes.set_ylabel("Thinking budget")
     axes.set_xlim(0, 1)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{100 * x:.0f} %"))
     axes.set_xlabel("Share of the problems")

@@ -177,8 +177,9 @@ def _agreement(pool: Pool, greedy: Pool) -> float:
 
 
 def coverage_rows(curves: Curves, store: Store) -> list[dict[str, Any]]:
-    """For at most four budgets: pass@k at the ends, and the fit of exp(a k^-b) between them."""
-    rows = []
+    """For at most four budgets: pass@k at the ends, the fit of exp(a k^-b) between them, and what k
+    guesses cover."""
+    rows, problems = [], store.problems()
     for budget in spread(curves.budgets, 4):
         pool = curves.pool(store, budget)
         if pool is None:
@@ -193,6 +194,7 @@ def coverage_rows(curves: Curves, store: Store) -> list[dict[str, Any]]:
                 all=float(coverage[:, -1].mean()),
                 k=sizes,
                 coverage=coverage.mean(0).tolist(),
+                guesses=stats.guess_coverage([problems[i].answer for i in pool.problems], sizes),
                 fit=stats.fit_coverage(sizes, coverage),
             )
         )

@@ -175,9 +175,9 @@ def html(
     )
 
 
-def headlines(curves: Curves) -> list[dict[str, str]]:
+def headlines(curves: Curves) -> list[dict[str, Any]]:
     """The numbers that open the page: value, its interval, and what it is."""
-    cards = []
+    cards: list[dict[str, Any]] = []
 
     def card(result: Result, what: str) -> None:
         interval = f"{100 * result.ci_low:.1f} to {percent(result.ci_high)}"
@@ -196,9 +196,9 @@ def headlines(curves: Curves) -> list[dict[str, str]]:
         card(vote, f"the {vote_text(vote.samples)} such samples")
         better = paired_difference(vote, single)
         if better is not None:
-            cards[-1]["gain"] = (
-                f"{points(better.mean)} points ({points(better.low)} to {points(better.high)})"
-            )
+            text = f"{points(better.mean)} points ({points(better.low)} to {points(better.high)})"
+            kind = " up" if better.low > 0 else " down" if better.high < 0 else ""
+            cards[-1]["gain"] = dict(text=text, kind=kind)
     return cards
 
 

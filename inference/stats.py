@@ -87,6 +87,22 @@ def guess_accuracy(answers: Sequence[str]) -> float:
     return Counter(answers).most_common(1)[0][1] / len(answers)
 
 
+def guess_coverage(answers: Sequence[str], sizes: Sequence[int], splits: int = 20) -> list[float]:
+    """The chance that one of k fixed answers is right, for each k: of the k most common ones of one
+    half of the problems, on the other, which needs neither a model nor hindsight; the mean over
+    random halves."""
+    rng = np.random.default_rng(0)
+    ranks = []
+    for _ in range(splits):
+        order = rng.permutation(len(answers)).tolist()
+        halves = order[: len(order) // 2], order[len(order) // 2 :]
+        for known, asked in (halves, halves[::-1]):
+            common = Counter(answers[i] for i in known).most_common()
+            rank = {answer: place for place, (answer, _) in enumerate(common)}
+            ranks += [rank.get(answers[i], np.inf) for i in asked]
+    return [float(np.mean(np.array(ranks) < k)) for k in sizes]
+
+
 class CoverageFit(NamedTuple):
     """Coverage at k samples is exp(a k^-b); the intervals are those of a and b over problems."""
 

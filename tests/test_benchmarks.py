@@ -211,10 +211,10 @@ def test_a_peer_that_may_not_come_back_is_behind_all_others(monkeypatch):
 
 
 def test_logits_that_are_no_numbers_are_not_timed(monkeypatch):
-    monkeypatch.setattr(sampling, "build", lambda dtype: (None, None))
+    monkeypatch.setattr(sampling, "build", lambda dtype, folder: (None, None))
     monkeypatch.setattr(sampling, "error_of", lambda model, peer: float("nan"))
     with pytest.raises(RuntimeError, match="differ by nan"):
-        sampling._run("fp32", 16, 1, [], False)
+        sampling._run("fp32", 16, 1, [], False, None)
 
 
 def test_losses_of_the_first_step_must_agree(monkeypatch):

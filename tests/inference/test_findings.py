@@ -12,6 +12,7 @@ from ponder.inference.curves import Curves
 from ponder.inference.evaluation import evaluate
 from ponder.inference.findings import control_rows, coverage_rows, outcome_shares, policies, ways
 from ponder.inference.report import write_report
+from ponder.inference.stats import guess_coverage
 
 from .test_cost import SMALL
 from .test_strategies import make_store
@@ -50,6 +51,8 @@ def test_coverage_rows(store):
     # By hand, two samples of each: 1, 1/2, 0, 1.
     assert two["fit"](2) == pytest.approx(2.5 / 4, abs=0.05)
     assert eight["one"] == 1 and eight["fit"] is None
+    answers = [problem.answer for problem in store.problems().values()]
+    assert two["guesses"] == guess_coverage(answers, two["k"])
 
 
 def test_control(store):

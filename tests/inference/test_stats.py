@@ -1,3 +1,5 @@
+import random
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -9,6 +11,7 @@ from ponder.inference.stats import (
     budget_control,
     fit_coverage,
     guess_accuracy,
+    guess_coverage,
     paired_difference,
     pareto,
 )
@@ -75,6 +78,15 @@ def test_guess_accuracy():
     assert guess_accuracy(["7", "3", "7", "1"]) == 0.5
     with pytest.raises(ValueError, match="at least one problem"):
         guess_accuracy([])
+
+
+def test_guess_coverage():
+    digits = random.Random(0).choices("0123456789", k=500)
+    assert guess_coverage(digits, [1, 5, 10]) == pytest.approx([0.1, 0.5, 1], abs=0.05)
+    # Half of all answers are 7, the others known to nobody else.
+    answers = [str(1000 + i) if i % 2 else "7" for i in range(200)]
+    assert guess_coverage(answers, [1, 100]) == pytest.approx([0.5, 0.5], abs=1e-9)
+    assert guess_coverage(["a"], [64]) == [0] and guess_coverage(["a", "b"], [64]) == [0]
 
 
 def test_coverage_follows_the_law_that_made_it():

