@@ -184,8 +184,14 @@ def draw_coverage(axes: Axes, rows: Sequence[dict[str, Any]], title: str = "") -
             fine = np.geomspace(k[0], k[-1], 100)
             axes.plot(fine, row["fit"](fine), color=colour, linewidth=1.4)
     axes.plot([], [], color=COLOURS["muted"], linewidth=1.4, label="exp(a k^−b)")
-    dashed = dict(color=COLOURS["muted"], linestyle=(0, (5, 4)), linewidth=1.2)
-    axes.plot(rows[0]["k"], rows[0]["guesses"], label="k guesses", **dashed)
+    axes.plot(
+        rows[0]["k"],
+        rows[0]["guesses"],
+        color=COLOURS["muted"],
+        linestyle=(0, (5, 4)),
+        linewidth=1.2,
+        label="k guesses",
+    )
     samples_axis(axes, rows[0]["k"])
     axes.set_ylim(0, 1.03)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.0f} %"))
