@@ -32,6 +32,13 @@ _RELU2 = dict(gated=False, activation="relu2")
 CASES = {
     # name: (shape, rows, precision, optimizer)
     "0.8M, 32x128": (dict(vocab_size=100, context=128, **_SMALL, **_RELU2), 32, "fp32", "muon"),
+    # a step of the preset shakespeare
+    "0.8M, 16x128, bf16": (
+        dict(vocab_size=65, context=128, **_SMALL, **_RELU2),
+        16,
+        "bf16",
+        "muon",
+    ),
     "4.85M, 16x256": (dict(vocab_size=512, context=256, **_QWEN), 16, "fp32", "adamw"),
     "4.85M, 16x256, bf16": (dict(vocab_size=512, context=256, **_QWEN), 16, "bf16", "adamw"),
     "25M, 4x256": (dict(vocab_size=512, context=256, **_LARGE, **_RELU2), 4, "fp32", "muon"),

