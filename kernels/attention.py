@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._attention_cpu import attention_in_blocks, blocks_pay
 from ._attention_hopper import (
     attention_backward_kv_specialized_kernel,
     attention_backward_q_specialized_kernel,
@@ -56,7 +57,6 @@ from ._runtime import (
 )
 
 MAX_HEAD_DIM = 256
-CPU_SCORES = 512 * 512  # on a CPU, queries × keys up to which bf16 scores are kept in memory
 CONTIGUOUS = torch.contiguous_format
 LOG2_E, LN_2 = math.log2(math.e), math.log(2)
 
@@ -440,14 +440,14 @@ def _backward(ctx, dout, dlse):
 _attention.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _attention_cpu(
+def _attention_torch(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     causal: bool,
-    scale: float,
     window: int | None,
     segments: Segments | None,
+    scale: float,
 ) -> Tensor:
     n_queries, n_keys = q.shape[2], k.shape[2]
     mask = None
@@ -460,30 +460,9 @@ def _attention_cpu(
         shape = (n_queries, n_keys)
         mask = torch.ones(shape, dtype=torch.bool, device=q.device).tril(n_keys - n_queries)
         causal = False
-    short = 1 < n_queries <= n_keys and n_queries * n_keys <= CPU_SCORES
-    seeing = segments is None or segments[0] is segments[1]  # every query at least itself
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and short and seeing:
-        return _attention_cpu_short(q, k, v, causal, mask, scale)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=True
     )
-
-
-def _attention_cpu_short(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, scale: float
-) -> Tensor:
-    """bf16 products with the scores in memory: PyTorch's flash kernel does bf16 without the CPU's
-    bf16 units (256 × 3 × 40 × 32, forward and backward: 150 ms a thread against 10)."""
-    (B, Hq, T, D), (Hkv, S) = q.shape, k.shape[1:3]
-    if causal:
-        mask = torch.ones(T, S, dtype=torch.bool).tril()
-    q = (q * scale).reshape(B * Hkv, Hq // Hkv * T, D)
-    k, v = k.reshape(B * Hkv, S, D), v.reshape(B * Hkv, S, v.shape[-1])
-    scores = torch.bmm(q, k.transpose(1, 2))
-    if mask is not None:
-        hidden = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
-        scores = (scores.view(B, Hq, T, S) + hidden).view(scores.shape)
-    return torch.bmm(torch.softmax(scores, -1), v).view(B, Hq, T, v.shape[-1])
 
 
 def _segments(
@@ -593,8 +572,8 @@ def attention(  # pyright: ignore[reportInconsistentOverload]  (options are spel
     q (B, Hq, T, D); k (B, Hkv, S, D); v (B, Hkv, S, Dv); Hq a multiple of Hkv: query head h reads
     key head h // (Hq / Hkv). fp32 (IEEE products), fp16 or bf16, D and Dv up to 256, any strides,
     any T and S. Returns (B, Hq, T, Dv) in q's dtype and layout. Scores, softmax and sums are fp32;
-    memory grows with T + S, not T × S. (But for bf16 on a CPU, where short sequences hold their
-    scores in bf16: with scores of a standard deviation of 10 the error is 5 times as large.)
+    memory grows with T + S, not T × S. (But for bf16 on a CPU, where the scores of up to 640 × 640
+    pairs are bf16: with scores of a standard deviation of 10 the error is 5 times as large.)
 
     Query i stands beside key p = i + S - T: the last query is aligned with the last key. It sees
       causal       the keys j <= p;
@@ -650,7 +629,8 @@ def attention(  # pyright: ignore[reportInconsistentOverload]  (options are spel
     segments = _segments(q, k, segment_ids, cu_seqlens)
     if not use_triton(q):
         if not return_lse and softcap is None and sinks is None and alibi_slopes is None:
-            return _attention_cpu(q, k, v, causal, scale, window, segments)
+            run = attention_in_blocks if blocks_pay(q, k, segments) else _attention_torch
+            return run(q, k, v, causal, window, segments, scale)
         return attention_reference(
             q,
             k,

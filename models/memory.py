@@ -8,12 +8,14 @@ One count serves all: `ponder plan` holds it against a device's memory, `train` 
 what is free (`available`) before they start.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 
+from ..kernels._attention_cpu import QUERIES
 from .gpt import GPTConfig
 
 GIB = 2**30
@@ -25,6 +27,7 @@ CONTEXT = 0.8 * GIB
 FRAGMENTS = 0.05
 LOGITS = {True: 2**26, False: 2**23}  # linear_cross_entropy's chunk, on a GPU and on a CPU
 PLAIN_LOGITS = 2**21  # up to so many, a CPU computes them at once
+ONEDNN = 8 * 2**20  # its kernels and scratch for a CPU's products in bf16: 5 to 20 MiB were seen
 # Elements of the matrices of one shape that Muon works on at once: 64 MiB of fp32; large matrices
 # gain nothing.
 MUON_STACK = 2**24
@@ -72,8 +75,8 @@ def layer_activations(shape: GPTConfig, length: int, precision: str, *, triton: 
     tables = 8 * shape.head_dim  # of the rotary positions, once a row
     if precision == "fp32":
         attention = 4 * (2 * q + 2 * kv + shape.n_head)
-    else:  # short sequences in 16 bits hold all weights of the attention
-        attention = 2 * (2 * q + 2 * kv) + 2 * shape.n_head * min(length, 512)
+    else:  # in 16 bits short sequences keep the attention's weights
+        attention = 2 * (2 * q + 2 * kv) + 2 * shape.n_head * length * (length <= QUERIES)
     return norms + 2 * a * C + attention + statistics + mlp + tables
 
 
@@ -110,9 +113,9 @@ def training_memory(
     layer = layer_activations(shape, T, precision, triton=triton) * tokens
     kept = layer + shape.n_layer * 4 * C * tokens if recompute else shape.n_layer * layer
     if triton or tokens * V > PLAIN_LOGITS:
-        chunk = min(tokens * V, LOGITS[triton])
+        chunks = math.ceil(tokens / max(1, LOGITS[triton] // V))  # all of about the same height
         head = tokens * (8 + 2 * a) * C + 4 * V * C
-        logits = chunk * (a if triton else 8 + a)
+        logits = math.ceil(tokens / chunks) * V * (a if triton else 8 + a)
     else:
         head, logits = tokens * ((4 + a) * C + 4 * V), tokens * V * 8
     activations = kept + head + casts / (1 if shards == 1 else shape.n_layer)
@@ -141,6 +144,8 @@ def training_memory(
         parts["gathered layers"] = 2 * (a + 4) * max(M / shape.n_layer, V * C)
     if triton:
         parts |= _gpu_parts(parts)
+    elif precision == "bf16":
+        parts["oneDNN"] = ONEDNN
     return parts
 
 

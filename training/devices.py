@@ -26,17 +26,12 @@ class Device:
     network: float = 50e9
     """to other nodes, one way, for each device"""
     matrix_efficiency: float = 0.65
-    """of the peak, in large matrix products; on GPUs a common figure, not yet measured here"""
+    """of the peak, in a model's matrix products; a common figure, not yet measured here. A CPU's peak
+    is itself measured in products."""
     stream_efficiency: float = 0.8
     """of the bandwidth, likewise"""
     gpu: bool = True
     """runs the Triton kernels"""
-
-    def efficiency(self, width: int) -> float:
-        """Fraction of the peak in products of matrices that are so wide: on a CPU more where they
-        are wider than 256, as benchmarks/results/plan.csv shows."""
-        wider = 1.0 if self.gpu else max(1.0, width / 256)
-        return min(0.9, self.matrix_efficiency * wider**0.25)
 
 
 def _gpu(name, bf16, fp32, bandwidth, gib, link, *, fp16=None, **options) -> Device:
@@ -120,6 +115,6 @@ def this_cpu() -> Device:
         link=bandwidth,
         per_node=1,
         gpu=False,
-        matrix_efficiency=0.6,
+        matrix_efficiency=1.0,
         stream_efficiency=0.5,
     )

@@ -24,6 +24,12 @@ from .devices import Device, device, load
 
 HIDDEN = 0.7  # the share of the backward pass behind which gradients can travel
 NEWTON_SCHULZ = 5  # iterations of Muon
+SMALL = 0.8  # of what large products reach, Muon's do
+# Bytes that a CPU's step moves for each byte that is kept for the backward pass, and for each score
+# of the attention, by fits to benchmarks/results/plan.csv; a GPU writes and reads once, twice over.
+PASSES = {"gpu": 4, "cpu": 20}
+SCORE = {"gpu": 0, "cpu": 150}
+CPU_SAMPLING = 0.75  # of a CPU's peak, prompts and decoding reach (benchmarks/results/sampling.csv)
 LAUNCHES = 0.02  # seconds of a GPU's step below which launching its kernels is no small part
 BUSY = 1.25  # programs that want a core, for each core, beyond which a CPU was measured too slow
 ROOM = 0.9  # the share of a memory that is filled where possible: the count is up to 10 % off
@@ -190,8 +196,7 @@ def step_seconds(
 ) -> dict[str, float]:
     """Seconds of one optimizer step, by part; every device has `rows` sequences a micro-batch."""
     T, P, M = shape.context, parameter_count(shape), shape.layer_weights
-    efficiency = hardware.efficiency(shape.n_embd)
-    peak = hardware.peak[precision] * efficiency
+    peak = hardware.peak[precision] * hardware.matrix_efficiency
     stream = hardware.bandwidth * hardware.stream_efficiency
     tokens = rows * accumulation * T
     # Forward once, backward twice.
@@ -199,7 +204,9 @@ def step_seconds(
     # What is kept is written once and read once, and so is a gradient of its size.
     kept = shape.n_layer * layer_activations(shape, T, precision, triton=hardware.gpu)
     kept += 0 if hardware.gpu else 4 * shape.vocab_size
-    streams = 4 * kept * tokens / stream
+    scores = shape.n_layer * shape.n_head * (T + 1) / 2
+    kind = "gpu" if hardware.gpu else "cpu"
+    streams = (PASSES[kind] * kept + SCORE[kind] * scores) * tokens / stream
     # Weights, gradients and states, read and written; the clipping's norm; the casts.
     states = {
         "muon": 28 * (P - M) + 20 * M, "adamw": 28 * P, "adam": 28 * P, "momentum": 20 * P,
@@ -209,7 +216,7 @@ def step_seconds(
     if optimizer == "muon":
         # In fp32 where the hardware has no products in bf16, which then are many times slower.
         rate = max(hardware.peak.get("bf16", hardware.peak[precision]), hardware.peak["fp32"])
-        update += _newton_schulz(shape) / (rate * efficiency)
+        update += _newton_schulz(shape) / (rate * hardware.matrix_efficiency * SMALL)
     parts = {"matrix products": products, "memory": streams, "update": update}
     if devices > 1:
         inside = min(devices, hardware.per_node)
@@ -416,8 +423,11 @@ def _plan_sweep(config: PlanConfig, shape: GPTConfig, hardware: Device) -> Plan:
     # A token's attention, over the positions that it sees on average.
     attention = 4 * shape.n_layer * shape.n_head * shape.head_dim * (prompt + new / 2)
     flops = slots * (shape.flops_per_token(1) + attention)
-    rate = hardware.peak[config.precision] * hardware.efficiency(shape.n_embd)
+    rate = hardware.peak[config.precision] * hardware.matrix_efficiency
+    rate *= 1 if hardware.gpu else CPU_SAMPLING
     steps = rounds * new
+    # A GPU reads while it computes; a CPU's threads do one and then the other.
+    step = max(reads, flops / rate) if hardware.gpu else reads + flops / rate
     # A prompt is read once for all its samples, and asks for the head at its end alone.
     head = 2 * shape.n_embd * shape.vocab_size
     read = samples / config.samples * (prompt * (shape.flops_per_token(prompt) - head) + head)
@@ -426,6 +436,6 @@ def _plan_sweep(config: PlanConfig, shape: GPTConfig, hardware: Device) -> Plan:
         shape,
         hardware,
         memory,
-        {"prompts": read / rate, "decoding": steps * max(reads, flops / rate)},
+        {"prompts": read / rate, "decoding": steps * step},
         notes=[f"{config.problems * config.samples:,} samples of {new} tokens"],
     )

@@ -11,7 +11,15 @@ from ponder.models.memory import parameter_count
 from ponder.training import PRESETS, TrainConfig
 from ponder.training.devices import DEVICES, GIB, Device, device
 from ponder.training.memory import check_fits
-from ponder.training.plan import MODELS, PlanConfig, plan, shape_of, step_seconds
+from ponder.training.plan import (
+    MODELS,
+    SCORE,
+    PlanConfig,
+    _plan_sweep,
+    plan,
+    shape_of,
+    step_seconds,
+)
 from ponder.training.plan_text import describe
 from ponder.training.processes import shard_count
 
@@ -186,12 +194,28 @@ def test_long_prompts_are_paid_for():
     )
 
 
-def test_wide_products_come_nearer_to_a_cpus_peak_and_not_past_it():
-    cpu = Device("cpu", {"fp32": 1e11}, 5e10, 2**34, 5e10, gpu=False, matrix_efficiency=0.6)
-    assert cpu.efficiency(64) == cpu.efficiency(256) == 0.6 < cpu.efficiency(512) < 0.75
-    assert cpu.efficiency(10**6) == 0.9
-    h100 = device("h100")
-    assert h100.efficiency(64) == h100.efficiency(4096) == h100.matrix_efficiency
+def test_a_cpu_reads_and_computes_in_turn_and_a_gpu_at_once():
+    config = PlanConfig(what="sweep", precision="fp32", slots=64)
+
+    def decoding(gpu, peak, bandwidth):
+        hardware = Device("own", {"fp32": peak}, bandwidth, 2**36, 1e9, gpu=gpu)
+        return _plan_sweep(config, MODELS["124m"], hardware).seconds["decoding"]
+
+    for gpu in (False, True):
+        base = decoding(gpu, 1e12, 1e11)
+        faster = decoding(gpu, 2e12, 1e11), decoding(gpu, 1e12, 2e11)
+        assert sum(seconds < base for seconds in faster) == (1 if gpu else 2)
+
+
+def test_a_cpus_step_pays_for_each_score():
+    cpu = Device("own", {"fp32": 1e12}, 1e11, 2**36, 1e9, gpu=False)
+    short, long = (
+        step_seconds(replace(MODELS["124m"], context=n), cpu, rows=2048 // n, precision="fp32")
+        for n in (256, 1024)
+    )
+    scores = 2048 * 12 * 12 * (1024 - 256) / 2  # tokens, layers, heads, more keys on average
+    moved = (long["memory"] - short["memory"]) * 1e11 * cpu.stream_efficiency
+    assert moved == pytest.approx(SCORE["cpu"] * scores)
 
 
 def test_time_grows_with_what_it_is_made_of():
