@@ -5,6 +5,7 @@ ponder is. Right of 1 it is faster. Of training runs it shows the losses.
 """
 
 import csv
+import math
 import re
 from collections import defaultdict
 from dataclasses import fields
@@ -17,24 +18,7 @@ FIGURES = Path(__file__).parents[1] / "docs" / "figures"
 COLUMNS = {column.name for column in fields(Row)}
 CURVES: tuple[str, ...] = ("gpu", "implementation", "step", "seconds", "train_loss", "val_loss")
 COLOURS = (*CYCLE, "#8b5fa8", "#6f9cc9")
-TICKS = (
-    *(x / 10 for x in (1, 2, 3, 5, 8)),
-    1,
-    1.25,
-    1.5,
-    2,
-    2.5,
-    3,
-    4,
-    5,
-    6,
-    8,
-    12,
-    16,
-    24,
-    32,
-    64,
-)
+TICKS = (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 12, 16, 24, 32, 64, 0.8, 0.5, 0.3, 0.2, 0.1)
 COMPILED = ", torch.compile"
 
 
@@ -50,11 +34,32 @@ def ratios(rows: list[dict[str, str]]) -> dict[str, dict[str, float]]:
         for name, ms in measured.items():
             if name not in ours:
                 like = f"ponder{COMPILED}" if name.endswith(COMPILED) else "ponder"
-                own = ours.get(like) or next(iter(ours.values()), None)
-                if own:
+                if own := ours.get(like) or ours.get("ponder"):
                     peers[name] = ms / own
         if peers:
             found[case] = peers
+    return found
+
+
+def _labels(cases: list[str]) -> tuple[dict[str, str], list[str]]:
+    """What tells each case from the others, and what all of them have in common."""
+    parts = {case: case.split(", ") for case in cases}
+    common = [p for p in parts[cases[0]] if len(cases) > 1 and all(p in o for o in parts.values())]
+    return {case: ", ".join(p for p in o if p not in common) for case, o in parts.items()}, common
+
+
+def _in_order(label: str) -> list:
+    """A key that sorts 16 before 128."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", label)]
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """1, and as many more as have room on a logarithmic axis."""
+    found: list[float] = []
+    for tick in TICKS:
+        apart = (abs(math.log(tick / other)) for other in found)
+        if low <= tick <= high and all(gap > math.log(high / low) / 14 for gap in apart):
+            found.append(tick)
     return found
 
 
@@ -70,19 +75,21 @@ def figure(benchmark: str, machine: str, rows: list[dict[str, str]], path: Path)
     if not found:
         return False
     peers = list(dict.fromkeys(name for values in found.values() for name in values))
-    height = 1.3 + 0.3 * len(found)
+    labels, common = _labels(list(found))
+    cases = sorted(found, key=lambda case: _in_order(labels[case]))
+    height = 1.5 + 0.26 * len(found)
     drawing, axes = plt.subplots(figsize=(8.2, height), layout="constrained")
     axes.axvline(1.0, color=INK, linewidth=1)
     for i, peer in enumerate(peers):
-        points = [(values[peer], -y) for y, values in enumerate(found.values()) if peer in values]
+        points = [(found[case][peer], -y) for y, case in enumerate(cases) if peer in found[case]]
         axes.scatter(*zip(*points, strict=True), s=42, color=COLOURS[i % len(COLOURS)], label=peer)
     axes.set_ylim(0.5 - len(found), 0.5)
-    axes.set_yticks([-y for y in range(len(found))], list(found))
+    axes.set_yticks([-y for y in range(len(cases))], [labels[case] for case in cases])
     values = [x for case in found.values() for x in case.values()]
     low, high = min(0.8, 0.9 * min(values)), max(1.6, 1.15 * max(values))
     axes.set_xscale("log")
     axes.set_xlim(low, high)
-    axes.set_xticks([t for t in TICKS if low <= t <= high])
+    axes.set_xticks(_ticks(low, high))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.3g}×"))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.grid(axis="x", color=GRID)
@@ -92,8 +99,9 @@ def figure(benchmark: str, machine: str, rows: list[dict[str, str]], path: Path)
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(MUTED)
     axes.set_xlabel("times as fast as the peer (median)", fontsize=9, color=INK)
-    axes.set_title(f"{benchmark} on {machine}", fontsize=10, color=INK, loc="left")
-    drawing.legend(fontsize=8, frameon=False, loc="outside upper right", ncols=min(3, len(peers)))
+    title = "\n".join(filter(None, [f"{benchmark} on {machine}", ", ".join(common)]))
+    drawing.suptitle(title, x=0.01, ha="left", fontsize=10, color=INK)
+    drawing.legend(fontsize=8, frameon=False, loc="outside lower right", ncols=min(3, len(peers)))
     path.parent.mkdir(parents=True, exist_ok=True)
     drawing.savefig(path, dpi=160, metadata={"Software": None})
     plt.close(drawing)

@@ -329,6 +329,11 @@ def _stored(
     if "sweep" not in runs:
         raise ValueError(f"{folder} holds no sweep; its run.json knows {', '.join(runs)}")
     configuration = runs["sweep"]["configuration"]
+    if lacking := [key for key in ("model", "samples", "seed") if key not in configuration]:
+        raise ValueError(
+            f"the sweep in {folder / 'run.json'} lacks {', '.join(lacking)} of its configuration; "
+            "the same `ponder sweep` again writes it, and samples nothing anew"
+        )
     if "shape" in runs["sweep"]:
         shape = GPTConfig.of(runs["sweep"]["shape"])
     else:  # a sweep from before shapes were kept

@@ -179,7 +179,7 @@ def _attention_cpu_backward(
         else:
             weights = _weights(q, k, ids, block, scale, None)
         dscores = torch.bmm(b_dout, b_v.mT)
-        dscores = torch._softmax_backward_data(dscores, weights, -1, q.dtype)
+        dscores = torch.ops.aten._softmax_backward_data(dscores, weights, -1, q.dtype)
         _product(dscores, b_k, dq[block.rows, :, block.queries])
         _product(dscores.mT, b_q, dk[block.rows, :, block.keys], add)
         _product(weights.mT, b_dout, dv[block.rows, :, block.keys], add)

@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import itertools
 import json
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from ponder.benchmarks import (
 from ponder.benchmarks.__main__ import measured, results
 from ponder.benchmarks.comparison import Case
 from ponder.benchmarks.comparison import measure as measure_case
-from ponder.benchmarks.figures import draw, ratios
+from ponder.benchmarks.figures import _in_order, _labels, _ticks, draw, ratios
 from ponder.benchmarks.tables import tables
 from ponder.kernels import _attention_tiles
 from ponder.kernels._runtime import tiles_file
@@ -165,6 +166,18 @@ def test_figures_show_each_machine_and_peer(tmp_path):
     drawn = draw(tmp_path, tmp_path)
     assert [path.name for path in drawn] == ["kernel-a.png", "kernel-b.png"]
     assert all(path.stat().st_size > 5000 for path in drawn)
+
+
+def test_a_figures_labels_say_what_differs_in_order():
+    cases = ["64 new, batch 16, bf16", "64 new, batch 128, bf16", "64 new, batch 9, fp32"]
+    labels, common = _labels(cases)
+    assert common == ["64 new"] and labels[cases[0]] == "batch 16, bf16"
+    ordered = sorted(labels.values(), key=_in_order)
+    assert ordered == ["batch 9, fp32", "batch 16, bf16", "batch 128, bf16"]
+    assert _labels(cases[:1]) == ({cases[0]: cases[0]}, [])
+    assert _ticks(0.8, 1.6) == [1, 1.25, 1.5, 0.8]
+    few = sorted(_ticks(0.05, 70.0))
+    assert 1 in few and all(b / a > 1.6 for a, b in itertools.pairwise(few))
 
 
 def test_every_group_runs():

@@ -159,6 +159,12 @@ def test_a_damaged_run_json_is_one_sentence(text, says, tmp_path, capsys):
     assert capsys.readouterr().err == f"ponder: {file} {says}; take another folder\n"
 
 
+def test_a_sweep_without_all_of_its_configuration_is_one_sentence(tmp_path, capsys):
+    (tmp_path / "run.json").write_text('{"sweep": {"configuration": {"model": "m"}}}')
+    assert cli.run(["report", str(tmp_path)]) == 2
+    assert "run.json lacks samples, seed of its configuration" in capsys.readouterr().err
+
+
 def test_an_unknown_field_is_named():
     run = ponder("train", "tiny", "--colour", "blue")
     assert run.returncode == 2

@@ -26,8 +26,8 @@ class Device:
     network: float = 50e9
     """to other nodes, one way, for each device"""
     matrix_efficiency: float = 0.65
-    """of the peak, in a model's matrix products; a common figure, not yet measured here. A CPU's peak
-    is itself measured in products."""
+    """of the peak, in a model's matrix products: a common figure, not yet measured here; a CPU's
+    peak is itself measured in products"""
     stream_efficiency: float = 0.8
     """of the bandwidth, likewise"""
     gpu: bool = True

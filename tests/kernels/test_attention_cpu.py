@@ -173,6 +173,18 @@ def test_opcheck(sizes, window):
     torch.library.opcheck(op, (q, k, v, None, True, window, 0.25, keep))
 
 
+def test_traces_whole_with_dynamic_lengths(calls):
+    """torch.compile sees no graph break, one block or several, and the gradients survive."""
+    traced = torch.compile(attention, backend="aot_eager", fullgraph=True, dynamic=True)
+    for n in (100, 120, 150):
+        inputs = qkv(2, 2, 1, n, n + 2, 16, torch.float32, "cpu")
+        upstream = [torch.randn_like(inputs[0])]
+        expected = run(attention_reference, inputs, upstream)
+        for a, b in zip(run(traced, inputs, upstream), expected, strict=True):
+            torch.testing.assert_close(a, b)
+    assert calls
+
+
 def test_a_second_derivative_is_refused():
     q, k, v = (x.requires_grad_() for x in qkv(1, 2, 2, 9, 9, 16, torch.float32, "cpu"))
     (dq,) = torch.autograd.grad(attention(q, k, v).square().sum(), q, create_graph=True)
