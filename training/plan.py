@@ -25,8 +25,9 @@ from .devices import Device, device, load
 HIDDEN = 0.7  # the share of the backward pass behind which gradients can travel
 NEWTON_SCHULZ = 5  # iterations of Muon
 SMALL = 0.8  # of what large products reach, Muon's do
-# Bytes that a CPU's step moves for each byte that is kept for the backward pass, and for each score
-# of the attention, by fits to benchmarks/results/plan.csv; a GPU writes and reads once, twice over.
+# Bytes that a step moves for each byte that is kept for the backward pass, and for each score of
+# the attention: a GPU's kernels write and read once, twice over; a CPU's are fitted to measured
+# steps (benchmarks/NOTES.md).
 PASSES = {"gpu": 4, "cpu": 20}
 SCORE = {"gpu": 0, "cpu": 150}
 CPU_SAMPLING = 0.75  # of a CPU's peak, prompts and decoding reach (benchmarks/results/sampling.csv)
