@@ -73,8 +73,9 @@ class SweepConfig:
     """the folder that gets sweep/, report/ and run.json"""
     samples: tuple[int, ...] = (1, 4, 16)
     """sizes of the votes; the largest is drawn, the smaller ones are subsets of it"""
-    budgets: tuple[int, ...] = (0, 2, 4, 6, 8)
-    """most thinking tokens before </think> is forced; unlimited thinking is always measured too"""
+    budgets: tuple[int, ...] | None = None
+    """most thinking tokens before </think> is forced; unlimited thinking is always measured too.
+    None: 0 to four fifths of the task's longest chain of thought, each the end of a step"""
     extend: tuple[int, ...] = ()
     """how many times the end of an unlimited thought is suppressed, and the cue put in its place;
     the model should have been trained with retries"""
@@ -118,8 +119,8 @@ class SweepConfig:
         faults = []
         if not self.samples or not all(1 <= samples <= LARGEST for samples in self.samples):
             faults.append(f"samples is {list(self.samples)}; each must be from 1 to {LARGEST}")
-        if min(self.budgets, default=0) < 0:
-            faults.append(f"budgets is {list(self.budgets)}; each must be at least 0")
+        if min(self.budgets or (), default=0) < 0:
+            faults.append(f"budgets is {list(self.budgets or ())}; each must be at least 0")
         if not all(1 <= times <= LARGEST for times in self.extend):
             faults.append(f"extend is {list(self.extend)}; each must be from 1 to {LARGEST}")
         if self.cue == "":
@@ -181,8 +182,8 @@ class GenerateConfig:
     prompts: tyro.conf.Positional[tuple[str, ...]]
     """texts to answer, each as it is"""
     model: str
-    """a folder that `ponder train` left, any Llama or Qwen3 checkpoint, or the URL of an
-    OpenAI-compatible server, as in http://localhost:8000/v1#NAME"""
+    """a folder that `ponder train` left, any checkpoint of a type that GPT is, or the
+    URL of an OpenAI-compatible server, as in http://localhost:8000/v1#NAME"""
     file: Path | None = None
     """a file of prompts, one a line, or a .jsonl file of {"prompt": ...}; - is standard input"""
     samples: int = 1

@@ -163,6 +163,9 @@ class LocalSpeaker:
             self.engine = self._engine(plan.slots)
         return most
 
+    def length(self, text: str) -> int:
+        return len(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
     def generate(self, asks: Iterable[Ask], *, watch: Watch | None = None) -> Iterator[Completion]:
         encode = lru_cache(maxsize=64)(self.encode)
         requests = (Request(encode(a.prompt), a.params, a.seed, a.index, key=a) for a in asks)

@@ -142,6 +142,9 @@ class RemoteSpeaker:
             max_tokens=max_tokens,
         )
 
+    def length(self, text: str) -> int:
+        return len(self._tokens(text))
+
     def generate(self, asks: Iterable[Ask], *, watch: Watch | None = None) -> Iterator[Completion]:
         todo: queue.SimpleQueue[Ask | None] = queue.SimpleQueue()
         done: queue.SimpleQueue[Completion | BaseException] = queue.SimpleQueue()

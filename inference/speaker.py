@@ -83,6 +83,10 @@ class Speaker(Protocol):
         """The most new tokens for asks of these prompts; ValueError where something cannot fit."""
         ...
 
+    def length(self, text: str) -> int:
+        """How many tokens a piece of a completion is; known where thinking gets budgets."""
+        ...
+
     def generate(self, asks: Iterable[Ask], *, watch: Watch | None = None) -> Iterator[Completion]:
         """The completion of each ask, in the order in which they finish; asks that share a prompt
         should be adjacent."""

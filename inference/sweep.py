@@ -79,42 +79,50 @@ def _terminable() -> Iterator[None]:
 def _sweep(config: SweepConfig, shard: Shard, held: ExitStack) -> Path:
     task = tasks.get(config.task)
     problems = task.problems(config.split, config.problems, config.seed)
-    budgets = [*dict.fromkeys(config.budgets), None]
+    prompts = [problem.prompt for problem in problems]
     verifier = open_verifier(config.verifier) if config.verifier else None
 
-    def opened(precision: str) -> tuple[Speaker, int, Searches]:
+    def opened(
+        precision: str, budgets: tuple[int, ...] | None
+    ) -> tuple[Speaker, int, Searches, tuple[int, ...]]:
         speaker = open_speaker(
             config,
             slots=config.slots or (16 if config.engine == "transformers" else 512),
             precision=precision,
-            budgets=bool(config.budgets),
+            budgets=budgets != (),
             cue=_cue(config, task),
         )
-        prompts = [problem.prompt for problem in problems]
+        if budgets is None:
+            most = speaker.fit(prompts, budgets=[], max_tokens=config.max_tokens)
+            budgets = own_budgets(task, problems, speaker.length, most)
         most = speaker.fit(prompts, budgets=budgets, max_tokens=config.max_tokens)
         # Not of what is there already, and a server's answers are shorter than what they may be.
         if verifier is not None and speaker.shape is not None and not config.resume:
             verifier.check(prompts, most)
         params = replace(_sampled(config), max_tokens=most)
-        return speaker, most, Searches(config, task, speaker, params, verifier)
+        return speaker, most, Searches(config, task, speaker, params, verifier), budgets
 
     folder = config.out / "sweep"
-    found: list[tuple[Speaker, int, Searches]] = []  # the first process's, not to be opened twice
+    found: list[tuple] = []  # what the first process opened, not to be opened twice
 
-    def begin() -> dict[str, Any]:
-        """Claim the folder; the identity of its store."""
-        precision = config.precision
-        if precision == "auto" and config.resume and (config.out / "run.json").exists():
-            # What was measured when the sweep began, not what a busier moment would say.
+    def begin() -> tuple[dict[str, Any], tuple[int, ...]]:
+        """Claim the folder; the identity of its store, and the budgets."""
+        precision, budgets = config.precision, config.budgets
+        if config.resume and (config.out / "run.json").exists():
+            # What was chosen when the sweep began; a busier moment would measure another precision.
             before = read_run(config.out).get("sweep", {}).get("configuration", {})
-            precision = before.get("precision", "auto")
-        found.append(opened(precision))
-        speaker = found[0][0]
+            if precision == "auto":
+                precision = before.get("precision", "auto")
+            if budgets is None and "budgets" in before:
+                budgets = tuple(before["budgets"])
+        found.append(opened(precision, budgets))
+        speaker, *_, budgets = found[0]
         identity = {k: v for k, v in asdict(config).items() if k not in PRACTICAL}
         for name, default in NEWER.items():  # a sweep from before goes on as what it was
             if getattr(config, name) == default:
                 del identity[name]
         identity |= {
+            "budgets": budgets,
             "model_hash": speaker.identity["model"],
             "precision": speaker.identity["precision"],
         }
@@ -126,10 +134,10 @@ def _sweep(config: SweepConfig, shard: Shard, held: ExitStack) -> Path:
         of_store = {**speaker.identity, "task": config.task, "split": config.split}
         with Store(folder / "samples.sqlite", identity=of_store) as store:
             merge(folder, store)  # what a killed run left
-        return of_store
+        return of_store, budgets
 
-    identity = shard.agreed(begin)
-    speaker, most, searches = found[0] if found else opened(identity["precision"])
+    identity, budgets = shard.agreed(begin)
+    speaker, most, searches, _ = found[0] if found else opened(identity["precision"], budgets)
     with Store(folder / "samples.sqlite", identity=identity) as whole:
         mine = shard.problems(len(problems))
         wanted = _wanted(config, whole, mine, budgets)
@@ -252,6 +260,28 @@ def _sampled(config: SweepConfig) -> SamplingParams:
     )
 
 
+def own_budgets(
+    task: tasks.Task, problems: list[tasks.Problem], length: Callable[[str], int], most: int
+) -> tuple[int, ...]:
+    """Thinking budgets that fit a task: fifths of the steps, as far as whole ones go, of the
+    longest chain of thought that the task has for these problems, none of it beyond `most` new
+    tokens. length: how many tokens a text is. ValueError where the task has none."""
+    traces = {task.trace(problem): problem for problem in problems}
+    for whole in sorted(filter(None, traces), key=len, reverse=True):
+        if length(whole) + 2 > most:  # </think> and an answer are to come
+            continue
+        ends = [0]
+        for steps in range(1, len(whole) + 1):
+            ends.append(length(cut := task.trace(traces[whole], steps)))
+            if cut == whole:
+                break
+        return tuple(dict.fromkeys(ends[round((len(ends) - 1) * i / 5)] for i in range(5)))
+    raise ValueError(
+        f"{task.name} has no worked chain of thought of at most {max(0, most - 2)} tokens to take "
+        "budgets from; say which, as in --budgets 0 256 1024, or --budgets with no number"
+    )
+
+
 def _cue(config: SweepConfig, task: tasks.Task) -> str | None:
     """What takes a thought up again; None where nothing asks for it."""
     if not config.extend and "revise" not in config.searches.search:
@@ -277,7 +307,7 @@ def _params(config: SweepConfig, key: Key, *, max_tokens: int) -> SamplingParams
 
 
 def _wanted(
-    config: SweepConfig, store: Store, problems: range, budgets: list[int | None]
+    config: SweepConfig, store: Store, problems: range, budgets: tuple[int, ...]
 ) -> list[Key]:
     """The samples of these problems that the store lacks, a problem's side by side, so that they
     share one prefill."""
@@ -286,7 +316,7 @@ def _wanted(
         for extend in (0, *dict.fromkeys(config.extend)):
             keys += store.missing(
                 problems=problems,
-                budgets=[None] if extend else budgets,
+                budgets=[None] if extend else [*dict.fromkeys(budgets), None],
                 params=params_text(replace(params, extend=extend)),
                 seed=config.seed,
                 samples=samples,

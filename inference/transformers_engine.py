@@ -132,6 +132,9 @@ class TransformersSpeaker:
         longest = max(map(len, encoded))
         return room(longest, context=context or NEVER, budgets=budgets, max_tokens=max_tokens)
 
+    def length(self, text: str) -> int:
+        return len(self.chat.tokenizer.encode(text, add_special_tokens=False))
+
     def generate(self, asks: Iterable[Ask], *, watch: Watch | None = None) -> Iterator[Completion]:
         encode = lru_cache(maxsize=1)(self.chat.encode)
         for _, group in groupby(asks, key=lambda ask: ask.prompt):

@@ -22,7 +22,7 @@ from ponder import tasks
 from ponder.inference import Unfinished
 from ponder.inference.config import SweepConfig
 from ponder.inference.local import LocalSpeaker
-from ponder.inference.sweep import _keep, redraw, sweep
+from ponder.inference.sweep import _keep, own_budgets, redraw, sweep
 from ponder.models import hub
 from ponder.provenance import alone_in
 
@@ -275,6 +275,36 @@ def test_budgets_with_no_number_leave_unlimited_thinking_alone(config, no_figure
     assert tyro.cli(SweepConfig, args=words).budgets == ()
     sweep(replace(config, budgets=(), samples=(1,), problems=2))
     assert [row[1] for row in samples(config.out)] == [None] * 4
+
+
+@pytest.mark.parametrize(
+    "name, most, budgets",
+    [
+        ("last_digit", 60, (0, 2, 4, 7, 9)),  # of 11 steps
+        ("last_digit", 10, (0, 2, 3, 5, 6)),  # of 8, the longest with </think> and an answer
+        ("permute", 62, (0, 12, 24, 36, 48)),  # a word and its semicolon are one step
+        ("permute:length=2-3", 60, (0, 6, 12)),  # 3 steps
+    ],
+)
+def test_budgets_fit_the_task_unless_they_are_given(name, most, budgets):
+    task = tasks.get(name)
+    assert own_budgets(task, task.problems("test", 200, 0), len, most) == budgets
+
+
+def test_a_task_without_chains_of_thought_wants_budgets_named():
+    task = tasks.get("last_digit")
+    with pytest.raises(ValueError, match="no worked chain of thought of at most 1 tokens"):
+        own_budgets(task, task.problems("test", 20, 0), len, most=3)
+
+
+def test_a_sweep_goes_on_with_the_budgets_it_began_with(swept, config, no_figures):
+    shutil.copytree(swept.out, config.out)
+    sweep(replace(config, budgets=None, resume=True))
+    assert samples(config.out) == samples(swept.out)
+    fresh = replace(config, budgets=None, problems=3, samples=(1,), out=config.out / "fresh")
+    sweep(fresh)
+    chosen = json.loads((fresh.out / "run.json").read_text())["sweep"]["configuration"]["budgets"]
+    assert len(chosen) == 5 and {row[1] for row in samples(fresh.out)} == {None, *chosen}
 
 
 def test_a_model_without_think_tokens_is_named(model, config, tmp_path):
