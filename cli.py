@@ -1,7 +1,6 @@
 """The command `ponder`: parses, calls, prints. No torch is imported before a command needs it."""
 
 import errno
-import importlib.util
 import io
 import os
 import sqlite3
@@ -177,24 +176,15 @@ def _info(arguments: list[str]) -> None:
         """Versions, hardware, and which path each kernel takes."""
 
     tyro.cli(InfoOptions, prog="ponder info", args=arguments)
-    import torch
-
     from . import kernels, provenance
+    from .kernels._runtime import path
 
     for name, version in provenance.versions().items():
         print(f"{name:14}{version}")
     for name, value in provenance.machine().items():
         print(f"{name:14}{value}")
-    if torch.cuda.is_available() and importlib.util.find_spec("triton"):
-        path = f"Triton kernels, on {torch.cuda.get_device_name()}"
-    elif os.environ.get("TRITON_INTERPRET") == "1":
-        path = "Triton kernels in the interpreter, as TRITON_INTERPRET=1 is set"
-    elif torch.cuda.is_available():
-        path = "PyTorch's operations, as Triton is not installed"
-    else:
-        path = "PyTorch's operations, as there is no GPU"
     for name in kernels.__all__:
-        print(f"{name:22}{path}")
+        print(f"{name:22}{path()}")
     from .models.native import compiler, library
 
     command = " ".join(compiler() or ())

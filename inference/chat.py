@@ -131,8 +131,8 @@ def printable(text: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The gist of another library's error, on one line."""
-    return printable(next(iter(str(error).strip().splitlines()), type(error).__name__))[:200]
+    """The gist of another library's error, on one line, for a terminal."""
+    return printable(hub.first_line(error))[:200]
 
 
 def known_shape(path: str | Path) -> GPTConfig | None:

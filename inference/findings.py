@@ -285,7 +285,7 @@ def search_rows(curves: Curves, store: Store) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Policies:
-    """The compute-optimal policy along growing budgets, in `unit` (of figures.UNITS).
+    """The compute-optimal policy along growing budgets, in `unit` (of curves.UNITS).
 
     overall: one choice for all problems; split: one for each of `bins` (their difficulties, as
     text), empty where problems do not differ. ways: what a choice's numbers stand for.

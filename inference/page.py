@@ -1,13 +1,14 @@
 """How a page is written: its template's environment, and the wording of numbers and budgets."""
 
 import math
-import os
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jinja2
 from markupsafe import Markup
+
+from ..provenance import write_aside
 
 # What a strategy is called on the page; one that is not here goes by its own name.
 WORDS = {
@@ -74,9 +75,7 @@ def write_files(folder: str | Path, files: Mapping[str, bytes]) -> Path:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        aside = folder / f".{name}.new"
-        aside.write_bytes(content)
-        os.replace(aside, folder / name)
+        write_aside(folder / name, content)
     return folder
 
 

@@ -50,7 +50,7 @@ def write_report(
     accuracy_vs_compute.png (and, where there is anything to draw, coverage.png and searches.png)
     and index.html; returns the page's path.
 
-    results: rows of one task and model, as `strategies.evaluate(store)` gives them; store: where
+    results: rows of one task and model, as `evaluation.evaluate(store)` gives them; store: where
     problems, samples and difficulties are read; run: run.json, or what it holds, printed under
     "How this was made"; examples: how many problems of each kind to show. Each file is written
     aside and renamed. Raises ValueError where there are no results.

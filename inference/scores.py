@@ -1,4 +1,4 @@
-"""What verifiers think of a store's samples: computed once, kept in tables of their own.
+"""What verifiers think of a store's samples: computed once, kept in the store.
 
 A score is named by the verifier's hash and the sample's key.
 """
@@ -13,28 +13,6 @@ from tqdm import tqdm
 from .store import Pool, Store
 from .verifier import Scorer
 
-SCHEMA = """
-CREATE TABLE IF NOT EXISTS verifier (
-    hash TEXT PRIMARY KEY,
-    facts TEXT NOT NULL,
-    used REAL NOT NULL
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS score (
-    verifier TEXT NOT NULL REFERENCES verifier (hash),
-    problem INTEGER NOT NULL,
-    budget INTEGER,
-    params TEXT NOT NULL,
-    seed INTEGER NOT NULL,
-    sample INTEGER NOT NULL,
-    end REAL,
-    last REAL,
-    least REAL,
-    flops INTEGER NOT NULL,
-    seconds REAL NOT NULL
-);
-CREATE UNIQUE INDEX IF NOT EXISTS score_key
-    ON score (verifier, params, seed, ifnull(budget, -1), problem, sample)
-"""
 SAME = (
     "score.verifier = ? AND score.params = sample.params AND score.seed = sample.seed"
     " AND ifnull(score.budget, -1) = ifnull(sample.budget, -1)"
@@ -63,8 +41,6 @@ def score(store: Store, scorer: Scorer, *, say: bool = False) -> int:
     cannot read.
     """
     with store.transaction() as db:
-        for statement in SCHEMA.split(";"):
-            db.execute(statement)
         facts = json.dumps(asdict(scorer.reading))
         db.execute(
             "INSERT INTO verifier VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET used = excluded.used",
@@ -86,41 +62,33 @@ def score(store: Store, scorer: Scorer, *, say: bool = False) -> int:
             rows = [
                 (scorer.hash, *key, *s) for (*key, _, _, _), s in zip(batch, scores, strict=True)
             ]
-            with store.transaction() as db:
-                db.executemany(
-                    f"INSERT INTO score VALUES ({', '.join('?' * 11)}) ON CONFLICT DO NOTHING", rows
-                )
+            store.insert("score", rows)
             bar.update(len(batch))
     return len(missing)
 
 
 def _samples(store: Store, rows: list[int]) -> list[tuple]:
     """(problem, budget, params, seed, sample, prompt, text, finish) of each."""
-    with store.transaction() as db:
-        return db.execute(
-            "SELECT problem, budget, params, seed, sample, prompt, text, finish"
-            " FROM sample JOIN problem ON problem.id = problem"
-            f" WHERE sample.rowid IN ({', '.join(map(str, rows))})"
-        ).fetchall()
+    return store.rows(
+        "SELECT problem, budget, params, seed, sample, prompt, text, finish"
+        " FROM sample JOIN problem ON problem.id = problem"
+        f" WHERE sample.rowid IN ({', '.join(map(str, rows))})"
+    )
 
 
 def latest(store: Store) -> str | None:
     """The hash of the verifier that scored this store last; None where none did."""
-    with store.transaction() as db:
-        if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'verifier'").fetchone():
-            return None
-        row = db.execute("SELECT hash FROM verifier ORDER BY used DESC LIMIT 1").fetchone()
-    return row and row[0]
+    found = store.rows("SELECT hash FROM verifier ORDER BY used DESC LIMIT 1")
+    return found[0][0] if found else None
 
 
 def scores_of(store: Store, pool: Pool, verifier: str) -> Scores | None:
     """The scores of a pool; None where some of its samples have none yet."""
-    with store.transaction() as db:
-        rows = db.execute(
-            "SELECT problem, sample, end, last, least, flops, seconds FROM score WHERE verifier = ?"
-            " AND params = ? AND seed = ? AND ifnull(budget, -1) = ?",
-            (verifier, pool.params, pool.seed, -1 if pool.budget is None else pool.budget),
-        ).fetchall()
+    rows = store.rows(
+        "SELECT problem, sample, end, last, least, flops, seconds FROM score WHERE verifier = ?"
+        " AND params = ? AND seed = ? AND ifnull(budget, -1) = ?",
+        *(verifier, pool.params, pool.seed, -1 if pool.budget is None else pool.budget),
+    )
     place = {int(problem): i for i, problem in enumerate(pool.problems)}
     table = np.full((5, len(pool.problems), pool.samples), np.nan)
     known = np.zeros(table.shape[1:], dtype=bool)

@@ -1,9 +1,9 @@
 """Search: strategies that decide while sampling, step by step, which lines of thought to follow.
 
-A step is a fixed number of tokens. A search is a generator: it yields the requests that it wants
-sampled and is sent their samples, so that `stream` can advance the searches of many problems
-together, all on one run of the engine. A judge says how promising a completion so far is. To add a
-search, write a class with `name` and `search`, and put it into SEARCHES.
+A step is a number of tokens, or ends where the task says. A search is a generator: it yields the
+requests that it wants sampled and is sent their samples, so that `stream` can advance the searches
+of many problems together, all on one run of the engine. A judge says how promising a completion so
+far is. To add a search, write a class with `name` and `search`, and put it into SEARCHES.
 """
 
 import math

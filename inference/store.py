@@ -20,7 +20,7 @@ import numpy as np
 if TYPE_CHECKING:
     from .scores import Scores
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 TIMEOUT = 60  # seconds to wait for another process
 
 # An unlimited budget is NULL, and NULLs are distinct to a unique index: hence ifnull. The index is
@@ -51,11 +51,7 @@ CREATE TABLE sample (
     seconds REAL NOT NULL
 );
 CREATE UNIQUE INDEX sample_key ON sample (params, seed, ifnull(budget, -1), problem, sample);
-PRAGMA user_version = {SCHEMA_VERSION};
-"""
-# Made on opening: stores from before there were searches are as good as new ones.
-SEARCHES = """
-CREATE TABLE IF NOT EXISTS search (
+CREATE TABLE search (
     problem INTEGER NOT NULL REFERENCES problem (id),
     search TEXT NOT NULL,
     params TEXT NOT NULL,
@@ -70,7 +66,28 @@ CREATE TABLE IF NOT EXISTS search (
     judge_flops REAL,
     seconds REAL NOT NULL,
     PRIMARY KEY (problem, search, params, seed)
-)
+);
+CREATE TABLE verifier (
+    hash TEXT PRIMARY KEY,
+    facts TEXT NOT NULL,
+    used REAL NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE score (
+    verifier TEXT NOT NULL REFERENCES verifier (hash),
+    problem INTEGER NOT NULL,
+    budget INTEGER,
+    params TEXT NOT NULL,
+    seed INTEGER NOT NULL,
+    sample INTEGER NOT NULL,
+    end REAL,
+    last REAL,
+    least REAL,
+    flops INTEGER NOT NULL,
+    seconds REAL NOT NULL
+);
+CREATE UNIQUE INDEX score_key
+    ON score (verifier, params, seed, ifnull(budget, -1), problem, sample);
+PRAGMA user_version = {SCHEMA_VERSION};
 """
 
 
@@ -231,7 +248,7 @@ class Store:
         if self._is_new():
             if identity is None:
                 raise ValueError(f"{self.path} is an empty file, not a sample store")
-            with self._transaction():
+            with self.transaction():
                 if self._is_new():  # another process may have been quicker
                     self._create(identity)
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
@@ -244,7 +261,6 @@ class Store:
         self._write_ahead()
         self._db.execute("PRAGMA synchronous = FULL")  # a batch outlives a power cut, too
         self._db.execute("PRAGMA foreign_keys = ON")
-        self._db.execute(SEARCHES)
         rows = self._db.execute("SELECT name, value FROM identity")
         self.identity: dict[str, Any] = {name: json.loads(value) for name, value in rows}
         if identity is not None:
@@ -288,22 +304,17 @@ class Store:
             )
 
     @contextmanager
-    def _transaction(self) -> Iterator[None]:
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """The database, to write to; all that is done in here or nothing."""
         with _named(self.path):
             self._db.execute("BEGIN IMMEDIATE")
             try:
-                yield
+                yield self._db
                 self._db.execute("COMMIT")
             except BaseException:
                 if self._db.in_transaction:  # a full disk has ended it
                     self._db.execute("ROLLBACK")
                 raise
-
-    @contextmanager
-    def transaction(self) -> Iterator[sqlite3.Connection]:
-        """The database, for tables that others keep in it; all that is done in here or nothing."""
-        with self._transaction():
-            yield self._db
 
     def close(self) -> None:
         """Let go of the file."""
@@ -324,7 +335,7 @@ class Store:
             (i, storable(p.prompt), storable(p.answer), int(p.difficulty))
             for i, p in enumerate(problems, first)
         ]
-        with self._transaction():
+        with self.transaction():
             self._db.executemany(
                 "INSERT INTO problem VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING", rows
             )
@@ -351,12 +362,7 @@ class Store:
             )
             for r in records
         ]
-        with self._transaction():
-            self._db.executemany(
-                f"INSERT INTO sample VALUES ({', '.join('?' * 15)})"
-                " ON CONFLICT (params, seed, ifnull(budget, -1), problem, sample) DO NOTHING",
-                rows,
-            )
+        self.insert("sample", rows)
 
     def merge(self, path: str | Path) -> None:
         """Adds what another store of this model and task holds; what is already here stays.
@@ -367,7 +373,7 @@ class Store:
         Store(path, identity=self.identity).close()  # checks it, and finishes what it had begun
         self._db.execute("ATTACH ? AS other", (str(path),))
         try:
-            with self._transaction():
+            with self.transaction():
                 clash = self._db.execute(
                     "SELECT id, ours.prompt, theirs.prompt"
                     " FROM main.problem AS ours JOIN other.problem AS theirs USING (id) WHERE"
@@ -379,18 +385,11 @@ class Store:
                         f"{path}: problem {clash[0]} is {clash[2]!r} there and {clash[1]!r} in "
                         f"{self.path}; they are not of one sweep"
                     )
-                self._db.execute(
-                    "INSERT INTO main.problem SELECT * FROM other.problem WHERE true"
-                    " ON CONFLICT DO NOTHING"
-                )
-                self._db.execute(
-                    "INSERT INTO main.sample SELECT * FROM other.sample WHERE true"
-                    " ON CONFLICT (params, seed, ifnull(budget, -1), problem, sample) DO NOTHING"
-                )
-                self._db.execute(
-                    "INSERT INTO main.search SELECT * FROM other.search WHERE true"
-                    " ON CONFLICT DO NOTHING"
-                )
+                for table in ("problem", "sample", "search"):
+                    self._db.execute(
+                        f"INSERT INTO main.{table} SELECT * FROM other.{table} WHERE true"
+                        " ON CONFLICT DO NOTHING"
+                    )
         finally:
             self._db.execute("DETACH other")
 
@@ -426,7 +425,7 @@ class Store:
         if not rows:
             return
         marks = ", ".join("?" * len(rows[0]))
-        with self._transaction():
+        with self.transaction():
             self._db.executemany(
                 f"INSERT INTO {table} VALUES ({marks}) ON CONFLICT DO NOTHING", rows
             )

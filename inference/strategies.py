@@ -1,13 +1,14 @@
 """Ways to spend compute at inference, computed from one stored pool of samples.
 
 A strategy says how often it is right on each problem and how often it draws each stored sample;
-what that costs is the same sum for all of them. To add one, write a class with `name`, `oracle`,
-`sizes` and `run`, and put it into STRATEGIES.
+what that costs is the same sum for all of them. To add one, write a `Strategy` and put it into
+STRATEGIES.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 
@@ -23,28 +24,6 @@ class Choice(NamedTuple):
     scores: np.ndarray
     drawn: np.ndarray
     verified: bool = False
-
-
-class Strategy(Protocol):
-    """What an evaluation asks of a strategy."""
-
-    @property
-    def name(self) -> str:
-        """What it is called in results.csv."""
-        ...
-
-    @property
-    def oracle(self) -> bool:
-        """Whether it is a bound on what others can reach, so that it never competes with them."""
-        ...
-
-    def sizes(self, pool: Pool, samples: Sequence[int]) -> list[int]:
-        """The numbers of samples, among those asked for, that it can be run with on this pool."""
-        ...
-
-    def run(self, pool: Pool, k: int) -> Choice:
-        """Its scores and draws with (at most) k samples of each problem."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -102,16 +81,27 @@ def evenly(pool: Pool, scores: np.ndarray, k: int) -> Choice:
     return Choice(scores, np.full(pool.correct.shape, k / pool.samples))
 
 
-def several(pool: Pool, samples: Sequence[int]) -> list[int]:
-    """The sizes above one that the pool can fill; a single sample is `Sampling`."""
-    return [k for k in samples if 1 < k <= pool.samples] if pool.temperature > 0 else []
+class Strategy(ABC):
+    """name: what it is called in results.csv. oracle: whether it is a bound on what others can
+    reach, so that it never competes with them."""
+
+    name: str
+    oracle: ClassVar[bool] = False
+
+    def sizes(self, pool: Pool, samples: Sequence[int]) -> list[int]:
+        """The numbers of samples, among those asked for, that it can be run with on this pool: all
+        above one that the pool can fill."""
+        return [k for k in samples if 1 < k <= pool.samples] if pool.temperature > 0 else []
+
+    @abstractmethod
+    def run(self, pool: Pool, k: int) -> Choice:
+        """Its scores and draws with (at most) k samples of each problem."""
 
 
-class Greedy:
+class Greedy(Strategy):
     """The most likely token at every step: one answer, always the same."""
 
     name = "greedy"
-    oracle = False
 
     def sizes(self, pool: Pool, samples: Sequence[int]) -> list[int]:
         return [1] if pool.temperature == 0 else []
@@ -120,11 +110,10 @@ class Greedy:
         return evenly(pool, pool.correct.mean(1), 1)
 
 
-class Sampling:
+class Sampling(Strategy):
     """One sample at a temperature; its accuracy is the mean over all the stored ones."""
 
     name = "sampling"
-    oracle = False
 
     def sizes(self, pool: Pool, samples: Sequence[int]) -> list[int]:
         return [1] if pool.temperature > 0 else []
@@ -133,14 +122,10 @@ class Sampling:
         return evenly(pool, pool.correct.mean(1), 1)
 
 
-class SelfConsistency:
+class SelfConsistency(Strategy):
     """The most common answer of k samples (Wang et al. 2022)."""
 
     name = "self-consistency"
-    oracle = False
-
-    def sizes(self, pool: Pool, samples: Sequence[int]) -> list[int]:
-        return several(pool, samples)
 
     def run(self, pool: Pool, k: int) -> Choice:
         return evenly(pool, estimators.maj_at_k(pool.answers, pool.correct, k), k)
@@ -180,16 +165,19 @@ def by_verifier(which: Literal["end", "last", "least"], *, log: bool = False) ->
 
 
 @dataclass(frozen=True)
-class WeightedVote:
-    """The answer with the largest sum of exp(confidence) over k samples."""
+class ByConfidence(Strategy):
+    """What goes by a number for each sample; verified: by a verifier's, whose reading is paid."""
 
     name: str
     confidence: Confidence
-    oracle: bool = False
     verified: bool = False
 
     def sizes(self, pool: Pool, samples: Sequence[int]) -> list[int]:
-        return several(pool, samples) if _finite(self.confidence(pool)) else []
+        return super().sizes(pool, samples) if _finite(self.confidence(pool)) else []
+
+
+class WeightedVote(ByConfidence):
+    """The answer with the largest sum of exp(confidence) over k samples."""
 
     def run(self, pool: Pool, k: int) -> Choice:
         weights = self.confidence(pool)
@@ -197,17 +185,8 @@ class WeightedVote:
         return evenly(pool, scores, k)._replace(verified=self.verified)
 
 
-@dataclass(frozen=True)
-class BestOfN:
+class BestOfN(ByConfidence):
     """The one of k samples with the highest confidence."""
-
-    name: str
-    confidence: Confidence
-    oracle: bool = False
-    verified: bool = False
-
-    def sizes(self, pool: Pool, samples: Sequence[int]) -> list[int]:
-        return several(pool, samples) if _finite(self.confidence(pool)) else []
 
     def run(self, pool: Pool, k: int) -> Choice:
         scores = estimators.best_of_at_k(self.confidence(pool), pool.correct, k)
@@ -219,70 +198,62 @@ def _finite(values: np.ndarray) -> bool:
     return bool(np.isfinite(values).all())
 
 
-@dataclass(frozen=True)
-class AdaptiveConsistency:
+class AdaptiveConsistency(Strategy):
     """Sample one by one until the leading answer is likely to stay ahead (Aggarwal et al. 2023)."""
 
-    threshold: float = 0.95
-    name: str = "adaptive-consistency"
-    oracle: bool = False
+    name = "adaptive-consistency"
+    threshold = 0.95
 
     def sizes(self, pool: Pool, samples: Sequence[int]) -> list[int]:
         # Unanimous samples reach the threshold at 1 - 2^-(n + 1); before that it is a plain vote.
-        return [k for k in several(pool, samples) if 1 - 0.5**k >= self.threshold]
+        return [k for k in super().sizes(pool, samples) if 1 - 0.5**k >= self.threshold]
 
     def run(self, pool: Pool, k: int) -> Choice:
         rule = estimators.beta_rule(self.threshold)
         return Choice(*estimators.stop_early(pool.answers, pool.correct, k, rule))
 
 
-@dataclass(frozen=True)
-class EarlyStopping:
+class EarlyStopping(Strategy):
     """Sample in windows until one is unanimous (Li et al. 2024, ESC)."""
 
-    window: int = 4
-    name: str = "early-stopping"
-    oracle: bool = False
+    name = "early-stopping"
+    window = 4
 
     def sizes(self, pool: Pool, samples: Sequence[int]) -> list[int]:
-        return [k for k in several(pool, samples) if k > self.window]
+        return [k for k in super().sizes(pool, samples) if k > self.window]
 
     def run(self, pool: Pool, k: int) -> Choice:
         rule = estimators.unanimous_rule(self.window)
         return Choice(*estimators.stop_early(pool.answers, pool.correct, k, rule))
 
 
-class CertainMode:
+class CertainMode(Strategy):
     """Sample until the model's probabilities prove which answer is its most probable one."""
 
     name = "certain-mode"
-    oracle = False
 
     def sizes(self, pool: Pool, samples: Sequence[int]) -> list[int]:
         # Log-probabilities are the plain model's: those of another temperature, or behind a
         # filter, add up to something else than one.
         plain = parse_params(pool.params) == {"temperature": 1.0}
-        return several(pool, samples) if plain and _finite(pool.logprob) else []
+        return super().sizes(pool, samples) if plain and _finite(pool.logprob) else []
 
     def run(self, pool: Pool, k: int) -> Choice:
         rule = estimators.certain_rule(pool.texts, pool.logprob)
         return Choice(*estimators.stop_early(pool.answers, pool.correct, k, rule))
 
 
-class PassAtK:
+class PassAtK(Strategy):
     """Whether any of k samples is right (Chen et al. 2021): what a perfect verifier would reach."""
 
     name = "pass@k"
     oracle = True
 
-    def sizes(self, pool: Pool, samples: Sequence[int]) -> list[int]:
-        return several(pool, samples)
-
     def run(self, pool: Pool, k: int) -> Choice:
         return evenly(pool, estimators.pass_at_k(pool.correct, k), k)
 
 
-class VoteCeiling:
+class VoteCeiling(Strategy):
     """Whether the most common of all stored answers is right: what voting tends to."""
 
     name = "vote-ceiling"

@@ -19,9 +19,8 @@ from .. import tasks
 from ..models import GPTConfig
 from ..provenance import alone_in, note, open_run, read_run
 from . import Unfinished, search_table
-from .chat import known_shape
 from .comparison import write_comparison
-from .config import SearchOptions, SweepConfig
+from .config import SweepConfig
 from .engine import SamplingParams
 from .evaluation import Result, evaluate
 from .exchange import training_flops
@@ -39,14 +38,6 @@ GREEDY = SamplingParams(temperature=0.0)
 KEEP_EVERY_SECONDS = 2.0  # at most this much sampling is lost when a sweep is killed
 # What does not decide which samples there are.
 PRACTICAL = ("out", "resume", "slots", "server", "verifier")
-NEWER = {
-    "engine": "ponder",
-    "invariant": False,
-    "searches": SearchOptions(),
-    "extend": (),
-    "cue": None,
-    "split": "test",
-}
 
 
 def sweep(config: SweepConfig) -> Path:
@@ -118,9 +109,6 @@ def _sweep(config: SweepConfig, shard: Shard, held: ExitStack) -> Path:
         found.append(opened(precision, budgets))
         speaker, *_, budgets = found[0]
         identity = {k: v for k, v in asdict(config).items() if k not in PRACTICAL}
-        for name, default in NEWER.items():  # a sweep from before goes on as what it was
-            if getattr(config, name) == default:
-                del identity[name]
         identity |= {
             "budgets": budgets,
             "model_hash": speaker.identity["model"],
@@ -364,15 +352,11 @@ def _stored(
             f"the sweep in {folder / 'run.json'} lacks {', '.join(lacking)} of its configuration; "
             "the same `ponder sweep` again writes it, and samples nothing anew"
         )
-    if "shape" in runs["sweep"]:
-        shape = GPTConfig.of(runs["sweep"]["shape"])
-    else:  # a sweep from before shapes were kept
-        model = configuration.get("tokenizer") or configuration["model"]
-        shape = known_shape(model) if Path(model).is_dir() else None
+    shape = runs["sweep"].get("shape")
     with Store(folder / "sweep" / "samples.sqlite", identity=None) as store:
         results = evaluate(
             store,
-            shape=shape,
+            shape=shape and GPTConfig.of(shape),
             samples=configuration["samples"],
             seed=configuration["seed"],
             model=name or configuration["model"],

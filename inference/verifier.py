@@ -2,9 +2,8 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from scipy.special import expit
@@ -13,11 +12,20 @@ from torch import Tensor
 
 from ..models import KVCache, hub
 from ..models.decoder import Decoder, fits
-from ..models.verifier import Verifier, encode_solutions, load_verifier, step_ends
+from ..models.verifier import (
+    Verifier,
+    encode_solutions,
+    load_verifier,
+    places_of_steps,
+    step_ends,
+)
 from . import cost
 from .chat import THINK, THINK_END
 from .prompts import LENGTH_STEP, round_up
 from .speaker import device, model_hash
+
+if TYPE_CHECKING:
+    from .search import Judge
 
 Tokens = tuple[int, ...]
 ROWS = {"cpu": 8, "cuda": 64}  # that PyTorch reads at once
@@ -98,13 +106,7 @@ class Scorer:
 
     def steps(self, tokens: Sequence[int], start: int) -> list[int]:
         """Where the steps of a completion end that begins at `start`; none after </think>."""
-        ends = []
-        for place in range(start, len(tokens)):
-            if tokens[place] == self.think_end:
-                break
-            if tokens[place] in self.step_ends:
-                ends.append(place)
-        return ends
+        return places_of_steps(tokens, start, self.step_ends, self.think_end)
 
     def values(self, rows: Sequence[Tokens]) -> list[list[float]]:
         """The value after each token of each row, (T,) numbers; ValueError for a row that is longer
@@ -144,51 +146,29 @@ class Scorer:
         # PyTorch's sigmoid rounds otherwise where a number has no whole vector.
         return expit(self.decoder.logits(hidden).squeeze(-1).numpy()).tolist()
 
-    def judge(
-        self, tokenizer: Tokenizer | None = None, *, by: Literal["last", "least"] = "last"
-    ) -> "TokenJudge":
-        """A `search.Judge` with a cost of its own.
+    def judge(self, tokenizer: Tokenizer | None = None) -> "Judge":
+        """A `search.Judge`: the value of each completion so far, from 0 to 1.
 
-        tokenizer: the generator's; ValueError unless it writes the verifier's tokens. by: what a
-        process verifier's values of the steps so far come to (see `TokenJudge`).
+        A verifier of outcomes or of values is asked at the last token. A process verifier is asked
+        at the last token when that ends the text, else at the end of the last step (Snell et al.
+        2024, "Scaling LLM Test-Time Compute Optimally", section 5.1); before the first, at the last
+        token. tokenizer: the generator's; ValueError unless it writes the verifier's tokens.
         """
         if tokenizer is not None and tokenizer.get_vocab() != self.tokenizer.get_vocab():
             raise ValueError(
                 "the verifier's tokenizer is not the model's; train the verifier with --init MODEL"
             )
-        return TokenJudge(self, by)
+        return self._judged
 
-
-@dataclass
-class TokenJudge:
-    """The value of each completion so far, from 0 to 1: (prompt, completions) → numbers.
-
-    A verifier of outcomes or of values is asked at the last token. A process verifier is asked at
-    its last token when that ends the text, else at the ends of steps: the last (Snell et al. 2024,
-    "Scaling LLM Test-Time Compute Optimally", section 5.1) or the lowest (Wang et al. 2024,
-    "Math-Shepherd", section 3.4); at the last token before the first. flops and tokens add up what
-    was read, every completion as a whole each time.
-    """
-
-    scorer: Scorer
-    by: Literal["last", "least"] = "last"
-    flops: int = field(default=0, init=False)
-    tokens: int = field(default=0, init=False)
-
-    def __call__(self, prompt: Tokens, completions: Sequence[Tokens]) -> list[float]:
-        scorer, start = self.scorer, len(prompt)
+    def _judged(self, prompt: Tokens, completions: Sequence[Tokens]) -> list[float]:
         rows = [(*prompt, *completion) for completion in completions]
-        values = scorer.values(rows)
-        self.tokens += sum(map(len, rows))
-        self.flops += sum(cost.verifier_flops(scorer.shape, len(row)) for row in rows)
-        return [self._of(row, start, of) for row, of in zip(rows, values, strict=True)]
-
-    def _of(self, tokens: Tokens, start: int, values: Sequence[float]) -> float:
-        reading, ended = self.scorer.reading, tokens[-1] == self.scorer.eos
-        if reading.labels != "process" or (ended and reading.end):
-            return values[-1]
-        steps = [values[i] for i in self.scorer.steps(tokens, start)] or [values[-1]]
-        return steps[-1] if self.by == "last" else min(steps)
+        judged = []
+        for row, values in zip(rows, self.values(rows), strict=True):
+            place, whole = len(row) - 1, row[-1] == self.eos and self.reading.end
+            if self.reading.labels == "process" and not whole:
+                place = (self.steps(row, len(prompt)) or [place])[-1]
+            judged.append(values[place])
+        return judged
 
 
 def open_verifier(path: str | Path, *, on: str | None = None) -> Scorer:

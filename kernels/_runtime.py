@@ -86,6 +86,17 @@ def use_triton(x: Tensor) -> bool:
     return x.device.type == "cpu" and interpreting() and triton_installed()
 
 
+def path() -> str:
+    """What calls take on this machine, and why, in words."""
+    if torch.cuda.is_available():
+        if triton_installed():
+            return f"Triton kernels, on {torch.cuda.get_device_name()}"
+        return "PyTorch's operations, as Triton is not installed"
+    if interpreting() and triton_installed():
+        return "Triton kernels in the interpreter, as TRITON_INTERPRET=1 is set"
+    return "PyTorch's operations, as there is no GPU"
+
+
 def traced() -> bool:
     """Whether something other than plain eager PyTorch looks at the calls: a compiler, fake
     tensors, a FLOP counter, selective checkpointing, a function transform."""

@@ -13,7 +13,7 @@ from .layers import Rotary
 
 
 class PonderConfig(PretrainedConfig):
-    """config.json of model_type "ponder": Llama's fields, and the booleans qk_norm, gated_mlp."""
+    """config.json of model_type "ponder": Llama's fields, and those that `config_json` names."""
 
     model_type = "ponder"
     max_position_embeddings = 0  # Transformers asks for it before config.json's is set

@@ -151,7 +151,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     try:
         return Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises nothing narrower
-        raise ValueError(f"{file} is not a tokenizer: {_first_line(error)}") from None
+        raise ValueError(f"{file} is not a tokenizer: {first_line(error)}") from None
 
 
 def load_ends(path: str | os.PathLike[str], tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -211,11 +211,12 @@ def _folder(path: str | os.PathLike[str], files: list[str]) -> Path:
     except Exception as error:  # no network, no such model, no permission: all are told alike
         raise ValueError(
             f"there is no folder {folder}, and no model of that name could be fetched from the "
-            f"Hugging Face hub: {_first_line(error)}"
+            f"Hugging Face hub: {first_line(error)}"
         ) from None
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
+    """The gist of another library's error, on one line."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
@@ -226,7 +227,7 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"this is not JSON: {_first_line(error)}") from None
+        raise ValueError(f"this is not JSON: {first_line(error)}") from None
     if not isinstance(content, dict):
         raise ValueError("this is not a JSON object")
     return content

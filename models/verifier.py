@@ -11,7 +11,7 @@ Shapes: B sequences, T tokens.
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -233,3 +233,12 @@ def step_ends(tokenizer: Tokenizer, step_end: str) -> dict[int, int]:
     texts = tokenizer.decode_batch([[i] for i in ids], skip_special_tokens=False)
     counts = {i: text.count(step_end) for i, text in zip(ids, texts, strict=True)}
     return {i: n for i, n in counts.items() if n}
+
+
+def places_of_steps(
+    tokens: Sequence[int], start: int, ends: Mapping[int, int], close: int | None
+) -> list[int]:
+    """Where the steps of a thought end that begins at `start`: at each token of `ends` (as
+    `step_ends` gives them), up to `close`, the id of </think>."""
+    stop = tokens.index(close, start) if close in tokens[start:] else len(tokens)
+    return [place for place in range(start, stop) if tokens[place] in ends]

@@ -186,10 +186,8 @@ class TrainConfig:
 
     def identity(self) -> dict[str, Any]:
         """The fields that make it this run and no other: two runs of one folder agree in them."""
-        free = "out keep trackers samples recompute shard resume"
-        if not self.retries:  # runs from before there were any go on
-            free += " retries"
-        return {k: v for k, v in asdict(self).items() if k not in free.split()}
+        free = ("out", "keep", "trackers", "samples", "recompute", "shard", "resume")
+        return {k: v for k, v in asdict(self).items() if k not in free}
 
 
 def tiny() -> TrainConfig:

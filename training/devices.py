@@ -6,7 +6,7 @@ import re
 import time
 from dataclasses import dataclass
 
-GIB = 2**30
+from ..models.memory import GIB
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,22 @@ DEVICES = {
 }
 
 
+def called(name: str) -> Device | None:
+    """The device that a driver calls so, as in "NVIDIA H100 80GB HBM3"; None for one unknown."""
+    found = [d for d in DEVICES.values() if re.search(rf"\b{d.name}\b", name, re.IGNORECASE)]
+    return max(found, key=lambda d: len(d.name), default=None)
+
+
 def device(name: str) -> Device:
-    """The device of that name ("H100", "rtx 4090", "cpu"); ValueError names the known ones."""
-    key = re.sub(r"[\s_]|nvidia|geforce|sxm|80gb", "", name.lower()).strip("-")
+    """The device of that name ("H100", "rtx 4090", "cpu"), or that a driver calls so; ValueError
+    names the known ones."""
+    key = re.sub(r"[\s_]", "", name.lower())
     if key == "cpu":
         return this_cpu()
-    if key not in DEVICES:
+    found = DEVICES.get(key) or called(name)
+    if found is None:
         raise ValueError(f"no device is named {name!r}; known are {', '.join(DEVICES)} and cpu")
-    return DEVICES[key]
+    return found
 
 
 def load() -> float:

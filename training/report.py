@@ -85,7 +85,7 @@ def write_training_report(folder: Path) -> Path:
     report = folder / "report"
     report.mkdir(exist_ok=True)
     picture = png(rows)
-    (report / "training.png").write_bytes(picture)
+    write_aside(report / "training.png", picture)
     samples = read_rows(folder / "train" / "samples.jsonl")
     last = samples[-1]["step"] if samples else 0
     run = runs["train"]

@@ -1,6 +1,7 @@
 """The picture of a scaling law: loss against compute, the frontier, and what the law misses."""
 
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from ..figures import INK, MUTED, RED, STYLE, shades
+from ..provenance import write_aside
 from .scaling import Fit, frontier
 
 if TYPE_CHECKING:
@@ -25,9 +27,9 @@ def draw(fit: Fit, rungs: "Sequence[Rung]", path: Path) -> None:
         done = [r for r in rungs if r.status == "finished"]
         draw_compute(left, fit, done)
         draw_parity(right, fit, done)
-        aside = path.with_name(path.name + ".tmp")
-        figure.savefig(aside, format="png", dpi=160)
-        aside.replace(path)
+        picture = BytesIO()
+        figure.savefig(picture, format="png", dpi=160)
+    write_aside(path, picture.getvalue())
 
 
 def draw_compute(axes: Axes, fit: Fit, rungs: "Sequence[Rung]") -> None:

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from .. import tasks
-from ..models.verifier import Reading, encode_solutions, step_ends
+from ..models.verifier import Reading, encode_solutions, places_of_steps, step_ends
 from .batch import IGNORE, Batch
 from .cache import digest
 from .config import TrainConfig
@@ -135,7 +135,9 @@ class Labels:
             tokens = np.array(ids)
             targets = np.full(len(ids), IGNORE)
             if self.reading.labels == "process":
-                places, numbers = self._steps(ids, start)
+                places = places_of_steps(ids, start, self.step_ends, self.close)
+                # A token may hold the ends of several steps: it is labelled as the last of them.
+                numbers = np.cumsum([self.step_ends[ids[place]] for place in places], dtype=int) - 1
                 labels = self.of_steps(solution.prompt, _trace(solution.text))
                 targets[places] = np.array(labels, dtype=int)[numbers]
             if self.reading.labels == "value":
@@ -144,18 +146,6 @@ class Labels:
                 targets[-1] = solution.right
             written.append((tokens, targets))
         return written
-
-    def _steps(self, ids: list[int], start: int) -> tuple[list[int], list[int]]:
-        """Where steps end within the thinking, and the number of each, from 0."""
-        places, numbers, ended = [], [], 0
-        for place in range(start, len(ids)):
-            if ids[place] == self.close:
-                break
-            if ids[place] in self.step_ends:
-                ended += self.step_ends[ids[place]]
-                places.append(place)
-                numbers.append(ended - 1)
-        return places, numbers
 
 
 def _trace(text: str) -> str:

@@ -7,6 +7,7 @@ from glob import glob
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..models.hub import first_line
 from .render import Row
 
 HELD_OUT = ("validation", "valid", "dev")  # names of a data set's own validation split
@@ -126,8 +127,9 @@ def _read_parquet(path: Path) -> Iterator[Row]:
                     number += 1
                     yield Row(f"{path} row {number}", values)
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} cannot be read as Parquet after row {number}: {reason}") from None
+        raise ValueError(
+            f"{path} cannot be read as Parquet after row {number}: {first_line(error)}"
+        ) from None
 
 
 def _read_text(path: Path) -> Iterator[Row]:
@@ -172,8 +174,7 @@ class Hub:
         try:
             return load()
         except Exception as error:  # of dozens of kinds, from every library below
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise ValueError(f"datasets cannot load {self.place!r}: {reason}") from None
+            raise ValueError(f"datasets cannot load {self.place!r}: {first_line(error)}") from None
 
     @cached_property
     def identity(self) -> Any:

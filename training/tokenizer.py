@@ -165,7 +165,7 @@ def _read(kind: str, thinks: bool) -> Vocabulary:
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises nothing narrower
-        raise ValueError(f"{file} is not a tokenizer: {error}") from None
+        raise ValueError(f"{file} is not a tokenizer: {hub.first_line(error)}") from None
     # Both may be set in a tokenizer.json, and would cut or fill what is encoded.
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -216,5 +216,5 @@ def _file(kind: str) -> Path:
     except Exception as error:  # no network, no such model, no permission: all are told alike
         raise ValueError(
             f"there is no tokenizer file {kind}, and none of that name could be fetched from the "
-            f"Hugging Face hub: {str(error).strip().splitlines()[0]}"
+            f"Hugging Face hub: {hub.first_line(error)}"
         ) from None

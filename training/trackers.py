@@ -7,6 +7,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from ..models.hub import first_line
 from .config import TrainConfig
 
 
@@ -36,8 +37,8 @@ def start_trackers(accelerator: Accelerator, config: TrainConfig, step: int) -> 
     try:
         accelerator.init_trackers("ponder", config=fields, init_kwargs=settings)
     except Exception as error:  # of kinds of their own: no login, no network, no disk
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(f"{' or '.join(config.trackers)} cannot start: {reason}") from None
+        names = " or ".join(config.trackers)
+        raise ValueError(f"{names} cannot start: {first_line(error)}") from None
 
 
 def _key(folder: Path) -> str:

@@ -278,18 +278,6 @@ def test_samples_of_one_token_cost_their_prompt_alone(swept, tmp_path):
         assert vote["samples"] == 4 and (vote["fewer"] or row["cost"] == 0)
 
 
-def test_a_sweep_from_before_goes_on(swept, no_report, tmp_path):
-    """One whose run.json and store know of no searches."""
-    config = replace(swept, out=tmp_path, searches=SearchOptions())
-    sweep(config)
-    run = json.loads((tmp_path / "run.json").read_text())["sweep"]["configuration"]
-    assert not {"searches", "extend", "cue", "engine"} & {*run}
-    with sqlite3.connect(tmp_path / "sweep" / "samples.sqlite") as db:
-        db.execute("DROP TABLE search")
-    sweep(replace(config, resume=True))
-    assert stored(tmp_path) == []
-
-
 def test_the_vote_of_the_lines_is_weighted_by_value():
     def score(*lines):
         of_one = tuple(Line(*answer, value) for answer, value in lines)

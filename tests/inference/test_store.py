@@ -192,7 +192,7 @@ def test_another_schema_version(tmp_path):
     Store(path, identity=IDENTITY).close()
     with sqlite3.connect(path) as db:
         db.execute("PRAGMA user_version = 99")
-    with pytest.raises(ValueError, match="schema version 99; this ponder reads 1"):
+    with pytest.raises(ValueError, match="schema version 99; this ponder reads"):
         Store(path, identity=IDENTITY)
 
 

@@ -91,15 +91,13 @@ def test_the_worst_step_and_solutions_without_one():
 def test_a_judge_values_what_is_there_so_far():
     prompt = tuple(WORDS.encode("8=").ids) + (WORDS.token_to_id("<think>"),)
 
-    def judged(text, *, by="last", ended=False, **reading):
-        judge = known(**reading).judge(WORDS, by=by)
+    def judged(text, *, ended=False, **reading):
+        judge = known(**reading).judge(WORDS)
         line = tuple(WORDS.encode(text, add_special_tokens=False).ids) + (EOS,) * ended
         [value] = judge(prompt, [line])
-        assert judge.tokens == len(prompt) + len(line)
-        assert judge.flops == verifier_flops(SHAPE, judge.tokens)
         return round(value, 6)
 
-    assert judged("3;9;2;7") == 0.2 and judged("3;1;2;7", by="least") == 0.1
+    assert judged("3;9;2;7") == 0.2
     assert judged("3") == 0.3  # no step is finished yet
     assert judged("3;2;</think>6", ended=True) == 0.6
     assert judged("3;2;</think>6", ended=True, end=False) == 0.2
@@ -281,7 +279,13 @@ def test_a_verifier_with_the_model_s_context_reads_whatever_the_model_writes(con
     prompts = [p.prompt for p in tasks.get(config.task).problems("test", 5, 0)]
     speaker = LocalSpeaker(config.model, slots=8, precision="fp32", budgets=True)
     most = speaker.fit(prompts, budgets=[None], max_tokens=None)
-    open_verifier(tmp_path / "verifier", on="cpu").check(prompts, most)
+    scorer = open_verifier(tmp_path / "verifier", on="cpu")
+    scorer.check(prompts, most)
+    [longest] = scorer.score([(max(prompts, key=len), "<think>" + "1" * most, False)])
+    assert 0 < longest.end < 1
+    assert longest.flops == verifier_flops(scorer.shape, scorer.shape.context)
+    with pytest.raises(ValueError, match="the verifier has a context of 64"):
+        scorer.check(prompts, most + 1)
 
 
 def test_training_problems_are_sampled_where_that_is_asked_for(config, no_figures):

@@ -7,9 +7,10 @@ import tyro
 
 from ponder import cli
 from ponder.models import GPT
-from ponder.models.memory import parameter_count
+from ponder.models.memory import GIB, parameter_count
 from ponder.training import PRESETS, TrainConfig
-from ponder.training.devices import DEVICES, GIB, Device, device
+from ponder.training.devices import DEVICES, Device, called, device
+from ponder.training.hardware import PRECISION, peak_flops
 from ponder.training.memory import check_fits
 from ponder.training.plan import (
     MODELS,
@@ -253,11 +254,30 @@ def test_training_refuses_what_cannot_fit_and_says_what_would():
         check_fits(MODELS["7b"], 24 * GIB, rows=2, **step)
 
 
-def test_peaks_agree_with_those_that_the_loop_reports():
-    from ponder.training.hardware import PEAK
-
-    for name, peak in PEAK.items():
-        assert device(name).peak["bf16"] == peak
+@pytest.mark.parametrize(
+    "driver, key",
+    [
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("NVIDIA L40S", "l40s"),
+        ("Tesla T4", "t4"),
+        ("NVIDIA A10G", None),  # no A10
+        ("NVIDIA L40", None),  # no L4
+    ],
+)
+def test_a_driver_s_name_finds_the_data_sheet_and_its_peaks(driver, key, monkeypatch):
+    if key is None:
+        assert called(driver) is None
+        return
+    assert device(driver) is DEVICES[key]
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: driver)
+    for precision, peak in DEVICES[key].peak.items():
+        (dtype,) = (d for d, name in PRECISION.items() if name == precision)
+        peak_flops.cache_clear()
+        assert peak_flops(torch.device("cuda", 0), dtype) == peak
+    peak_flops.cache_clear()
 
 
 def test_this_machine_is_measured():
