@@ -11,7 +11,7 @@ of a size that their own length decides).
 
 import copy
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import islice
 from typing import Protocol
@@ -132,6 +132,14 @@ class LocalEngine:
         own = next(self.model.parameters(), torch.empty(0))
         return (own.device, own.dtype) == (self.device, self.dtype)
 
+    def group_of(self, requests: Iterable[Request]) -> int:
+        """How many rows a group has that share a prompt's keys and values. On a GPU every place
+        costs, taken or not, and no bit depends on how many there are."""
+        if self.device.type != "cuda":
+            return self.group
+        most = max(Counter(request.prompt for request in requests).values(), default=1)
+        return min(self.group, 1 << (most - 1).bit_length())
+
     def plan(self, requests: Iterable[Request]) -> Plan:
         """What fits into the memory that is free now: `slots`, or fewer with a warning.
 
@@ -196,7 +204,8 @@ class LocalEngine:
         plan = self.plan(waiting)
         rows = min(self.rows, plan.slots)
         network = self.network()
-        blocks = [Slots(self, network, rows, ends) for _ in range(plan.slots // rows)]
+        group = self.group_of(waiting)
+        blocks = [Slots(self, network, rows, group, ends) for _ in range(plan.slots // rows)]
         prompts = Prompts(self, network)
         for request in waiting:
             prompts.expect(request.prompt)

@@ -86,6 +86,8 @@ class Prompts:
                 blocks.append((width, block))
         for width, prompts in blocks:
             self._prefill_block(width, prompts)
+        if self.engine.device.type == "cuda":  # else others would pay what it has still to do
+            torch.cuda.synchronize(self.engine.device)
         seconds = (time.perf_counter() - start) / sum(width for width, _ in blocks)
         for width, prompts in blocks:
             self.owed.update(dict.fromkeys(prompts, seconds * width / len(prompts)))

@@ -1,6 +1,7 @@
 """Slots: the rows that decode together, from a request to its finished sample."""
 
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,8 +31,11 @@ class Slots:
     are fixed.
     """
 
-    def __init__(self, engine: Any, network: Any, rows: int, ends: Collection[int] = ()):
-        """ends: the tokens behind which a sample ends, besides <eos>."""
+    def __init__(
+        self, engine: Any, network: Any, rows: int, group: int, ends: Collection[int] = ()
+    ):
+        """group: rows that may share a prompt's keys and values; ends: the tokens behind which a
+        sample ends, besides <eos>."""
         self.engine, self.network = engine, network
         self.sample_tokens = network.sample_tokens if engine.native else sample_tokens
         device, dtype, config = engine.device, engine.dtype, engine.model.config
@@ -52,9 +56,11 @@ class Slots:
         self.cache = KVCache(config, rows, 0, device=device, dtype=dtype)
         self.cache.lengths = self.length
         self.cache.empty = False
-        self.prefix = Prefix(config, rows, LENGTH_STEP, engine.group, device=device, dtype=dtype)
+        self.prefix = Prefix(config, rows, LENGTH_STEP, group, device=device, dtype=dtype)
         self.cache.prefix, self.groups = self.prefix, Groups(self.prefix)
-        self.decode = Graphed(self._step, capture if device.type == "cuda" else None)
+        # It is given the step anew each time: one that it kept would keep these slots, their cache
+        # and its graph until Python looks for cycles.
+        self.decode = Graphed(partial(capture, device) if device.type == "cuda" else None)
         self.peak = self.next_fit = 0
 
     @torch.inference_mode()
@@ -94,7 +100,7 @@ class Slots:
         cache, prefix = self.cache, self.prefix
         moving = cache.keys, cache.values, self.tokens, prefix.keys, prefix.values
         moving += prefix.lengths, prefix.order, prefix.taken
-        self.decode(n, key=tuple((x.data_ptr(), x.shape) for x in moving))
+        self.decode(self._step, n, key=tuple((x.data_ptr(), x.shape) for x in moving))
         self.steps += n
         finished = [row for row, done in enumerate(self.done.tolist()) if done]
         return [row for row in finished if row in self.running]

@@ -212,7 +212,8 @@ def out_of_memory(error: BaseException) -> bool:
         return True
     if isinstance(error, ValueError) and error.__cause__:  # the engine's sentence about it
         return out_of_memory(error.__cause__)
-    return isinstance(error, RuntimeError) and "not enough memory" in str(error)
+    said = ("not enough memory", "out of memory", "ALLOC_FAILED")  # PyTorch, Triton, cuBLAS
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
 
 
 def halved(slots: int, least: int = 1) -> int:

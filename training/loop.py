@@ -191,7 +191,9 @@ class _Run:
         optimizer = build_optimizer(self.raw, config)
         if config.recompute:
             for block in self.raw.layers:
-                block.forward = partial(recomputed, block.forward, use_reentrant=False)
+                block.forward = partial(
+                    recomputed, block.forward, use_reentrant=False, preserve_rng_state=False
+                )
         model = self.raw
         if config.compile and not self.sharded:
             model = torch.compile(model)

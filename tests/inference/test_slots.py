@@ -1,6 +1,10 @@
 """What the engine is built of: groups of rows that share a prompt, graphs, the plan."""
 
+import gc
 import random
+import weakref
+from functools import partial
+from unittest.mock import patch
 
 import psutil
 import pytest
@@ -12,27 +16,14 @@ from ponder.inference.engine import LocalEngine, Request, SamplingParams
 from ponder.inference.graphs import Graphed
 from ponder.inference.prompts import Groups, Place, Prompts
 from ponder.inference.slots import Slots
-from ponder.models import GPT, GPTConfig, KVCache, Prefix, memory
+from ponder.models import GPTConfig, KVCache, Prefix, memory
 from ponder.models.decoder import Decoder
 from ponder.models.memory import GIB, available, sampling_memory
 
-EOS, END = 0, 1
+from ..models import tiny
 
-
-@pytest.fixture(autouse=True)
-def no_interpreter(monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-
-
-def gpt(**changes) -> GPT:
-    torch.manual_seed(0)
-    shape = dict(vocab_size=21, context=256, n_layer=2, n_head=4, n_kv_head=2, head_dim=16)
-    model = GPT(GPTConfig(**(shape | dict(n_embd=48, n_inner=80) | changes)))
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=p.shape[-1] ** -0.5) if p.ndim == 2 else p.data.uniform_(
-            0.5, 2
-        )
-    return model.eval()
+EOS = 0
+gpt = partial(tiny.gpt, context=256)
 
 
 def requests(count=40, prompts=5, max_tokens=20) -> list[Request]:
@@ -151,13 +142,12 @@ def test_shapes_of_a_cache_do_not_show(dtype, heads):
         assert (logits == found[0][:1]).all()
 
 
-def test_a_step_is_captured_when_its_tensors_stay():
+def test_a_step_runs_once_on_new_tensors_and_is_replayed_from_then_on():
     log = []
-    graphed = Graphed(lambda: log.append("step"), lambda step: lambda: log.append("replay"))
+    graphed = Graphed(lambda step: lambda: log.append("replay"))
     for key in "aab":
-        graphed(2, key)
-    graphed(1, "b")
-    assert log == ["step"] * 2 + ["replay"] * 2 + ["step"] * 2 + ["replay"]
+        graphed(lambda: log.append("step"), 2, key)
+    assert log == ["step", "replay", "replay", "replay", "step", "replay"]
 
 
 def test_a_capture_that_fails_is_told_once():
@@ -165,12 +155,40 @@ def test_a_capture_that_fails_is_told_once():
         raise RuntimeError("no such thing\ndetails")
 
     log = []
-    graphed = Graphed(lambda: log.append(1), fail)
-    graphed(1, "a")
+    graphed = Graphed(fail)
+    step = partial(log.append, 1)
     with pytest.warns(UserWarning, match="without CUDA graphs: no such thing$"):
-        graphed(1, "a")
-    graphed(1, "a"), graphed(1, "b"), graphed(1, "b")
+        graphed(step, 2, "a")
+    graphed(step, 1, "a"), graphed(step, 2, "b")
     assert len(log) == 5
+
+
+def test_what_a_run_held_is_free_at_its_end():
+    """Without a search for cycles: a GPU's memory is wanted at once by what comes next."""
+    engine, alive = LocalEngine(gpt(), slots=8, eos=EOS), weakref.WeakSet()
+    start = Slots.__init__
+
+    def init(self, *args):
+        start(self, *args)
+        alive.add(self)
+
+    gc.disable()
+    try:
+        with patch.object(Slots, "__init__", init):
+            assert len(results(engine, requests())) == 40
+        assert not alive
+    finally:
+        gc.enable()
+
+
+def test_a_gpu_s_groups_are_as_wide_as_prompts_have_samples():
+    model = gpt(n_head=4, n_kv_head=2)
+    engine = LocalEngine(model, slots=8, eos=EOS, device="cuda")
+    asked = requests(count=3, prompts=3)  # a sample of each
+    assert engine.group_of(asked) == 1
+    assert engine.group_of([*asked, *asked, asked[0]]) == 4  # of three
+    assert engine.group_of(asked * 99) == engine.group == 32
+    assert LocalEngine(model, slots=8, eos=EOS).group_of(asked) == 32
 
 
 def test_a_replay_meets_the_tensors_that_it_was_captured_with(monkeypatch):
@@ -215,7 +233,7 @@ def test_the_plan_covers_what_is_held(half, new, rounded):
         for i in range(32)
     ]
     network = engine.network()
-    prompts, slots = Prompts(engine, network), Slots(engine, network, 32)
+    prompts, slots = Prompts(engine, network), Slots(engine, network, 32, engine.group)
     for request in asked:
         prompts.expect(request.prompt)
     prompts.prefill(asked, [])
