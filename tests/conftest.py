@@ -34,6 +34,14 @@ if INTERPRET:
     interpreter.InterpretedFunction.__call__ = _call
 
 
+@pytest.fixture
+def set_threads():
+    """torch.set_num_threads, undone behind the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of what a file holds, the part that benchmarks/isolated.py gave to this process."""
     part, _, parts = os.environ.get("PONDER_TESTS", "0/1").partition("/")

@@ -14,15 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ponder.inference.engine import LocalEngine, Request, SamplingParams, stream_key
-from ponder.models import GPT, GPTConfig
+from ponder.models import GPTConfig
+
+from ..models.tiny import gpt
 
 EOS, END = 0, 1
-
-
-@pytest.fixture(autouse=True)
-def no_interpreter(monkeypatch):
-    """The kernels' tests turn Triton's interpreter on; here every launch of it would be slow."""
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
 
 
 @pytest.fixture
@@ -94,18 +90,6 @@ def results(engine, requests):
         s.request.key: (s.tokens, s.sampled_tokens, s.forced_tokens, s.logprob, s.finish)
         for s in engine.generate(requests)
     }
-
-
-def gpt(device="cpu", **changes):
-    """A random GPT that writes to its residual stream, and whose <eos> comes now and then."""
-    torch.manual_seed(0)
-    shape = dict(vocab_size=21, context=128, n_layer=2, n_head=4, n_kv_head=2, head_dim=16)
-    model = GPT(GPTConfig(**(shape | dict(n_embd=48, n_inner=80) | changes)))
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=p.shape[-1] ** -0.5) if p.ndim == 2 else p.data.uniform_(
-            0.5, 2
-        )
-    return model.to(device).eval()
 
 
 def mixed_requests(prompts=6, samples=3, vocabulary=21):
@@ -271,13 +255,6 @@ def test_slots_do_not_matter_where_logits_are_equal():
     assert all(other == found[0] for other in found)
 
 
-@pytest.fixture
-def set_threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(params=["in C", "in PyTorch"])
 def way(request, monkeypatch, device):
     """Both ways to decode on a CPU; on a GPU there is one."""
@@ -337,9 +314,9 @@ def test_processes_and_restarts_do_not_matter():
     requests = mixed_requests()
     engine = LocalEngine(gpt(), slots=40, eos=EOS, think_end=END)
     wanted = results(engine, requests)
-    code = "import pickle, runpy, sys; part = range(*map(int, sys.argv[2:])); pickle.dump("
-    code += "runpy.run_path(sys.argv[1])['some_results'](part), sys.stdout.buffer)"
-    words = [sys.executable, "-c", code, __file__]
+    code = "import pickle, sys; from ponder.tests.inference.test_engine import some_results; "
+    code += "pickle.dump(some_results(range(*map(int, sys.argv[1:]))), sys.stdout.buffer)"
+    words = [sys.executable, "-c", code]
     halves = [[str(first), str(len(requests)), "2"] for first in range(2)]
     pipes = [subprocess.Popen(words + half, stdout=subprocess.PIPE) for half in halves]
     first, second = (pickle.loads(pipe.communicate()[0]) for pipe in pipes)

@@ -2,7 +2,6 @@ import csv
 import io
 import json
 import random
-from dataclasses import dataclass
 from html.parser import HTMLParser
 
 import pytest
@@ -15,7 +14,7 @@ from ponder.inference.evaluation import evaluate
 from ponder.inference.figures import png
 from ponder.inference.page import duration, human, points, visible
 from ponder.inference.report import COLUMNS, csv_text, write_report
-from ponder.inference.store import Key, Record, Store
+from ponder.inference.store import Key, Record, Store, StoredProblem
 from ponder.inference.strategies import STRATEGIES
 
 from .test_cost import SMALL
@@ -29,13 +28,6 @@ HOSTILE = [
     "abc\u202egpj.exe\u2066",
     "]]><!-- --> $x_{$ \\",
 ]
-
-
-@dataclass(frozen=True)
-class Problem:
-    prompt: str
-    answer: str
-    difficulty: int
 
 
 def make_store(
@@ -53,7 +45,7 @@ def make_store(
     rng = random.Random(0)
     store = Store(path, identity={"model": "m", "task": task})
     store.add_problems(
-        [Problem(f"prompt {texts[i % len(texts)]}", f"yes{i % 3}", i) for i in range(problems)]
+        StoredProblem(f"prompt {texts[i % len(texts)]}", f"yes{i % 3}", i) for i in range(problems)
     )
 
     def record(i, budget, temperature, s):

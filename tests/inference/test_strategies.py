@@ -1,4 +1,3 @@
-from dataclasses import dataclass
 from math import comb, isnan
 
 import numpy as np
@@ -6,19 +5,12 @@ import pytest
 
 from ponder.inference import cost
 from ponder.inference.evaluation import evaluate, paired_difference
-from ponder.inference.store import Key, Record, Store
+from ponder.inference.store import Key, Record, Store, StoredProblem
 from ponder.inference.strategies import STRATEGIES, Choice, evenly
 
 from .test_cost import SMALL
 
 COLD, HOT = "temperature=0.0", "temperature=1.0"
-
-
-@dataclass(frozen=True)
-class Problem:
-    prompt: str
-    answer: str
-    difficulty: int
 
 
 def make_store(
@@ -27,7 +19,7 @@ def make_store(
     """answers: per problem, the stored samples' answers ("-" for none); the right one is "a".
     logprobs: of the samples at a temperature, -1 by default. tokens: of the first sample."""
     store = Store(path, identity={"model": "m", "task": "t"})
-    store.add_problems([Problem(f"{prompt}{i}", "a", i) for i in range(len(answers))])
+    store.add_problems([StoredProblem(f"{prompt}{i}", "a", i) for i in range(len(answers))])
 
     def record(problem, params, sample, answer):
         return Record(

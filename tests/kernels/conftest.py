@@ -9,6 +9,15 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+@pytest.fixture(params=["kernel", "cpu"])
+def path(request, device, monkeypatch) -> str:
+    """The device of both ways to compute: the kernels, and PyTorch's operations on CPU tensors."""
+    if request.param == "kernel":
+        return device
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    return "cpu"
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     """torch.empty comes filled with NaN, so that an output that no kernel wrote shows."""

@@ -158,15 +158,11 @@ def test_segments(case, causal, device):
     )
 
 
-@pytest.mark.parametrize("path", ["kernel", "cpu"])
 @pytest.mark.parametrize("integers", [torch.int32, torch.int64])
-def test_packed_sequences_are_as_if_alone(integers, path, device, monkeypatch):
-    if path == "cpu":
-        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-        device = "cpu"
+def test_packed_sequences_are_as_if_alone(integers, path):
     lengths = [1, 70, 0, 33, 130]
-    q, k, v = qkv(1, 4, 2, sum(lengths), sum(lengths), 16, torch.float32, device)
-    bounds = torch.tensor([0, *lengths], device=device).cumsum(0).to(integers)
+    q, k, v = qkv(1, 4, 2, sum(lengths), sum(lengths), 16, torch.float32, path)
+    bounds = torch.tensor([0, *lengths], device=path).cumsum(0).to(integers)
 
     def alone(q, k, v):
         pieces = [x.split(lengths, 2) for x in (q, k, v)]
@@ -330,19 +326,15 @@ def test_documents_of_queries_and_keys_alike_on_a_cpu(dtype, monkeypatch):
     check_options((2, 4, 2, 20, 20, 24), dtype, "cpu", 12, segment_ids=(same, same))
 
 
-@pytest.mark.parametrize("path", ["kernel", "cpu"])
-def test_new_packed_lengths_trace_once(path, device, monkeypatch):
-    if path == "cpu":
-        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-        device = "cpu"
-    q, k, v = qkv(1, 2, 1, 40, 40, 16, torch.float32, device)
-    sinks = torch.zeros(2, device=device)
+def test_new_packed_lengths_trace_once(path):
+    q, k, v = qkv(1, 2, 1, 40, 40, 16, torch.float32, path)
+    sinks = torch.zeros(2, device=path)
     upstream = [torch.randn_like(q)]
     torch.compiler.reset()
     frames = CompileCounterWithBackend("aot_eager")
     traced = torch.compile(attention, backend=frames, fullgraph=True)
     for bounds in ([0, 20, 40], [0, 3, 40], [0, 0, 40]):
-        options = dict(cu_seqlens=torch.tensor(bounds, device=device), window=9, softcap=3.0)
+        options = dict(cu_seqlens=torch.tensor(bounds, device=path), window=9, softcap=3.0)
         found, truth = (
             run(
                 lambda q, k, v, s, fn=fn, o=options: fn(q, k, v, sinks=s, **o),

@@ -21,15 +21,6 @@ OPTIONS = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(params=["kernel", "cpu"])
-def path(request, device, monkeypatch):
-    """Both ways to compute it: the kernels, and PyTorch's operations on CPU tensors."""
-    if request.param == "cpu":
-        monkeypatch.setenv("TRITON_INTERPRET", "0")
-        return "cpu"
-    return device
-
-
 def logits_and_targets(shape, dtype, device, ignored=()):
     torch.manual_seed(0)
     logits = 3 * torch.randn(shape, dtype=dtype, device=device)

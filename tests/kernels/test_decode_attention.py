@@ -121,14 +121,10 @@ def test_bits_of_a_row_are_its_own_in_the_kernel(device):
     ],
 )
 @pytest.mark.parametrize("threads", [1, 2])
-def test_bits_of_a_row_are_its_own_on_cpu(shape, capacities, threads, monkeypatch):
+def test_bits_of_a_row_are_its_own_on_cpu(shape, capacities, threads, set_threads, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        same_bits(shape, capacities, "cpu")
-    finally:
-        torch.set_num_threads(before)
+    set_threads(threads)
+    same_bits(shape, capacities, "cpu")
 
 
 def test_a_length_too_short_stays_finite(device):

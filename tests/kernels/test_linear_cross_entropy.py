@@ -31,15 +31,12 @@ OPTIONS = pytest.mark.parametrize(
 PLAIN_OR_ALL = pytest.mark.parametrize("options", [{}, ALL], ids=["plain", "all"])
 
 
-@pytest.fixture(params=["kernel", "cpu"])
-def path(request, device, monkeypatch):
+@pytest.fixture
+def path(path, monkeypatch):
     """Both ways to compute it, in chunks of at most 1500 logits however few there are."""
     monkeypatch.setattr(module, "PLAIN", 0)
-    if request.param == "cpu":
-        monkeypatch.setenv("TRITON_INTERPRET", "0")
-    where = "cpu" if request.param == "cpu" else device
-    monkeypatch.setitem(module.CHUNK, where, 1500)
-    return where
+    monkeypatch.setitem(module.CHUNK, path, 1500)
+    return path
 
 
 def inputs(shape, n_cols, dtype, device, ignored=()):

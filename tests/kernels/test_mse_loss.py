@@ -18,15 +18,6 @@ SHAPES = [(1,), (), (3, 5), (2, module.BLOCK // 2), (3, module.BLOCK + 1)]
 REDUCTIONS = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 
 
-@pytest.fixture(params=["kernel", "cpu"])
-def path(request, device, monkeypatch):
-    """Both ways to compute it: the kernels, and PyTorch's operation on CPU tensors."""
-    if request.param == "cpu":
-        monkeypatch.setenv("TRITON_INTERPRET", "0")
-        return "cpu"
-    return device
-
-
 def both(reduction):
     return [functools.partial(f, reduction=reduction) for f in (mse_loss, reference)]
 

@@ -26,15 +26,6 @@ def queries_and_keys(shape, dtype, device):
     return q.transpose(1, 2), k.transpose(1, 2)
 
 
-@pytest.fixture(params=["kernel", "cpu"])
-def path(request, device, monkeypatch):
-    """Both ways to compute it: the kernel, and PyTorch's operations on CPU tensors."""
-    if request.param == "cpu":
-        monkeypatch.setenv("TRITON_INTERPRET", "0")
-        return "cpu"
-    return device
-
-
 @pytest.mark.parametrize("per_row", [False, True], ids=["shared", "per_row"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)

@@ -27,15 +27,6 @@ def generator(seed):
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.fixture(params=["cpu", "kernel"])
-def path(request, monkeypatch, device):
-    """The device on which sample_tokens takes PyTorch's operations, then the Triton kernel."""
-    if request.param == "kernel":
-        return device
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    return "cpu"
-
-
 def kept(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     """Exact probabilities after the filters, of one row in Python floats; slow and literal."""
     best = max(logits)

@@ -14,15 +14,6 @@ SHAPES = [(3, 1), (2, 5, 65), (1, 256), (4, 257), (2, MAX_WHOLE), (2, MAX_WHOLE 
 EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES)
 
 
-@pytest.fixture(params=["kernel", "cpu"])
-def path(request, device, monkeypatch):
-    """Both ways to compute it: the kernels, and PyTorch's operation on CPU tensors."""
-    if request.param == "cpu":
-        monkeypatch.setenv("TRITON_INTERPRET", "0")
-        return "cpu"
-    return device
-
-
 @EACH_DTYPE
 @pytest.mark.parametrize("shape", SHAPES)
 def test_softmax(shape, dtype, path):

@@ -8,28 +8,10 @@ import torch
 
 from ponder.inference.engine import LocalEngine
 from ponder.kernels.sample_tokens import sample_tokens_reference, uniform
-from ponder.models import GPT, GPTConfig, KVCache, native
+from ponder.models import KVCache, native
 from ponder.models.decoder import Decoder, bf16_pays, fits
 
-
-def gpt(**changes) -> GPT:
-    """A random GPT that writes to its residual stream, with biases where it has any."""
-    torch.manual_seed(0)
-    shape = dict(vocab_size=21, context=128, n_layer=2, n_head=4, n_kv_head=2, head_dim=16)
-    model = GPT(GPTConfig(**(shape | dict(n_embd=48, n_inner=80) | changes)))
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=p.shape[-1] ** -0.5) if p.ndim == 2 else p.data.uniform_(
-            0.5, 2
-        )
-    return model.eval()
-
-
-@pytest.fixture
-def set_threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
+from .tiny import gpt
 
 VARIANTS = [
     dict(),

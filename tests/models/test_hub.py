@@ -317,13 +317,17 @@ def test_lora(tmp_path):
 
 
 def test_needs_neither_transformers_nor_a_compiler(tmp_path):
-    save(gpt(), tmp_path / "model", tokenizer=character_tokenizer(CHARACTERS))
+    model, tokenizer, path = gpt(), character_tokenizer(CHARACTERS), tmp_path / "model"
+    save(model, path, tokenizer=tokenizer)
     script = (
         "import sys; from ponder.models import load, load_tokenizer, save\n"
         "path = sys.argv[1]; save(load(path), path, tokenizer=load_tokenizer(path))\n"
         "sys.exit({'transformers', 'huggingface_hub', 'torch._dynamo'} & {*sys.modules} or 0)"
     )
-    subprocess.run([sys.executable, "-c", script, tmp_path / "model"], check=True, cwd=tmp_path)
+    subprocess.run([sys.executable, "-c", script, path], check=True, cwd=tmp_path)
+    tokens = torch.arange(VOCABULARY)[None]
+    assert torch.equal(load(path)(tokens), model(tokens))
+    assert load_tokenizer(path).get_vocab() == tokenizer.get_vocab()
 
 
 # Writing

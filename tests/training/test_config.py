@@ -1,11 +1,14 @@
 import pytest
+import tyro
 
 from ponder.training import PRESETS, TrainConfig, preset
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_valid(name):
-    preset(name).check()
+    config = tyro.cli(TrainConfig, default=preset(name), args=[])
+    config.check()
+    assert config == preset(name)
 
 
 def test_unknown_preset_names_the_known_ones():
@@ -71,8 +74,6 @@ def test_fields_that_cannot_be_are_named(fields, message):
 
 
 def test_data_are_one_name_or_several_on_the_command_line():
-    import tyro
-
     def parsed(words: str) -> TrainConfig:
         return tyro.cli(TrainConfig, args=words.split())
 

@@ -13,6 +13,7 @@ import ponder
 from ponder.models import GPT
 from ponder.training import preset
 from ponder.training.data import IGNORE, load_data
+from ponder.training.journal import read_rows
 from ponder.training.loop import model_config, train
 from ponder.training.tokens import hold_out
 
@@ -135,7 +136,7 @@ def test_gsm8k_trains(gsm8k, tmp_path):
     changes = dict(context=256, tokenizer="bpe:400", steps=40, log_every=5, eval_every=0)
     config = preset("tiny", data=f"jsonl:{gsm8k}", out=tmp_path, precision="fp32", **changes)
     train(config)
-    rows = [json.loads(s) for s in (tmp_path / "train/metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(tmp_path / "train/metrics.jsonl")
     assert rows[0]["train_loss"] > 5 and rows[-1]["train_loss"] < rows[0]["train_loss"] - 1
     assert rows[-1]["val_loss"] < rows[0]["train_loss"] - 1
 

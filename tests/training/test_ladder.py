@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ponder.training import loop
+from ponder.training.journal import read_rows
 from ponder.training.ladder import (
     PRESETS,
     Rung,
@@ -60,7 +61,7 @@ def test_every_size_meets_every_budget_in_a_folder_of_its_own(ladder):
     assert [r["name"] for r in rows if r["held_out"] == "True"] == ["2x48_1024"]
     for row in rows:
         run = ladder.out / "runs" / row["name"]
-        last = json.loads((run / "train" / "metrics.jsonl").read_text().splitlines()[-1])
+        last = read_rows(run / "train" / "metrics.jsonl")[-1]
         assert float(row["val_loss"]) == last["val_loss"] and int(row["tokens"]) == last["tokens"]
         assert int(row["tokens"]) == int(row["name"].split("_")[1])
         # 12 C² a layer, twice forward, four times backward, and then the head and attention.

@@ -16,6 +16,7 @@ from ponder.models.memory import training_memory
 from ponder.provenance import alone_in, read_run
 from ponder.training import preset
 from ponder.training.checkpoint import MANIFEST, STATE, Checkpoints
+from ponder.training.journal import read_rows
 from ponder.training.loop import Diverged, model_config, train
 from ponder.training.processes import process_state
 
@@ -29,8 +30,7 @@ def config(tmp_path_factory):
 
 
 def metrics(out):
-    lines = (out / "train" / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    return read_rows(out / "train" / "metrics.jsonl")
 
 
 def newest(out):

@@ -1,6 +1,5 @@
 """Several processes, sharded or not, train the run that one process trains."""
 
-import json
 import random
 import shutil
 from dataclasses import replace
@@ -10,6 +9,7 @@ from safetensors.torch import load_file
 
 from ponder.training import preset
 from ponder.training.checkpoint import Checkpoints
+from ponder.training.journal import read_rows
 from ponder.training.loop import train
 
 from . import children
@@ -28,7 +28,7 @@ RUNS = {
 
 
 def metrics(out) -> list[dict]:
-    return [json.loads(s) for s in (out / "train" / "metrics.jsonl").read_text().splitlines()]
+    return read_rows(out / "train" / "metrics.jsonl")
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import pytest
 
 from ponder import cli
 from ponder.training import preset
+from ponder.training.journal import read_rows
 from ponder.training.report import human, summary, write_training_report
 from ponder.training.view import View, sparkline
 
@@ -154,8 +155,7 @@ def test_trackers_get_the_configuration_and_every_row(tmp_path, monkeypatch):
     monkeypatch.setattr(tracking, "_available_trackers", [LoggerType.TRACKIO])
     config = preset("tiny", out=tmp_path / "run", steps=4, log_every=2, samples=0, precision="fp32")
     train(config.__class__(**{**vars(config), "trackers": ("trackio",)}))
-    lines = (tmp_path / "run" / "train" / "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
+    rows = read_rows(tmp_path / "run" / "train" / "metrics.jsonl")
     name = "run-" + (tmp_path / "run" / "train" / "tracker_id").read_text()
     assert told[0] == ("start", "ponder", {"name": name, "resume": "allow"})
     assert told[1][1]["steps"] == 4 and told[1][1]["optimizer"] == "muon"
@@ -197,7 +197,7 @@ def trackio_rows(out, folder):
         [[fields]] = base.execute("SELECT config FROM configs").fetchall()
     assert {name for name, *_ in found} == {f"out-{(out / 'train' / 'tracker_id').read_text()}"}
     losses = [json.loads(values)["train_loss"] for _, _, values in found]
-    rows = [json.loads(s) for s in (out / "train" / "metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(out / "train" / "metrics.jsonl")
     assert losses == pytest.approx([r["train_loss"] for r in rows])
     return [[step for _, step, _ in found] == [2, 4], json.loads(fields)["n_embd"] == 32]
 

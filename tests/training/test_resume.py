@@ -12,6 +12,7 @@ import torch
 
 from ponder.models import hub
 from ponder.training.checkpoint import Checkpoints
+from ponder.training.journal import read_rows
 
 from . import children
 
@@ -52,9 +53,8 @@ def poem(folder):
 
 
 def rows(out):
-    file = out / "train" / "metrics.jsonl"
-    lines = file.read_text().splitlines() if file.exists() else []
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+    found = read_rows(out / "train" / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in found]
 
 
 @pytest.fixture(scope="module", params=RUNS)
@@ -94,11 +94,11 @@ def test_a_run_killed_at_any_moment_ends_as_one_that_was_not(whole):
     for moment in ("row", "save", "save", "save", "row", "end"):
         if moment == "save" and torn:
             continue
-        seen = len(lines(out))
+        seen = len(rows(out))
         process = children.start(words(name, out), log=log)
         if moment == "row":  # after a row or more, or some time later
             more, late = draw.randint(1, 2), draw.random() * 0.1
-            killed += die_when(process, lambda n=seen + more: len(lines(out)) >= n, log, late)
+            killed += die_when(process, lambda n=seen + more: len(rows(out)) >= n, log, late)
         elif moment == "end":
             process.join(60)
         else:
@@ -115,11 +115,6 @@ def test_a_run_killed_at_any_moment_ends_as_one_that_was_not(whole):
         assert len(checkpoints.steps()) == 2 and not list(path.glob(".*"))
         states.append(checkpoints.load(checkpoints.newest()))
     compare(*states)
-
-
-def lines(out):
-    file = out / "train" / "metrics.jsonl"
-    return file.read_text().splitlines() if file.exists() else []
 
 
 def compare(a, b, path="state"):
@@ -146,7 +141,7 @@ def test_a_signal_saves_and_ends_cleanly(tmp_path, number):
     command += f"--precision fp32 --resume --data text:{poem(tmp_path)}"
     process = children.start(command.split(), log=log)
     deadline = time.monotonic() + 60
-    while not lines(out):
+    while not rows(out):
         assert process.is_alive() and time.monotonic() < deadline, log.read_text()
     os.kill(process.pid, number)
     process.join(60)

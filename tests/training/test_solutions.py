@@ -13,6 +13,7 @@ from ponder.training.calibration import auc
 from ponder.training.checkpoint import STATE, Checkpoints
 from ponder.training.config import TrainConfig
 from ponder.training.data import IGNORE, load_data
+from ponder.training.journal import read_rows
 from ponder.training.loop import train
 
 from .stores import solutions, write_store
@@ -196,8 +197,8 @@ def test_a_verifier_ranks_solutions_of_problems_that_it_never_saw(trained):
 
 
 def test_a_run_tells_how_good_its_verifier_is(trained):
-    lines = (trained.out / "train" / "metrics.jsonl").read_text().splitlines()
-    rows = [row for row in map(json.loads, lines) if row["val_loss"] is not None]
+    rows = read_rows(trained.out / "train" / "metrics.jsonl")
+    rows = [row for row in rows if row["val_loss"] is not None]
     told = json.loads((trained.out / "run.json").read_text())["train"]["verifier"]
     assert [row["step"] for row in rows] == [30, 60] and told["step"] == 60
     assert rows[-1]["auc"] == told["auc"] > 0.5
