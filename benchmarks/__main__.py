@@ -29,7 +29,7 @@ from ponder.benchmarks.measure import (
     RESULTS,
     WRONG,
     Row,
-    _machine,
+    machine,
     read,
     side_by_side,
     write,
@@ -52,7 +52,7 @@ Done = Collection[tuple[str, str, str, str]]  # (benchmark, case, dtype, impleme
 def measured(folder: Path) -> Done:
     """What this machine has a row of."""
     found = [row for path in folder.glob("*.csv") for row in read(path) or []]
-    own = [row for row in found if row.gpu == _machine()["gpu"]]
+    own = [row for row in found if row.gpu == machine()["gpu"]]
     return {(row.benchmark, row.case, row.dtype, row.implementation) for row in own}
 
 

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from ponder.benchmarks.comparison import copy_ceiling, matmul_ceiling
-from ponder.benchmarks.measure import DEVICE, _machine
+from ponder.benchmarks.measure import DEVICE, machine
 
 # module: (package, what cannot be done without it)
 PACKAGES = {
@@ -44,7 +44,7 @@ def found(module: str) -> bool:
 def main() -> None:
     argparse.ArgumentParser().parse_known_args()
     print(f"Python {platform.python_version()}")
-    for name, value in _machine().items():
+    for name, value in machine().items():
         print(f"{name}: {value}")
     if DEVICE == "cuda":
         facts = torch.cuda.get_device_properties(0)

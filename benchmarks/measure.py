@@ -47,7 +47,8 @@ class Row:
 
 
 @cache  # nvidia-smi and git take a while, and rows are many
-def _machine() -> dict[str, str]:
+def machine() -> dict[str, str]:
+    """The columns of a row that say what it was measured on, and when."""
     versions = provenance.versions()
     facts = provenance.machine()
     driver = ""
@@ -193,7 +194,7 @@ def row(
     """The row of some times in ms, one or more of them; `more` are the columns behind them."""
     p20, p50, p80 = np.quantile(times, (0.2, 0.5, 0.8)).round(4).tolist()
     more = dict.fromkeys(("tflops", "gb_per_s", "roofline", "peak_mib", "error"), "") | more
-    return Row(benchmark, case, dtype, implementation, p20, p50, p80, **more, **_machine())
+    return Row(benchmark, case, dtype, implementation, p20, p50, p80, **more, **machine())
 
 
 def read(path: Path) -> list[Row] | None:
@@ -224,7 +225,7 @@ def merge(path: Path, columns: Sequence[str], new: list[dict], key: Sequence[str
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".tmp")  # a run that is killed here leaves the old table
     with open(aside, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(kept + new)
     os.replace(aside, path)

@@ -205,7 +205,7 @@ def adopt(out: Path, folder: Path) -> None:
             table = csv.DictReader(file)
             columns, rows = table.fieldnames or [], list(table)
         # patch.csv grows model by model: those that a run did not come to keep their rows.
-        key = [name for name in ("gpu", "device", "model") if name in columns]
+        key = [name for name in ("gpu", "model") if name in columns]
         merge(folder / path.name, columns, rows, key)
 
 

@@ -13,7 +13,6 @@ from it (`--table` prints it).
 import argparse
 import copy
 import csv
-import datetime
 import statistics
 import sys
 from collections.abc import Iterator
@@ -23,15 +22,14 @@ from typing import Any
 
 import torch
 
-from ponder.benchmarks.measure import _machine, merge
+from ponder.benchmarks.measure import RESULTS, machine, merge
 from ponder.models import patch
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "patch.csv"
+TABLE = RESULTS / "patch.csv"
 COLUMNS = (
     *("model", "implementation", "attention", "rotary", "norm", "mlp", "loss"),
     *("logit_error", "gradient_error", "ms_p50", "peak_mib"),
-    *("device", "torch", "transformers", "commit", "date"),
+    *("gpu", "torch", "transformers", "commit", "date"),
 )
 GEMMA = dict(query_pre_attn_scalar=64, layer_types=["sliding_attention", "full_attention"] * 6)
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -191,7 +189,7 @@ def liger_knows(kind: str) -> bool:
 
 def table() -> str:
     """The rows of the results as the table of docs/patch.md."""
-    with RESULTS.open(newline="") as file:
+    with TABLE.open(newline="") as file:
         rows = list(csv.DictReader(file))
     head = "| model | attention | rotary | norm | MLP | loss | logits | gradients | ms | MiB |"
     lines = [head, "|---|---|---|---|---|---|---|---|---|---|"]
@@ -220,7 +218,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--table", action="store_true")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=TABLE)
     options = parser.parse_args()
     if options.table:
         return print(table())
@@ -228,11 +226,11 @@ def main() -> None:
 
     gpu = torch.cuda.is_available()
     facts = dict(
-        device=torch.cuda.get_device_name() if gpu else "CPU",
+        gpu=torch.cuda.get_device_name() if gpu else "CPU",
         torch=torch.__version__,
         transformers=transformers.__version__,
-        commit=_machine()["commit"],
-        date=datetime.date.today().isoformat(),
+        commit=machine()["commit"],
+        date=machine()["date"],
     )
     for kind in FAMILIES:
         implementations = ["ponder", "transformers"] if gpu else ["ponder"]
@@ -245,7 +243,7 @@ def main() -> None:
             own = found if name == "ponder" else {}
             rows.append(dict(model=kind, implementation=name) | own | figures | facts)
         print(rows, flush=True)
-        merge(options.out, COLUMNS, rows, ("device", "model"))  # now, lest a later family ends it
+        merge(options.out, COLUMNS, rows, ("gpu", "model"))  # now, lest a later family ends it
 
 
 if __name__ == "__main__":

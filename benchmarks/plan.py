@@ -5,7 +5,6 @@ the peak of a process's memory never falls. On a CPU memory is the growth of the
 that of a process that has imported everything and trained a tiny model.
 """
 
-import csv
 import json
 import os
 import resource
@@ -16,7 +15,7 @@ import time
 
 import torch
 
-from ponder.benchmarks.measure import DEVICE, RESULTS, _machine, synchronize
+from ponder.benchmarks.measure import DEVICE, RESULTS, machine, merge, synchronize
 from ponder.models import GPT, GPTConfig
 from ponder.models.memory import training_memory
 from ponder.training import TrainConfig
@@ -101,9 +100,7 @@ def measure(what: str, name: str) -> dict:
 
 
 def main() -> None:
-    table, machine = RESULTS / "plan.csv", _machine()
-    others = csv.DictReader(table.read_text().splitlines() if table.exists() else [])
-    rows = [row for row in others if row["gpu"] != machine["gpu"]]
+    rows: list[dict] = []
     for name, (*_, precision, _) in CASES.items():
         if precision == "bf16" and not has_bf16_products(torch.device(DEVICE)):
             print(f"{name}: left out, this machine has no bf16 products")
@@ -124,11 +121,8 @@ def main() -> None:
             row |= sorted(found, key=lambda each: each.get("ms", 0))[times // 2]
         memory, seconds = row["planned_mib"] / row["peak_mib"], row["planned_ms"] / row["ms"]
         print(f"{name}: memory {memory:.2f}, time {seconds:.2f} of what was measured", flush=True)
-        rows.append(row | machine)
-        with open(table, "w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        rows.append(row | machine())
+        merge(RESULTS / "plan.csv", list(rows[0]), rows, ("gpu",))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ponder.benchmarks import mlp_tiles
-from ponder.benchmarks.measure import DEVICE, _machine, milliseconds
+from ponder.benchmarks.measure import DEVICE, machine, milliseconds
 from ponder.kernels import _attention_tiles
 from ponder.kernels._attention_tiles import SPECIALIZED_TILES, Tiles
 
@@ -226,7 +226,7 @@ def main() -> int:
         print(f"relative error {error:.1e}")
         return int(not error <= ERROR)
     chip = module.capability(torch.device(DEVICE))
-    found: dict = {**_machine(), "capability": chip}
+    found: dict = {**machine(), "capability": chip}
     trials = right("attention", list(candidates(args.smoke)), args.smoke)
     found["attention"] = [[*key, asdict(tiles)] for key, tiles in best(trials, args.smoke).items()]
     keep(args.out, found)  # what there is if the rest does not end

@@ -40,8 +40,8 @@ from ponder.benchmarks.measure import (
     DEVICE,
     RESULTS,
     Row,
-    _machine,
     left_out,
+    machine,
     merge,
     read,
     row,
@@ -264,7 +264,7 @@ def main() -> int:
         case += f"{config.batch_size}x{config.context} tokens a step"
         table = args.out / "train_124m.csv"
         there = read(table) or [] if args.resume and table.exists() else []
-        measured = [r for r in there if (r.case, r.gpu) == (case, _machine()["gpu"])]
+        measured = [r for r in there if (r.case, r.gpu) == (case, machine()["gpu"])]
         done = {r.implementation for r in measured}
         for name, (work, *arguments) in runs(config, checkout, folder).items():
             if name in done:

@@ -277,16 +277,16 @@ def test_a_gradient_of_a_patched_model_that_is_no_number_shows(monkeypatch):
 
 
 def test_the_table_of_patched_models_is_of_the_newest_machine(tmp_path, monkeypatch):
-    monkeypatch.setattr(patch, "RESULTS", tmp_path / "patch.csv")
+    monkeypatch.setattr(patch, "TABLE", tmp_path / "patch.csv")
 
-    def add(device, *names):
-        rows = [dict(model="llama", implementation=n, device=device, ms_p50=device) for n in names]
-        measure.merge(patch.RESULTS, patch.COLUMNS, rows, ("device", "model"))
+    def add(gpu, *names):
+        rows = [dict(model="llama", implementation=n, gpu=gpu, ms_p50=gpu) for n in names]
+        measure.merge(patch.TABLE, patch.COLUMNS, rows, ("gpu", "model"))
 
     add("1", "ponder", "transformers", "liger")
     add("2", "ponder", "transformers")
     assert "| 2 / 2 |" in patch.table() and "1" not in patch.table()
-    assert len(patch.RESULTS.read_text().splitlines()) == 6
+    assert len(patch.TABLE.read_text().splitlines()) == 6
 
 
 def test_tables_say_what_the_rows_say(tmp_path):
@@ -392,9 +392,9 @@ def test_a_run_is_adopted(tmp_path):
     results, own = tmp_path / "run" / "results", tmp_path / "own"
     rows = [measure.row("kernel", "a case", "bf16", name, [1.0]) for name in ("ponder", "peer")]
     measure.write(rows, results)
-    (results / "patch.csv").write_text("model,device,ms\nllama,A,1\n")
+    (results / "patch.csv").write_text("model,gpu,ms\nllama,A,1\n")
     own.mkdir()
-    kept = "model,device,ms\nllama,B,3\nqwen2,A,4\n"
+    kept = "model,gpu,ms\nllama,B,3\nqwen2,A,4\n"
     (own / "patch.csv").write_text(kept + "llama,A,2\n")
     on_gpu.adopt(tmp_path / "run", own)
     with open(own / "kernel.csv", newline="") as file:
