@@ -154,8 +154,8 @@ def matmul_ceiling() -> float:
 
 @cache
 def copy_ceiling() -> float:
-    """Bytes/s of a large device-to-device copy, reads and writes both counted, measured now."""
-    a = torch.randn(1 << (28 if DEVICE == "cuda" else 20), device=DEVICE)
+    """Bytes/s of a large copy on the device, reads and writes both counted, measured now."""
+    a = torch.randn(1 << (28 if DEVICE == "cuda" else 26), device=DEVICE)
     b = torch.empty_like(a)
     times = milliseconds({"copy": lambda: b.copy_(a)}, repeats=20)["copy"]
     return 2 * a.nbytes / (sorted(times)[10] / 1e3)

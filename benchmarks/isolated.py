@@ -1,4 +1,4 @@
-"""Each test file in processes of its own, several at a time.
+"""The tests, each file in processes of its own, several at a time.
 
 `python -m ponder.benchmarks.isolated [--seconds N] [--skip PATH] [--parts N] FOLDER`. A kernel that
 writes where it must not, or never ends, spoils the GPU for its whole process: so it takes down one

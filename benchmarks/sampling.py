@@ -28,7 +28,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from ponder.benchmarks.comparison import copy_ceiling
 from ponder.benchmarks.measure import DEVICE, Row, milliseconds, row, synchronize, write
+from ponder.benchmarks.profiles import table
 from ponder.benchmarks.train_step import peer_of, random_model
 from ponder.inference.engine import LocalEngine, Request, SamplingParams
 from ponder.models import GPT, GPTConfig
@@ -78,15 +80,6 @@ def eos_of(model: GPT) -> int:
 def engine_of(model: GPT, slots: int, dtype: torch.dtype) -> LocalEngine:
     """Made in the first call, whose memory is counted and whose time is not."""
     return LocalEngine(model, slots=slots, eos=eos_of(model), dtype=dtype, device=DEVICE)
-
-
-@cache
-def copy_bandwidth() -> float:
-    """Bytes/s of a large copy, reads and writes both counted, measured now."""
-    a = torch.ones(1 << (28 if DEVICE == "cuda" else 26), device=DEVICE)
-    b = torch.empty_like(a)
-    times = milliseconds({"copy": lambda: b.copy_(a)}, repeats=9)["copy"]
-    return 2 * a.nbytes / (statistics.median(times) / 1e3)
 
 
 def least_bytes(c: GPTConfig, batch: int, prompts: int, itemsize: int) -> float:
@@ -258,7 +251,7 @@ def _run(
     for who in works:
         seconds = statistics.median(times[who]) / 1e3
         more = dict(gb_per_s=round(nbytes / seconds / 1e9, 3), peak_mib=peaks[who])
-        more |= dict(roofline=round(nbytes / seconds / copy_bandwidth(), 4))
+        more |= dict(roofline=round(nbytes / seconds / copy_ceiling(), 4))
         more |= dict(error=f"{error:.3e}" if who == "ponder" else "")
         if who != "ponder" or "generate_batch" not in peers:  # its row is of the first round
             measured.append(row("sampling", case, name, who, times[who], **more))
@@ -287,14 +280,7 @@ def profile(batch: int, each: int, name: str, folder: str | None) -> None:
     model, _ = build(DTYPES[name], folder)
     prompts = torch.randint(eos_of(model), (batch // each, PROMPT), device=DEVICE)
     prompts = prompts.repeat_interleave(each, 0)
-    sample(model, prompts, DTYPES[name])
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if DEVICE == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as found:
-        sample(model, prompts, DTYPES[name])
-    key = f"self_{DEVICE}_time_total" if DEVICE == "cpu" else "self_device_time_total"
-    print(found.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=40))
+    table(f"{case_of(batch, each, folder)}, {name}", lambda: sample(model, prompts, DTYPES[name]))
 
 
 def main() -> None:

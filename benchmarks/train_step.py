@@ -1,15 +1,9 @@
 """A whole training step against Transformers' Qwen3 of the same weights, in the same run.
 
 `python -m ponder.benchmarks train_step`. On a CPU 4.85M parameters (6 layers, 256 wide, 8 query and
-4 key-value heads) and 16 × 256 tokens; on a GPU 124M (12 layers, 768 wide) and 16 × 1024 in bf16,
-where `python -m ponder.benchmarks.train_step --nanogpt PATH` puts the `gpt2` preset's model beside
-nanoGPT's of PATH, a checkout of it. AdamW. What has another loss than Transformers'
-in its first step gets no row.
+4 key-value heads) and 16 × 256 tokens; on a GPU 124M (12 layers, 768 wide) and 16 × 1024 in bf16.
+AdamW. What has another loss than Transformers' in its first step gets no row.
 """
-
-import argparse
-import importlib.util
-from pathlib import Path
 
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -17,9 +11,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from ponder.benchmarks.comparison import matmul_ceiling
 from ponder.benchmarks.measure import DEVICE, Row, rows, synchronize, write
 from ponder.models import GPT, GPTConfig
-from ponder.training import preset
 from ponder.training.batch import IGNORE
-from ponder.training.loop import model_config
 
 SMALL = GPTConfig(
     vocab_size=512,
@@ -153,38 +145,5 @@ def run(compiled: bool = True) -> list[Row]:
     return measured
 
 
-def beside_nanogpt(checkout: Path) -> list[Row]:
-    """The step of the gpt2 preset's model and of nanoGPT's GPT-2, on as many tokens, in bf16."""
-    spec = importlib.util.spec_from_file_location("nanogpt_model", checkout / "model.py")
-    assert spec is not None and spec.loader is not None
-    nanogpt = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(nanogpt)
-    ours = GPT(model_config(preset("gpt2"), CONFIG.vocab_size)).to(DEVICE)
-    peer = nanogpt.GPT(nanogpt.GPTConfig(vocab_size=CONFIG.vocab_size, dropout=0.0)).to(DEVICE)
-    context = ours.config.context
-    tokens = torch.randint(CONFIG.vocab_size, (BATCH, context), device=DEVICE)
-    targets = torch.roll(tokens, -1, 1)
-    steps = {}
-    for name, model, of in (("ponder", ours, lambda x: x), ("nanoGPT", peer, lambda x: x[1])):
-        for label, call in ((name, model), (f"{name}, torch.compile", torch.compile(model))):
-            steps[label] = stepper(
-                lambda call=call, of=of: of(call(tokens, targets)),
-                model.parameters(),
-                torch.bfloat16,
-            )
-    return rows(
-        "train_step",
-        f"GPT-2's size, {BATCH}x{context} tokens, AdamW",
-        "bf16",
-        steps,
-        repeats=15,
-        flops=3 * ours.config.flops_per_token(context) * BATCH * context,
-        ceiling=matmul_ceiling(),
-    )
-
-
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT")
-    arguments = parser.parse_args()
-    write(beside_nanogpt(arguments.nanogpt) if arguments.nanogpt else run())
+    write(run())
