@@ -24,6 +24,9 @@ _PART = re.compile(r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}", re.ASCII)
 _SAID = re.compile(r"\banswer *(?:is|:|=)[ \t]*:?\s*([^\n]+)", re.IGNORECASE)
 _SPACE = re.compile(r"\\[,;:! ]|~|\\q?quad\b|\s+")
 _WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
+_WORD = re.compile(r"[^\W\d_]{3,}(?:-[^\W\d_]+)*")  # as a product of letters east would be seat
+# Of "x = 5" and "x \in [0, 1]" what stands behind says the answer.
+_NAMED = re.compile(r"^\s*[a-zA-Z]\s*(?:=|\\in\b)(?=[^=]*$)")
 LONGEST = 1000  # characters of an answer; what is longer is no answer
 
 
@@ -33,9 +36,26 @@ def extract(text: str) -> str | None:
     Of what follows `</think>`, in this order: the line after the last `####`, the last `\\boxed{}`,
     what is said after the last "answer is" or "answer:", else the last line.
     """
+    return _extract(text)[0]
+
+
+def extract_number(text: str) -> str | None:
+    """The number that a completion gives, in one way of writing it: of what `extract` finds, the
+    whole, else the first number where something says that the answer stands there ("18 dollars a
+    day for 3 days"), the last one of a last line that nothing announces; None where there is
+    none."""
+    given, announced = _extract(text)
+    if given is None:
+        return None
+    return number(given) or (first_number(given) if announced else last_number(given))
+
+
+def _extract(text: str) -> tuple[str | None, bool]:
+    """What `extract` gives, and whether something announces it."""
     final = final_text(text)
     if not final:
-        return None
+        return None, False
+    announced = True
     if "####" in final:
         answer = final.rpartition("####")[2].strip().partition("\n")[0]
     elif (boxed := last_boxed(final)) is not None:
@@ -43,9 +63,9 @@ def extract(text: str) -> str | None:
     elif said := _SAID.findall(final):
         answer = said[-1]
     else:
-        answer = final.splitlines()[-1]
+        answer, announced = final.splitlines()[-1], False
     answer = answer.strip()
-    return answer if 0 < len(answer) <= LONGEST else None
+    return (answer if 0 < len(answer) <= LONGEST else None), announced
 
 
 def last_boxed(text: str) -> str | None:
@@ -96,6 +116,19 @@ def _plain(text: str) -> str:
     return _POWER.sub(lambda m: f"e{m[1] or m[2]}".replace("−", "-"), text)
 
 
+def first_number(text: str) -> str | None:
+    """The first number in a text, in one way of writing it, or what a sum in front of "=" comes to
+    ("9 * 2 = 18"); None where there is none, or a power (10^2)."""
+    text = _plain(text)
+    sum_, equals, result = text.rpartition("=")
+    if equals and len(_NUMBER.findall(sum_)) > 1 and _NUMBER.search(result):
+        text = result
+    found = _NUMBER.search(text)
+    if found is None or text[found.end() :].lstrip(" {}").startswith("^"):
+        return None
+    return number(found[0])
+
+
 def last_number(text: str) -> str | None:
     """The last number in a text, in one way of writing it; None where there is none."""
     found = _NUMBER.findall(_plain(text))
@@ -109,7 +142,7 @@ def normal(text: str) -> str:
     text = re.sub(r"\\left\b|\\right\b", "", text)
     text = re.sub(r"\\[dt]frac", r"\\frac", text)
     text = re.sub(r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}", text)  # \frac12
-    text = _WRAPPED.sub(r"\1", text)
+    text = _NAMED.sub("", _WRAPPED.sub(r"\1", text))
     return number(text) or _SPACE.sub("", text)
 
 
@@ -117,13 +150,14 @@ def canonical(text: str) -> str:
     """One text for all the ways of writing an answer that are known to be the same: a number, or
     what math-verify makes of it (x + 1 and 1 + x, x/2 and 0.5x), or normal LaTeX."""
     plain = normal(text)
-    if number(plain) is not None or not have_math_verify():
+    if number(plain) is not None or _WORD.fullmatch(plain) or not have_math_verify():
         return plain
     from math_verify import parse  # pyright: ignore[reportMissingImports]
     from sympy import nsimplify
 
     try:
-        parsed = parse(f"\\boxed{{{text}}}", parsing_timeout=_seconds())
+        bare = _NAMED.sub("", text)
+        parsed = parse(f"\\boxed{{{bare}}}", parsing_timeout=_seconds())
         if not parsed or isinstance(parsed[0], str):
             return plain
         return str(nsimplify(parsed[0], rational=True))
@@ -135,7 +169,7 @@ def same(gold: str, given: str) -> bool:
     """Whether two answers are equal: written alike, or equal to math-verify where it is there."""
     if canonical(gold) == canonical(given):
         return True
-    if not have_math_verify():
+    if not have_math_verify() or any(_WORD.fullmatch(normal(text)) for text in (gold, given)):
         return False
     from math_verify import parse, verify  # pyright: ignore[reportMissingImports]
 

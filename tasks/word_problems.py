@@ -131,16 +131,15 @@ class WordProblems:
         data set has none. Raises ValueError for a negative budget."""
         if budget is not None and budget < 0:
             raise ValueError(f"{self.name}: budget is {budget}; it must be 0 or more")
-        return "".join(f"{line}\n" for line in problem.data[:budget])
+        _, steps = problem.data
+        return "".join(f"{line}\n" for line in steps[:budget])
 
     def answer(self, text: str) -> str | None:
         """The canonical answer that a completion gives; None where it gives none."""
+        if not self.source.latex:
+            return answers.extract_number(text)
         given = answers.extract(text)
-        if given is None:
-            return None
-        if self.source.latex:
-            return answers.canonical(given)
-        return answers.number(given) or answers.last_number(given)
+        return None if given is None else answers.canonical(given)
 
     def verify(self, problem: Problem, text: str) -> bool:
         """Whether a completion's answer is right. Any string is allowed."""
@@ -149,7 +148,8 @@ class WordProblems:
             return given is not None
         if not self.source.latex:
             return False
-        return answers.same(problem.answer, answers.extract(text) or "")
+        gold, _ = problem.data  # as it was written: problem.answer may be sympy's way
+        return answers.same(gold, answers.extract(text) or "")
 
     def _split(self, split: str) -> list[Problem]:
         if split not in self._problems:
@@ -229,10 +229,10 @@ class WordProblems:
                 raise ValueError(
                     f"{self.name}: a row has no text {field!r}; it has {', '.join(map(str, row))}"
                 )
-        gold = str(row[source.answer])
+        gold = str(row[source.answer]).rpartition("####")[2].strip()
         steps = self._steps(str(row.get(source.solution) or "")) if source.solution else ()
         canonical = answers.canonical if source.latex else answers.number
-        answer = canonical(gold.rpartition("####")[2].strip())
+        answer = canonical(gold)
         if answer is None:
             raise ValueError(f"{self.name}: {gold[-40:]!r} ends in no number, as an answer must")
         level = row.get(source.level) if source.level else None
@@ -249,7 +249,7 @@ class WordProblems:
                 f"{self.name}: the problem {prompt[:40]!r} has {half!r}, which is no character of "
                 "Unicode"
             ) from None
-        return Problem(self.name, prompt, answer, difficulty, steps)
+        return Problem(self.name, prompt, answer, difficulty, (gold, steps))
 
     def _steps(self, solution: str) -> tuple[str, ...]:
         worked = solution.partition("####")[0]

@@ -3,7 +3,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ponder.tasks import answers
-from ponder.tasks.answers import canonical, extract, last_boxed, last_number, number, same
+from ponder.tasks.answers import (
+    canonical,
+    extract,
+    extract_number,
+    last_boxed,
+    last_number,
+    number,
+    same,
+)
 
 
 @pytest.mark.parametrize(
@@ -125,3 +133,38 @@ def test_formulas_with_math_verify():
     assert same("(x+1)^2", "x^2+2x+1") and not same("x^2", "x^3")
     assert same(r"\frac{\sqrt{2}}{2}", r"\frac{1}{\sqrt{2}}")
     assert not same("5", r"\frac{")
+
+
+@pytest.mark.parametrize(
+    ("text", "given"),
+    [
+        ("The answer is 18 dollars per day for 3 days", "18"),
+        ("Answer: 18 (rounded from 17.6)", "18"),
+        ("The answer is 18 = 9*2", "18"),
+        ("The answer is 9*2 = 18 dollars", "18"),
+        ("Answer is 18, not 20", "18"),
+        ("the answer is x = 5", "5"),
+        (r"so \boxed{18\text{ dollars for 3 days}}", "18"),
+        ("#### 1,234", "1234"),
+        ("she has 3 and 4, that is 7", "7"),  # nothing announces it: the last
+        ("The answer is 10^2", None),  # neither 10 nor, without arithmetic, 100
+        ("The answer is not known", None),
+    ],
+)
+def test_the_number_that_is_announced_is_the_answer(text, given):
+    assert extract_number(text) == given
+
+
+@pytest.mark.parametrize(
+    ("gold", "given", "equal"),
+    [
+        (r"\text{Evelyn}", "Evelyn", True),
+        ("x = 5", "5", True),
+        (r"x \in [-2, 7]", "[-2,7]", True),
+        ("y = 2x + 3", "2x+3", True),
+        ("east", "seat", False),  # no products of the same letters
+        ("[0, 1]", "[0, 2]", False),
+    ],
+)
+def test_what_an_answer_is_called_does_not_tell_it_apart_and_words_are_words(gold, given, equal):
+    assert same(gold, given) == (canonical(gold) == canonical(given)) == equal

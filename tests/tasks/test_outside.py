@@ -277,3 +277,24 @@ def test_the_real_gym():
     for problem in task.problems("test", 5, 0):
         assert task.verify(problem, f"<think>…</think>{problem.answer}")
         assert not task.verify(problem, "junk")
+
+
+@pytest.mark.parametrize(
+    ("gold", "given"),
+    [
+        (r"x \in [-2,7]", "[-2,7]"),
+        ("x=5", "5"),
+        (r"\sec^2 x", r"\frac{1}{\cos^2 x}"),
+        (r"\cos x", r"\cos(x)"),
+        (r"\text{Evelyn}", "Evelyn"),
+    ],
+)
+def test_an_answer_is_compared_with_what_the_data_set_says(tmp_path, gold, given):
+    """Not with sympy's way of writing it, which is no LaTeX."""
+    pytest.importorskip("math_verify", reason="math-verify is not installed")
+    row = dict(problem="What is it?", answer=gold, solution="See.", level=1)
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    task = tasks.get(f"math500:{tmp_path / 'rows.jsonl'}")
+    [problem] = task.problems("test", 1, 0)
+    assert task.verify(problem, rf"\boxed{{{given}}}")
+    assert not task.verify(problem, r"\boxed{x^7 + 1}")
