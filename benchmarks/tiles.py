@@ -40,8 +40,10 @@ PLAIN = [
         (128, 128, 8, 2),
         (128, 128, 8, 3),
         (128, 64, 8, 3),
+        (128, 64, 8, 4),
         (128, 64, 4, 3),
         (64, 128, 8, 2),
+        (64, 128, 8, 3),
         (64, 128, 4, 2),
         (64, 64, 4, 3),
     )
@@ -72,7 +74,7 @@ def take(found: Found) -> None:
 def tensors(dim: int, smoke: bool) -> list[Tensor]:
     """q, k, v and the gradient of the output."""
     torch.manual_seed(0)
-    shape = (1, 1, 128, dim) if smoke else (4, 16, 4096, dim)
+    shape = (1, 2, 128, dim) if smoke else (4, 16, 4096, dim)
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter has no bf16
     return [torch.randn(shape, device=DEVICE).to(dtype) for _ in range(4)]
 
@@ -102,21 +104,34 @@ def candidates(smoke: bool) -> Iterator[tuple[str, int, Tiles]]:
 
 
 def error_of(name: str, dim: int, tiles: Tiles, smoke: bool) -> float:
-    """The largest relative error with this candidate: of out, dq, dk and dv, causal and full."""
+    """The largest relative error with this candidate: of out, dq, dk and dv, causal and full, of
+    the first and the last key-value head, two query heads to each. Infinite where a kernel that
+    should repeat itself to the bit does not."""
     take({(name, dim): tiles})
-    inputs, worst = tensors(dim, smoke), 0.0
+    (q, k, v, dout), worst = tensors(dim, smoke), 0.0
+    k, v = (x[:, : x.shape[1] // 2].contiguous() for x in (k, v))
+    deterministic = name != "backward"
     for causal in (True, False):
-        deterministic = name != "backward"
-        out, *_ = forward(inputs, causal)
-        grads = backward(inputs, causal, deterministic)()[:3]
-        # The truth of one head in fp32, as much as memory holds.
-        leaves = [x[:1, :1].float().requires_grad_() for x in inputs[:3]]
-        truth = F.scaled_dot_product_attention(*leaves, is_causal=causal)
-        wanted = torch.autograd.grad(truth, leaves, inputs[3][:1, :1].float())
-        for a, b in zip((out, *grads), (truth.detach(), *wanted), strict=True):
-            worst = max(worst, ((a[:1, :1].float() - b).norm() / b.norm()).item())
-            if not a.isfinite().all():
+        first = None
+        for _ in range(2 if smoke else 4):  # a race may show now and then
+            out, *_ = forward([q, k, v, dout], causal)
+            found = (out, *backward([q, k, v, dout], causal, deterministic)()[:3])
+            first = first or found
+            if not all(x.isfinite().all() for x in found):
                 return float("inf")
+            if deterministic and not all(map(torch.equal, found, first)):
+                return float("inf")
+            # The truth in fp32 of as many heads as memory holds.
+            for queries, keys in ((slice(0, 2), slice(0, 1)), (slice(-2, None), slice(-1, None))):
+                of = (queries, keys, keys)
+                leaves = [x[-1:, h].float() for x, h in zip((q, k, v), of, strict=True)]
+                leaves = [x.requires_grad_() for x in leaves]
+                expanded = (leaves[0], *(x.expand(-1, 2, -1, -1) for x in leaves[1:]))
+                truth = F.scaled_dot_product_attention(*expanded, is_causal=causal)
+                wanted = torch.autograd.grad(truth, leaves, dout[-1:, queries].float())
+                heads = (queries, *of)
+                for a, b, h in zip(found, (truth.detach(), *wanted), heads, strict=True):
+                    worst = max(worst, ((a[-1:, h].float() - b).norm() / b.norm()).item())
     return worst
 
 

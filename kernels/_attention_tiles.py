@@ -42,7 +42,7 @@ TILES = {
     },
     ("backward_q", "large"): {
         32: Tiles(128, 128, 8, 2),
-        64: Tiles(128, 128, 8, 2),
+        64: Tiles(128, 128, 8, 3),
         128: Tiles(128, 64, 8, 3),
         256: Tiles(64, 32, 8, 2),
     },
@@ -61,7 +61,7 @@ TILES = {
     ("backward_kv", "large"): {
         32: Tiles(64, 128, 8, 3),
         64: Tiles(64, 128, 8, 3),
-        128: Tiles(64, 128, 8, 2),
+        128: Tiles(64, 128, 8, 3),
         256: Tiles(32, 64, 8, 3),
     },
     ("backward_kv", "small"): {

@@ -151,12 +151,37 @@ def flash_decoding_kernel(
 
 
 @jit
-def _add_split(b_out, total, best, partial_ptr, lse_ptr, o_partial, head_dim, o_d, m_d):
-    lse = tl.load(lse_ptr + o_partial)
-    b_partial = tl.load(partial_ptr + o_partial * head_dim + o_d, mask=m_d, other=0.0)
-    new = tl.maximum(best, lse)
-    decay, weight = tl.exp2(best - new), tl.exp2(lse - new)
-    return b_out * decay + b_partial * weight, total * decay + weight, new
+def _add_splits(
+    b_out,
+    total,
+    best,
+    partial_ptr,
+    lse_ptr,
+    o_first,
+    begin,
+    end,
+    head_dim,
+    o_d,
+    BLOCK: tl.constexpr,
+):
+    """Add the splits from begin up to end, those of o_first on, so many at once as BLOCK: they are
+    read side by side, and always cut at its multiples."""
+    for i_block in range(begin // BLOCK, tl.cdiv(end, BLOCK)):
+        o_split = i_block * BLOCK + tl.arange(0, BLOCK)
+        m_split = (o_split >= begin) & (o_split < end)
+        o_partial = o_first + o_split
+        lse = tl.load(lse_ptr + o_partial, mask=m_split, other=float("-inf"))
+        b_partial = tl.load(
+            partial_ptr + o_partial[:, None] * head_dim + o_d,
+            mask=m_split[:, None] & (o_d < head_dim),
+            other=0.0,
+        )
+        new = tl.maximum(best, tl.max(lse, 0))
+        decay, weight = tl.exp2(best - new), tl.exp2(lse - new)
+        b_out = b_out * decay + tl.sum(b_partial * weight[:, None], 0)
+        total = total * decay + tl.sum(weight, 0)
+        best = new
+    return b_out, total, best
 
 
 @jit(do_not_specialize=["rows_per_length", "n_new", "n_split", "n_own_split", "samples", "window"])
@@ -181,6 +206,7 @@ def combine_kernel(
     PREFIX: tl.constexpr,
     WINDOW: tl.constexpr,
     SINKS: tl.constexpr,
+    BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """One query's splits: of the row's own cache, then of its prefix. None wholly before a window:
@@ -195,26 +221,42 @@ def combine_kernel(
     if WINDOW:
         last = tl.maximum(length - n_new + (i_out % n_new).to(tl.int32), 0)
         first = tl.maximum(last - window + 1, 0) // SPLIT
-    o_first = i_out * n_split + first
-    best = tl.load(lse_ptr + o_first)  # holds a position that is seen: finite
-    total = best * 0.0 + 1.0
-    b_out = tl.load(partial_ptr + o_first * head_dim + o_d, mask=m_d, other=0.0)
-    for i_split in range(first + 1, tl.cdiv(visible, SPLIT)):
-        o_partial = i_out * n_split + i_split
-        b_out, total, best = _add_split(
-            b_out, total, best, partial_ptr, lse_ptr, o_partial, head_dim, o_d, m_d
-        )
+    o_first = i_out * n_split
+    best = tl.load(lse_ptr + o_first + first)  # holds a position that is seen: finite
+    total = best * 0.0
+    b_out = tl.zeros((BLOCK_D,), tl.float32)
+    b_out, total, best = _add_splits(
+        b_out,
+        total,
+        best,
+        partial_ptr,
+        lse_ptr,
+        o_first,
+        first,
+        tl.cdiv(visible, SPLIT),
+        head_dim,
+        o_d,
+        BLOCK,
+    )
     if PREFIX:
         prefix = tl.load(prefix_length_ptr + i_row // samples).to(tl.int32)
         prefix = tl.minimum(tl.maximum(prefix, 0), prefix_capacity)
         first = 0
         if WINDOW:
             first = tl.maximum(prefix + last - window + 1, 0) // PREFIX_SPLIT
-        for i_split in range(first, tl.cdiv(prefix, PREFIX_SPLIT)):
-            o_partial = i_out * n_split + n_own_split + i_split
-            b_out, total, best = _add_split(
-                b_out, total, best, partial_ptr, lse_ptr, o_partial, head_dim, o_d, m_d
-            )
+        b_out, total, best = _add_splits(
+            b_out,
+            total,
+            best,
+            partial_ptr,
+            lse_ptr,
+            o_first + n_own_split,
+            first,
+            tl.cdiv(prefix, PREFIX_SPLIT),
+            head_dim,
+            o_d,
+            BLOCK,
+        )
     if SINKS:
         sink = tl.load(sink_ptr + i_out % rows_per_length // n_new).to(tl.float32)
         total += tl.exp2(sink * 1.4426950408889634 - best)

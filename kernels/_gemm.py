@@ -135,9 +135,10 @@ class Tile:
     num_stages: int
     tma: bool = False  # blocks by TMA; programs, one a processor, that walk over many tiles
     width: int = 64  # columns of a step of the epilogue
-    # With TMA: whether a tile's first blocks are fetched during the epilogue before it. Triton 3.6
-    # then zeroes two accumulators by selects, for which ptxas runs wgmma one by one.
-    flat: bool = True
+    # With TMA: whether a tile's first blocks are fetched during the epilogue before it. Triton then
+    # zeroes two accumulators by selects, for which ptxas runs wgmma one by one: so None is whether
+    # there is one accumulator.
+    flat: bool | None = None
 
     def count(self, n_rows: int, n_hidden: int, accumulators: int) -> int:
         """How many cover (n_rows, n_hidden) for each of the accumulators."""
@@ -147,7 +148,7 @@ class Tile:
         block_n = self.block_n // accumulators
         return dict(
             TMA=self.tma,
-            FLAT=self.tma and self.flat,
+            FLAT=self.tma and (accumulators == 1 if self.flat is None else self.flat),
             BLOCK_M=self.block_m,
             BLOCK_N=block_n,
             BLOCK_K=self.block_k,

@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import json
 import os
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,20 +52,26 @@ else:
         def compiled(self):
             """The `triton.JITFunction` (or, with TRITON_INTERPRET=1, the interpreted one)."""
             if "jitted" not in self.__dict__:
-                import triton
-                import triton.language
-
-                scope = self.fn.__globals__
-                scope["tl"] = triton.language
-                own = [v for v in scope.values() if isinstance(v, jit)]
-                for kernel in own:
-                    if kernel.fn.__globals__ is scope:
-                        kernel.jitted = triton.jit(kernel.fn, **kernel.options)
-                for name, value in list(scope.items()):
-                    if isinstance(value, jit):
-                        scope[name] = value.compiled
+                with _COMPILING:  # another thread must not meet a module half changed
+                    self._compile_module()
             return self.jitted
 
+        def _compile_module(self) -> None:
+            import triton
+            import triton.language
+
+            scope = self.fn.__globals__
+            own = [v for v in scope.values() if isinstance(v, jit) and v.fn.__globals__ is scope]
+            made = {v: v.__dict__.get("jitted") or triton.jit(v.fn, **v.options) for v in own}
+            scope["tl"] = triton.language
+            for name, value in list(scope.items()):
+                if isinstance(value, jit):
+                    scope[name] = made[value] if value in made else value.compiled
+            for kernel, jitted in made.items():
+                kernel.jitted = jitted
+
+
+_COMPILING = threading.RLock()
 
 # Looked up here: torch 2.11's compiler does not trace find_spec, and would break the graph at it.
 _TRITON = importlib.util.find_spec("triton") is not None
@@ -79,19 +86,32 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def _new_enough(index: int | None) -> bool:
+    """Whether that GPU is one of those which Triton, and the kernels' tiles, are made for."""
+    if not torch.cuda.is_available() or torch.version.hip is not None:
+        return True  # a fake tensor's; one of AMD's
+    return capability(torch.device("cuda", index or 0)) >= 80
+
+
+_new_enough._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result, which takes
+# half of torch.compile along
+
+
 def use_triton(x: Tensor) -> bool:
     """Whether `x` takes the Triton kernel; otherwise PyTorch's own operation."""
     if x.is_cuda:
-        return triton_installed()
+        return triton_installed() and _new_enough(x.device.index)
     return x.device.type == "cpu" and interpreting() and triton_installed()
 
 
 def path() -> str:
     """What calls take on this machine, and why, in words."""
     if torch.cuda.is_available():
-        if triton_installed():
-            return f"Triton kernels, on {torch.cuda.get_device_name()}"
-        return "PyTorch's operations, as Triton is not installed"
+        if not triton_installed():
+            return "PyTorch's operations, as Triton is not installed"
+        if not _new_enough(torch.cuda.current_device()):
+            return f"PyTorch's operations, as {torch.cuda.get_device_name()} is older than Ampere"
+        return f"Triton kernels, on {torch.cuda.get_device_name()}"
     if interpreting() and triton_installed():
         return "Triton kernels in the interpreter, as TRITON_INTERPRET=1 is set"
     return "PyTorch's operations, as there is no GPU"
@@ -233,9 +253,12 @@ def next_power_of_2(n: int) -> int:
 
 @functools.cache
 def capability(device: torch.device) -> int:
-    """The compute capability of a CUDA device as one number: 80, 90, 100. 0 in the interpreter."""
+    """The compute capability of a CUDA device as one number: 80, 90, 100. 0 in the interpreter;
+    94 on any GPU of AMD's, whose numbers mean other things: what it stands for has no TMA."""
     if device.type != "cuda":
         return 0
+    if torch.version.hip is not None:
+        return 94
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 

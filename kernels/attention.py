@@ -398,6 +398,10 @@ def _attention_backward(
     scores = Scores(slopes, q_spans, kv_spans, causal, window, softcap, scale)
     like, rows = (q, k, v), [lse, delta]
     to_queries = _tiles("backward_q", like, scores)
+    deterministic = deterministic or (
+        torch.are_deterministic_algorithms_enabled()
+        and not torch.is_deterministic_algorithms_warn_only_enabled()
+    )
     one_pass = not deterministic and _tiles("backward", like, scores) is not None
     if one_pass or (to_queries and to_queries.specialized):
         _launch("delta", [out, dout], [delta, dlse], like, scores)

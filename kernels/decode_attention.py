@@ -40,6 +40,7 @@ from ._runtime import (
 
 MAX_HEAD_DIM = 256
 SPLIT = 256  # cache positions a program reads; a constant, so that sums never change their order
+COMBINED = 8  # splits that are read side by side where they are combined
 PREFIX_SPLIT = 512  # more, for every split leaves a partial result of all the rows of a group
 # What keeps S out of the roundings on CPU: MKL cuts a contraction of more than 192 terms at places
 # that depend on its length, unless it has fewer than 4 rows; and torch.bmm takes another path below
@@ -169,7 +170,10 @@ def _tile(head_dim: int, element_size: int, prefix: bool = False, chip: int = 0)
         block_m = 32 if chip >= 120 else 64
         return Tile(block_n, block_d, block_m, num_warps=4 if block_d < 128 else 8)
     elements = 8192 if element_size == 2 else 2048
-    return Tile(min(64, max(16, elements // block_d)), block_d)
+    # With two stages a copy would begin behind both products; 99 KB of shared memory hold no third
+    # for several programs.
+    num_stages = 3 if element_size == 2 and chip in (80, 90, 100, 103) else 2
+    return Tile(min(64, max(16, elements // block_d)), block_d, num_stages=num_stages)
 
 
 def specializations(capability: int) -> Iterator[Specialization]:
@@ -212,7 +216,7 @@ def _combine(dtype: torch.dtype, head_dim: int, **options: bool) -> Specializati
         _pointers(dtype)
         | dict.fromkeys(numbers, "i32")
         | dict.fromkeys(("capacity", "prefix_capacity", "head_dim"), "i32:16"),
-        dict(SPLIT=SPLIT, PREFIX_SPLIT=PREFIX_SPLIT, BLOCK_D=head_dim)
+        dict(SPLIT=SPLIT, PREFIX_SPLIT=PREFIX_SPLIT, BLOCK=COMBINED, BLOCK_D=head_dim)
         | dict.fromkeys(("PREFIX", "WINDOW", "SINKS"), False)
         | options,
         num_warps=1,
@@ -345,6 +349,7 @@ def _decode_attention(
             PREFIX=prefix_capacity > 0,
             WINDOW=window is not None,
             SINKS=sinks is not None,
+            BLOCK=COMBINED,
             BLOCK_D=max(32, next_power_of_2(head_dim)),
             num_warps=1,
         )

@@ -187,13 +187,17 @@ def _mlp_backward_kernel(
 ):
     dy = matrix(dy_ptr, n_rows, n_in, BLOCK_M, BLOCK_K, TMA)
     w_down = factor(w_down_ptr, n_in, n_hidden, BLOCK_K, BLOCK_N, TRANSPOSED, TMA)
-    up = matrix(up_ptr, n_rows, n_hidden, BLOCK_M, WIDTH, TMA)
     dup = matrix(dup_ptr, n_rows, n_hidden, BLOCK_M, WIDTH, TMA)
     if not UP_IS_HIDDEN:
         hidden = matrix(hidden_ptr, n_rows, n_hidden, BLOCK_M, WIDTH, TMA)
     if GATED:
-        gate = matrix(gate_ptr, n_rows, n_hidden, BLOCK_M, WIDTH, TMA)
         dgate = matrix(dgate_ptr, n_rows, n_hidden, BLOCK_M, WIDTH, TMA)
+    # What the forward kept comes by pointers: outside a pipelined loop each load by TMA would be
+    # waited for in turn. Where there is TMA rows are of whole 16 bytes, which Triton is told.
+    n_kept = n_hidden
+    if TMA:
+        ELEMENTS: tl.constexpr = 128 // up_ptr.dtype.element_ty.primitive_bitwidth
+        n_kept = n_hidden // ELEMENTS * ELEMENTS
     n_tiles = tl.cdiv(n_rows, BLOCK_M) * tl.cdiv(n_hidden, BLOCK_N)
     for i_tile in tl.range(tl.program_id(0), n_tiles, tl.num_programs(0), flatten=FLAT):
         i_m, i_n = tile_index(i_tile, n_rows, n_hidden, BLOCK_M, BLOCK_N)
@@ -207,11 +211,11 @@ def _mlp_backward_kernel(
         for i in tl.static_range(BLOCK_N // WIDTH):
             o_col = o_n + i * WIDTH
             c_dhidden = columns(b_dhidden, i, WIDTH)
-            c_up = load(up, o_m, o_col, n_rows, n_hidden, BLOCK_M, WIDTH, TMA).to(tl.float32)
+            c_up = load(up_ptr, o_m, o_col, n_rows, n_kept, BLOCK_M, WIDTH, False).to(tl.float32)
             if UP_IS_HIDDEN:
                 c_dup = c_dhidden * slope_from_output(c_up, ACTIVATION)
             elif GATED:
-                c_gate = load(gate, o_m, o_col, n_rows, n_hidden, BLOCK_M, WIDTH, TMA)
+                c_gate = load(gate_ptr, o_m, o_col, n_rows, n_kept, BLOCK_M, WIDTH, False)
                 c_act, c_slope = activate_with_slope(c_gate.to(tl.float32), ACTIVATION)
                 c_dgate = c_dhidden * c_up * c_slope
                 store(dgate, c_dgate, o_m, o_col, n_rows, n_hidden, TMA)

@@ -313,6 +313,7 @@ def _(dy, dh, h, weight, mean, rstd, centered, has_bias):
 
 
 def _setup_context(ctx, inputs, output):
+    ctx.set_materialize_grads(False)  # mean and rstd have no gradients: no zeros in their place
     x, weight, bias, residual, _, ctx.centered = inputs
     _, h, mean, rstd = output
     ctx.has_residual, ctx.dtype = residual is not None, x.dtype
@@ -322,7 +323,8 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, dy, dh, *_):
     h, weight, mean, rstd = ctx.saved_tensors
-    dh = dh.contiguous() if ctx.has_residual else None
+    dy = torch.zeros_like(h) if dy is None else dy  # where the sum alone is used
+    dh = dh.contiguous() if ctx.has_residual and dh is not None else None
     has_bias = ctx.bias_dtype is not None
     dx, dparameters = _norm_backward(
         dy.contiguous(), dh, h, weight, mean, rstd, ctx.centered, has_bias

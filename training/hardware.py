@@ -43,8 +43,11 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     return 3 * 2 * n**3 / _seconds(work)
 
 
+@functools.cache
 def has_bf16_products(device: torch.device) -> bool:
     """Whether products in bf16 are the hardware's own; elsewhere they are many times slower."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
@@ -76,7 +79,7 @@ def choose_precision(asked: str, device: torch.device, width: int, inner: int, t
     if asked != "auto":
         return asked
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        return "bf16" if has_bf16_products(device) else "fp16"
     return "bf16" if bf16_pays_on_cpu(width, inner, tokens) else "fp32"
 
 

@@ -25,7 +25,7 @@ from ponder.benchmarks import every_kernel
 from ponder.kernels import _runtime
 from ponder.kernels._attention_tiles import SPECIALIZED_TILES
 from ponder.kernels._runtime import Specialization
-from ponder.models import GPT, GPTConfig, KVCache, Prefix
+from ponder.models import GPT, GPTConfig, KVCache, Prefix, gpt, layers
 from ponder.training.plan import shape_of
 
 MODULES = [
@@ -91,6 +91,8 @@ def specializations(capability: int) -> Iterator[Specialization]:
                     stack.enter_context(patch.object(module, name, value))
         stack.enter_context(patch.object(JITFunction, "_do_compile", compiled))
         stack.enter_context(patch.object(_runtime, "traced", lambda: False))  # launchers are called
+        for module in (layers, gpt):  # a fake weight is of a type that modules would not look into
+            stack.enter_context(patch.object(module, "readable", lambda *projections: True))
         stack.enter_context(FakeTensorMode())
         # Triton asks for the address of a fake tensor, which is 0, and PyTorch warns of it.
         stack.enter_context(warnings.catch_warnings())
@@ -111,8 +113,8 @@ def workload() -> None:
     every_kernel.without_gradient(torch.bfloat16)
     for name, rows in (("gpt2", 64), ("demo", 256), ("8b", 2)):
         train(replace(shape_of(name), n_layer=1), rows)
-    for name, rows in (("demo", 4096), ("8b", 64)):
-        decode(replace(shape_of(name), n_layer=1), rows)
+    for name, rows, samples in (("demo", 4096, 64), ("demo", 4096, 1), ("8b", 64, 64)):
+        decode(replace(shape_of(name), n_layer=1), rows, samples)
 
 
 def train(shape: GPTConfig, rows: int) -> None:
@@ -123,13 +125,14 @@ def train(shape: GPTConfig, rows: int) -> None:
 
 
 @torch.inference_mode()
-def decode(shape: GPTConfig, rows: int) -> None:
-    """A step of `rows` samples, 64 of a prompt."""
+def decode(shape: GPTConfig, rows: int, samples: int) -> None:
+    """A step of `rows` samples, so many of a prompt."""
     torch.set_default_dtype(torch.bfloat16)  # a fake model cannot be converted
     model = GPT(shape)
     torch.set_default_dtype(torch.float32)
     cache = KVCache(shape, rows, 64, dtype=torch.bfloat16)
-    cache.prefix = Prefix(shape, rows, 64, 64, dtype=torch.bfloat16)
+    cache.prefix = Prefix(shape, rows, 64, samples, dtype=torch.bfloat16)
+    cache.prefix.resize(rows // samples, 64)
     cache.empty = False
     hidden = model.hidden(torch.zeros(rows, 1, dtype=torch.int64), cache)
     logits = model.logits(hidden[:, -1])

@@ -1,11 +1,15 @@
 """How a launcher is called: directly in eager PyTorch, as an op where something traces the call."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ponder import kernels
-from ponder.kernels import norm, rms_norm
+from ponder.kernels import _runtime, norm, rms_norm
 
 
 class Seen(TorchDispatchMode):
@@ -98,3 +102,36 @@ def test_a_forward_mode_derivative_is_refused(device):
 
     with pytest.raises(NotImplementedError, match="ponder::norm has no forward-mode derivative"):
         torch.func.jvp(lambda x: rms_norm(x, weight), (x,), (torch.randn_like(x),))
+
+
+def test_threads_that_launch_first_at_once_meet_whole_modules(monkeypatch):
+    triton = pytest.importorskip("triton", reason="Triton is not installed here")
+    scope = dict(jit=_runtime.jit)
+    exec("@jit\ndef inner(): ...\n@jit\ndef outer(): inner()", scope)
+    kernels_of_it = [scope["outer"], scope["inner"]] * 2
+
+    def slow(fn, **options):
+        time.sleep(0.05)
+        return SimpleNamespace(fn=fn)
+
+    def met(kernel) -> set[type]:
+        assert kernel.compiled.fn is kernel.fn
+        return {type(scope[name]) for name in ("inner", "outer")}
+
+    monkeypatch.setattr(triton, "jit", slow)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(found == {SimpleNamespace} for found in pool.map(met, kernels_of_it))
+
+
+@pytest.mark.parametrize(
+    "capability, hip, triton", [((7, 5), None, False), ((9, 0), None, True), ((9, 0), "6.4", True)]
+)
+def test_old_gpus_take_pytorch_and_amd_s_are_no_hopper(capability, hip, triton, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    _runtime.capability.cache_clear()
+    tensor = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
+    assert _runtime.use_triton(tensor) == (triton and _runtime.triton_installed())
+    assert (_runtime.capability(torch.device("cuda", 0)) in (90, 100)) == (triton and not hip)
+    _runtime.capability.cache_clear()
