@@ -17,6 +17,7 @@ from typing import Any
 from . import SPLITS, Problem, TooFew, answers, split_of
 
 FORMATS = (".jsonl", ".json", ".parquet")
+CALCULATOR = re.compile(r"<<[^<>]*>>")
 
 
 @dataclass(frozen=True)
@@ -230,7 +231,7 @@ class WordProblems:
                     f"{self.name}: a row has no text {field!r}; it has {', '.join(map(str, row))}"
                 )
         gold = str(row[source.answer]).rpartition("####")[2].strip()
-        steps = self._steps(str(row.get(source.solution) or "")) if source.solution else ()
+        steps = steps_of(str(row.get(source.solution) or "")) if source.solution else ()
         canonical = answers.canonical if source.latex else answers.number
         answer = canonical(gold)
         if answer is None:
@@ -240,7 +241,7 @@ class WordProblems:
             difficulty = int(level) if level is not None else len(steps)
         except (ValueError, TypeError):
             raise ValueError(f"{self.name}: level is {level!r}; it must be a number") from None
-        prompt = str(row[source.question]).strip() + "\n"
+        prompt = prompt_of(str(row[source.question]))
         try:
             "".join((prompt, answer, *steps)).encode()
         except UnicodeEncodeError as error:
@@ -251,10 +252,17 @@ class WordProblems:
             ) from None
         return Problem(self.name, prompt, answer, difficulty, (gold, steps))
 
-    def _steps(self, solution: str) -> tuple[str, ...]:
-        worked = solution.partition("####")[0]
-        worked = re.sub(r"<<[^<>]*>>", "", worked)  # the calculator's notes
-        return tuple(line.strip() for line in worked.splitlines() if line.strip())
+
+def prompt_of(question: str) -> str:
+    """What a model reads of a question, here and where it is trained on rows of such questions."""
+    return question.strip() + "\n"
+
+
+def steps_of(solution: str) -> tuple[str, ...]:
+    """The lines of a worked solution, up to its "####"; a trace ends each with a line break.
+    GSM8K's marks for a calculator are left out: a model would only write every result twice."""
+    worked = CALCULATOR.sub("", solution.partition("####")[0])
+    return tuple(line.strip() for line in worked.splitlines() if line.strip())
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

@@ -6,16 +6,18 @@ The columns of a row decide what it is:
                            turns, as the tokenizer's chat template writes them
     prompt, completion     `prompt completion <eos>`; the loss is on the completion
     question, answer       `question <think> solution </think> answer <eos>`, for GSM8K's answers of
-                           the form "solution #### answer"; the loss is on what follows <think>
+                           the form "solution #### answer"; the loss is on what follows <think>;
+                           question and solution as the task gsm8k has them
     text                   `text <eos>`; the loss is on all of it
 
-(without the spaces). GSM8K's `<<48/2=24>>` marks are meant for a calculator, which there is not: a
-model would only write every result twice, so they are left out.
+(without the spaces).
 """
 
-import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
+
+from ..tasks import split_of
+from ..tasks.word_problems import prompt_of, steps_of
 
 SCHEMAS = {
     "messages": ("messages",),
@@ -23,7 +25,6 @@ SCHEMAS = {
     "worked": ("question", "answer"),
     "text": ("text",),
 }
-CALCULATOR = re.compile(r"<<[^<>]*>>")
 
 # "user: Hi\nassistant: Hello<eos>": for tokenizers that come without a template.
 PLAIN_TEMPLATE = (
@@ -39,6 +40,7 @@ class Document(NamedTuple):
 
     parts: list[tuple[str, bool]]  # text, and whether the loss is on it
     key: str  # equal for documents that must not stand on both sides of the validation split
+    held: bool = False  # the key is not of the training split that the tasks see in such rows
 
 
 class Row(NamedTuple):
@@ -85,9 +87,9 @@ def renderer(
     def worked(row: Row) -> Iterator[Document]:
         question, answer = _texts(row, SCHEMAS["worked"])
         solution, _, final = answer.rpartition("####")
-        solution = CALCULATOR.sub("", solution).strip()
-        completion = f"{solution}</think>{final.strip()}{eos}"
-        yield Document([(question + "<think>", False), (completion, True)], question)
+        prompt, trace = prompt_of(question), "".join(f"{line}\n" for line in steps_of(solution))
+        parts = [(prompt + "<think>", False), (f"{trace}</think>{final.strip()}{eos}", True)]
+        yield Document(parts, prompt, held=split_of(prompt) != "train")
 
     def messages(row: Row) -> Iterator[Document]:
         return _conversation(row, eos, template or PLAIN_TEMPLATE)

@@ -30,10 +30,11 @@ def tokenize(
     """Write tokens.bin, loss.bin where `masked`, offsets.npy and held_out.npy, as rows come.
 
     limit: no further document once there are so many tokens; 0: all of them. The data set's own
-    validation split is held out, up to VALIDATION_TOKENS; where it has none, `hold_out` chooses.
+    validation split is held out, up to VALIDATION_TOKENS; where it has none, what `render` says
+    is held (questions that a sweep may ask), or what `hold_out` chooses.
     """
     dtype, unknown_id = _dtype(vocabulary), vocabulary.tokenizer.token_to_id("<unk>")
-    lengths, keys, content = array("q"), array("Q"), hashlib.sha256()
+    lengths, keys, held, content = array("q"), array("Q"), array("b"), hashlib.sha256()
     unknown = trained = 0
 
     def write(rows: Iterable[Row], title: str, total: int | None, most: int) -> None:
@@ -47,6 +48,7 @@ def tokenize(
                 lengths.append(len(ids))
                 key = hashlib.blake2b(document.key.encode(), digest_size=8).digest()
                 keys.append(int.from_bytes(key, "little"))
+                held.append(document.held)
                 unknown += int((ids == unknown_id).sum())
                 count += len(ids)
                 bar.set_postfix(tokens=f"{count:,}", refresh=False)
@@ -65,7 +67,9 @@ def tokenize(
     counts = np.array(lengths, dtype=np.int64)
     held_out = np.arange(len(counts)) >= trained
     if not held_out.any():
-        held_out = hold_out(np.array(keys, dtype=np.uint64), counts)
+        held_out = np.array(held, dtype=bool)
+        if not held_out.any() or held_out.all() or counts[held_out].sum() > VALIDATION_TOKENS:
+            held_out = hold_out(np.array(keys, dtype=np.uint64), counts)
     if held_out.all() or not held_out.any():
         raise ValueError(
             f"{name} holds {len(counts)} documents; at least one to train on and one to validate "

@@ -42,9 +42,9 @@ def marked(document) -> str:
         (
             {"question": "Half of 48?", "answer": "48/2 = <<48/2=24>>24\n#### 24"},
             None,
-            "Half of 48?<think>[48/2 = 24</think>24<eos>]",
+            "Half of 48?\n<think>[48/2 = 24\n</think>24<eos>]",
         ),
-        ({"question": "Who?", "answer": "Me"}, None, "Who?<think>[</think>Me<eos>]"),
+        ({"question": "Who?", "answer": "Me"}, None, "Who?\n<think>[</think>Me<eos>]"),
         (
             {"messages": CHAT},
             None,
