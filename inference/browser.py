@@ -14,10 +14,10 @@ SAMPLES = 16  # samples of a problem that the page prints
 
 
 def problem_groups(curves: Curves, store: Store, count: int) -> list[dict[str, Any]]:
-    """At most `count` problems of each kind, over all difficulties, at the budget where the vote
-    gains most: those that the vote corrects, those that it gets wrong though a sample is right,
+    """At most `count` problems of each kind, over all difficulties, at the greatest budget:
+    those that the vote corrects, those that it gets wrong though a sample is right,
     those that no sample gets right, and those that all do."""
-    gain = curves.best_gain()
+    gain = curves.gain()
     if gain is None:
         return []
     vote = gain[0]

@@ -92,13 +92,12 @@ class Curves:
                 return store.pool(budget=r.think_budget, params=r.params, seed=r.seed)
         return None
 
-    def best_gain(self) -> tuple[Result, Result] | None:
-        """The largest vote and the single sample at the budget where the vote gains most."""
+    def gain(self) -> tuple[Result, Result] | None:
+        """The largest vote and the single sample at the greatest budget: one that is known before
+        the votes are, as the best of several would be told with luck in it."""
         if len(self.votes) < 2 or 1 not in self.votes:
             return None
-        single = {r.think_budget: r for r in self.votes[1]}
-        pairs = [(r, single[r.think_budget]) for r in self.votes[max(self.votes)]]
-        return max(pairs, key=lambda pair: pair[0].accuracy - pair[1].accuracy)
+        return self.votes[max(self.votes)][-1], self.votes[1][-1]
 
 
 def frontier(rows: Sequence[Result], cost: Callable[[Result], float]) -> list[Result]:

@@ -153,12 +153,6 @@ def best_of_at_k(values: np.ndarray, correct: np.ndarray, k: int) -> np.ndarray:
     return scores.round(12)
 
 
-def vote_ceiling(answers: np.ndarray, correct: np.ndarray) -> np.ndarray:
-    """What a vote of ever more samples tends to: 1 where the most common answer of all N samples
-    is right, 0 where it is wrong, between them where answers tie. Returns (P,)."""
-    return maj_at_k(answers, correct, answers.shape[1])
-
-
 class Stopped(NamedTuple):
     """scores (P,) in [0, 1]; drawn (P, N): how often each stored sample is drawn, on average."""
 

@@ -143,7 +143,7 @@ def _result(
     ids: np.ndarray, outcome: Outcome, answers: dict[int, str], *, params: str, **row: Any
 ) -> Result:
     """A row of these problems: its accuracy, its mean costs, and what else is known of it."""
-    accuracy, low, high = stats.bootstrap(outcome.scores)
+    accuracy, low, high = stats.accuracy(outcome.scores)
     return Result(
         **row,
         params=params,

@@ -18,7 +18,7 @@ import numpy as np
 from ..provenance import read_run
 from . import stats
 from .chat import known_shape
-from .evaluation import Result, paired_difference
+from .evaluation import SLACK, Result, paired_difference
 from .page import budget_order, spread
 
 # The accuracies that are tried; those that one model alone reaches make no line.
@@ -26,9 +26,9 @@ LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 
 
 def training_flops(folder: str | Path) -> float | None:
-    """FLOPs that training the model in a folder took, as its journal has it: a backward pass costs
-    two forward passes. None where `ponder train` did not leave it; ValueError for a damaged
-    run.json."""
+    """FLOPs that training the model in a folder took, as its journal has it, with those of what it
+    began with (`--init`): a backward pass costs two forward passes. None where `ponder train` did
+    not leave all of it; ValueError for a damaged run.json."""
     folder = Path(folder)
     # The demonstration keeps its model beside train/, a training run above it.
     for home in (folder, folder.parent):
@@ -38,7 +38,11 @@ def training_flops(folder: str | Path) -> float | None:
         run, shape, tokens = read_run(home).get("train"), known_shape(str(folder)), _tokens(journal)
         if run is None or shape is None or tokens is None:
             return None
-        return 3 * shape.flops_per_token(run["configuration"]["context"]) * tokens
+        given = run["configuration"].get("init")
+        before = training_flops(given) if given else 0.0
+        if before is None:  # a model of others, or one that is not there any more
+            return None
+        return before + 3 * shape.flops_per_token(run["configuration"]["context"]) * tokens
     return None
 
 
@@ -105,7 +109,10 @@ def equal_accuracy(
                 reached.append(Point(training[best.model], best.flops_per_problem, best))
         if len(reached) < 2:
             continue
-        unbeaten = stats.pareto([p.training for p in reached], [-p.inference for p in reached])
+        # What saves inference by less than chance does is not worth more training.
+        unbeaten = stats.pareto(
+            [p.inference for p in reached], [-p.training for p in reached], slack=SLACK
+        )
         points = [p for p, best in zip(reached, unbeaten, strict=True) if best]
         lines.append(Line(level, sorted(points, key=lambda p: p.training)))
     return lines

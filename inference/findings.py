@@ -1,5 +1,6 @@
 """What a report tells beyond its rows: coverage, the limits of votes, control, policy."""
 
+import functools
 import json
 import math
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ import numpy as np
 
 from . import estimators, stats
 from .curves import UNITS, Curves
-from .evaluation import Result, paired_difference, unit_of
+from .evaluation import SLACK, Result, paired_difference, unit_of
 from .page import budget_order, spread, vote_text
 from .policy import Policy, bins_of, compute_optimal
 from .scores import latest, scores_of
@@ -68,8 +69,8 @@ class Findings:
             "coverage": self.coverage,
             "control": self.control,
             "searches": [
-                _row(row["r"], cost=row["cost"])
-                | {name: asdict(rival) for name, rival in row["rivals"].items()}
+                _row(row["r"], cost=row["cost"], best=row["best"])
+                | dict(rivals={name: asdict(rival) for name, rival in row["rivals"].items()})
                 for row in self.searches
             ],
         }
@@ -93,9 +94,9 @@ def _plain(value: Any) -> Any:
 
 
 def choosing(curves: Curves) -> list[dict[str, Any]]:
-    """Every strategy with as many samples as there are, at the budget where the vote gains most;
-    each with what it gains on the plain vote of the same problems."""
-    gain = curves.best_gain()
+    """Every strategy with as many samples as there are, at the greatest budget; each with
+    what it gains on the plain vote of the same problems."""
+    gain = curves.gain()
     if gain is None:
         return []
     vote = gain[0]
@@ -104,7 +105,7 @@ def choosing(curves: Curves) -> list[dict[str, Any]]:
         for r in curves.rows
         if r.think_budget == vote.think_budget
         and not r.setting
-        and (r.samples == vote.samples or r.strategy in ("greedy", "sampling", "vote-ceiling"))
+        and (r.samples == vote.samples or r.strategy in ("greedy", "sampling"))
     ]
     return [dict(r=r, better=None if r is vote else paired_difference(r, vote)) for r in rows]
 
@@ -118,7 +119,7 @@ def outcome_shares(curves: Curves, store: Store) -> dict[int | None, tuple[float
         pool = curves.pool(store, budget)
         if pool is None:
             continue
-        mode = estimators.vote_ceiling(pool.answers, pool.correct).mean()
+        mode = estimators.maj_at_k(pool.answers, pool.correct, pool.samples).mean()
         found = pool.correct.any(1).mean()
         shares[budget] = (float(mode), float(found - mode), float(1 - found))
     return shares
@@ -142,9 +143,8 @@ class Ways:
 
 
 def ways(curves: Curves, store: Store) -> Ways | None:
-    """The ways to be right at the budget where the vote gains most; None where no problem has two
-    right samples."""
-    gain = curves.best_gain()
+    """The ways to be right at the greatest budget; None where no problem has two right samples."""
+    gain = curves.gain()
     pool = curves.pool(store, gain[0].think_budget) if gain else None
     if gain is None or pool is None:
         return None
@@ -225,11 +225,12 @@ def control_rows(curves: Curves, store: Store) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Rival:
-    """As many independent samples as cost what a search does: how many (`dearer` where even one
-    costs more, `fewer` where more than are stored would be needed), their accuracy, and the
-    search's own above it on the same problems (None where they share none)."""
+    """As many independent samples as cost what a search does: how many, between two numbers by a
+    draw (`dearer` where even one costs more, `fewer` where more than are stored would be needed),
+    the accuracy of a strategy with them, and the search's own above it on the same problems (None
+    where they share none)."""
 
-    samples: int
+    samples: float
     accuracy: float
     better: stats.Interval | None
     dearer: bool
@@ -237,13 +238,16 @@ class Rival:
 
 
 # Strategies that draw all of their k samples.
-RIVALS = ("self-consistency", "best-of-n", "verifier-best-of-n")
+RIVALS = (
+    *("self-consistency", "probability-vote", "best-of-n"),
+    *("verifier-best-of-n", "verifier-vote"),
+)
 
 
 def search_rows(curves: Curves, store: Store) -> list[dict[str, Any]]:
     """Every search and every extended thought beside independent samples that cost as much, at
-    unlimited thinking: `r`, its `cost` and `rivals` by strategy. Empty where no vote is there to
-    compare."""
+    unlimited thinking: `r`, its `cost`, `rivals` by strategy, a greedy answer among them where it
+    costs no more, and the `best` of these. Empty where no vote is there to compare."""
     shown = ("greedy", "sampling", "self-consistency")
     rows = [r for r in curves.rows if r.setting and not r.oracle]
     rows = [r for r in rows if not r.setting.startswith("extend=") or r.strategy in shown]
@@ -264,23 +268,38 @@ def search_rows(curves: Curves, store: Store) -> list[dict[str, Any]]:
     if verifier is not None:
         pool = replace(pool, scores=scores_of(store, pool, verifier))
 
+    @functools.cache
+    def scores_with(name: str, k: int) -> np.ndarray:
+        return STRATEGIES[name if k > 1 else "sampling"].run(pool, k).scores
+
     def rival(r: Result, name: str) -> Rival:
         of = rivals[name]
         a_sample = (cost(of) - prompt) / of.samples
-        wanted = (cost(r) - prompt) / a_sample * (1 + 1e-9) if a_sample > 0 else math.inf
-        k = math.floor(min(max(1.0, wanted), pool.samples))
-        scores = STRATEGIES[name if k > 1 else "sampling"].run(pool, k).scores
+        wanted = (cost(r) - prompt) / a_sample if a_sample > 0 else math.inf
+        k = round(min(max(1.0, wanted), pool.samples), 6)
+        scores, more = scores_with(name, math.floor(k)), k % 1
+        if more:  # one sample more for that share of the problems, by a draw: it costs the same
+            scores = (1 - more) * scores + more * scores_with(name, math.ceil(k))
         both, theirs, ours = np.intersect1d(pool.problems, r.ids, return_indices=True)
         better = stats.paired_difference(r.scores[ours], scores[theirs]) if len(both) else None
         return Rival(
             samples=k,
             accuracy=float(scores[theirs if len(both) else slice(None)].mean()),
             better=better,
-            dearer=wanted < 1,
-            fewer=wanted >= pool.samples + 1,
+            dearer=wanted < 1 - SLACK,
+            fewer=wanted > pool.samples,
         )
 
-    return [dict(r=r, cost=cost(r), rivals={name: rival(r, name) for name in rivals}) for r in rows]
+    greedy = next((r for r in curves.greedy if r.think_budget is None), None)
+    found = []
+    for r in rows:
+        of_one = {name: rival(r, name) for name in rivals}
+        if greedy is not None and cost(greedy) <= cost(r) * (1 + SLACK):
+            better = paired_difference(r, greedy)
+            of_one = {"greedy": Rival(1, greedy.accuracy, better, False, False), **of_one}
+        best = max(of_one, key=lambda name: of_one[name].accuracy)
+        found.append(dict(r=r, cost=cost(r), rivals=of_one, best=best))
+    return found
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,6 @@ WORDS = {
     "early-stopping": "vote, stopped by a unanimous window",
     "certain-mode": "vote, stopped when the mode is proven",
     "pass@k": "any right (perfect verifier)",
-    "vote-ceiling": "ceiling of voting",
     "beam": "step beam search",
     "dvts": "diverse tree search",
     "rebase": "REBASE tree search",
@@ -107,7 +106,7 @@ def vote_text(samples: int) -> str:
 
 
 def percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+    return "unknown" if math.isnan(share) else f"{100 * share:.1f} %"
 
 
 def human(x: float) -> str:

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .stats import Interval, bootstrap
+from .stats import Interval, accuracy
 
 
 @dataclass(frozen=True)
 class Policy:
     """What a budget buys. accuracy and cost are of problems that had no part in the choice;
-    `choice` is, for each bin, the way that all problems together would choose."""
+    `choice` is, for each bin, the way that all problems together would choose. The interval is over
+    problems, choices being what they are: among ways that are nearly equal it is too narrow."""
 
     budget: float
     accuracy: Interval
@@ -53,12 +54,12 @@ def choose(
         inside = bins == group
         if not inside.any():
             inside[:] = True
-        accuracy, cost = scores[:, inside].mean(1).round(12), costs[:, inside].mean(1)
+        right, cost = scores[:, inside].mean(1).round(12), costs[:, inside].mean(1)
         fits = cost <= budget
         if not fits.any():
             chosen.append(int(cost.argmin()))
             continue
-        best = np.flatnonzero(fits & (accuracy == accuracy[fits].max()))
+        best = np.flatnonzero(fits & (right == right[fits].max()))
         chosen.append(int(best[cost[best].argmin()]))
     return tuple(chosen)
 
@@ -105,7 +106,7 @@ def compute_optimal(
         policies.append(
             Policy(
                 budget=float(budget),
-                accuracy=bootstrap(score / splits),
+                accuracy=accuracy(score / splits),
                 cost=float(cost.mean() / splits),
                 choice=choose(scores, costs, bins, groups, budget),
             )

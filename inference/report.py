@@ -129,6 +129,7 @@ def html(
         .get_template("report.html")
         .render(
             first=results[0],
+            split=store.identity.get("split", "test"),
             results=results,
             curves=curves,
             headlines=headlines(curves),
@@ -188,7 +189,7 @@ def headlines(curves: Curves) -> list[dict[str, Any]]:
         if low is not high:
             card(low, f"greedy, {budget_phrase(low.think_budget)}")
         card(high, f"greedy, {budget_phrase(high.think_budget)}")
-    gain = curves.best_gain()
+    gain = curves.gain()
     if gain:
         vote, single = gain
         at = f"{budget_phrase(vote.think_budget)}, temperature {vote.temperature:g}"

@@ -51,6 +51,17 @@ def bootstrap(
     return Interval(float(scores.mean()), float(low), float(high))
 
 
+def accuracy(scores: np.ndarray) -> Interval:
+    """The mean of the scores (P,) in [0, 1] and its 95 % interval: the bootstrap's, and where all
+    are right or all are wrong, which the bootstrap cannot see past, the exact one of so many coins.
+    Source: Clopper and Pearson 1934, "The Use of Confidence or Fiducial Limits"."""
+    mean, low, high = bootstrap(scores)
+    end = 0.025 ** (1 / len(scores))
+    if np.all(scores == 1):
+        return Interval(mean, end, high)
+    return Interval(mean, low, 1 - end) if np.all(scores == 0) else Interval(mean, low, high)
+
+
 def paired_difference(
     a: np.ndarray, b: np.ndarray, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
 ) -> Interval:
@@ -80,11 +91,12 @@ def pareto(
 
 
 def guess_accuracy(answers: Sequence[str]) -> float:
-    """The accuracy of always giving the most common answer, found with hindsight: what a model
-    that knows nothing of the problem can reach at best. ValueError where there is none."""
+    """The accuracy of always giving one answer, as `guess_coverage` has it: what knows nothing of
+    the problem reaches. NaN where no answers are known, "" each; ValueError where there is no
+    problem."""
     if not answers:
         raise ValueError("no answers to guess from: there must be at least one problem")
-    return Counter(answers).most_common(1)[0][1] / len(answers)
+    return guess_coverage(answers, [1])[0] if any(answers) else float("nan")
 
 
 def guess_coverage(answers: Sequence[str], sizes: Sequence[int], splits: int = 20) -> list[float]:
@@ -97,7 +109,7 @@ def guess_coverage(answers: Sequence[str], sizes: Sequence[int], splits: int = 2
         order = rng.permutation(len(answers)).tolist()
         halves = order[: len(order) // 2], order[len(order) // 2 :]
         for known, asked in (halves, halves[::-1]):
-            common = Counter(answers[i] for i in known).most_common()
+            common = Counter(answers[i] for i in known if answers[i]).most_common()
             rank = {answer: place for place, (answer, _) in enumerate(common)}
             ranks += [rank.get(answers[i], np.inf) for i in asked]
     return [float(np.mean(np.array(ranks) < k)) for k in sizes]

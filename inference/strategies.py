@@ -253,19 +253,6 @@ class PassAtK(Strategy):
         return evenly(pool, estimators.pass_at_k(pool.correct, k), k)
 
 
-class VoteCeiling(Strategy):
-    """Whether the most common of all stored answers is right: what voting tends to."""
-
-    name = "vote-ceiling"
-    oracle = True
-
-    def sizes(self, pool: Pool, samples: Sequence[int]) -> list[int]:
-        return [pool.samples] if pool.temperature > 0 and pool.samples > 1 else []
-
-    def run(self, pool: Pool, k: int) -> Choice:
-        return evenly(pool, estimators.vote_ceiling(pool.answers, pool.correct), k)
-
-
 STRATEGIES: dict[str, Strategy] = {
     strategy.name: strategy
     for strategy in (
@@ -289,6 +276,5 @@ STRATEGIES: dict[str, Strategy] = {
         EarlyStopping(),
         CertainMode(),
         PassAtK(),
-        VoteCeiling(),
     )
 }

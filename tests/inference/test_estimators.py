@@ -19,7 +19,6 @@ from ponder.inference.estimators import (
     pass_at_k,
     stop_early,
     unanimous_rule,
-    vote_ceiling,
     weighted_vote_at_k,
     win_probability,
 )
@@ -104,7 +103,6 @@ def test_ties_are_shared_and_the_silent_do_not_vote():
     answers = np.array([[2, 1, 1, 2], [2, 1, 1, 1], [-1, -1, -1, 5], [-1] * 4, [3, -1, 4, 5]])
     right = np.array([2, 1, 5, 0, 3])[:, None]
     assert maj_at_k(answers, answers == right, 4).tolist() == [0.5, 1, 1, 0, round(1 / 3, 12)]
-    assert vote_ceiling(answers, answers == right).tolist() == [0.5, 1, 1, 0, round(1 / 3, 12)]
     # A verifier that looks at more than the answer: half of those that say 1 are right.
     correct = np.array([[True, False, True, True]])
     assert maj_at_k(np.array([[1, 1, 2, 2]]), correct, 4).tolist() == [0.75]

@@ -52,6 +52,12 @@ def test_lines_of_equal_accuracy_take_the_cheapest_setting_of_each_model():
     assert np.isnan(lines[0].rate) and np.isnan(lines[0].break_even)
 
 
+def test_a_line_is_no_longer_for_a_saving_that_is_chance():
+    small, large = [setting("s", 0.7, 5.05001e6)], [setting("l", 0.7, 5.04896e6)]
+    [line] = exchange.equal_accuracy([small, large], {"s": 1e9, "l": 2e9}, levels=(0.7,))
+    assert [point.training for point in line.points] == [1e9]
+
+
 def test_a_duel_is_fought_for_no_more_compute():
     large = [
         setting("l", 0.2, 50, strategy="greedy", budget=0),
@@ -82,6 +88,12 @@ def test_training_flops_are_those_of_the_journal(tmp_path):
     assert taken is not None
     assert 1 < taken / (6 * weights * last["tokens"]) < 1.5
     assert exchange.training_flops(tmp_path) is None
+    more = train(replace(config, init=str(folder), out=tmp_path / "more", steps=1))
+    [whole, alone] = exchange.training_flops(more), (taken / 2)  # half of the steps
+    assert whole is not None and taken + 0.5 * alone < whole < taken + 1.5 * alone
+    (folder / "run.json").rename(tmp_path / "aside.json")
+    assert exchange.training_flops(more) is None  # what it began with took nobody knows how much
+    (tmp_path / "aside.json").rename(folder / "run.json")
     journal = folder / "train" / "metrics.jsonl"
     with open(journal, "a") as file:
         file.write('{"step": 3}\n{"step": 4, "tok')  # a killed run's last words

@@ -138,10 +138,10 @@ def test_results_csv(written):
             "guess_accuracy,pareto,pruned_tokens,judge_flops_per_problem,setting".split(",")
         )
     )
-    # Greedy, sampling and the ceiling once a budget; the rest with 2 and 4 samples, which is too
+    # Greedy and sampling once a budget; the rest with 2 and 4 samples, which is too
     # few for stopping by votes. No verifier scored these samples.
     without = [s for s in STRATEGIES.values() if not getattr(s, "verified", False)]
-    assert len(rows) == len(results) == 3 * (3 + 2 * (len(without) - 5))
+    assert len(rows) == len(results) == 3 * (2 + 2 * (len(without) - 4))
     for row, result in zip(rows, results, strict=True):
         assert row["task"] == 'a "quoted", task'
         assert float(row["accuracy"]) == pytest.approx(result.accuracy, rel=1e-5)

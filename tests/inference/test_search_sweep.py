@@ -146,11 +146,19 @@ def test_the_page_sets_searches_beside_as_much_sampling(swept):
                 (four.flops_per_problem - one.flops_per_problem) / 3,
             )
             assert row["cost"] == r.flops_per_problem
-            assert (first + more * (vote.samples - 1) <= row["cost"] * (1 + 1e-6)) != vote.dearer
-            assert vote.fewer == (row["cost"] >= first + more * 4)
+            paid = first + more * (vote.samples - 1)  # between two numbers of samples too
+            assert vote.dearer == (row["cost"] - first < -0.02 * more)
+            assert vote.fewer == (row["cost"] > first + more * 3)
+            if not vote.dearer and not vote.fewer:
+                assert paid == pytest.approx(row["cost"], rel=0.02)
             assert vote.better.mean == pytest.approx(r.accuracy - vote.accuracy)
             if vote.samples == 4:
                 assert vote.accuracy == pytest.approx(four.accuracy)
+            greedy = next(r for r in results if r.strategy == "greedy")
+            cheap = greedy.flops_per_problem <= 1.02 * row["cost"]
+            assert ("greedy" in row["rivals"]) == cheap
+            best = max(rival.accuracy for rival in row["rivals"].values())
+            assert row["rivals"][row["best"]].accuracy == best
 
 
 def test_a_killed_search_goes_on_and_draws_none_twice(swept, no_report, tmp_path):
@@ -274,7 +282,7 @@ def test_samples_of_one_token_cost_their_prompt_alone(swept, tmp_path):
     told = json.loads((config.out / "report" / "findings.json").read_text())["searches"]
     assert told
     for row in told:
-        vote = row["self-consistency"]
+        vote = row["rivals"]["self-consistency"]
         assert vote["samples"] == 4 and (vote["fewer"] or row["cost"] == 0)
 
 

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ponder.inference.stats import (
+    accuracy,
     bootstrap,
     budget_control,
     fit_coverage,
@@ -62,6 +63,13 @@ def test_pairing_sees_what_two_intervals_cannot():
         paired_difference(a, b[1:])
 
 
+def test_the_interval_of_what_is_always_right_or_never():
+    assert accuracy(np.ones(500)) == (1, pytest.approx(0.0250 ** (1 / 500)), 1)
+    assert accuracy(np.zeros(20)) == (0, 0, pytest.approx(0.168433, abs=1e-5))  # of a table
+    some = np.array([1.0, 0.0, 0.5, 1.0])
+    assert accuracy(some) == bootstrap(some)
+
+
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), max_size=12))
 def test_pareto_keeps_what_nothing_beats(points):
     mask = pareto([c for c, _ in points], [v for _, v in points])
@@ -74,8 +82,12 @@ def test_pareto_leaves_unknown_costs_out():
     assert pareto([np.nan, 1, 2], [1.0, 0.5, 0.5]).tolist() == [False, True, False]
 
 
-def test_guess_accuracy():
-    assert guess_accuracy(["7", "3", "7", "1"]) == 0.5
+def test_guess_accuracy_is_no_hindsight():
+    assert guess_accuracy(["7"] * 60 + [str(i) for i in range(100, 140)]) == pytest.approx(0.6)
+    draw = random.Random(0)
+    words = [str(draw.randrange(120)) for _ in range(500)]
+    assert guess_accuracy(words) < 0.013 < max(map(words.count, words)) / 500
+    assert np.isnan(guess_accuracy(["", ""])) and guess_accuracy(["", "", "a", "a"]) <= 0.5
     with pytest.raises(ValueError, match="at least one problem"):
         guess_accuracy([])
 

@@ -48,7 +48,7 @@ def by_name(results):
 def test_scores_and_costs_of_the_plain_strategies(tmp_path):
     store = make_store(tmp_path / "s", ["aabb", "bbbb", "-ba-"], greedy="aba")
     shape = SMALL
-    plain = ["greedy", "sampling", "self-consistency", "pass@k", "vote-ceiling"]
+    plain = ["greedy", "sampling", "self-consistency", "pass@k"]
     rows = by_name(
         evaluate(store, shape=shape, samples=[1, 2, 4, 16], model="tiny", strategies=plain)
     )
@@ -57,12 +57,10 @@ def test_scores_and_costs_of_the_plain_strategies(tmp_path):
         ("sampling", 1),
         *(("self-consistency", k) for k in (2, 4)),
         *(("pass@k", k) for k in (2, 4)),
-        ("vote-ceiling", 4),
     }
     assert rows["greedy", 1].scores.tolist() == [1, 0, 1]
     assert rows["sampling", 1].scores.tolist() == [0.5, 0, 0.25]
     assert rows["self-consistency", 4].scores.tolist() == [0.5, 0, 0.5]  # ties are shared
-    assert rows["vote-ceiling", 4].scores.tolist() == [0.5, 0, 0.5]
     # Pairs of "aabb": one (a, a), four (a, b). Pairs of "-ba-": one (a, b), two (-, a).
     pairs = rows["self-consistency", 2]
     np.testing.assert_allclose(pairs.scores, [(1 + 4 / 2) / 6, 0, (2 + 1 / 2) / 6])
