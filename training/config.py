@@ -7,6 +7,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 DATA_KINDS = ("task", "text", "jsonl", "json", "parquet", "hub", "samples")
+# The fields that are a model's shape.
+SHAPE = (
+    *("n_layer", "n_head", "n_kv_head", "head_dim", "n_embd", "n_inner", "gated", "activation"),
+    *("qk_norm", "tie_embeddings"),
+)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from ..models.verifier import Verifier, save_verifier, verifier_loss
 from ..provenance import alone_in, note, open_run, read_run
 from .calibration import calibrate
 from .checkpoint import Checkpoints
-from .config import TrainConfig
+from .config import SHAPE, TrainConfig
 from .data import IGNORE, Batch, Data, load_data
 from .hardware import choose_precision, cpp_compiler, peak_flops
 from .journal import append_rows, forget_after
@@ -48,11 +48,6 @@ from .solutions import reading
 from .tokenizer import check_vocabulary
 from .trackers import check_trackers, start_trackers
 from .view import View
-
-SHAPE = (
-    *("n_layer", "n_head", "n_kv_head", "head_dim", "n_embd", "n_inner", "gated", "activation"),
-    *("qk_norm", "tie_embeddings"),
-)
 
 
 class Diverged(ValueError):

@@ -20,8 +20,10 @@ from ..models.memory import (
     sampling_memory,
     training_memory,
 )
+from .config import PRESETS, SHAPE, TrainConfig
 from .devices import Device, device, load
 
+Precision = Literal["bf16", "fp16", "fp32"]
 HIDDEN = 0.7  # the share of the backward pass behind which gradients can travel
 NEWTON_SCHULZ = 5  # iterations of Muon
 SMALL = 0.8  # of what large products reach, Muon's do
@@ -34,6 +36,10 @@ CPU_SAMPLING = 0.75  # of a CPU's peak, prompts and decoding reach (benchmarks/r
 LAUNCHES = 0.02  # seconds of a GPU's step below which launching its kernels is no small part
 BUSY = 1.25  # programs that want a core, for each core, beyond which a CPU was measured too slow
 ROOM = 0.9  # the share of a memory that is filled where possible: the count is up to 10 % off
+GPU_BATCH = 524_288  # tokens in a step where no preset says it, as in GPT-2's and llm.c's trainings
+# A CPU is asked for its precision by an MLP of at most this size: 1 s, a wide one takes minutes.
+ASKED = 256, 1024
+SLOTS = 512  # a sweep's
 
 
 def _llama(n_layer, n_embd, n_head, n_kv_head, n_inner, vocab_size=32_000) -> GPTConfig:
@@ -87,13 +93,14 @@ class PlanConfig:
     devices: int = 1
     context: int = 0
     """0: the model's own"""
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """auto: bf16 where the device has it and is faster so"""
+    precision: Literal["auto"] | Precision = "auto"
+    """auto: bf16 where the device has it and is faster so; this machine's CPU is measured"""
     tokens: float = 0
     """train: to train on; 0: as many as the preset's steps see; without a preset twenty a parameter
     (Hoffmann et al. 2022)"""
     batch_tokens: int = 0
-    """train: in one optimizer step, over all devices; 0: the preset's, without one 524288"""
+    """train: in one optimizer step, over all devices; 0: the preset's, without one 524288, on a CPU
+    32 sequences; rounded up to what the devices can share"""
     optimizer: Literal["muon", "adamw", "adam", "momentum", "sgd"] = "muon"
     shards: int = 0
     """train: devices that weights and states are split over (FSDP); 1: none are (DDP); 0: whatever
@@ -103,13 +110,16 @@ class PlanConfig:
     problems: int = 500
     """sweep: problems"""
     samples: int = 16
-    """sweep: of each problem"""
-    prompt_tokens: int = 256
-    """sweep: in each prompt"""
-    new_tokens: int = 512
-    """sweep: in each sample"""
-    slots: int = 256
-    """sweep: samples that are decoded at once on a device"""
+    """sweep: of each problem at each budget; a greedy one is counted besides"""
+    budgets: int = 5
+    """sweep: thinking budgets besides unlimited thinking; 0: none"""
+    prompt_tokens: int = 0
+    """sweep: in each prompt; 0: 256, or a third of the context where that is less"""
+    new_tokens: int = 0
+    """sweep: in each sample, at most; 0: 512, or what the context leaves"""
+    slots: int = 0
+    """sweep: samples that are decoded at once on a device; 0: 512, halved until they fit, as a
+    sweep's are (with Transformers it has 16)"""
 
 
 @dataclass(frozen=True)
@@ -164,7 +174,6 @@ def shape_of(name: str, context: int = 0) -> GPTConfig:
     """A model by name (124m … 8b), by a preset of `ponder train`, or by a folder that has a
     config.json; ValueError names them."""
     from ..models import load_config
-    from .config import PRESETS
 
     shape = MODELS.get(name.lower())
     if shape is None and (Path(name) / "config.json").is_file():
@@ -177,9 +186,10 @@ def shape_of(name: str, context: int = 0) -> GPTConfig:
             )
         c = PRESETS[name]()
         kind, _, size = c.tokenizer.partition(":")
-        names = "context n_layer n_head n_kv_head head_dim n_embd n_inner gated activation qk_norm"
-        fields = {key: getattr(c, key) for key in (*names.split(), "tie_embeddings")}
+        fields = {key: getattr(c, key) for key in ("context", *SHAPE)}
         shape = GPTConfig(vocab_size=int(size) if kind == "bpe" else 100, **fields)
+    if context > shape.context and (Path(name) / "config.json").is_file():
+        raise ValueError(f"context is {context}; {name} has one of {shape.context}")
     return replace(shape, context=context) if context else shape
 
 
@@ -270,29 +280,49 @@ def plan(config: PlanConfig, model: str) -> Plan:
 
 def _settled(config: PlanConfig, model: str, shape: GPTConfig, hardware: Device) -> PlanConfig:
     """What the configuration leaves open, decided."""
-    from .config import PRESETS
-
-    precision, batch, tokens = config.precision, config.batch_tokens, config.tokens
-    if precision == "auto":
-        peak = hardware.peak
-        gain = peak.get("bf16", 0.0) / peak["fp32"]
-        without = "fp16" if hardware.gpu else "fp32"
-        precision = "bf16" if gain > (1.0 if hardware.gpu else 2.0) else without
+    precision, tokens, context = config.precision, config.tokens, shape.context
     preset = PRESETS[model]() if model in PRESETS else None
-    batch = batch or (preset.batch_size * shape.context if preset else 524_288)
+    rows = preset.batch_size if preset else TrainConfig.batch_size
+    batch = rows * context if preset or not hardware.gpu else GPU_BATCH
     if preset and not tokens:
-        tokens = preset.steps * preset.batch_size * shape.context
-    tokens = tokens or 20 * parameter_count(shape)
-    return replace(config, precision=precision, batch_tokens=batch, tokens=tokens)
+        tokens = preset.steps * batch
+    unit = max(1, config.devices) * context
+    batch = config.batch_tokens or -(-batch // unit) * unit
+    if precision == "auto":
+        precision = _precision(config.what, shape, hardware, batch)
+    prompt = config.prompt_tokens or max(1, min(256, context // 3, context - config.new_tokens))
+    return replace(
+        config,
+        precision=precision,
+        batch_tokens=batch,
+        tokens=tokens or 20 * parameter_count(shape),
+        prompt_tokens=prompt,
+        new_tokens=config.new_tokens or max(1, min(512, context - prompt)),
+    )
+
+
+def _precision(what: str, shape: GPTConfig, hardware: Device, tokens: int) -> Precision:
+    """The fastest, as far as is known; a CPU that is to train is asked as the training asks it."""
+    gain = hardware.peak.get("bf16", 0.0) / hardware.peak["fp32"]
+    if hardware.gpu:
+        return "bf16" if gain > 1 else "fp16"
+    if what == "sweep":
+        return "bf16" if gain > 2 else "fp32"
+    from .hardware import bf16_pays_on_cpu
+
+    width, inner = min(shape.n_embd, ASKED[0]), min(shape.n_inner, ASKED[1])
+    return "bf16" if bf16_pays_on_cpu(width, inner, tokens) else "fp32"
 
 
 def _check(config: PlanConfig, shape: GPTConfig, hardware: Device) -> None:
     faults = []
     for name in (
-        *("devices", "batch_tokens", "problems", "samples", "prompt_tokens", "new_tokens", "slots"),
+        *("devices", "batch_tokens", "problems", "samples", "prompt_tokens", "new_tokens"),
+        *("budgets", "slots"),
     ):
-        if getattr(config, name) < 1:
-            faults.append(f"{name} is {getattr(config, name)}; it must be at least 1")
+        least = 0 if name in ("budgets", "slots") else 1
+        if getattr(config, name) < least:
+            faults.append(f"{name} is {getattr(config, name)}; it must be at least {least}")
     if config.devices > hardware.per_node and config.devices % hardware.per_node:
         faults.append(
             f"devices is {config.devices}; a machine has {hardware.per_node} of them, so it must "
@@ -403,12 +433,19 @@ def _plan_training(config: PlanConfig, shape: GPTConfig, hardware: Device) -> Pl
 
 def _plan_sweep(config: PlanConfig, shape: GPTConfig, hardware: Device) -> Plan:
     """Every device decodes its share of the samples; each step reads the weights and the caches."""
-    samples = -(-config.problems * config.samples // config.devices)
-    slots = min(config.slots, samples)
+    each = (config.samples + 1) * (config.budgets + 1)  # of a problem: a greedy one, unlimited
+    samples = -(-config.problems * each // config.devices)
     prompt, new, a = config.prompt_tokens, config.new_tokens, BYTES[config.precision]
-    memory = sampling_memory(
-        shape, slots=slots, prompt=prompt, new=new, itemsize=a, triton=hardware.gpu
-    )
+
+    def need(slots: int) -> dict[str, float]:
+        return sampling_memory(
+            shape, slots=slots, prompt=prompt, new=new, itemsize=a, triton=hardware.gpu
+        )
+
+    slots = min(config.slots or SLOTS, samples)
+    while not config.slots and slots > 1 and sum(need(slots).values()) > hardware.memory:
+        slots //= 2
+    memory = need(slots)
     require(
         memory,
         hardware.memory,
@@ -419,7 +456,7 @@ def _plan_sweep(config: PlanConfig, shape: GPTConfig, hardware: Device) -> Plan:
     rounds = samples / slots
     # On average half of the new tokens stand in the cache; a prompt is read once for its samples.
     position = 2 * shape.n_layer * shape.n_kv_head * shape.head_dim * a
-    cache = position * (slots * new / 2 + prompt * slots / min(config.samples, slots))
+    cache = position * (slots * new / 2 + prompt * slots / min(each, slots))
     reads = (a * parameter_count(shape) + cache) / stream
     # A token's attention, over the positions that it sees on average.
     attention = 4 * shape.n_layer * shape.n_head * shape.head_dim * (prompt + new / 2)
@@ -431,12 +468,16 @@ def _plan_sweep(config: PlanConfig, shape: GPTConfig, hardware: Device) -> Plan:
     step = max(reads, flops / rate) if hardware.gpu else reads + flops / rate
     # A prompt is read once for all its samples, and asks for the head at its end alone.
     head = 2 * shape.n_embd * shape.vocab_size
-    read = samples / config.samples * (prompt * (shape.flops_per_token(prompt) - head) + head)
+    read = samples / each * (prompt * (shape.flops_per_token(prompt) - head) + head)
     return Plan(
         config,
         shape,
         hardware,
         memory,
         {"prompts": read / rate, "decoding": steps * step},
-        notes=[f"{config.problems * config.samples:,} samples of {new} tokens"],
+        notes=[
+            f"{config.problems * each:,} samples of up to {new} tokens, {slots} at once: "
+            f"{config.problems} problems × ({config.samples} samples + a greedy one) × "
+            f"({config.budgets} budgets + unlimited)"
+        ],
     )

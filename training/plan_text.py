@@ -1,8 +1,11 @@
 """A plan in words, as `ponder plan` prints it, and the accelerate command of its layout."""
 
+import shlex
+
+from ..models.gpt import GPTConfig
 from ..models.memory import GIB, parameter_count
-from .config import PRESETS
-from .plan import Plan
+from .config import PRESETS, SHAPE, TrainConfig
+from .plan import MODELS, Plan
 
 
 def describe(plan: Plan, model: str) -> str:
@@ -65,13 +68,20 @@ def layout_text(plan: Plan) -> str:
 
 
 def launch(plan: Plan, model: str) -> str:
-    """The accelerate command whose layout this is, up to data and, without a preset, the shape."""
+    """The command that trains what was planned, in this layout; data are for the user to name."""
     layout, config, context = plan.layout, plan.config, plan.model.context
     assert layout is not None
     options = f"--context {context} --batch-size {plan.batch_tokens // context}"
-    options += f" --precision {config.precision} --optimizer {config.optimizer}"
+    options += f" --steps {plan.steps} --precision {config.precision}"
+    options += f" --optimizer {config.optimizer}"
     options += f" --accumulation {layout.accumulation}{' --recompute' if config.recompute else ''}"
-    words = f"-m ponder train{f' {model}' if model in PRESETS else ''}"
+    words = "-m ponder train"
+    if model in PRESETS:
+        words += f" {model}"
+    elif model.lower() in MODELS:
+        options = f"--data KIND:PLACE {_shape_flags(plan.model)} {options}"
+    else:
+        options = f"--data KIND:PLACE --init {shlex.quote(model)} {options}"
     if plan.devices == 1:
         return f"python {words} {options}"
     nodes = -(-plan.devices // plan.device.per_node)
@@ -85,3 +95,16 @@ def launch(plan: Plan, model: str) -> str:
                 f"--parallelism_config_dp_shard_size {layout.shards}",
             ]
     return f"accelerate launch {' '.join(flags)} {words} {options}"
+
+
+def _shape_flags(shape: GPTConfig) -> str:
+    """What `ponder train` is to be told of a named model: all that is not its default."""
+    words = [f"--tokenizer bpe:{shape.vocab_size}"]
+    for name in SHAPE:
+        flag, value = name.replace("_", "-"), getattr(shape, name)
+        if value == getattr(TrainConfig, name):
+            continue
+        words.append(
+            f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag} {value}"
+        )
+    return " ".join(words)

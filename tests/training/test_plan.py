@@ -1,3 +1,4 @@
+import shlex
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -11,6 +12,7 @@ from ponder.models.memory import GIB, parameter_count
 from ponder.training import PRESETS, TrainConfig
 from ponder.training.devices import DEVICES, Device, called, device
 from ponder.training.hardware import PRECISION, peak_flops
+from ponder.training.loop import model_config
 from ponder.training.memory import check_fits
 from ponder.training.plan import (
     MODELS,
@@ -59,7 +61,31 @@ def test_the_precision_is_what_the_device_has():
     for bf16, precision in ((1.5, "fp32"), (4.0, "bf16")):
         cpu = replace(device("h100"), gpu=False, peak={"fp32": 1e11, "bf16": bf16 * 1e11})
         with patch("ponder.training.plan.device", return_value=cpu):
-            assert plan(replace(ONE, device="cpu"), "demo").config.precision == precision
+            sweep = PlanConfig(what="sweep", device="cpu")
+            assert plan(sweep, "demo").config.precision == precision
+
+
+def test_a_cpu_is_asked_for_its_precision_as_a_training_asks_it(monkeypatch):
+    asked = []
+
+    def pays(*shape):
+        asked.append(shape)
+        return len(asked) > 1
+
+    cpu = replace(device("h100"), gpu=False, peak={"fp32": 1e11, "bf16": 4e11})
+    monkeypatch.setattr("ponder.training.plan.device", lambda _: cpu)
+    monkeypatch.setattr("ponder.training.hardware.bf16_pays_on_cpu", pays)
+    plans = [plan(replace(ONE, device="cpu"), name) for name in ("tiny", "124m")]
+    assert [p.config.precision for p in plans] == ["fp32", "bf16"]
+    assert asked == [(32, 64, 8 * 64), (256, 1024, 32 * 1024)]  # a wide one would take minutes
+    assert plans[1].batch_tokens == 32 * 1024  # no GPU's
+
+
+def test_a_batch_that_nobody_named_is_rounded_to_what_the_devices_share():
+    p = plan(replace(ONE, devices=3), "124m")
+    assert p.batch_tokens == 171 * 3 * 1024 and p.batch_tokens - 524_288 < 3 * 1024
+    p = plan(replace(ONE, devices=7), "gpt2")
+    assert (p.batch_tokens, p.steps) == (74 * 7 * 1024, round(5000 * 512 / 518))
 
 
 def test_gpt2_on_one_h100_is_a_matter_of_hours():
@@ -157,14 +183,40 @@ def test_muon_is_planned_in_fp32_where_bf16_has_no_units():
     assert seconds[0] == seconds[1] > seconds[2]
 
 
+def launched(p, model):
+    """The words behind `ponder train` in the line that a plan prints."""
+    return shlex.split(describe(p, model).split("ponder train ")[1].split("\n")[0])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_named_model_s_command_line_has_its_shape(name):
+    p = plan(PlanConfig(device="b200", devices=8, batch_tokens=8 * 4096, tokens=1e9), name)
+    asked = tyro.cli(TrainConfig, args=launched(p, name))
+    assert model_config(asked, int(asked.tokenizer.removeprefix("bpe:"))) == p.model
+    assert asked.steps == p.steps and asked.batch_size * asked.context == p.batch_tokens
+    with pytest.raises(ValueError, match="data is 'KIND:PLACE'; it must be task:NAME"):
+        asked.check()
+
+
+def test_a_folder_s_command_line_goes_on_from_it(tmp_path):
+    folder = tmp_path / "my model"
+    GPT(replace(MODELS["124m"], n_layer=1, vocab_size=100, context=64)).save_pretrained(folder)
+    p = plan(replace(ONE, batch_tokens=64), str(folder))
+    asked = tyro.cli(TrainConfig, args=launched(p, str(folder)))
+    assert (asked.init, asked.context, asked.steps) == (str(folder), 64, p.steps)
+    with pytest.raises(ValueError, match="context is 128; .*my model has one of 64"):
+        plan(replace(ONE, context=128), str(folder))
+
+
 def test_the_command_line_of_a_plan_is_the_plan(capsys):
     """What `ponder plan` says to launch parses, and its batch is the planned one."""
     config = replace(ONE, devices=8, optimizer="adamw")
     p = plan(config, "gpt2")
-    words = describe(p, "gpt2").split("ponder train ")[1].split("\n")[0].split()
+    words = launched(p, "gpt2")
     assert words[0] == "gpt2"
     asked = tyro.cli(TrainConfig, default=PRESETS["gpt2"](), args=words[1:])
     asked.check()
+    assert asked.steps == p.steps
     assert asked.batch_size * asked.context == p.batch_tokens == 524_288
     assert asked.batch_size == 8 * p.layout.rows * asked.accumulation
     assert (asked.optimizer, asked.precision) == ("adamw", "bf16")
@@ -196,7 +248,7 @@ def test_long_prompts_are_paid_for():
 
 
 def test_a_cpu_reads_and_computes_in_turn_and_a_gpu_at_once():
-    config = PlanConfig(what="sweep", precision="fp32", slots=64)
+    config = PlanConfig(what="sweep", precision="fp32", slots=64, prompt_tokens=256, new_tokens=512)
 
     def decoding(gpu, peak, bandwidth):
         hardware = Device("own", {"fp32": peak}, bandwidth, 2**36, 1e9, gpu=gpu)
@@ -240,6 +292,28 @@ def test_a_sweep_reads_weights_and_caches():
     assert spread.total_seconds == pytest.approx(once.total_seconds / 4, rel=0.05)
     with pytest.raises(ValueError, match="decoding 4096 samples of 256 . 512 tokens.*fewer slots"):
         plan(replace(config, slots=4096, problems=1000), "7b")
+
+
+def test_a_sweep_draws_at_every_budget_and_greedily_besides():
+    config = PlanConfig(what="sweep", problems=10, samples=4, budgets=2, slots=5)
+    p = plan(config, "124m")
+    assert p.notes == [
+        "150 samples of up to 512 tokens, 5 at once: 10 problems × (4 samples + a greedy one) × "
+        "(2 budgets + unlimited)"
+    ]
+    alone = plan(replace(config, budgets=0), "124m")
+    assert p.seconds["decoding"] == pytest.approx(3 * alone.seconds["decoding"], rel=0.05)
+    assert p.seconds["prompts"] == pytest.approx(alone.seconds["prompts"])  # shared by all budgets
+
+
+def test_a_sweep_s_lengths_and_slots_are_what_the_model_and_the_device_take():
+    demo = plan(PlanConfig(what="sweep"), "demo").config
+    assert (demo.prompt_tokens, demo.new_tokens) == (21, 43)
+    assert plan(PlanConfig(what="sweep", new_tokens=50), "demo").config.prompt_tokens == 14
+    named = plan(PlanConfig(what="sweep"), "124m")
+    assert (named.config.prompt_tokens, named.config.new_tokens) == (256, 512)
+    assert "512 at once" in named.notes[0]
+    assert "64 at once" in plan(PlanConfig(what="sweep"), "7b").notes[0]
 
 
 def test_training_refuses_what_cannot_fit_and_says_what_would():
@@ -297,7 +371,8 @@ def test_this_machine_is_measured():
         ({}, "9t", "no model is named '9t'; there are 124m"),
         (dict(device="t4", precision="bf16"), "124m", "precision is bf16; T4 has fp16, fp32"),
         (dict(batch_tokens=1000), "124m", "batch_tokens is 1000; 1 devices share whole sequences"),
-        (dict(devices=7), "124m", "in multiples of 7168"),
+        (dict(devices=7, batch_tokens=524_288), "124m", "in multiples of 7168"),
+        (dict(what="sweep", budgets=-1), "124m", "budgets is -1; it must be at least 0"),
         (dict(devices=0), "124m", "devices is 0"),
         (
             dict(devices=100),
