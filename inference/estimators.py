@@ -95,6 +95,27 @@ def _binomial(n: int, rate: float, most: int) -> np.ndarray:
     return np.where(i <= n, np.exp(log + xlogy(i, rate) + xlog1py(left, -rate)), 0.0)
 
 
+class Preference(NamedTuple):
+    """Of all pairs of a right and a wrong sample of one problem: how many, of how many problems,
+    and the share in which the right one is valued higher, ties half; NaN where there are none."""
+
+    share: float
+    pairs: int
+    problems: int
+
+
+def preference(values: np.ndarray, correct: np.ndarray) -> Preference:
+    """How well values (P, N) tell right samples (P, N) from wrong ones of the same problem: what
+    choosing among samples rests on. (The Mann-Whitney statistic within problems: over all of them
+    at once it would count telling easy problems from hard ones, too.)"""
+    won = pairs = problems = 0
+    for value, right in zip(values, correct, strict=True):
+        difference = value[right][:, None] - value[~right]
+        won += (difference > 0).sum() + (difference == 0).sum() / 2
+        pairs, problems = pairs + difference.size, problems + bool(difference.size)
+    return Preference(float(won / pairs) if pairs else np.nan, pairs, problems)
+
+
 def weighted_vote_at_k(
     answers: np.ndarray,
     correct: np.ndarray,

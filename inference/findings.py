@@ -16,7 +16,7 @@ from .page import budget_order, spread, vote_text
 from .policy import Policy, bins_of, compute_optimal
 from .scores import latest, scores_of
 from .store import Pool, Store
-from .strategies import STRATEGIES
+from .strategies import STRATEGIES, mean_log_probability
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Findings:
     choosing: list[dict[str, Any]]
     outcomes: dict[int | None, tuple[float, ...]]
     ways: "Ways | None"
+    preference: dict[str, estimators.Preference]
     coverage: list[dict[str, Any]]
     control: list[dict[str, Any]]
     searches: list[dict[str, Any]]
@@ -41,6 +42,7 @@ class Findings:
             choosing=choosing(curves),
             outcomes=outcome_shares(curves, store) if pool else {},
             ways=ways(curves, store) if pool else None,
+            preference=preferences(curves, store) if pool else {},
             coverage=coverage_rows(curves, store) if pool else [],
             control=control_rows(curves, store),
             searches=search_rows(curves, store) if pool else [],
@@ -66,6 +68,7 @@ class Findings:
                 for budget, (mode, outvoted, never) in self.outcomes.items()
             ],
             "ways": self.ways and asdict(self.ways),
+            "preference": self.preference,
             "coverage": self.coverage,
             "control": self.control,
             "searches": [
@@ -162,6 +165,23 @@ def ways(curves: Curves, store: Store) -> Ways | None:
             agreement = _agreement(pool, greedy)
     right = pool.correct[several].sum(1).mean()
     return Ways(pool.budget, float(right), float(np.mean(texts)), agreement)
+
+
+def preferences(curves: Curves, store: Store) -> dict[str, estimators.Preference]:
+    """How well a token's mean probability, and a verifier where one scored the samples, tell a
+    problem's right samples from its wrong ones, at the greatest budget."""
+    gain, verifier = curves.gain(), latest(store)
+    pool = curves.pool(store, gain[0].think_budget) if gain else None
+    if pool is None:
+        return {}
+    values = {"probability": mean_log_probability(pool)}
+    if verifier is not None and (scores := scores_of(store, pool, verifier)) is not None:
+        values["verifier"] = scores.end if np.isfinite(scores.end).all() else scores.last
+    return {
+        name: estimators.preference(value, pool.correct)
+        for name, value in values.items()
+        if np.isfinite(value).all()
+    }
 
 
 def _agreement(pool: Pool, greedy: Pool) -> float:

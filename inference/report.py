@@ -153,6 +153,7 @@ def html(
             by_coverage=any(row["fit"] for row in found.coverage)
             and svg(draw_coverage, "coverage", found.coverage, **small),
             ways=found.ways,
+            preference=found.preference,
             outcomes=shares
             and svg(draw_outcomes, "outcomes", shares, width=4.8, height=1.6 + 0.34 * len(shares)),
             policy=policy,

@@ -16,13 +16,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from .store import Store
 
+T = TypeVar("T")
 LOOK_EVERY_SECONDS = 0.1
 sweeps = itertools.count()  # of this process: what one of them shared is not the next one's
 FAREWELL_SECONDS = 20.0  # that the first process, which may host what they share, waits for others
@@ -48,8 +49,11 @@ class Shard:
         """Where this process keeps its samples."""
         return folder / ("samples.sqlite" if self.count == 1 else f"samples-{self.rank}.sqlite")
 
-    def agreed(self, decide: Callable[[], Any]) -> Any:
-        """What `decide` returns in the first process; its ValueError ends them all."""
+    def agreed(
+        self, decide: Callable[[], T], tell: Callable[[T], Any] = lambda value: value
+    ) -> Any:
+        """What `decide` returns in the first process, and in the others what `tell` makes of it;
+        its ValueError ends them all."""
         self.meetings += 1
         if not self.first:
             decided, value = self._read(0)
@@ -61,7 +65,7 @@ class Shard:
         except ValueError:
             self._write([False, None])
             raise
-        self._write([True, value])
+        self._write([True, tell(value)])
         return value
 
     def gathered(self, value: Any) -> list[Any]:

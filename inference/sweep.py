@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,7 +31,7 @@ from .server import Refused
 from .shards import Shard, joined, merge
 from .speaker import Ask, Completion, Speaker, open_speaker
 from .store import Key, Record, Store, params_text, parse_params
-from .verifier import open_verifier
+from .verifier import Scorer, open_verifier
 
 T = TypeVar("T")
 GREEDY = SamplingParams(temperature=0.0)
@@ -68,121 +68,10 @@ def _terminable() -> Iterator[None]:
 
 
 def _sweep(config: SweepConfig, shard: Shard, held: ExitStack) -> Path:
-    task = tasks.get(config.task)
-    problems = task.problems(config.split, config.problems, config.seed)
-    prompts = [problem.prompt for problem in problems]
-    verifier = open_verifier(config.verifier) if config.verifier else None
-
-    def opened(
-        precision: str, budgets: tuple[int, ...] | None
-    ) -> tuple[Speaker, int, Searches, tuple[int, ...]]:
-        speaker = open_speaker(
-            config,
-            slots=config.slots or (16 if config.engine == "transformers" else 512),
-            precision=precision,
-            budgets=budgets != (),
-            cue=_cue(config, task),
-        )
-        if budgets is None:
-            most = speaker.fit(prompts, budgets=[], max_tokens=config.max_tokens)
-            budgets = own_budgets(task, problems, speaker.length, most)
-        most = speaker.fit(prompts, budgets=budgets, max_tokens=config.max_tokens)
-        # Not of what is there already, and a server's answers are shorter than what they may be.
-        if verifier is not None and speaker.shape is not None and not config.resume:
-            verifier.check(prompts, most)
-        params = replace(_sampled(config), max_tokens=most)
-        return speaker, most, Searches(config, task, speaker, params, verifier), budgets
-
-    folder = config.out / "sweep"
-    found: list[tuple] = []  # what the first process opened, not to be opened twice
-
-    def begin() -> tuple[dict[str, Any], tuple[int, ...]]:
-        """Claim the folder; the identity of its store, and the budgets."""
-        precision, budgets = config.precision, config.budgets
-        if config.resume and (config.out / "run.json").exists():
-            # What was chosen when the sweep began; a busier moment would measure another precision.
-            before = read_run(config.out).get("sweep", {}).get("configuration", {})
-            if precision == "auto":
-                precision = before.get("precision", "auto")
-            if budgets is None and "budgets" in before:
-                budgets = tuple(before["budgets"])
-        found.append(opened(precision, budgets))
-        speaker, *_, budgets = found[0]
-        identity = {k: v for k, v in asdict(config).items() if k not in PRACTICAL}
-        identity |= {
-            "budgets": budgets,
-            "model_hash": speaker.identity["model"],
-            "precision": speaker.identity["precision"],
-        }
-        folder.mkdir(parents=True, exist_ok=True)
-        held.enter_context(alone_in(folder))
-        open_run(config.out, "sweep", identity, resume=config.resume)
-        if speaker.shape is not None:  # for reports when the model is not there any more
-            note(config.out, "sweep", {"shape": asdict(speaker.shape)})
-        of_store = {**speaker.identity, "task": config.task, "split": config.split}
-        with Store(folder / "samples.sqlite", identity=of_store) as store:
-            merge(folder, store)  # what a killed run left
-        return of_store, budgets
-
-    identity, budgets = shard.agreed(begin)
-    speaker, most, searches, _ = found[0] if found else opened(identity["precision"], budgets)
-    with Store(folder / "samples.sqlite", identity=identity) as whole:
-        mine = shard.problems(len(problems))
-        wanted = _wanted(config, whole, mine, budgets)
-        keys = searches.wanted(whole, mine)
-        begun = len(whole) > 0
-    if shard.first and (wanted or keys):  # seconds depend on it; a sweep that goes on may change it
-        before = read_run(config.out)["sweep"].get("slots", [])
-        note(config.out, "sweep", {"slots": sorted({*before, speaker.slots})})
-    part = partial(Store, shard.store(folder), identity=identity)
-    with part() as store:
-        store.add_problems(problems)
-    asks = (
-        Ask(
-            prompt=problems[key.problem].prompt,
-            params=_params(config, key, max_tokens=most),
-            seed=config.seed,
-            index=key.sample,
-            key=key,
-        )
-        for key in wanted
-    )
-    records = (_record(c, task, problems) for c in speaker.generate(asks))
-    try:
-        _keep(records, part, Store.add, _bar(len(wanted), "sample", shard))
-    except Refused:
-        if not begun:  # else all that is lacking may be what a server refuses
-            raise
-    if keys:
-        _keep(
-            searches.run(keys, problems), part, search_table.add, _bar(len(keys), "search", shard)
-        )
-    failures = sum(map(Counter, shard.gathered(speaker.failures)), Counter[str]())
-
-    page = config.out / "report" / "index.html"
-
-    def end() -> int:
-        """Merge, report; the number of samples that are lacking."""
-        with Store(folder / "samples.sqlite", identity=identity) as store:
-            merge(folder, store)
-            lacking = len(_wanted(config, store, range(len(problems)), budgets))
-            results = []
-            if verifier is not None:
-                score(store, verifier, say=True)
-            if len(store):
-                results = evaluate(
-                    store,
-                    shape=speaker.shape,
-                    samples=config.samples,
-                    seed=config.seed,
-                    model=config.model,
-                )
-            if results or not lacking:
-                run = read_run(config.out)["sweep"]
-                write_report(page.parent, results, store, run=run)
-            return lacking
-
-    lacking = shard.agreed(end)
+    claimed = shard.agreed(lambda: _claim(config, held), tell=Opened.facts)
+    opened = claimed if shard.first else _open(config, **claimed)
+    failures = _draw(opened, shard)
+    lacking, page = shard.agreed(lambda: _finish(opened))
     if lacking and not shard.first:
         raise SystemExit(1)
     if lacking:
@@ -192,7 +81,157 @@ def _sweep(config: SweepConfig, shard: Shard, held: ExitStack) -> Path:
             f"{lacking} samples did not arrive{why}; what arrived is in {config.out}: say "
             "--resume to ask for the rest"
         )
-    return page
+    return Path(page)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A sweep that can be drawn: whom it asks, for what."""
+
+    config: SweepConfig
+    task: tasks.Task
+    problems: list[tasks.Problem]
+    budgets: tuple[int, ...]
+    speaker: Speaker
+    most: int  # new tokens of a sample
+    searches: Searches
+    verifier: Scorer | None
+
+    @property
+    def folder(self) -> Path:
+        return self.config.out / "sweep"
+
+    def facts(self) -> dict[str, Any]:
+        """What another process opens it with."""
+        return {"precision": self.speaker.identity["precision"], "budgets": self.budgets}
+
+    def store(self, path: Path | None = None) -> Store:
+        """The samples of all, or those at `path`."""
+        of = {**self.speaker.identity, "task": self.config.task, "split": self.config.split}
+        return Store(path or self.folder / "samples.sqlite", identity=of)
+
+    def wanted(self, store: Store, problems: range) -> list[Key]:
+        """The samples of these problems that the store lacks, a problem's side by side, so that
+        they share one prefill."""
+        keys, config = [], self.config
+        for params, samples in ((GREEDY, 1), (_sampled(config), max(config.samples))):
+            for extend in (0, *dict.fromkeys(config.extend)):
+                keys += store.missing(
+                    problems=problems,
+                    budgets=[None] if extend else [*dict.fromkeys(self.budgets), None],
+                    params=params_text(replace(params, extend=extend)),
+                    seed=config.seed,
+                    samples=samples,
+                )
+        return sorted(keys, key=lambda key: key.problem)
+
+    def ask(self, key: Key) -> Ask:
+        known = parse_params(key.params)
+        params = replace(
+            _sampled(self.config) if known["temperature"] else GREEDY,
+            max_tokens=self.most,
+            budget=key.budget,
+            extend=int(known.get("extend", 0)),
+        )
+        prompt = self.problems[key.problem].prompt
+        return Ask(prompt, params, seed=self.config.seed, index=key.sample, key=key)
+
+
+def _claim(config: SweepConfig, held: ExitStack) -> Opened:
+    """Open the sweep and take its folder, until `held` is let go; ValueError where it holds
+    another one."""
+    precision, budgets = config.precision, config.budgets
+    if config.resume and (config.out / "run.json").exists():
+        # What was chosen when the sweep began; a busier moment would measure another precision.
+        before = read_run(config.out).get("sweep", {}).get("configuration", {})
+        if precision == "auto":
+            precision = before.get("precision", "auto")
+        if budgets is None and "budgets" in before:
+            budgets = tuple(before["budgets"])
+    opened = _open(config, precision, budgets)
+    identity = {k: v for k, v in asdict(config).items() if k not in PRACTICAL}
+    identity |= opened.facts() | {"model_hash": opened.speaker.identity["model"]}
+    opened.folder.mkdir(parents=True, exist_ok=True)
+    held.enter_context(alone_in(opened.folder))
+    open_run(config.out, "sweep", identity, resume=config.resume)
+    if opened.speaker.shape is not None:  # for reports when the model is not there any more
+        note(config.out, "sweep", {"shape": asdict(opened.speaker.shape)})
+    with opened.store() as store:
+        merge(opened.folder, store)  # what a killed run left
+    return opened
+
+
+def _open(config: SweepConfig, precision: str, budgets: Sequence[int] | None) -> Opened:
+    """Draw the problems and load the model; ValueError for what it cannot be asked."""
+    task = tasks.get(config.task)
+    problems = task.problems(config.split, config.problems, config.seed)
+    prompts = [problem.prompt for problem in problems]
+    verifier = open_verifier(config.verifier) if config.verifier else None
+    speaker = open_speaker(
+        config,
+        slots=config.slots or (16 if config.engine == "transformers" else 512),
+        precision=precision,
+        budgets=budgets is None or len(budgets) > 0,
+        cue=_cue(config, task),
+    )
+    if budgets is None:
+        most = speaker.fit(prompts, budgets=[], max_tokens=config.max_tokens)
+        budgets = own_budgets(task, problems, speaker.length, most)
+    most = speaker.fit(prompts, budgets=budgets, max_tokens=config.max_tokens)
+    # Not of what is there already, and a server's answers are shorter than what they may be.
+    if verifier is not None and speaker.shape is not None and not config.resume:
+        verifier.check(prompts, most)
+    params = replace(_sampled(config), max_tokens=most)
+    searches = Searches(config, task, speaker, params, verifier)
+    return Opened(config, task, problems, tuple(budgets), speaker, most, searches, verifier)
+
+
+def _draw(opened: Opened, shard: Shard) -> Counter[str]:
+    """Draw this process's part of what the store lacks; why samples of any did not arrive."""
+    speaker, out = opened.speaker, opened.config.out
+    mine = shard.problems(len(opened.problems))
+    with opened.store() as whole:
+        wanted, keys = opened.wanted(whole, mine), opened.searches.wanted(whole, mine)
+        begun = len(whole) > 0
+    if shard.first and (wanted or keys):  # seconds depend on it; a sweep that goes on may change it
+        before = read_run(out)["sweep"].get("slots", [])
+        note(out, "sweep", {"slots": sorted({*before, speaker.slots})})
+    part = partial(opened.store, shard.store(opened.folder))
+    with part() as store:
+        store.add_problems(opened.problems)
+    completions = speaker.generate(map(opened.ask, wanted))
+    records = (_record(c, opened.task, opened.problems) for c in completions)
+    try:
+        _keep(records, part, Store.add, _bar(len(wanted), "sample", shard))
+    except Refused:
+        if not begun:  # else all that is lacking may be what a server refuses
+            raise
+    if keys:
+        found = opened.searches.run(keys, opened.problems)
+        _keep(found, part, search_table.add, _bar(len(keys), "search", shard))
+    return sum(map(Counter, shard.gathered(speaker.failures)), Counter[str]())
+
+
+def _finish(opened: Opened) -> tuple[int, str]:
+    """Merge, evaluate, report; how many samples are lacking, and the report's page."""
+    config, page = opened.config, opened.config.out / "report" / "index.html"
+    with opened.store() as store:
+        merge(opened.folder, store)
+        lacking = len(opened.wanted(store, range(len(opened.problems))))
+        results = []
+        if opened.verifier is not None:
+            score(store, opened.verifier, say=True)
+        if len(store):
+            results = evaluate(
+                store,
+                shape=opened.speaker.shape,
+                samples=config.samples,
+                seed=config.seed,
+                model=config.model,
+            )
+        if results or not lacking:
+            write_report(page.parent, results, store, run=read_run(config.out)["sweep"])
+    return lacking, str(page)
 
 
 def _bar(total: int, unit: str, shard: Shard) -> tqdm:
@@ -281,35 +320,6 @@ def _cue(config: SweepConfig, task: tasks.Task) -> str | None:
             "one that the model was trained on"
         )
     return cue
-
-
-def _params(config: SweepConfig, key: Key, *, max_tokens: int) -> SamplingParams:
-    """How the sample of that key is drawn."""
-    known = parse_params(key.params)
-    return replace(
-        _sampled(config) if known["temperature"] else GREEDY,
-        max_tokens=max_tokens,
-        budget=key.budget,
-        extend=int(known.get("extend", 0)),
-    )
-
-
-def _wanted(
-    config: SweepConfig, store: Store, problems: range, budgets: tuple[int, ...]
-) -> list[Key]:
-    """The samples of these problems that the store lacks, a problem's side by side, so that they
-    share one prefill."""
-    keys = []
-    for params, samples in ((GREEDY, 1), (_sampled(config), max(config.samples))):
-        for extend in (0, *dict.fromkeys(config.extend)):
-            keys += store.missing(
-                problems=problems,
-                budgets=[None] if extend else [*dict.fromkeys(budgets), None],
-                params=params_text(replace(params, extend=extend)),
-                seed=config.seed,
-                samples=samples,
-            )
-    return sorted(keys, key=lambda key: key.problem)
 
 
 def redraw(folder: Path) -> Path:

@@ -17,6 +17,7 @@ from ponder.inference.estimators import (
     leaders,
     maj_at_k,
     pass_at_k,
+    preference,
     stop_early,
     unanimous_rule,
     weighted_vote_at_k,
@@ -298,3 +299,14 @@ def test_k_out_of_range_is_named(k):
     ):
         with pytest.raises(ValueError, match=f"k is {k}; .* from 1 to 3"):
             estimate()
+
+
+def test_preference_is_within_problems():
+    """Values that know how hard a problem is, and nothing of its samples, are worth a coin."""
+    correct = np.array([[True, True, True, False], [True, False, False, False], [False] * 4])
+    hard = np.repeat([[0.9], [0.2], [0.1]], 4, axis=1)
+    assert preference(hard, correct) == (0.5, 6, 2)
+    assert preference(hard + 0.05 * correct, correct) == (1, 6, 2)
+    one = np.array([[0.1, 0.5, 0.9, 0.5], [0.5, 0.6, 0.4, 0.5], [1, 2, 3, 4]])
+    assert preference(one, correct).share == (0 + 0.5 + 1 + 0 + 0.5 + 1) / 6
+    assert np.isnan(preference(one[2:], correct[2:]).share)
