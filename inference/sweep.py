@@ -186,6 +186,50 @@ def _open(config: SweepConfig, precision: str, budgets: Sequence[int] | None) ->
     return Opened(config, task, problems, tuple(budgets), speaker, most, searches, verifier)
 
 
+def _cue(config: SweepConfig, task: tasks.Task) -> str | None:
+    """What takes a thought up again; None where nothing asks for it."""
+    if not config.extend and "revise" not in config.searches.search:
+        return None
+    cue = config.cue or getattr(task, "cue", None)
+    if cue is None:
+        raise ValueError(
+            f"{task.name} has no cue of its own to take a thought up again with; say --cue TEXT, "
+            "one that the model was trained on"
+        )
+    return cue
+
+
+def own_budgets(
+    task: tasks.Task, problems: list[tasks.Problem], length: Callable[[str], int], most: int
+) -> tuple[int, ...]:
+    """Thinking budgets that fit a task: fifths of the steps, as far as whole ones go, of the
+    longest chain of thought that the task has for these problems, none of it beyond `most` new
+    tokens. length: how many tokens a text is. ValueError where the task has none."""
+    traces = {task.trace(problem): problem for problem in problems}
+    for whole in sorted(filter(None, traces), key=len, reverse=True):
+        if length(whole) + 2 > most:  # </think> and an answer are to come
+            continue
+        ends = [0]
+        for steps in range(1, len(whole) + 1):
+            ends.append(length(cut := task.trace(traces[whole], steps)))
+            if cut == whole:
+                break
+        return tuple(dict.fromkeys(ends[round((len(ends) - 1) * i / 5)] for i in range(5)))
+    raise ValueError(
+        f"{task.name} has no worked chain of thought of at most {max(0, most - 2)} tokens to take "
+        "budgets from; say which, as in --budgets 0 256 1024, or --budgets with no number"
+    )
+
+
+def _sampled(config: SweepConfig) -> SamplingParams:
+    return SamplingParams(
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        min_p=config.min_p,
+    )
+
+
 def _draw(opened: Opened, shard: Shard) -> Counter[str]:
     """Draw this process's part of what the store lacks; why samples of any did not arrive."""
     speaker, out = opened.speaker, opened.config.out
@@ -212,26 +256,22 @@ def _draw(opened: Opened, shard: Shard) -> Counter[str]:
     return sum(map(Counter, shard.gathered(speaker.failures)), Counter[str]())
 
 
-def _finish(opened: Opened) -> tuple[int, str]:
-    """Merge, evaluate, report; how many samples are lacking, and the report's page."""
-    config, page = opened.config, opened.config.out / "report" / "index.html"
-    with opened.store() as store:
-        merge(opened.folder, store)
-        lacking = len(opened.wanted(store, range(len(opened.problems))))
-        results = []
-        if opened.verifier is not None:
-            score(store, opened.verifier, say=True)
-        if len(store):
-            results = evaluate(
-                store,
-                shape=opened.speaker.shape,
-                samples=config.samples,
-                seed=config.seed,
-                model=config.model,
-            )
-        if results or not lacking:
-            write_report(page.parent, results, store, run=read_run(config.out)["sweep"])
-    return lacking, str(page)
+def _record(completion: Completion, task: tasks.Task, problems: list[tasks.Problem]) -> Record:
+    key: Key = completion.ask.key
+    answer, correct = tasks.judge(task, problems[key.problem], completion.text)
+    return Record(
+        key=key,
+        text=completion.text,
+        answer=answer,
+        correct=correct,
+        prompt_tokens=completion.prompt_tokens,
+        sampled_tokens=completion.sampled_tokens,
+        forced_tokens=completion.forced_tokens,
+        think_tokens=completion.think_tokens,
+        logprob=completion.logprob,
+        finish=completion.finish,
+        seconds=completion.seconds,
+    )
 
 
 def _bar(total: int, unit: str, shard: Shard) -> tqdm:
@@ -278,48 +318,26 @@ def _batches(arrived: "queue.SimpleQueue[T | None]") -> Iterator[list[T]]:
             return
 
 
-def _sampled(config: SweepConfig) -> SamplingParams:
-    return SamplingParams(
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        min_p=config.min_p,
-    )
-
-
-def own_budgets(
-    task: tasks.Task, problems: list[tasks.Problem], length: Callable[[str], int], most: int
-) -> tuple[int, ...]:
-    """Thinking budgets that fit a task: fifths of the steps, as far as whole ones go, of the
-    longest chain of thought that the task has for these problems, none of it beyond `most` new
-    tokens. length: how many tokens a text is. ValueError where the task has none."""
-    traces = {task.trace(problem): problem for problem in problems}
-    for whole in sorted(filter(None, traces), key=len, reverse=True):
-        if length(whole) + 2 > most:  # </think> and an answer are to come
-            continue
-        ends = [0]
-        for steps in range(1, len(whole) + 1):
-            ends.append(length(cut := task.trace(traces[whole], steps)))
-            if cut == whole:
-                break
-        return tuple(dict.fromkeys(ends[round((len(ends) - 1) * i / 5)] for i in range(5)))
-    raise ValueError(
-        f"{task.name} has no worked chain of thought of at most {max(0, most - 2)} tokens to take "
-        "budgets from; say which, as in --budgets 0 256 1024, or --budgets with no number"
-    )
-
-
-def _cue(config: SweepConfig, task: tasks.Task) -> str | None:
-    """What takes a thought up again; None where nothing asks for it."""
-    if not config.extend and "revise" not in config.searches.search:
-        return None
-    cue = config.cue or getattr(task, "cue", None)
-    if cue is None:
-        raise ValueError(
-            f"{task.name} has no cue of its own to take a thought up again with; say --cue TEXT, "
-            "one that the model was trained on"
-        )
-    return cue
+def _finish(opened: Opened) -> tuple[int, str]:
+    """Merge, evaluate, report; how many samples are lacking, and the report's page."""
+    config, page = opened.config, opened.config.out / "report" / "index.html"
+    with opened.store() as store:
+        merge(opened.folder, store)
+        lacking = len(opened.wanted(store, range(len(opened.problems))))
+        results = []
+        if opened.verifier is not None:
+            score(store, opened.verifier, say=True)
+        if len(store):
+            results = evaluate(
+                store,
+                shape=opened.speaker.shape,
+                samples=config.samples,
+                seed=config.seed,
+                model=config.model,
+            )
+        if results or not lacking:
+            write_report(page.parent, results, store, run=read_run(config.out)["sweep"])
+    return lacking, str(page)
 
 
 def redraw(folder: Path) -> Path:
@@ -372,21 +390,3 @@ def _stored(
             model=name or configuration["model"],
         )
         yield runs["sweep"], store, results
-
-
-def _record(completion: Completion, task: tasks.Task, problems: list[tasks.Problem]) -> Record:
-    key: Key = completion.ask.key
-    answer, correct = tasks.judge(task, problems[key.problem], completion.text)
-    return Record(
-        key=key,
-        text=completion.text,
-        answer=answer,
-        correct=correct,
-        prompt_tokens=completion.prompt_tokens,
-        sampled_tokens=completion.sampled_tokens,
-        forced_tokens=completion.forced_tokens,
-        think_tokens=completion.think_tokens,
-        logprob=completion.logprob,
-        finish=completion.finish,
-        seconds=completion.seconds,
-    )
