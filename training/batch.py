@@ -37,6 +37,7 @@ class Source(Protocol):
 
     fingerprint: Any
     """equal for sources that give the same rows; JSON"""
+    # One that repeats itself has rows_once, a float: the rows that hold all of it once.
 
     def rows(self, step: int, start: int, count: int) -> Batch:
         """`count` rows for a step, before which the source has given `start`."""

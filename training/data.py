@@ -84,6 +84,12 @@ class Data:
         """Batches that hold every validation token of every source once."""
         return chain.from_iterable(source.validation() for source in self.sources)
 
+    def passes(self, steps: int) -> list[float | None]:
+        """How often so many steps see each source; None for one that never repeats."""
+        once = [getattr(source, "rows_once", None) for source in self.sources]
+        given = self.given(steps * self.batch_size)
+        return [rows / all_ if all_ else None for rows, all_ in zip(given, once, strict=True)]
+
 
 def open_corpus(config: TrainConfig, name: str) -> Corpus:
     """What KIND:PLACE names, before any of it is read."""
@@ -119,5 +125,25 @@ def load_data(config: TrainConfig) -> Data:
         if most:
             source.rows(0, 0, most)
     if os.environ.get("RANK", "0") == "0":
-        print(*filter(None, [vocabulary.note]), *sources, sep="\n")
+        lines = [vocabulary.note, *map(_thinks, corpora)]
+        for source, passes in zip(sources, data.passes(config.steps), strict=True):
+            times = f"; {config.steps:,} steps make {times_of(passes)} over it" if passes else ""
+            lines.append(f"{source}{times}")
+        print(*filter(None, lines), sep="\n")
     return data
+
+
+def times_of(passes: float) -> str:
+    return f"{passes:.2g} passes" if passes < 10 else f"{passes:,.0f} passes"
+
+
+def _thinks(corpus: Corpus) -> str:
+    """What a text that happens to hold <think> is told; tasks and worked answers are to have it."""
+    if not isinstance(corpus, LongText | Documents) or not corpus.thinks():
+        return ""
+    if isinstance(corpus, Documents) and corpus.schema == "worked":
+        return ""
+    return (
+        f"{corpus.name} holds <think>, which becomes a token of its own: sweep and generate will "
+        "take the model for one that thinks before it answers"
+    )

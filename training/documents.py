@@ -16,7 +16,7 @@ from .config import TrainConfig
 from .packing import PackedRows, Pieces, Shorten, cut, pack
 from .render import renderer, schema_of
 from .sources import open_rows
-from .tokenizer import THOUGHT, Vocabulary, specials
+from .tokenizer import THOUGHT, Vocabulary, check_known, specials
 from .tokens import open_tokens, tokenize
 
 LOOK_ROWS = 256  # that say whether a data set holds thoughts
@@ -76,6 +76,7 @@ class Documents:
             return tokenize(folder, self.name, self.data, render, vocabulary, self.limit, masked)
 
         tokens, facts = cached("tokens", [self.identity, vocabulary.digest], write)
+        check_known(facts["unknown"], facts["tokens"], self.name, config)
         arrays = open_tokens(tokens, vocabulary, masked)
 
         def fill(folder: Path) -> dict[str, Any]:
@@ -126,6 +127,7 @@ class PackedDocuments:
         self.train, self.held_out = (
             PackedRows(rows, name, config.context, *arrays, pad) for name in ("train", "held_out")
         )
+        self.rows_once = float(len(self.train))
         self.shorten = None
         if corpus.schema == "worked" and config.full_traces < 1:
             ends = vocabulary.id("<think>"), vocabulary.id("</think>")

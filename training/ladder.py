@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from .scaling import Fit, Interval
 
 STDLIB_CHARACTERS = 2_000_000  # a tenth of them validates every run
+# Passes over a text up to which repeated tokens teach nearly what new ones do (Muennighoff et al.
+# 2023, "Scaling Data-Constrained Language Models").
+REPEATS = 4
 
 
 @dataclass(frozen=True)
@@ -274,6 +277,10 @@ def scale(config: ScaleConfig) -> Path:
     main = process_state().is_main_process
     plan = [rung_config(config, size, count) for size in config.sizes for count in config.tokens]
     plan.sort(key=lambda c: _parameters(c) * c.steps)
+    last = None
+    if config.held_out:
+        last = rung_config(config, config.held_out, config.held_out_tokens)
+    _say_passes(max([*plan, *([last] if last else [])], key=lambda c: c.steps), main)
     rungs = []
     for number, rung in enumerate(plan, 1):
         print(f"run {number} of {len(plan)}: {rung.out.name}", flush=True)
@@ -281,8 +288,7 @@ def scale(config: ScaleConfig) -> Path:
         _check_same_data(plan[:number])
         if main:
             write_aside(folder / "runs.csv", _table(rungs))
-    if config.held_out:
-        last = rung_config(config, config.held_out, config.held_out_tokens)
+    if last:
         # Fitted, and said, before the run that it is about is trained.
         fit = fit_rungs(rungs, config)
         waiting = Rung(last.out.name, last.n_layer, last.n_embd, _parameters(last), True)
@@ -294,6 +300,21 @@ def scale(config: ScaleConfig) -> Path:
     if main:
         report(rungs, config, folder)
     return folder
+
+
+def _say_passes(longest: TrainConfig, main: bool) -> None:
+    """Say how often the run of the most tokens sees the text, and warn where that is too often."""
+    from .data import load_data, times_of
+
+    [passes] = load_data(longest).passes(longest.steps)
+    if main and passes:
+        text = f"the longest run, {longest.out.name}, makes {times_of(passes)} over the text"
+        if passes > REPEATS:
+            text += (
+                f": beyond {REPEATS}, repeated tokens teach less than new ones (Muennighoff et al. "
+                "2023), which the law takes them for; give more text, or fewer tokens"
+            )
+        print(text, flush=True)
 
 
 def _parameters(config: TrainConfig) -> int:

@@ -13,7 +13,7 @@ from .batch import IGNORE, Batch
 from .cache import cached
 from .config import TrainConfig
 from .sources import Files, read_text
-from .tokenizer import THOUGHT, Vocabulary
+from .tokenizer import THOUGHT, Vocabulary, check_known
 
 PARTS = ("train", "validation")
 
@@ -58,6 +58,7 @@ class LongText:
         folder, facts = cached("windows", [self.identity, vocabulary.digest], write)
         self.__dict__.pop("parts", None)  # the text is not needed any more
         train, held_out = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in PARTS)
+        check_known(facts["unknown"], len(train) + len(held_out), self.name, config)
         return Windows(config, self.name, train, held_out, facts["content"], facts["unknown"])
 
 
@@ -76,6 +77,7 @@ class Windows:
         """train, held_out: token ids, 1-D; unknown: how many are <unk>."""
         self.name, self.config, self.train, self.held_out = name, config, train, held_out
         self.fingerprint, self.unknown = fingerprint, unknown
+        self.rows_once = len(train) / config.context
         for part, tokens in (("training", train), ("validation", held_out)):
             if len(tokens) <= config.context:
                 raise ValueError(

@@ -13,12 +13,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ..models import hub
 from .cache import cached, digest
+from .config import TrainConfig
 
 if TYPE_CHECKING:
     from .batch import Corpus
 
 SPECIAL = ("<eos>", "<think>", "</think>", "<unk>")
 THOUGHT = SPECIAL[1:3]
+UNKNOWN_SHARE = 0.1  # of the tokens, beyond which there is no use in training on them
 # What ends a text in the tokenizers of others, where no tokenizer_config.json says it.
 ENDS = ("<eos>", "<|endoftext|>", "</s>", "<|end_of_text|>", "<|im_end|>")
 FILES = ("tokenizer.json", hub.SETTINGS, hub.TEMPLATE)
@@ -69,6 +71,18 @@ def check_vocabulary(size: int, vocab_size: int, model: str) -> None:
         raise ValueError(
             f"the tokenizer has ids up to {size - 1} and {model} only {vocab_size} tokens; "
             "take the tokenizer that it was trained with"
+        )
+
+
+def check_known(unknown: int, tokens: int, name: str, config: TrainConfig) -> None:
+    """ValueError where a tokenizer hardly knows the data: to learn <unk> behind <unk> is easy."""
+    if unknown > UNKNOWN_SHARE * tokens:
+        way = "take another, such as --tokenizer byte, which knows any text"
+        if config.init:
+            way = f"{config.init} cannot learn this text; train a new model, without --init"
+        raise ValueError(
+            f"{unknown / tokens:.0%} of the tokens of {name} are <unk>: the tokenizer "
+            f"{config.tokenizer} does not know its characters; {way}"
         )
 
 

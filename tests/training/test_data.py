@@ -342,3 +342,41 @@ def test_what_a_tokenizer_does_not_know_is_told(text, tmp_path, capsys):
     assert "; 80 tokens are <unk>" in capsys.readouterr().out
     with pytest.raises(ValueError, match="does not know the characters '[*]=' of last_digit"):
         load_data(preset("tiny", data="task:last_digit", tokenizer=path))
+
+
+def test_data_that_a_tokenizer_hardly_knows_are_refused(text, tmp_path):
+    path = str(tmp_path / "tokenizer.json")
+    character_tokenizer("Tobe .").save(path)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": f"xyz {i}"}) + "\n" for i in range(90)))
+    for name, share in ((text, 49), (f"jsonl:{rows}", 71)):
+        with pytest.raises(ValueError) as error:
+            load_data(preset("tiny", data=name, tokenizer=path))
+        assert str(error.value) == (
+            f"{share}% of the tokens of {name} are <unk>: the tokenizer {path} does not know its "
+            "characters; take another, such as --tokenizer byte, which knows any text"
+        )
+    with pytest.raises(ValueError, match="runs/x cannot learn this text; train a new model"):
+        load_data(preset("tiny", data=text, tokenizer=path, init="runs/x"))
+
+
+def test_how_often_data_are_seen_is_told(text, tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(40 * (json.dumps({"text": "to be " * 10}) + "\n"))
+    names = (text, f"jsonl:{rows}", "task:last_digit")
+    data = load_data(preset("tiny", data=names, weights=(2, 1, 1), steps=50, batch_size=4))
+    assert data.passes(50) == [100 * 64 / int(0.9 * len(TEXT)), 50 / 38, None]
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].endswith("; 50 steps make 4.1 passes over it")
+    assert said[1].endswith("; 50 steps make 1.3 passes over it")
+    assert said[2].endswith("new problems at every step")
+
+
+def test_a_text_that_happens_to_hold_a_thought_is_told(tmp_path, capsys):
+    poem, worked = tmp_path / "poem.txt", tmp_path / "worked.jsonl"
+    poem.write_text(TEXT + "Models write <think> first." + TEXT)
+    worked.write_text(90 * (json.dumps({"question": "1?", "answer": "one\n#### 1"}) + "\n"))
+    load_data(preset("tiny", data=(f"text:{poem}", f"jsonl:{worked}")))
+    said = capsys.readouterr().out
+    assert f"text:{poem} holds <think>, which becomes a token of its own" in said
+    assert said.count("holds <think>") == 1

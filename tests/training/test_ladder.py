@@ -1,8 +1,10 @@
 import csv
+import io
 import json
 import math
 import random
 import shutil
+from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from ponder.training.ladder import (
     PRESETS,
     Rung,
     ScaleConfig,
+    _say_passes,
     fit_rungs,
     preset,
     report,
@@ -46,8 +49,21 @@ def ladder(tmp_path_factory):
         batch_tokens=64,
         resamples=3,
     )
-    assert scale(config) == folder / "out" / "scaling"
+    said = io.StringIO()
+    with redirect_stdout(said):
+        assert scale(config) == folder / "out" / "scaling"
+    (folder / "said").write_text(said.getvalue())
     return config
+
+
+def test_a_ladder_says_how_often_its_text_is_seen(ladder, tmp_path, capsys):
+    said = (ladder.out.parent / "said").read_text()
+    assert "the longest run, 2x48_1024, makes 0.19 passes over the text\n" in said
+    (tmp_path / "short.txt").write_text("abcd .\n" * 50)
+    short = replace(ladder, data=f"text:{tmp_path / 'short.txt'}", held_out="")
+    _say_passes(rung_config(short, "1x16", 1920), True)
+    said = capsys.readouterr().out
+    assert "1x16_1920, makes 6.1 passes over the text: beyond 4, repeated tokens teach less" in said
 
 
 def table(config):
