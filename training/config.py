@@ -36,7 +36,8 @@ class TrainConfig:
 
     init: str = ""
     """a Hugging Face folder or id to go on training: its weights and shape, and its tokenizer
-    where `tokenizer` is char; "": a new model of the shape below"""
+    where `tokenizer` is char; "": a new model of the shape below. The rates below are for new
+    models: one that is good already wants lower ones, as --optimizer adamw --lr 1e-4"""
 
     verifier: Literal["outcome", "value", "process"] | None = None
     """train no writer but a judge of solutions, one number a token. outcome: the last token's is

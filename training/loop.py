@@ -23,7 +23,7 @@ from ..models.verifier import Verifier, save_verifier, verifier_loss
 from ..provenance import alone_in, note, open_run, read_run
 from .calibration import calibrate
 from .checkpoint import Checkpoints
-from .config import SHAPE, TrainConfig
+from .config import PRESETS, SHAPE, TrainConfig
 from .data import IGNORE, Batch, Data, load_data
 from .hardware import choose_precision, cpp_compiler, peak_flops
 from .journal import append_rows, forget_after
@@ -58,6 +58,30 @@ def model_config(config: TrainConfig, vocab_size: int) -> GPTConfig:
     """The shape of the model that this configuration trains."""
     fields = {name: getattr(config, name) for name in ("context", *SHAPE)}
     return GPTConfig(vocab_size=vocab_size, **fields)
+
+
+def _given(config: TrainConfig, shape: GPTConfig) -> TrainConfig:
+    """The configuration of a run that goes on from a checkpoint of that shape; ValueError where it
+    asks for another one.
+
+    What was asked for is what the nearest preset does not have. A preset's context is a default,
+    and shrinks to what the checkpoint has.
+    """
+
+    def distance(preset: TrainConfig) -> int:
+        return sum(getattr(preset, name) != getattr(config, name) for name in ("context", *SHAPE))
+
+    nearest = min((TrainConfig(), *(make() for make in PRESETS.values())), key=distance)
+    faults = []
+    for name in SHAPE:
+        asked, has = getattr(config, name), getattr(shape, name)
+        if asked not in (has, getattr(nearest, name)):
+            faults.append(f"{name} is {asked}, where {config.init} has {has}")
+    if faults:
+        raise ValueError(f"{'; '.join(faults)}: a checkpoint keeps its shape, so leave that out")
+    if config.context == nearest.context:
+        config = replace(config, context=min(config.context, shape.context))
+    return config
 
 
 def _taken_up(config: TrainConfig, data: Data, shape: GPTConfig) -> GPTConfig:
@@ -109,8 +133,10 @@ def train(config: TrainConfig, *, model_folder: Path | None = None) -> Path:
     config.check()
     check_trackers(config.trackers)
     given = hub.load_config(config.init) if config.init else None
-    if given and config.tokenizer == "char":
-        config = replace(config, tokenizer=config.init)
+    if given:
+        config = _given(config, given)
+        if config.tokenizer == "char":
+            config = replace(config, tokenizer=config.init)
     if given is None:
         model_config(config, 1)  # a shape that cannot be is told before the data are read
     data = load_data(config)
@@ -263,8 +289,8 @@ class _Run:
             self.view = stack.enter_context(View(config.steps, self.step, enabled=self.main))
             ahead = stack.enter_context(ThreadPoolExecutor(1))
             self.view.say(
-                f"{self.raw.parameter_count / 1e6:.2f}M parameters, {self.precision}, "
-                f"{self.accelerator.device}, {self.ranks} process(es)"
+                f"{self.raw.parameter_count / 1e6:.2f}M parameters, context {config.context}, "
+                f"{self.precision}, {self.accelerator.device}, {self.ranks} process(es)"
                 f"{', sharded' if self.sharded else ''} → {self.out}"
             )
             self.clock = time.perf_counter(), self.tokens

@@ -14,7 +14,7 @@ import torch
 from ponder.models import GPT, hub
 from ponder.models.memory import training_memory
 from ponder.provenance import alone_in, read_run
-from ponder.training import preset
+from ponder.training import TrainConfig, preset
 from ponder.training.checkpoint import MANIFEST, STATE, Checkpoints
 from ponder.training.journal import read_rows
 from ponder.training.loop import Diverged, model_config, train
@@ -483,6 +483,19 @@ def test_a_checkpoint_is_trained_further(config, checkpoint):
     assert learned[-1]["val_loss"] < 0.8 * learned[0]["train_loss"]
 
 
+def test_a_default_context_is_at_most_the_checkpoint_s(checkpoint, tmp_path, capsys):
+    config = TrainConfig(
+        init=str(checkpoint), out=tmp_path / "out", steps=1, batch_size=2, samples=0
+    )
+    train(config)
+    assert read_run(config.out)["train"]["configuration"]["context"] == 64 < config.context
+    assert "parameters, context 64, " in capsys.readouterr().out
+    train(replace(config, resume=True))
+    # The checkpoint's own shape may be said, and so may less context than it has.
+    train(replace(config, out=tmp_path / "said", n_layer=1, n_inner=48, context=48))
+    assert read_run(tmp_path / "said")["train"]["configuration"]["context"] == 48
+
+
 def test_a_checkpoint_of_plain_text_learns_to_think(config, tmp_path):
     """What it has no room for, it is given: <think> and </think> behind its own tokens."""
     config, _ = config
@@ -509,6 +522,12 @@ def test_a_checkpoint_that_does_not_fit_is_named(config, checkpoint, tmp_path):
     config = replace(config, out=tmp_path / "out", init=str(checkpoint))
     with pytest.raises(ValueError, match="context is 65; .* has one of 64"):
         train(replace(config, context=65))
+    with pytest.raises(ValueError) as error:
+        train(replace(config, n_layer=3, gated=False))
+    assert str(error.value) == (
+        f"n_layer is 3, where {checkpoint} has 1; gated is False, where {checkpoint} has True: "
+        "a checkpoint keeps its shape, so leave that out"
+    )
     with pytest.raises(ValueError, match="the tokenizer has ids up to 2.. and .*checkpoint"):
         train(replace(config, tokenizer="byte"))
     with pytest.raises(ValueError, match="there is no folder nowhere"):
