@@ -192,7 +192,10 @@ class TrainConfig:
 
     def identity(self) -> dict[str, Any]:
         """The fields that make it this run and no other: two runs of one folder agree in them."""
-        free = ("out", "keep", "trackers", "samples", "recompute", "shard", "resume")
+        free = {
+            *("out", "keep", "trackers", "samples", "recompute", "shard", "resume"),
+            *("log_every", "eval_every", "save_every"),
+        }
         return {k: v for k, v in asdict(self).items() if k not in free}
 
 

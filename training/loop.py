@@ -1,5 +1,6 @@
 """The training loop: for each step forward, loss, backward, update; then evaluate, save, log."""
 
+import math
 import signal
 import time
 from collections.abc import Callable
@@ -258,7 +259,16 @@ class _Run:
                     )
                 # Data that changed since the run began would make another run of it.
                 identity = self.config.identity() | {"data_fingerprint": self.data.fingerprint}
-                open_run(self.out, "train", identity, resume=self.config.resume)
+                try:
+                    open_run(self.out, "train", identity, resume=self.config.resume)
+                except ValueError as error:
+                    steps = known.get("train", {}).get("configuration", {}).get("steps")
+                    if steps in (None, self.config.steps):
+                        raise
+                    raise ValueError(
+                        f"{error}; --init {self.model_folder} with another --out goes on from its "
+                        "weights"
+                    ) from None
                 return self.checkpoints.newest() if self.config.resume else None
             except OSError as error:
                 reason = error.strerror or error
@@ -489,6 +499,14 @@ class _Run:
         self.view.row(row)
         if evaluate and self.config.samples and not self.config.verifier:
             self._sample()
+        if self.step == self.config.steps and not self.config.verifier:
+            guessing = math.log(self.shape.vocab_size)
+            if row["val_loss"] > guessing:
+                self.view.say(
+                    f"warning: the validation loss, {row['val_loss']:.4g}, is above that of "
+                    f"guessing, ln {self.shape.vocab_size} = {guessing:.4g}: the training diverged "
+                    "or hardly began; try a lower lr and matrix_lr, or more steps"
+                )
         self.accelerator.log({k: v for k, v in row.items() if v is not None}, step=self.step)
 
     def _save(self) -> None:

@@ -227,6 +227,32 @@ def test_resume_gives_the_same_losses_and_weights(config, whole, monkeypatch):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_how_often_a_run_logs_evaluates_and_saves_may_change(config, whole, monkeypatch):
+    config, folder = config
+    out = folder.mktemp("rhythm")
+    train_up_to_five(replace(config, out=out), monkeypatch)
+    train(replace(config, out=out, log_every=4, eval_every=1, save_every=5, resume=True))
+    assert losses(out)[-1][0] == 6 and losses(out)[-1][2] == losses(whole)[-1][2]
+    ours, theirs = newest(out)["model"], newest(whole)["model"]
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    # The rates depend on the number of steps.
+    with pytest.raises(ValueError) as error:
+        train(replace(config, out=out, steps=9, resume=True))
+    assert str(error.value) == (
+        f"{out} holds another train run, with steps 6 (now 9); take another --out; "
+        f"--init {out} with another --out goes on from its weights"
+    )
+
+
+def test_a_model_that_ends_worse_than_guessing_is_told(config, capsys):
+    config, folder = config
+    train(replace(config, out=folder.mktemp("wild"), lr=1000, samples=0, steps=8, clip=0))
+    [line] = [x for x in capsys.readouterr().out.splitlines() if x.startswith("warning")]
+    assert "is above that of guessing, ln 18 = 2.89: the training diverged" in line
+    train(replace(config, out=folder.mktemp("tame"), samples=0, steps=8))
+    assert "warning" not in capsys.readouterr().out
+
+
 def test_a_finished_run_whose_model_is_gone_gives_it_again(config, copied):
     config, _ = config
     file = copied / "model.safetensors"
