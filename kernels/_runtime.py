@@ -229,6 +229,23 @@ def check_device(name: str, x: Tensor, **others: Tensor | None) -> None:
             )
 
 
+def check_dtype(name: str, argument: str, dtype: torch.dtype) -> None:
+    """Raise ValueError unless the kernels know the dtype."""
+    if dtype not in TRITON_TYPE:
+        raise ValueError(f"{name}: {argument} is {dtype}; supported are fp32, fp16 and bf16")
+
+
+def check_reduction(name: str, reduction: str) -> None:
+    """Raise ValueError unless a loss can be reduced so."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"{name}: reduction is {reduction!r}; it must be one of {REDUCTIONS}")
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """x with its last dimension's elements side by side; the others may lie anyhow."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """That of x in a matrix product, where autocast is on: it leaves fp64 as it is."""
     kind = x.device.type
@@ -292,6 +309,7 @@ def grid(kernel: Any, n_programs: int, *, descriptors: bool = False) -> Callable
     return functools.partial(contextvars.copy_context().run, with_scratch)
 
 
+REDUCTIONS = ("mean", "sum", "none")
 TRITON_TYPE = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 

@@ -50,6 +50,7 @@ from ._runtime import (
     capability,
     cdiv,
     check_device,
+    check_dtype,
     grid,
     interpreting,
     operation,
@@ -648,8 +649,7 @@ def attention(  # pyright: ignore[reportInconsistentOverload]  (options are spel
             alibi_slopes=alibi_slopes,
             return_lse=return_lse,
         )
-    if q.dtype not in TRITON_TYPE:
-        raise ValueError(f"attention: q is {q.dtype}; supported are fp32, fp16 and bf16")
+    check_dtype("attention", "q", q.dtype)
     head_dim_v = v.shape[3]
     if max(head_dim, head_dim_v) > MAX_HEAD_DIM:
         raise ValueError(

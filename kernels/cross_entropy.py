@@ -14,10 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._runtime import TRITON_TYPE, Specialization, jit, operation, tl, traced, use_triton
+from ._runtime import (
+    TRITON_TYPE,
+    Specialization,
+    check_dtype,
+    check_reduction,
+    jit,
+    operation,
+    tl,
+    traced,
+    use_triton,
+)
 from .softmax import with_block
-
-REDUCTIONS = ("mean", "sum", "none")
 
 
 class Options(NamedTuple):
@@ -444,8 +452,7 @@ def check_targets(
     none): on a GPU that would wait for everything before.
     """
     shape, device = logits.shape[:-1], logits.device
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"{name}: reduction is {reduction!r}; it must be one of {REDUCTIONS}")
+    check_reduction(name, reduction)
     if targets.shape != shape:
         raise ValueError(
             f"{name}: targets are {tuple(targets.shape)}; it must be {tuple(shape)}, one a row"
@@ -530,10 +537,7 @@ def cross_entropy(
     if not use_triton(logits):
         rows = logits.reshape(-1, n_cols)
         return on_cpu(rows, flat, ignore_index, options, reduction, shape)
-    if logits.dtype not in TRITON_TYPE:
-        raise ValueError(
-            f"cross_entropy: logits are {logits.dtype}; supported are fp32, fp16 and bf16"
-        )
+    check_dtype("cross_entropy", "logits", logits.dtype)
     rows = logits.reshape(-1, n_cols)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     losses, _ = _cross_entropy(rows, flat, ignore_index, list(options))

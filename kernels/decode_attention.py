@@ -33,8 +33,10 @@ from ._runtime import (
     capability,
     cdiv,
     check_device,
+    check_dtype,
     next_power_of_2,
     operation,
+    unit_stride,
     use_triton,
 )
 
@@ -361,10 +363,6 @@ def _(q, k_cache, v_cache, lengths, scale, *options):
     return q.new_empty(q.shape)
 
 
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _check(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, block_table: Tensor | None
 ) -> None:
@@ -540,8 +538,7 @@ def decode_attention(
             prefix_lengths=prefix_lengths,
             block_table=block_table,
         )
-    if q.dtype not in TRITON_TYPE:
-        raise ValueError(f"decode_attention: q is {q.dtype}; supported are fp32, fp16 and bf16")
+    check_dtype("decode_attention", "q", q.dtype)
     if q.shape[-1] > MAX_HEAD_DIM:
         raise ValueError(f"decode_attention: heads of {q.shape[-1]} dimensions; at most 256 fit")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -549,12 +546,12 @@ def decode_attention(
     if prefix is not None:
         if prefix_lengths is None:
             prefix_lengths = lengths.new_full((prefix[0].shape[0],), prefix[0].shape[2])
-        prefix = _unit_stride(prefix[0]), _unit_stride(prefix[1])
+        prefix = unit_stride(prefix[0]), unit_stride(prefix[1])
         prefix_lengths = prefix_lengths.long().contiguous()
     return _decode_attention(
-        _unit_stride(q),
-        _unit_stride(k_cache),
-        _unit_stride(v_cache),
+        unit_stride(q),
+        unit_stride(k_cache),
+        unit_stride(v_cache),
         lengths,
         scale,
         window,
@@ -562,5 +559,5 @@ def decode_attention(
         sinks if sinks is None else sinks.contiguous(),
         *(prefix or (None, None)),
         prefix_lengths,
-        block_table if block_table is None else _unit_stride(block_table),
+        block_table if block_table is None else unit_stride(block_table),
     )

@@ -27,6 +27,7 @@ from ._runtime import (
     autocast_dtype,
     cdiv,
     check_device,
+    check_dtype,
     jit,
     operation,
     tl,
@@ -475,10 +476,7 @@ def linear_cross_entropy(
     dtype = _product_dtype(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
     if use_triton(x):
-        if dtype not in TRITON_TYPE:
-            raise ValueError(
-                f"linear_cross_entropy: x is {dtype}; supported are fp32, fp16 and bf16"
-            )
+        check_dtype("linear_cross_entropy", "x", dtype)
     elif rows.shape[0] * n_cols <= PLAIN:
         logits = F.linear(rows, weight, bias)
         return on_cpu(logits, flat, ignore_index, options, reduction, shape)

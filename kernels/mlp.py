@@ -45,11 +45,11 @@ from ._gemm import (
     tile_index,
 )
 from ._runtime import (
-    TRITON_TYPE,
     Specialization,
     autocast,
     autocast_dtype,
     capability,
+    check_dtype,
     jit,
     operation,
     tiles_file,
@@ -528,8 +528,7 @@ def _fused(
     """`parameters`: w_gate, w_up, w_down, b_gate, b_up, b_down."""
     cast: tuple[Any, ...] = autocast(x.reshape(-1, x.shape[-1]), *parameters)
     rows, w_gate, w_up, w_down, *biases = cast
-    if rows.dtype not in TRITON_TYPE:
-        raise ValueError(f"{name}: x is {x.dtype}; supported are fp32, fp16 and bf16")
+    check_dtype(name, "x", rows.dtype)
     inputs = [
         rows.contiguous(),
         None if w_gate is None else _laid_out(w_gate, w_up),

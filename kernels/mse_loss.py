@@ -16,13 +16,14 @@ from ._runtime import (
     Specialization,
     cdiv,
     check_device,
+    check_dtype,
+    check_reduction,
     jit,
     operation,
     tl,
     use_triton,
 )
 
-REDUCTIONS = ("mean", "sum", "none")
 BLOCK = 4096  # elements of a step, 16 for each of 256 threads
 WARPS = 8
 PROGRAMS = 1024  # partial sums at most: a fixed number, so that the sum's order never changes
@@ -216,8 +217,7 @@ def mse_loss(input: Tensor, target: Tensor, *, reduction: str = "mean") -> Tenso
     Shapes (...), any; the loss is in squared units of input. Raises ValueError for shapes, dtypes
     or a reduction that do not fit. Source: torch.nn.functional.mse_loss, the definition.
     """
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"mse_loss: reduction is {reduction!r}; it must be one of {REDUCTIONS}")
+    check_reduction("mse_loss", reduction)
     if not input.is_floating_point():
         raise ValueError(f"mse_loss: input is {input.dtype}; it must be a floating dtype")
     if target.shape != input.shape or target.dtype not in (input.dtype, torch.float32):
@@ -229,8 +229,7 @@ def mse_loss(input: Tensor, target: Tensor, *, reduction: str = "mean") -> Tenso
     if not use_triton(input):
         wide = torch.promote_types(input.dtype, torch.float32)
         return F.mse_loss(input.to(wide), target.to(wide), reduction=reduction)
-    if input.dtype not in TRITON_TYPE:
-        raise ValueError(f"mse_loss: input is {input.dtype}; supported are fp32, fp16 and bf16")
+    check_dtype("mse_loss", "input", input.dtype)
     flat = [t.reshape(-1).contiguous() for t in (input, target)]
     loss = _mse_loss(*flat, reduction == "none")
     if reduction == "none":

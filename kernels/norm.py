@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._runtime import (
-    TRITON_TYPE,
     Specialization,
     cdiv,
     check_device,
+    check_dtype,
     jit,
     next_power_of_2,
     operation,
@@ -405,8 +405,7 @@ def _normalize(
                 y = F.rms_norm(h, weight.shape, weight.to(h.dtype), eps)
             y = y if bias is None else y + bias
         return y.to(x.dtype) if residual is None else (y.to(x.dtype), h)
-    if x.dtype not in TRITON_TYPE:
-        raise ValueError(f"{name}: x is {x.dtype}; supported are fp32, fp16 and bf16")
+    check_dtype(name, "x", x.dtype)
     if x.shape[-1] > MAX_COLUMNS:
         raise ValueError(f"{name}: x has {x.shape[-1]} columns; at most {MAX_COLUMNS} fit a row")
     # Not as rows: x and residual share a gradient, and autograd, which copies one that two leaves

@@ -15,15 +15,16 @@ import torch
 from torch import Tensor
 
 from ._runtime import (
-    TRITON_TYPE,
     Specialization,
     cdiv,
     check_device,
+    check_dtype,
     jit,
     next_power_of_2,
     operation,
     tl,
     traced,
+    unit_stride,
     use_triton,
 )
 
@@ -228,15 +229,11 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, dq, dk):
     cos, sin = ctx.saved_tensors
-    dq, dk = _rotary(_unit_stride(dq), _unit_stride(dk), cos, sin, not ctx.inverse)
+    dq, dk = _rotary(unit_stride(dq), unit_stride(dk), cos, sin, not ctx.inverse)
     return dq, dk, None, None, None
 
 
 _rotary.register_autograd(_backward, setup_context=_setup_context, twice=True)
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _rotate_on_cpu(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -308,9 +305,8 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
         if learns and not traced():
             return _RotaryOnCpu.apply(q, k, cos, sin)  # pyright: ignore[reportReturnType]
         return _rotate_on_cpu(q, cos, sin), _rotate_on_cpu(k, cos, sin)
-    if q.dtype not in TRITON_TYPE:
-        raise ValueError(f"rotary: q is {q.dtype}; supported are fp32, fp16 and bf16")
+    check_dtype("rotary", "q", q.dtype)
     if q.shape[-1] > MAX_HEAD_DIM:
         raise ValueError(f"rotary: heads of {q.shape[-1]} dimensions; at most {MAX_HEAD_DIM} fit")
     cos, sin = cos.detach().float().contiguous(), sin.detach().float().contiguous()
-    return _rotary(_unit_stride(q), _unit_stride(k), cos, sin, False)
+    return _rotary(unit_stride(q), unit_stride(k), cos, sin, False)

@@ -20,7 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._runtime import TRITON_TYPE, Specialization, check_device, jit, operation, tl, use_triton
+from ._runtime import (
+    TRITON_TYPE,
+    Specialization,
+    check_device,
+    check_dtype,
+    jit,
+    operation,
+    tl,
+    use_triton,
+)
 
 WORD = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)  # of the counter's words 0 and 2
@@ -429,10 +438,7 @@ def sample_tokens(
     """
     if logits.dim() != 2 or logits.shape[1] == 0:
         raise ValueError(f"sample_tokens: logits is {tuple(logits.shape)}; it must be (B, V)")
-    if logits.dtype not in TRITON_TYPE:
-        raise ValueError(
-            f"sample_tokens: logits is {logits.dtype}; supported are fp32, fp16 and bf16"
-        )
+    check_dtype("sample_tokens", "logits", logits.dtype)
     n_row = logits.shape[0]
     for name, x in (("seeds", seeds), ("positions", positions)):
         if x.shape != (n_row,) or x.dtype != torch.int64:

@@ -14,7 +14,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ._runtime import TRITON_TYPE, Specialization, jit, next_power_of_2, operation, tl, use_triton
+from ._runtime import (
+    TRITON_TYPE,
+    Specialization,
+    check_dtype,
+    jit,
+    next_power_of_2,
+    operation,
+    tl,
+    use_triton,
+)
 
 MAX_WHOLE = 8192  # columns of the longest row that a program holds in registers
 
@@ -189,8 +198,7 @@ def softmax(x: Tensor, dim: int = -1) -> Tensor:
         raise ValueError(f"softmax: x is {x.dtype}; it must be a floating dtype")
     if not use_triton(x):
         return torch.softmax(x, dim)
-    if x.dtype not in TRITON_TYPE:
-        raise ValueError(f"softmax: x is {x.dtype}; supported are fp32, fp16 and bf16")
+    check_dtype("softmax", "x", x.dtype)
     if x.numel() == 0:
         return torch.softmax(x, dim)
     moved = x.movedim(dim, -1)

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from ..kernels._attention_cpu import QUERIES
+from ..kernels.linear_cross_entropy import CHUNK, PLAIN
 from .gpt import GPTConfig
 
 GIB = 2**30
@@ -25,8 +26,6 @@ BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # with ponder on a GPU.
 CONTEXT = 0.8 * GIB
 FRAGMENTS = 0.05
-LOGITS = {True: 2**26, False: 2**23}  # linear_cross_entropy's chunk, on a GPU and on a CPU
-PLAIN_LOGITS = 2**21  # up to so many, a CPU computes them at once
 ONEDNN = 8 * 2**20  # its kernels and scratch for a CPU's products in bf16: 5 to 20 MiB were seen
 # Elements of the matrices of one shape that Muon works on at once: 64 MiB of fp32; large matrices
 # gain nothing.
@@ -112,8 +111,8 @@ def training_memory(
     casts = 0 if precision == "fp32" else a * (M + V * C)
     layer = layer_activations(shape, T, precision, triton=triton) * tokens
     kept = layer + shape.n_layer * 4 * C * tokens if recompute else shape.n_layer * layer
-    if triton or tokens * V > PLAIN_LOGITS:
-        chunks = math.ceil(tokens / max(1, LOGITS[triton] // V))  # all of about the same height
+    if triton or tokens * V > PLAIN:
+        chunks = math.ceil(tokens / max(1, CHUNK["cuda" if triton else "cpu"] // V))  # all of about the same height
         head = tokens * (8 + 2 * a) * C + 4 * V * C
         logits = math.ceil(tokens / chunks) * V * (a if triton else 8 + a)
     else:
