@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-VERSION = 2  # of what the folders hold: another number, and everything is built anew
+VERSION = 3  # of what the folders hold: another number, and everything is built anew
 MANIFEST = "manifest.json"
 
 

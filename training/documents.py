@@ -83,11 +83,12 @@ class Documents:
             return _pack(folder, tokens, arrays[1], config.context)
 
         rows, packed = cached("rows", [tokens.name, config.context], fill)
-        if not packed["held_out"]["rows"]:
-            raise ValueError(
-                f"the documents of {self.name} that are held out hold nothing to learn; give "
-                "documents, or a validation split, that do"
-            )
+        for part, which in (("train", "to train on"), ("held_out", "that are held out")):
+            if not packed[part]["rows"]:
+                raise ValueError(
+                    f"the documents of {self.name} {which} hold nothing to learn in their first "
+                    f"{config.context} tokens; give others, or a longer context"
+                )
         return PackedDocuments(self, config, vocabulary, arrays, facts, rows, packed)
 
 
@@ -97,10 +98,11 @@ def _pack(folder: Path, tokens: Path, loss: np.ndarray | None, context: int) -> 
     pieces, document = cut(offsets, context)
     slots = np.diff(offsets) - 1
     kept = np.ones(len(document), dtype=bool)
-    if loss is not None:  # a piece of a long prompt may have nothing to learn
+    if loss is not None:
+        # A part of a long prompt may have nothing to learn, and a later piece lacks its prompt.
         edges = np.stack([pieces.start + 1, pieces.start + pieces.length + 1], 1).reshape(-1)
         edges = edges[edges < len(loss)]  # the very end is no index
-        kept = np.logical_or.reduceat(loss, edges)[::2]
+        kept = np.logical_or.reduceat(loss, edges)[::2] & (pieces.start == offsets[document])
     facts: dict[str, Any] = {"long": int((slots > context).sum()), "longest": int(slots.max())}
     for name, chosen in (("train", ~held_out[document]), ("held_out", held_out[document])):
         chosen &= kept
@@ -162,9 +164,10 @@ class PackedDocuments:
             f"on, {self.facts['held_out']:,} held out; {train['rows']:,} rows, {full:.1%} full"
         )
         if long:
+            lost = ": what is beyond it is not learned" if self.train.loss is not None else ""
             text += (
                 f"; {long:,} documents are longer than the context of {self.config.context} and "
-                f"cut (the longest has {self.packed['longest']:,} tokens)"
+                f"cut{lost} (the longest has {self.packed['longest']:,} tokens)"
             )
         if self.facts["unknown"]:
             text += f"; {self.facts['unknown']:,} tokens are <unk>"

@@ -84,7 +84,8 @@ def write_training_report(folder: Path) -> Path:
         raise ValueError(f"{folder}/train/metrics.jsonl holds no row yet; wait for the first one")
     report = folder / "report"
     report.mkdir(exist_ok=True)
-    picture = png(rows)
+    muon = runs["train"]["configuration"].get("optimizer") == "muon"
+    picture = png(rows, rate=f"Learning rate of {'the matrices (Muon)' if muon else 'all weights'}")
     write_aside(report / "training.png", picture)
     samples = read_rows(folder / "train" / "samples.jsonl")
     last = samples[-1]["step"] if samples else 0
@@ -117,14 +118,14 @@ def summary(rows: Sequence[dict[str, Any]], steps: int) -> str:
     return text + "."
 
 
-def png(rows: Sequence[dict[str, Any]]) -> bytes:
-    """Four panels over the step."""
+def png(rows: Sequence[dict[str, Any]], rate: str) -> bytes:
+    """Four panels over the step; rate: the title of the learning rate's."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10, 6.4), layout="constrained")
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # type: ignore[union-attr]
         axes = figure.subplots(2, 2, sharex=True)
         _losses(axes[0, 0], rows)
-        _panel(axes[0, 1], rows, "lr", "Learning rate of the first group")
+        _panel(axes[0, 1], rows, "lr", rate)
         _panel(axes[1, 0], rows, "grad_norm", "Gradient norm")
         _panel(axes[1, 1], rows, "tokens_per_second", "Tokens per second")
         _mfu(axes[1, 1], rows)

@@ -206,12 +206,30 @@ def test_packed_documents_are_as_if_alone(tmp_path):
     assert not torch.allclose(packed, model(*batch[:2], reduction="sum"), rtol=1e-3)
 
 
-def test_a_part_of_a_prompt_with_nothing_to_learn_takes_no_row(tmp_path):
-    rows = [{"prompt": "?" * 100, "completion": "!"}] * 4 + sums(40)
-    data = load(write(tmp_path / "a.jsonl", rows), context=16)
-    for batch in epoch(data, 0):
+def test_an_answer_is_learned_where_its_prompt_is_seen(tmp_path, capsys):
+    """What a context cuts off a masked document would be learned without its question."""
+    answers = ["!" * 4, "!" * 40, "!" * 8]
+    rows = [
+        {"prompt": "?" * n, "completion": a} for n, a in zip((100, 4, 12), answers, strict=True)
+    ]
+    path = write(tmp_path / "a.jsonl", rows * 4 + sums(40))
+    data = load(path, context=16)
+    batches = [*epoch(data, 0), *data.validation()]
+    for batch in batches:
         assert (batch.targets != IGNORE).any()
-    assert sum("!" in learned for _, learned in documents(data, epoch(data, 0))) in (0, 4)
+    long = [said for said in documents(data, batches) if "!" in said[1]]
+    assert set(long) == {("?" * 12 + "!" * 5, "!" * 5), ("?" * 4 + "!" * 13, "!" * 13)}
+    assert len(long) == 8
+    assert "12 documents are longer than the context of 16 and cut: what is beyond it is not " in (
+        capsys.readouterr().out
+    )
+    far = write(tmp_path / "far.jsonl", rows[:1] * 40)
+    with pytest.raises(ValueError, match="to train on hold nothing to learn in their first 16 tok"):
+        load(far, context=16)
+    texts = write(tmp_path / "b.jsonl", [{"text": "abcd" * 10}] * 40)
+    whole = load(texts, context=16, batch_size=4)  # of plain texts every piece is learned
+    assert len(documents(whole, epoch(whole, 0))) == 3 * 38
+    assert "and cut (the longest has 40 tokens)" in capsys.readouterr().out
 
 
 def test_held_out_documents_are_few_and_no_ones_twins():
@@ -275,7 +293,7 @@ def test_held_out_documents_with_nothing_to_learn_are_told(tmp_path):
     pytest.importorskip("datasets", reason="datasets is not installed")
     write(tmp_path / "train.jsonl", sums(40))
     write(tmp_path / "validation.jsonl", [{"prompt": "", "completion": ""}])
-    with pytest.raises(ValueError, match="held out hold nothing to learn; give documents"):
+    with pytest.raises(ValueError, match="held out hold nothing to learn in their first 16 tokens"):
         load(tmp_path, "hub", context=16)
 
 

@@ -8,6 +8,7 @@ import sqlite3
 from contextlib import closing
 
 import pytest
+from matplotlib.axes import Axes
 
 from ponder import cli
 from ponder.training import preset
@@ -66,6 +67,20 @@ def test_a_training_run_is_reported(run, capsys):
     # The last evaluation's samples, none of an older one, and nothing of them as HTML.
     assert "&lt;think&gt;3&lt;/think&gt;3" in text and "&lt;b&gt;5" in text and ">old<" not in text
     assert re.findall(r'class="(right|wrong)"', text) == ["right", "wrong"]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "whose"), [("muon", "the matrices (Muon)"), ("adamw", "all weights")]
+)
+def test_the_learning_rate_is_said_to_be_whose_it_is(run, optimizer, whose, monkeypatch):
+    folder, _ = run
+    about = json.loads((folder / "run.json").read_text())
+    about["train"]["configuration"]["optimizer"] = optimizer
+    (folder / "run.json").write_text(json.dumps(about))
+    titles = []
+    monkeypatch.setattr(Axes, "set_title", lambda axes, title: titles.append(title))
+    write_training_report(folder)
+    assert f"Learning rate of {whose}" in titles
 
 
 def test_a_summary_names_the_lowest_validation_loss(run):
