@@ -6,7 +6,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -132,11 +132,19 @@ def alone_in(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def open_run(out: Path, kind: str, configuration: dict[str, Any], *, resume: bool) -> bool:
+def open_run(
+    out: Path,
+    kind: str,
+    configuration: dict[str, Any],
+    *,
+    resume: bool,
+    grows: Collection[str] = (),
+) -> bool:
     """Claim `out` for a run; write `run.json`; True where it goes on with the same run.
 
-    `kind` is the command ("train", "sweep"). ValueError where the folder holds a run of another
-    configuration, or the same one and `resume` was not asked for.
+    `kind` is the command ("train", "sweep"); grows: fields in which a run may go on with another
+    value, the command that said the earlier one being kept. ValueError where the folder holds a run
+    of another configuration, or the same one and `resume` was not asked for.
     """
     file = out / "run.json"
     runs = read_run(out) if file.exists() else {}
@@ -144,7 +152,8 @@ def open_run(out: Path, kind: str, configuration: dict[str, Any], *, resume: boo
     before = runs.get(kind)
     if before is not None:
         old = before["configuration"]
-        changed = [k for k in sorted({*old, *plain}) if old.get(k) != plain.get(k)]
+        fixed = {*old, *plain} - {*grows}
+        changed = [k for k in sorted(fixed) if old.get(k) != plain.get(k)]
         if changed:
             was = ", ".join(f"{k} {old.get(k)!r} (now {plain.get(k)!r})" for k in changed[:4])
             raise ValueError(f"{out} holds another {kind} run, with {was}; take another --out")
@@ -152,6 +161,9 @@ def open_run(out: Path, kind: str, configuration: dict[str, Any], *, resume: boo
             raise ValueError(
                 f"{out} holds this {kind} run already; say --resume to go on, or take another --out"
             )
+        if any(old.get(k) != plain.get(k) for k in grows):
+            earlier = [*before.get("earlier_commands", []), before.get("command", "")]
+            before["earlier_commands"] = earlier
     runs[kind] = (before or {}) | {
         "command": command(),
         "configuration": plain,

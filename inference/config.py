@@ -1,14 +1,17 @@
 """What a sweep and a generation are; no torch here, so that `ponder sweep --help` is quick."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
 LARGEST = (1 << 31) - 1  # of a count
 LARGEST_SEED = (1 << 63) - 1
+MOST_PROBLEMS = 100_000  # they are drawn before the first sample, without a word for up to a minute
+SAMPLES, PROBLEMS = (1, 4, 16), 500  # where a sweep names none
 LONGEST_TIMEOUT = 1e6  # seconds, eleven days
 
 
@@ -63,7 +66,7 @@ class SearchOptions:
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """Sample a model on a task at several budgets and temperatures, and evaluate what it bought."""
+    """Sample a model on a task at several thinking budgets, and evaluate what they bought."""
 
     model: str
     """a folder that `ponder train` left, any checkpoint of a type that GPT is, or the
@@ -71,8 +74,9 @@ class SweepConfig:
     task: str = "last_digit"
     out: Path = Path("runs/sweep")
     """the folder that gets sweep/, report/ and run.json"""
-    samples: tuple[int, ...] = (1, 4, 16)
-    """sizes of the votes; the largest is drawn, the smaller ones are subsets of it"""
+    samples: tuple[int, ...] | None = None
+    """sizes of the votes; the largest is drawn, the smaller ones are subsets of it. None: 1 4 16,
+    or what a resumed sweep has"""
     budgets: tuple[int, ...] | None = None
     """most thinking tokens before </think> is forced; unlimited thinking is always measured too.
     None: 0 to four fifths of the task's longest chain of thought, each the end of a step"""
@@ -81,8 +85,8 @@ class SweepConfig:
     the model should have been trained with retries"""
     cue: str | None = None
     """what takes a thought up again; None: the task's own"""
-    problems: int = 500
-    """held-out problems"""
+    problems: int | None = None
+    """held-out problems; None: 500, or what a resumed sweep has"""
     split: Literal["test", "val", "train"] = "test"
     """the problems to sample; train: for a verifier to learn from"""
     verifier: str | None = None
@@ -112,21 +116,23 @@ class SweepConfig:
     invariant: bool = False
     """the same samples to the bit whatever the slots, at some cost in speed (ponder's engine)"""
     resume: bool = False
-    """go on with the samples that `out` holds"""
+    """go on with the samples that `out` holds; more samples, budgets, problems, extensions and
+    searches than before add to them, and what is there stays and counts"""
 
     def check(self) -> None:
         """Raise one ValueError that names every field that cannot be."""
         faults = []
-        if not self.samples or not all(1 <= samples <= LARGEST for samples in self.samples):
-            faults.append(f"samples is {list(self.samples)}; each must be from 1 to {LARGEST}")
+        samples = SAMPLES if self.samples is None else self.samples
+        if not samples or not all(1 <= count <= LARGEST for count in samples):
+            faults.append(f"samples is {list(samples)}; each must be from 1 to {LARGEST}")
         if min(self.budgets or (), default=0) < 0:
             faults.append(f"budgets is {list(self.budgets or ())}; each must be at least 0")
         if not all(1 <= times <= LARGEST for times in self.extend):
             faults.append(f"extend is {list(self.extend)}; each must be from 1 to {LARGEST}")
         if self.cue == "":
             faults.append("cue is empty; it must hold a character at least")
-        if not 1 <= self.problems <= LARGEST:
-            faults.append(f"problems is {self.problems}; it must be from 1 to {LARGEST}")
+        if self.problems is not None and not 1 <= self.problems <= MOST_PROBLEMS:
+            faults.append(f"problems is {self.problems}; it must be from 1 to {MOST_PROBLEMS}")
         if not 0 < self.temperature < math.inf:
             faults.append(
                 f"temperature is {self.temperature}; votes need a finite one above 0 "
@@ -135,6 +141,59 @@ class SweepConfig:
         faults += self.searches.faults() + common_faults(self)
         if faults:
             raise ValueError("; ".join(faults))
+
+
+def growing(config: SweepConfig, before: Mapping[str, Any]) -> set[str]:
+    """The fields in which a sweep may ask for more than its folder was asked before, as run.json
+    tells: what they add leaves the samples that are there as they are."""
+    fields = {"samples", "problems", "extend"}
+    if before.get("budgets"):  # where there were none, a chat template did not open the thought
+        fields.add("budgets")
+    had, more = before.get("searches", {}), config.searches
+    if not before.get("extend") and "revise" not in had.get("search", ()):
+        fields.add("cue")
+    same = (had.get("width"), had.get("step")) == (more.width, more.step)
+    if same or not had.get("search") or not more.search:
+        fields.add("searches")
+    return fields
+
+
+def grown(config: SweepConfig, before: Mapping[str, Any]) -> SweepConfig:
+    """The sweep that asks for all that was asked of its folder `before` (the configuration in
+    run.json; {}: nothing) and is asked now: no count shrinks. What cannot grow is as now.
+    ValueError for searches that do not go together."""
+    if not before:
+        samples, problems = config.samples or SAMPLES, config.problems or PROBLEMS
+        return replace(config, samples=samples, problems=problems)
+
+    def union(*given: Iterable[int] | None) -> tuple[int, ...]:
+        return tuple(sorted({n for numbers in given for n in numbers or ()}))
+
+    grows, searches = growing(config, before), config.searches
+    precision = config.precision
+    if precision == "auto":  # what was measured then: a busier moment would measure another
+        precision = before.get("precision", "auto")
+    had = before.get("searches", {})
+    if "searches" in grows and had.get("search"):
+        more = searches if searches.search else SearchOptions(lines=())
+        searches = SearchOptions(
+            search=tuple(dict.fromkeys([*had["search"], *more.search])),
+            lines=union(had["lines"], more.lines),
+            width=had["width"],
+            step=had["step"],
+        )
+        if faults := searches.faults():
+            raise ValueError("; ".join(faults))
+    return replace(
+        config,
+        samples=union(config.samples, before.get("samples")),
+        budgets=union(config.budgets, before.get("budgets")),
+        extend=union(config.extend, before.get("extend")),
+        problems=max(config.problems or 1, before.get("problems", 1)),
+        cue=config.cue if "cue" in grows else config.cue or before.get("cue"),
+        searches=searches,
+        precision=precision,
+    )
 
 
 def common_faults(config: "SweepConfig | GenerateConfig") -> list[str]:

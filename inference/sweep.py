@@ -2,10 +2,11 @@
 
 import queue
 import signal
+import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +21,7 @@ from ..models import GPTConfig
 from ..provenance import alone_in, note, open_run, read_run
 from . import Unfinished, search_table
 from .comparison import write_comparison
-from .config import SweepConfig
+from .config import LARGEST, PROBLEMS, SAMPLES, SweepConfig, growing, grown
 from .engine import SamplingParams
 from .evaluation import Result, evaluate
 from .exchange import training_flops
@@ -88,9 +89,10 @@ def _sweep(config: SweepConfig, shard: Shard, held: ExitStack) -> Path:
 class Opened:
     """A sweep that can be drawn: whom it asks, for what."""
 
-    config: SweepConfig
+    config: SweepConfig  # grown by what its folder was asked before
     task: tasks.Task
     problems: list[tasks.Problem]
+    samples: tuple[int, ...]
     budgets: tuple[int, ...]
     speaker: Speaker
     most: int  # new tokens of a sample
@@ -99,11 +101,22 @@ class Opened:
 
     @property
     def folder(self) -> Path:
+        """Where samples are kept."""
         return self.config.out / "sweep"
+
+    def identity(self) -> dict[str, Any]:
+        """The configuration that run.json keeps."""
+        known = {k: v for k, v in asdict(self.config).items() if k not in PRACTICAL}
+        of_model = self.speaker.identity
+        return known | {
+            "budgets": self.budgets,
+            "model_hash": of_model["model"],
+            "precision": of_model["precision"],
+        }
 
     def facts(self) -> dict[str, Any]:
         """What another process opens it with."""
-        return {"precision": self.speaker.identity["precision"], "budgets": self.budgets}
+        return {"before": self.identity(), "most": self.most}
 
     def store(self, path: Path | None = None) -> Store:
         """The samples of all, or those at `path`."""
@@ -114,7 +127,7 @@ class Opened:
         """The samples of these problems that the store lacks, a problem's side by side, so that
         they share one prefill."""
         keys, config = [], self.config
-        for params, samples in ((GREEDY, 1), (_sampled(config), max(config.samples))):
+        for params, samples in ((GREEDY, 1), (_sampled(config), max(self.samples))):
             for extend in (0, *dict.fromkeys(config.extend)):
                 keys += store.missing(
                     problems=problems,
@@ -126,6 +139,7 @@ class Opened:
         return sorted(keys, key=lambda key: key.problem)
 
     def ask(self, key: Key) -> Ask:
+        """How the sample of that key is drawn."""
         known = parse_params(key.params)
         params = replace(
             _sampled(self.config) if known["temperature"] else GREEDY,
@@ -140,50 +154,67 @@ class Opened:
 def _claim(config: SweepConfig, held: ExitStack) -> Opened:
     """Open the sweep and take its folder, until `held` is let go; ValueError where it holds
     another one."""
-    precision, budgets = config.precision, config.budgets
-    if config.resume and (config.out / "run.json").exists():
-        # What was chosen when the sweep began; a busier moment would measure another precision.
-        before = read_run(config.out).get("sweep", {}).get("configuration", {})
-        if precision == "auto":
-            precision = before.get("precision", "auto")
-        if budgets is None and "budgets" in before:
-            budgets = tuple(before["budgets"])
-    opened = _open(config, precision, budgets)
-    identity = {k: v for k, v in asdict(config).items() if k not in PRACTICAL}
-    identity |= opened.facts() | {"model_hash": opened.speaker.identity["model"]}
+    run = read_run(config.out).get("sweep", {}) if (config.out / "run.json").exists() else {}
+    before = run.get("configuration", {})
+    opened = _open(config, before, run.get("most_new_tokens"))
     opened.folder.mkdir(parents=True, exist_ok=True)
     held.enter_context(alone_in(opened.folder))
-    open_run(config.out, "sweep", identity, resume=config.resume)
+    grows = growing(config, before)
+    open_run(config.out, "sweep", opened.identity(), resume=config.resume, grows=grows)
+    facts: dict[str, Any] = {}
+    if opened.most <= LARGEST:  # which longer prompts that come later must not change
+        facts["most_new_tokens"] = opened.most
     if opened.speaker.shape is not None:  # for reports when the model is not there any more
-        note(config.out, "sweep", {"shape": asdict(opened.speaker.shape)})
+        facts["shape"] = asdict(opened.speaker.shape)
+    note(config.out, "sweep", facts)
+    more = {
+        name: whole
+        for name in ("samples", "budgets", "extend", "problems")
+        if (asked := getattr(config, name)) and asked != (whole := getattr(opened.config, name))
+    }
+    if before and more:
+        counts = ", ".join(f"{name} {whole}" for name, whole in more.items())
+        print(f"ponder: {config.out} has {counts}: what was asked before counts", file=sys.stderr)
     with opened.store() as store:
         merge(opened.folder, store)  # what a killed run left
     return opened
 
 
-def _open(config: SweepConfig, precision: str, budgets: Sequence[int] | None) -> Opened:
-    """Draw the problems and load the model; ValueError for what it cannot be asked."""
+def _open(config: SweepConfig, before: Mapping[str, Any], most: int | None) -> Opened:
+    """Draw the problems and load the model; ValueError for what it cannot be asked. before, most:
+    the configuration in run.json, and the new tokens of its samples."""
+    config = grown(config, before)
     task = tasks.get(config.task)
-    problems = task.problems(config.split, config.problems, config.seed)
+    problems = task.problems(config.split, config.problems or PROBLEMS, config.seed)
     prompts = [problem.prompt for problem in problems]
     verifier = open_verifier(config.verifier) if config.verifier else None
     speaker = open_speaker(
         config,
         slots=config.slots or (16 if config.engine == "transformers" else 512),
-        precision=precision,
-        budgets=budgets is None or len(budgets) > 0,
+        precision=config.precision,
+        budgets=config.budgets != (),
         cue=_cue(config, task),
     )
+    budgets = config.budgets
     if budgets is None:
-        most = speaker.fit(prompts, budgets=[], max_tokens=config.max_tokens)
-        budgets = own_budgets(task, problems, speaker.length, most)
-    most = speaker.fit(prompts, budgets=budgets, max_tokens=config.max_tokens)
+        room = speaker.fit(prompts, budgets=[], max_tokens=config.max_tokens)
+        budgets = own_budgets(task, problems, speaker.length, room)
+    try:
+        most = speaker.fit(prompts, budgets=budgets, max_tokens=most or config.max_tokens)
+    except ValueError as error:
+        if most is None:
+            raise
+        raise ValueError(
+            f"{error}; the samples in {config.out} were drawn with that max_tokens: give this "
+            "sweep another --out"
+        ) from None
     # Not of what is there already, and a server's answers are shorter than what they may be.
     if verifier is not None and speaker.shape is not None and not config.resume:
         verifier.check(prompts, most)
     params = replace(_sampled(config), max_tokens=most)
     searches = Searches(config, task, speaker, params, verifier)
-    return Opened(config, task, problems, tuple(budgets), speaker, most, searches, verifier)
+    samples = config.samples or SAMPLES
+    return Opened(config, task, problems, samples, budgets, speaker, most, searches, verifier)
 
 
 def _cue(config: SweepConfig, task: tasks.Task) -> str | None:
@@ -331,7 +362,7 @@ def _finish(opened: Opened) -> tuple[int, str]:
             results = evaluate(
                 store,
                 shape=opened.speaker.shape,
-                samples=config.samples,
+                samples=opened.samples,
                 seed=config.seed,
                 model=config.model,
             )

@@ -66,7 +66,7 @@ BAD = [
     ("train tiny --activation swish9", "activation"),
     ("sweep --model missing --samples 0", "samples is [0]; each must be from 1 to 2"),
     ("sweep --model missing --samples 99999999999", "each must be from 1 to 2147483647"),
-    ("sweep --model missing --problems 99999999999", "problems is 99999999999; it must be from 1"),
+    ("sweep --model missing --problems 200000", "problems is 200000; it must be from 1 to 100000"),
     ("sweep --model missing --lines 99999999999", "lines is [99999999999]; each must be from 1 to"),
     ("sweep --model missing --width 99999999999", "width is 99999999999; it must be from 1 to"),
     ("sweep --model missing --budgets -1", "budgets is [-1]; each must be at least 0"),

@@ -193,6 +193,21 @@ def test_a_killed_search_goes_on_and_draws_none_twice(swept, no_report, tmp_path
     assert set(before) <= set(stored(tmp_path, "problem, search, seconds"))  # not drawn again
 
 
+def test_more_searches_join_a_sweep(swept, no_report, tmp_path):
+    """On all problems, old and new, as if they had been asked for at once."""
+    options = swept.searches
+    first = replace(options, search=("beam", "revise"), lines=(4,))
+    sweep(replace(swept, out=tmp_path, problems=3, searches=first))
+    before = stored(tmp_path, "problem, search, seconds")
+    sweep(replace(swept, out=tmp_path, resume=True, searches=replace(options, lines=(2,))))
+    assert stored(tmp_path) == stored(swept.out)
+    assert set(before) < set(stored(tmp_path, "problem, search, seconds"))
+    sweep(replace(swept, out=tmp_path, resume=True, searches=SearchOptions()))  # none besides
+    assert stored(tmp_path) == stored(swept.out)
+    with pytest.raises(ValueError, match="holds another sweep run, with searches .*'width': 2"):
+        sweep(replace(swept, out=tmp_path, resume=True, searches=replace(options, width=1)))
+
+
 def test_extended_thoughts_are_rows_of_their_own(swept, no_report, tmp_path):
     config = replace(swept, out=tmp_path, searches=SearchOptions(), extend=(1, 3), cue="=")
     sweep(config)

@@ -7,7 +7,7 @@ import sqlite3
 import threading
 import time
 from contextlib import closing, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import count
 from pathlib import Path
 from random import Random
@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ponder import tasks
 from ponder.inference import Unfinished
-from ponder.inference.config import SweepConfig
+from ponder.inference.config import SearchOptions, SweepConfig, growing, grown
 from ponder.inference.local import LocalSpeaker
 from ponder.inference.sweep import _keep, own_budgets, redraw, sweep
 from ponder.models import hub
@@ -217,6 +217,8 @@ def test_a_resumed_sweep_keeps_the_precision_that_was_measured(config, monkeypat
     run = json.loads((config.out / "run.json").read_text())["sweep"]
     assert run["configuration"]["precision"] == "bf16"
     assert samples(config.out) == before
+    with pytest.raises(ValueError, match="holds this sweep run already; say --resume"):
+        sweep(config)
     sweep(replace(config, out=config.out / "other"))  # the next measurement counts for a new one
     assert samples(config.out / "other") != before
     with pytest.raises(ValueError, match="precision 'bf16' .now 'fp32'."):
@@ -235,6 +237,8 @@ def test_another_model_or_task_is_refused_and_nothing_is_lost(swept, config, mod
     for changed in (
         replace(config, model=str(other), resume=True),
         replace(config, seed=1, resume=True),
+        replace(config, temperature=0.5, samples=(9,), resume=True),
+        replace(config, max_tokens=9, resume=True),
     ):
         with pytest.raises(ValueError, match="holds another sweep run"):
             sweep(changed)
@@ -305,6 +309,104 @@ def test_a_sweep_goes_on_with_the_budgets_it_began_with(swept, config, no_figure
     sweep(fresh)
     chosen = json.loads((fresh.out / "run.json").read_text())["sweep"]["configuration"]["budgets"]
     assert len(chosen) == 5 and {row[1] for row in samples(fresh.out)} == {None, *chosen}
+
+
+def kept(out: Path) -> dict:
+    """What run.json says of the sweep."""
+    return json.loads((out / "run.json").read_text())["sweep"]
+
+
+def test_a_sweep_grows_into_the_larger_one(config, no_figures):
+    """More problems, samples, budgets and extensions draw what is lacking, and nothing anew."""
+    small = replace(config, problems=9, samples=(1,), budgets=(2,))
+    sweep(small)
+    before = samples(small.out)
+    whole = replace(config, problems=12, samples=(1, 3), budgets=(0, 2), extend=(1,), cue="=")
+    sweep(replace(whole, resume=True))
+    at_once = replace(whole, out=config.out / "at_once", budgets=(2, 0))
+    sweep(at_once)
+    assert set(before) < set(samples(whole.out)) and samples(whole.out) == samples(at_once.out)
+    assert rows(whole.out) == rows(at_once.out)
+    assert {row["problems"] for row in rows(whole.out)} == {"12"}
+    configuration = kept(whole.out)["configuration"]
+    assert configuration == kept(at_once.out)["configuration"] | {"budgets": [0, 2]}
+    assert len(kept(whole.out)["earlier_commands"]) == 1
+    sweep(replace(config, samples=None, budgets=None, problems=None, resume=True))  # as it is
+    assert samples(whole.out) == samples(at_once.out)
+    assert kept(whole.out)["configuration"] == configuration
+    assert len(kept(whole.out)["earlier_commands"]) == 1
+
+
+def test_a_sweep_that_is_asked_for_less_keeps_all_and_says_so(swept, config, no_figures, capsys):
+    shutil.copytree(swept.out, config.out)
+    fewer = dict(samples=(1,), budgets=(2,), problems=4)
+    sweep(replace(config, **fewer, resume=True))
+    assert samples(config.out) == samples(swept.out) and rows(config.out) == rows(swept.out)
+    assert kept(config.out)["configuration"] == kept(swept.out)["configuration"]
+    said = "has samples (1, 3), budgets (0, 2), problems 6: what was asked before counts"
+    assert said in capsys.readouterr().err
+
+
+def test_longer_prompts_that_come_later_do_not_shorten_samples(config, no_figures):
+    first = replace(config, problems=7, samples=(1,))  # of at most 22 characters, and <think>
+    sweep(first)
+    assert kept(config.out)["most_new_tokens"] == 64 - 23
+    sweep(replace(first, problems=8, resume=True))
+    before = samples(config.out)
+    with pytest.raises(
+        ValueError, match="max_tokens is 41; after 25 .*were drawn with that max_tokens: give this"
+    ):
+        sweep(replace(first, problems=9, resume=True))
+    assert samples(config.out) == before and kept(config.out)["configuration"]["problems"] == 8
+
+
+BEAM = SearchOptions(("beam",), (4,), 2)
+REVISE = SearchOptions(("revise",), (4,))
+
+
+@pytest.mark.parametrize(
+    "before, now, grows, whole",
+    [
+        (dict(cue="a"), dict(cue="b"), "budgets cue searches", dict(cue="b")),  # it was never used
+        (dict(cue="a", extend=(1,)), dict(), "budgets searches", dict(cue="a")),
+        (dict(extend=(1,)), dict(extend=(2,)), "budgets searches", dict(extend=(1, 2))),
+        (dict(budgets=()), dict(budgets=(2,)), "cue searches", dict(budgets=(2,))),
+        (
+            dict(searches=BEAM),
+            dict(searches=SearchOptions(("mcts",), (2, 4), 2)),
+            "budgets cue searches",
+            dict(searches=SearchOptions(("beam", "mcts"), (2, 4), 2)),
+        ),
+        (dict(searches=BEAM), dict(), "budgets cue searches", dict(searches=BEAM)),
+        (
+            dict(searches=BEAM),
+            dict(searches=replace(BEAM, width=4)),
+            "budgets cue",
+            dict(searches=replace(BEAM, width=4)),
+        ),
+        (
+            dict(searches=REVISE),
+            dict(searches=SearchOptions(("beam",), (8,))),
+            "budgets searches",
+            dict(searches=SearchOptions(("revise", "beam"), (4, 8))),
+        ),
+    ],
+)
+def test_what_a_sweep_may_grow_by(before, now, grows, whole):
+    config = SweepConfig("m", budgets=(0,), problems=5)
+    told = json.loads(json.dumps(asdict(replace(config, **before)), default=str))
+    assert growing(replace(config, **now), told) == {"samples", "problems", "extend"} | {
+        *grows.split()
+    }
+    found = grown(replace(config, **now), told)
+    assert all(getattr(found, name) == value for name, value in whole.items())
+
+
+def test_searches_that_do_not_go_together_are_named():
+    searches = SearchOptions(("rebase",), (3,), 2)
+    told = asdict(SweepConfig("m", searches=searches))
+    with pytest.raises(ValueError, match="lines is .3, 4.; for beam and dvts each must be a mult"):
+        grown(SweepConfig("m", searches=replace(searches, search=("beam",), lines=(4,))), told)
 
 
 def test_a_model_without_think_tokens_is_named(model, config, tmp_path):
