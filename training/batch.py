@@ -37,7 +37,8 @@ class Source(Protocol):
 
     fingerprint: Any
     """equal for sources that give the same rows; JSON"""
-    # One that repeats itself has rows_once, a float: the rows that hold all of it once.
+    # One that repeats itself has rows_once, a float: the rows that hold all of it once. One that is
+    # of no task has beginnings, which samples continue.
 
     def rows(self, step: int, start: int, count: int) -> Batch:
         """`count` rows for a step, before which the source has given `start`."""

@@ -156,6 +156,28 @@ class PackedDocuments:
         for first in range(0, len(every), size):
             yield self.held_out.batch(every[first : first + size])
 
+    def beginnings(self, count: int, room: int) -> list[tuple[list[int], list[int] | None]]:
+        """What held-out documents begin with, and the answer up to <eos> that is to follow: each up
+        to where the loss begins, with `room` for tokens or a quarter of the context behind it.
+        Where the loss is on all of it a quarter of a document, and None."""
+        held, found = self.held_out, []
+        longest = self.config.context - min(room, self.config.context // 4)
+        for piece in np.random.default_rng(0).permutation(len(held.start)):
+            start, length = int(held.start[piece]), int(held.length[piece])
+            ids = held.tokens[start : start + length + 1].tolist()
+            if held.loss is None:
+                found.append((ids[: max(1, length // 4)], None))
+            else:
+                learned = held.loss[start : start + length + 1]
+                begin = max(1, int(learned.argmax()))
+                rest = ids[begin:]
+                end = int((~learned[begin:]).argmax()) or len(rest)  # of a chat's first answer
+                if begin <= longest:
+                    found.append((ids[:begin], [t for t in rest[:end] if t != held.pad]))
+            if len(found) == count:
+                break
+        return found
+
     def __str__(self) -> str:
         train, long = self.packed["train"], self.packed["long"]
         full = train["tokens"] / (train["rows"] * self.config.context)

@@ -52,6 +52,7 @@ th, td { padding: .3rem .8rem .3rem 0; text-align: left; border-bottom: 1px soli
 th { color: #66717f; font-weight: 500; white-space: nowrap }
 td.text { font-family: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace;
   font-size: .85rem; white-space: pre-wrap; overflow-wrap: anywhere }
+.expected { color: #66717f }
 .right { color: #1d7a4d } .wrong { color: #b3372f }
 </style></head><body>
 <h1>{{ name }}</h1>
@@ -61,7 +62,9 @@ td.text { font-family: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monosp
 {% if samples %}<h2>What the model wrote</h2>
 <div class="scroll"><table><tr><th>step<th>prompt<th>text<th></tr>
 {% for s in samples %}<tr><td>{{ s.step }}<td class="text">{{ s.prompt }}<td class="text">
-{{- s.text }}<td>{% if s.right is true %}<span class="right">right</span>
+{{- s.text }}{% if s.expected %}
+<span class="expected">expected: {{ s.expected }}</span>{% endif %}<td>
+{%- if s.right is true %}<span class="right">right</span>
 {%- elif s.right is false %}<span class="wrong">wrong</span>{% endif %}</tr>
 {% endfor %}</table></div>{% endif %}
 <h2>How it was made</h2>

@@ -1,5 +1,6 @@
 """What the model writes during training: greedy answers to problems, or a text's continuation."""
 
+from itertools import chain, zip_longest
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from ..models import GPT, KVCache
 from ..models.decoder import Decoder, fits
-from ..tasks import Task, at_most
+from ..tasks import at_most
 from .data import Data
 
 NEW_TOKENS = 64  # of a continued text
@@ -41,23 +42,29 @@ def greedy(model: GPT, prompts: list[list[int]], limit: int, eos: int | None) ->
     return [row[: row.index(eos)] if eos in row else row for row in rows]
 
 
-def _task(data: Data) -> Task | None:
-    """The task that the data are of, or the first one where several are mixed."""
-    tasks = (getattr(source, "task", None) for source in data.sources)
-    return next((task for task in tasks if task is not None), None)
-
-
 def write_samples(model: GPT, data: Data, count: int) -> list[dict[str, Any]]:
-    """`count` samples: {"prompt", "text", "right"}, the same prompts at every call.
+    """`count` samples, or one of each source where those are more: {"prompt", "text", "right"}, the
+    same prompts at every call.
 
     Of a task: validation problems that the context has room for, and whether the answer is right;
     as many tokens at most as a row of training has.
-    Of a text: the beginnings of validation rows, continued; right is None.
+    Of other data: what held-out rows begin with, continued; right is None, and "expected" is what
+    a row goes on with where the loss is on that alone.
     """
-    task = _task(data)
-    tokenizer = data.tokenizer
+    each = max(1, count // len(data.sources))
+    of_source = [_of_source(model, data, source, each) for source in data.sources]
+    in_turns = chain.from_iterable(zip_longest(*of_source))
+    return [sample for sample in in_turns if sample is not None]
+
+
+def _of_source(model: GPT, data: Data, source: Any, count: int) -> list[dict[str, Any]]:
+    tokenizer, eos = data.tokenizer, data.vocabulary.id(data.vocabulary.eos)
+
+    def text_of(ids: list[int]) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=False)
+
+    task = getattr(source, "task", None)
     if task is not None:
-        eos = tokenizer.token_to_id(data.vocabulary.eos)
         limit = min(data.context, model.config.context)  # of a --init it may be far longer
         asked = []
         for problem in at_most(task, "val", count, 0):
@@ -65,20 +72,18 @@ def write_samples(model: GPT, data: Data, count: int) -> list[dict[str, Any]]:
             ids = data.vocabulary.prefix + tokenizer.encode(text, add_special_tokens=False).ids
             if len(ids) < limit:
                 asked.append((problem, ids))
-    else:
-        rows = next(iter(data.validation())).tokens[:count]
-        prompts = rows[:, : max(1, rows.shape[1] // 4)].tolist()
-        asked, eos, limit = [(None, prompt) for prompt in prompts], None, NEW_TOKENS
+        written = greedy(model, [ids for _, ids in asked], limit, eos) if asked else []
+        texts = ["<think>" + text_of(row) for row in written]
+        return [
+            {"prompt": problem.prompt, "text": text, "right": task.verify(problem, text)}
+            for (problem, _), text in zip(asked, texts, strict=True)
+        ]
+    begun = source.beginnings(count, NEW_TOKENS)
+    limit = max([NEW_TOKENS, *(len(rest) for _, rest in begun if rest)])
+    written = greedy(model, [prompt for prompt, _ in begun], limit, eos) if begun else []
     samples = []
-    written = greedy(model, [prompt for _, prompt in asked], limit, eos) if asked else []
-    for (problem, prompt), row in zip(asked, written, strict=True):
-        text = tokenizer.decode(row, skip_special_tokens=False)
-        right = None
-        if task is not None and problem is not None:
-            text = "<think>" + text
-            right = task.verify(problem, text)
-            shown = problem.prompt
-        else:
-            shown = tokenizer.decode(prompt, skip_special_tokens=False)
-        samples.append({"prompt": shown, "text": text, "right": right})
+    for (prompt, rest), row in zip(begun, written, strict=True):
+        samples.append({"prompt": text_of(prompt), "text": text_of(row), "right": None})
+        if rest is not None:
+            samples[-1]["expected"] = text_of(rest)
     return samples

@@ -101,6 +101,11 @@ class Windows:
         rows = torch.from_numpy(self.train[index].astype(np.int64))
         return Batch(rows[:, :-1], rows[:, 1:])
 
+    def beginnings(self, count: int, room: int) -> list[tuple[list[int], None]]:
+        """What held-out rows begin with: a quarter of a context of each."""
+        rows = next(self.validation()).tokens[:count]
+        return [(row, None) for row in rows[:, : max(1, rows.shape[1] // 4)].tolist()]
+
     def validation(self) -> Iterator[Batch]:
         context = self.config.context
         count = -(-(len(self.held_out) - 1) // context)

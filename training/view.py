@@ -62,8 +62,10 @@ class View:
         """Show the first two, a line each."""
         for sample in samples[:2]:
             mark = {True: " ✓", False: " ✗", None: ""}[sample["right"]]
+            expected = sample.get("expected")
+            right = f" (expected {_shortened(expected, 30)})" if expected else mark
             self.say(
-                f"  {_shortened(sample['prompt'], 40)} → {_shortened(sample['text'], 60)}{mark}"
+                f"  {_shortened(sample['prompt'], 40)} → {_shortened(sample['text'], 60)}{right}"
             )
 
     def say(self, text: str) -> None:

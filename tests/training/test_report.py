@@ -46,6 +46,7 @@ def run(tmp_path):
         {"step": 10, "prompt": "old", "text": "old", "right": False},
         {"step": 20, "prompt": "1+2=", "text": "<think>3</think>3", "right": True},
         {"step": 20, "prompt": "2+2=", "text": "<b>5", "right": False},
+        {"step": 20, "prompt": "2+?", "text": "7", "right": None, "expected": "<b>8"},
     ]
     (tmp_path / "train" / "samples.jsonl").write_text(
         "".join(json.dumps(s) + "\n" for s in samples)
@@ -66,6 +67,7 @@ def test_a_training_run_is_reported(run, capsys):
     assert picture.startswith(b"\x89PNG") and base64.b64encode(picture).decode() in text
     # The last evaluation's samples, none of an older one, and nothing of them as HTML.
     assert "&lt;think&gt;3&lt;/think&gt;3" in text and "&lt;b&gt;5" in text and ">old<" not in text
+    assert "expected: &lt;b&gt;8" in text and text.count("expected: ") == 1
     assert re.findall(r'class="(right|wrong)"', text) == ["right", "wrong"]
 
 

@@ -137,4 +137,84 @@ def test_a_text_is_continued(tmp_path):
         assert sample["prompt"] in "to be or not to be, to be"
         prompt = data.tokenizer.encode(sample["prompt"]).ids
         row = data.tokenizer.encode(sample["text"], add_special_tokens=False).ids
-        assert row == slowly(ours, prompt, 12, None)
+        assert row == slowly(ours, prompt, 12, data.tokenizer.token_to_id("<eos>"))
+
+
+class Reads(GPT):
+    """Writes what a list says, one token a call, whatever it is given; and notes the prompts."""
+
+    def __init__(self, shape, words):
+        super().__init__(shape)
+        self.words, self.asked = words, []
+
+    def hidden(self, tokens, cache=None, segment_ids=None):
+        if cache.empty:
+            self.asked, self.count, cache.empty = tokens.tolist(), 0, False
+        out = torch.zeros(*tokens.shape, self.config.vocab_size)
+        out[..., self.words[min(self.count, len(self.words) - 1)]] = 1.0
+        self.count += 1
+        return out
+
+    def logits(self, hidden):
+        return hidden
+
+
+def rows_of(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"jsonl:{path}"
+
+
+def test_a_row_s_prompt_is_asked_alone_and_the_answer_ends_at_eos(tmp_path):
+    def turns(n):
+        said = [("user", f"{n}?"), ("assistant", f"a{n}"), ("user", "more?"), ("assistant", "no")]
+        return dict(messages=[dict(role=role, content=content) for role, content in said])
+
+    numbers = range(100, 300)
+    kinds = {
+        "completion": (
+            [dict(prompt=f"{n}+1=", completion=f"is {n}") for n in numbers],
+            "+1=",
+            "is ",
+        ),
+        "worked": (
+            [dict(question=f"{n}?", answer=f"x\n#### {n}") for n in numbers],
+            "?\n<think>",
+            "",
+        ),
+        "messages": ([turns(n) for n in numbers], "?\nassistant:", " a"),
+    }
+    for kind, (rows, end, begin) in kinds.items():
+        data = load_data(preset("tiny", data=rows_of(tmp_path / f"{kind}.jsonl", rows)))
+        word = data.tokenizer.encode("1").ids
+        ours = Reads(
+            GPTConfig(data.vocabulary.size, 64), [*word, data.vocabulary.id("<eos>"), *word]
+        )
+        samples = write_samples(ours, data, 3)
+        assert len({s["prompt"] for s in samples}) == 3
+        for sample in samples:
+            prompt, text, right, expected = sample.values()
+            assert prompt.endswith(end) and "<eos>" not in prompt + expected, kind
+            assert (text, right) == ("1", None)
+            number = next(str(n) for n in numbers if str(n) in prompt)
+            assert expected.startswith(begin) and expected.endswith(number), kind
+            assert prompt.count(number) == 1
+        assert write_samples(ours, data, 3) == samples
+
+
+def test_documents_of_plain_text_are_continued_from_their_beginning(tmp_path):
+    rows = [{"text": f"abcdefgh {n}"} for n in range(100, 200)]
+    data = load_data(preset("tiny", data=rows_of(tmp_path / "a.jsonl", rows), batch_size=2))
+    samples = write_samples(model(vocab=data.vocabulary.size, context=64), data, 2)
+    assert [list(s) for s in samples] == [["prompt", "text", "right"]] * 2
+    assert [s["prompt"] for s in samples] == ["abc"] * 2
+
+
+def test_every_source_of_a_mixture_is_sampled(tmp_path):
+    rows = [{"prompt": f"{n}+1=", "completion": "?"} for n in range(100)]
+    sources = (rows_of(tmp_path / "a.jsonl", rows), "task:last_digit")
+    data = load_data(preset("tiny", data=sources))
+    ours = model(vocab=data.vocabulary.size, context=64)
+    for count, kinds in ((1, [None, False]), (4, [None, False, None, False])):
+        samples = write_samples(ours, data, count)
+        assert [s["right"] for s in samples] == kinds
+        assert ["expected" in s for s in samples] == [kind is None for kind in kinds]
