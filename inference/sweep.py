@@ -25,6 +25,7 @@ from .config import LARGEST, PROBLEMS, SAMPLES, SweepConfig, growing, grown
 from .engine import SamplingParams
 from .evaluation import Result, evaluate
 from .exchange import training_flops
+from .page import percent, vote_text
 from .report import write_report
 from .scores import score
 from .search_sweep import Searches
@@ -42,7 +43,7 @@ PRACTICAL = ("out", "resume", "slots", "server", "verifier")
 
 
 def sweep(config: SweepConfig) -> Path:
-    """Sample what the store lacks, evaluate, write the report; returns its page.
+    """Sample what the store lacks, evaluate, write the report, print its summary; returns its page.
 
     Every finished sample is kept within seconds: a sweep that was killed goes on where it was
     (`resume`) and ends with the same samples; SIGTERM ends it as Ctrl-C does. Under a launcher
@@ -368,14 +369,39 @@ def _finish(opened: Opened) -> tuple[int, str]:
             )
         if results or not lacking:
             write_report(page.parent, results, store, run=read_run(config.out)["sweep"])
+            print(summary(results))
     return lacking, str(page)
 
 
+def summary(results: Sequence[Result]) -> str:
+    """How accurate unlimited thinking was: a greedy answer, one sample and the largest vote, with
+    their 95 % intervals, and the best fixed guess; lines of text, of which the first is a title."""
+    found = {
+        (r.strategy, r.samples): r for r in results if r.think_budget is None and not r.setting
+    }
+    largest = max((k for name, k in found if name == "self-consistency"), default=0)
+    named = {
+        "greedy": found.get(("greedy", 1)),
+        "one sample": found.get(("sampling", 1)),
+        vote_text(largest): found.get(("self-consistency", largest)),
+    }
+    rows = {name: r for name, r in named.items() if r is not None}
+    first = next(iter(rows.values()), results[0])
+    lines = [f"{first.task}, {first.problems:,} problems, unlimited thinking, 95 % intervals:"]
+    for name, r in rows.items():
+        interval = f"{100 * r.ci_low:5.1f} to {100 * r.ci_high:.1f} %"
+        part = "" if r.problems == first.problems else f"   {r.problems:,} problems"
+        lines.append(f"  {name:12}{percent(r.accuracy):>8}   {interval}{part}")
+    return "\n".join([*lines, f"  {'fixed guess':12}{percent(first.guess_accuracy):>8}"])
+
+
 def redraw(folder: Path) -> Path:
-    """Write the report of a sweep again from its stored samples; returns its page. ValueError for
-    a folder that holds no sweep."""
+    """Write the report of a sweep again from its stored samples, print its summary; returns its
+    page. ValueError for a folder that holds no sweep."""
     with _stored(folder) as (run, store, results):
-        return write_report(folder / "report", results, store, run=run)
+        page = write_report(folder / "report", results, store, run=run)
+    print(summary(results))
+    return page
 
 
 def compare(folders: Sequence[Path], out: Path) -> Path:

@@ -1,6 +1,7 @@
 import csv
 import json
 import multiprocessing
+import re
 import shutil
 import signal
 import sqlite3
@@ -255,6 +256,38 @@ def test_redraw_writes_the_same_results(swept, config, no_figures):
     assert (config.out / "report" / "results.csv").read_text() == before
     with pytest.raises(ValueError, match="holds no run.json"):
         redraw(config.out / "report")
+
+
+def test_the_end_of_a_sweep_says_how_accurate_it_was(swept, config, no_figures, capsys):
+    shutil.copytree(swept.out, config.out)
+    sweep(replace(config, resume=True))
+    title, *lines = capsys.readouterr().out.splitlines()
+    assert title == "last_digit, 6 problems, unlimited thinking, 95 % intervals:"
+    found = {
+        (r["strategy"], r["samples"]): r for r in rows(config.out) if r["think_budget"] == "inf"
+    }
+    keys = [("greedy", "1"), ("sampling", "1"), ("self-consistency", "3")]
+    for line, key in zip(lines[:3], keys, strict=True):
+        numbers = [float(n) for n in re.findall(r"\d+\.\d", line)]
+        told = [100 * float(found[key][name]) for name in ("accuracy", "ci_low", "ci_high")]
+        assert numbers == pytest.approx(told, abs=0.06)
+    assert [line[:14].strip() for line in lines] == [
+        "greedy",
+        "one sample",
+        "vote of 3",
+        "fixed guess",
+    ]
+    redraw(config.out)
+    assert capsys.readouterr().out.splitlines() == [title, *lines]
+    with sqlite3.connect(config.out / "sweep" / "samples.sqlite") as db:  # not all arrived
+        db.execute("DELETE FROM sample WHERE budget IS NULL AND params LIKE '%1.0' AND problem = 0")
+        db.execute("DELETE FROM sample WHERE budget IS NULL AND params LIKE '%0.0' AND problem < 4")
+    redraw(config.out)
+    title, *lines = capsys.readouterr().out.splitlines()
+    assert "2 problems" in title and [line.endswith("   5 problems") for line in lines[1:3]] == [
+        1,
+        1,
+    ]
 
 
 def test_a_report_needs_no_model(config, tmp_path, no_figures):
