@@ -95,9 +95,9 @@ class ReportOptions:
     sweeps, a comparison of their models."""
 
     folders: tuple[Path, ...]
-    """folders that `ponder train`, `ponder sweep` or `ponder demo` left"""
+    """folders that `ponder train`, `ponder sweep`, `ponder scale` or `ponder demo` left"""
     out: Path = Path("runs/comparison")
-    """the folder that gets the comparison of several"""
+    """the folder that gets the comparison of several sweeps"""
 
 
 def _report(arguments: list[str]) -> None:
@@ -120,7 +120,12 @@ def _report(arguments: list[str]) -> None:
             from .training.report import write_training_report
 
             print(f"training: {write_training_report(folder)}")
-        if "sweep" in runs or "train" not in runs:
+        if "scale" in runs:
+            law = folder / "scaling" / "scaling.png"
+            if not law.is_file():
+                raise ValueError(f"{folder} has no law yet; go on with ponder scale --resume")
+            print(f"law: {law}")
+        if "sweep" in runs or not {"train", "scale"} & {*runs}:
             from .inference.sweep import redraw
 
             print(f"report: {redraw(folder)}")

@@ -281,6 +281,11 @@ class GenerateConfig:
             faults.append(f"budget is {self.budget}; it must be at least 0")
         if not 0 <= self.temperature < math.inf:
             faults.append(f"temperature is {self.temperature}; it must be at least 0, and finite")
+        if self.samples > 1 and self.temperature == 0:
+            faults.append(
+                f"samples is {self.samples} and temperature 0: all of a prompt would be the same; "
+                "say --temperature 1, or another one"
+            )
         faults += common_faults(self)
         if faults:
             raise ValueError("; ".join(faults))

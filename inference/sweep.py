@@ -427,10 +427,12 @@ def compare(folders: Sequence[Path], out: Path) -> Path:
 def _stored(
     folder: Path, name: str | None = None
 ) -> Iterator[tuple[dict[str, Any], Store, list[Result]]]:
-    """A sweep's entry in run.json, its store, and what its samples say; name: its model's."""
+    """A sweep's entry in run.json, its store, and what its samples say; name: its model's, where
+    several are compared."""
     runs = read_run(folder)
     if "sweep" not in runs:
-        raise ValueError(f"{folder} holds no sweep; its run.json knows {', '.join(runs)}")
+        only = "" if name is None else ", and only sweeps are compared"
+        raise ValueError(f"{folder} holds no sweep{only}; its run.json knows {', '.join(runs)}")
     configuration = runs["sweep"]["configuration"]
     if lacking := [key for key in ("model", "samples", "seed") if key not in configuration]:
         raise ValueError(

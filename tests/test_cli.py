@@ -78,6 +78,10 @@ BAD = [
     ("generate --model missing --samples 99999999999 1+1=", "it must be from 1 to 2147483647"),
     ("generate --model missing --budget -2 1+1=", "budget is -2; it must be at least 0"),
     ("generate --model missing --temperature inf 1+1=", "temperature is inf; it must be at least"),
+    (
+        "generate --model missing --samples 3 1+1=",
+        "samples is 3 and temperature 0: all of a prompt",
+    ),
     ("sweep --model missing --temperature inf", "temperature is inf; votes need a finite one"),
     ("sweep --model missing --seed -1", "seed is -1; it must be from 0 to 9223372036854775807"),
     ("sweep --model missing --top-k 99999999999", "top_k is 99999999999; it must be from 0 to 2"),
@@ -163,6 +167,26 @@ def test_a_sweep_without_all_of_its_configuration_is_one_sentence(tmp_path, caps
     (tmp_path / "run.json").write_text('{"sweep": {"configuration": {"model": "m"}}}')
     assert cli.run(["report", str(tmp_path)]) == 2
     assert "run.json lacks samples, seed of its configuration" in capsys.readouterr().err
+
+
+def test_a_report_of_a_ladder_says_where_its_figure_is(tmp_path, capsys):
+    (tmp_path / "run.json").write_text('{"scale": {"configuration": {}}}')
+    assert cli.run(["report", str(tmp_path)]) == 2
+    assert "has no law yet; go on with ponder scale --resume" in capsys.readouterr().err
+    figure = tmp_path / "scaling" / "scaling.png"
+    figure.parent.mkdir()
+    figure.touch()
+    assert cli.run(["report", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"law: {figure}\n"
+
+
+def test_only_sweeps_are_compared(tmp_path, capsys):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text('{"train": {"configuration": {}}}')
+    assert cli.run(["report", str(tmp_path / "a"), str(tmp_path / "b")]) == 2
+    error = capsys.readouterr().err
+    assert "a holds no sweep, and only sweeps are compared; its run.json knows train\n" in error
 
 
 def test_an_unknown_field_is_named():
