@@ -78,8 +78,8 @@ class Searches:
                 self.ends = step_ends(speaker.tokenizer, getattr(task, "step_end", ""))
                 if not self.ends:
                     raise ValueError(
-                        f"step is task, and {task.name} has no steps of its own (countdown has); "
-                        "say how many tokens a step has"
+                        f"step is task, and {task.name} has no steps of its own (countdown, "
+                        "permute and word problems have); say how many tokens a step has"
                     )
 
     def wanted(self, store: Store, problems: Iterable[int]) -> list[SearchKey]:

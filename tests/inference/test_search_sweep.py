@@ -240,8 +240,10 @@ def test_extended_thoughts_are_rows_of_their_own(swept, no_report, tmp_path):
 def test_steps_of_the_task(swept, no_report, tmp_path):
     """A line is judged where the task's steps end, and nowhere else but at its own end."""
     options = replace(swept.searches, search=("beam", "rebase"), step="task")
-    with pytest.raises(ValueError, match="step is task, and last_digit has no steps of its own"):
+    with pytest.raises(ValueError, match="task, and last_digit has no steps of its own") as error:
         sweep(replace(swept, out=tmp_path, searches=options))
+    for name in tasks.names()[:4]:  # the built-in ones
+        assert (name in str(error.value).partition("own")[2]) == bool(tasks.get(name).step_end)
     assert not (tmp_path / "sweep").exists()
     judged = []
 
