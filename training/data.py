@@ -134,6 +134,7 @@ def load_data(config: TrainConfig) -> Data:
 
 
 def times_of(passes: float) -> str:
+    """A number of passes over data in words: "0.52 passes", "13 passes"."""
     return f"{passes:.2g} passes" if passes < 10 else f"{passes:,.0f} passes"
 
 

@@ -79,7 +79,7 @@ def check_known(unknown: int, tokens: int, name: str, config: TrainConfig) -> No
     if unknown > UNKNOWN_SHARE * tokens:
         way = "take another, such as --tokenizer byte, which knows any text"
         if config.init:
-            way = f"{config.init} cannot learn this text; train a new model, without --init"
+            way = f"{config.init} cannot learn this text: train a new model, without --init"
         raise ValueError(
             f"{unknown / tokens:.0%} of the tokens of {name} are <unk>: the tokenizer "
             f"{config.tokenizer} does not know its characters; {way}"

@@ -356,7 +356,7 @@ def test_data_that_a_tokenizer_hardly_knows_are_refused(text, tmp_path):
             f"{share}% of the tokens of {name} are <unk>: the tokenizer {path} does not know its "
             "characters; take another, such as --tokenizer byte, which knows any text"
         )
-    with pytest.raises(ValueError, match="runs/x cannot learn this text; train a new model"):
+    with pytest.raises(ValueError, match="runs/x cannot learn this text: train a new model"):
         load_data(preset("tiny", data=text, tokenizer=path, init="runs/x"))
 
 
