@@ -119,6 +119,7 @@ def test_without_a_terminal_lines_are_plain(capsys, monkeypatch):
             now[0] += 4  # a line every ten seconds at most
             view.row(row(step, val_loss=1.0 if step == 20 else None))
         view.samples([{"prompt": "1+2=", "text": "<think>\n" + "9" * 80, "right": True}] * 3)
+        view.samples([{"prompt": "2?", "text": "4", "right": None, "expected": "5"}])
     out, err = capsys.readouterr()
     lines = out.splitlines()
     assert err == "" and "\r" not in out
@@ -127,7 +128,8 @@ def test_without_a_terminal_lines_are_plain(capsys, monkeypatch):
         line.split()[1] for line in lines if "/20" in line
     ] == "3/20 6/20 9/20 12/20 15/20 18/20".split()
     assert "step 20: val loss 1.0000, 10 s" in lines
-    assert lines[-2:] == ["  1+2= → <think> " + "9" * 51 + "… ✓"] * 2
+    assert lines[-3:-1] == ["  1+2= → <think> " + "9" * 51 + "… ✓"] * 2
+    assert lines[-1] == "  2? → 4 (expected 5)"
 
 
 def test_a_tracker_that_is_not_installed_is_told_before_training(tmp_path, monkeypatch):
