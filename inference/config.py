@@ -72,6 +72,8 @@ class SweepConfig:
     """a folder that `ponder train` left, any checkpoint of a type that GPT is, or the
     URL of an OpenAI-compatible server, as in http://localhost:8000/v1#NAME"""
     task: str = "last_digit"
+    """last_digit, permute, multiply, countdown, gsm8k and the like, gym:NAME, or FILE.py:CLASS for
+    one of your own; settings behind a colon, as in permute:length=2-6"""
     out: Path = Path("runs/sweep")
     """the folder that gets sweep/, report/ and run.json"""
     samples: tuple[int, ...] | None = None

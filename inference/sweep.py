@@ -111,6 +111,7 @@ class Opened:
         of_model = self.speaker.identity
         return known | {
             "budgets": self.budgets,
+            "task_code": getattr(self.task, "code", None),  # of a file of one's own
             "model_hash": of_model["model"],
             "precision": of_model["precision"],
         }

@@ -6,11 +6,15 @@ Texts are plain characters of the task's alphabet; the special tokens are not am
 """
 
 import random
+import re
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
+from importlib.util import module_from_spec, spec_from_file_location
 from itertools import islice
+from pathlib import Path
 from typing import Any, Protocol
 
 SPLITS = ("train", "val", "test")
@@ -271,31 +275,66 @@ def _settings(name: str, text: str) -> dict[str, Any]:
     return settings
 
 
+MEMBERS = ("name", "alphabet", "problems", "trace", "verify", "answer")  # of a Task
+OWN = re.compile(r"(?P<file>.+\.py):(?P<kind>\w+)(?::(?P<rest>.*))?")
+
+
+def _own(file: str, kind: str) -> type[Any]:
+    """The class of a user's own file, whose code runs. Its `code` is a digest of the file, so that
+    no run goes on with a task that has changed."""
+    path = Path(file)
+    if not path.is_file():
+        raise ValueError(f"task {file}:{kind}: there is no file {file}")
+    spec = spec_from_file_location(f"task {path.resolve()}", path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[spec.name] = module_from_spec(spec)  # where dataclasses look
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"{file} does not run ({type(error).__name__}: {error})") from error
+    found = getattr(module, kind, None)
+    if not isinstance(found, type):
+        classes = [n for n, c in vars(module).items() if getattr(c, "__module__", "") == spec.name]
+        raise ValueError(f"{file} has no class {kind}; it has {', '.join(classes) or 'none'}")
+    found.code = blake2b(path.read_bytes(), digest_size=8).hexdigest()
+    if not hasattr(found, "content"):  # which training asks for
+        found.content = found.code
+    return found
+
+
 def get(name: str, **settings: Any) -> Task:
     """The task of that name.
 
-    Settings are the fields of a built-in task's class, such as operands=(3, 8); the name may carry
-    them: `multiply:digits=3-3`, `countdown:traces=path,size=3`. `gsm8k:PATH` is a data set from
-    outside read from a local file, `gym:NAME` a task of reasoning-gym. Raises ValueError for a
-    name, a setting or a value that is not known.
+    Settings are the fields of a task's class, such as operands=(3, 8); the name may carry them:
+    `multiply:digits=3-3`, `countdown:traces=path,size=3`. `gsm8k:PATH` is a data set from outside
+    read from a local file, `gym:NAME` a task of reasoning-gym, `FILE.py:CLASS` a class of one's
+    own, whose file is run. Raises ValueError for a name, a setting or a value that is not known.
     """
     from .gym import Gym
     from .word_problems import SOURCES, WordProblems
 
-    tasks = _tasks()
     kind, _, rest = name.partition(":")
-    if kind in tasks:
+    made, own = _tasks().get(kind), OWN.fullmatch(name)
+    if own:
+        made, rest = _own(own["file"], own["kind"]), own["rest"] or ""
+        kind = f"{own['file']}:{own['kind']}"
+    if made:
         settings = _settings(name, rest) | settings
         name = kind
-        fields = list(getattr(tasks[name], "__dataclass_fields__", ()))
-    elif kind in SOURCES or (kind == "gym" and rest):
-        fields = []
-    else:
-        raise ValueError(f"unknown task {name!r}; known: {', '.join(names())}, gym:NAME")
+    elif not (kind in SOURCES or (kind == "gym" and rest)):
+        known = ", ".join([*names(), "gym:NAME", "FILE.py:CLASS"])
+        raise ValueError(f"unknown task {name!r}; known: {known}")
+    fields = list(getattr(made, "__dataclass_fields__", ()))
     for setting in settings:
         if setting not in fields:
             known = f"known: {', '.join(fields)}" if fields else "it has none"
             raise ValueError(f"{name}: unknown setting {setting!r}; {known}")
-    if name in tasks:
-        return tasks[name](**settings)
-    return Gym(rest) if kind == "gym" else WordProblems(kind, rest or None)
+    if made is None:
+        return Gym(rest) if kind == "gym" else WordProblems(kind, rest or None)
+    try:
+        task = made(**settings)
+    except TypeError as error:  # abstract, or with fields that have no default
+        raise ValueError(f"{name}: {error}") from error
+    if lacking := [member for member in MEMBERS if own and not hasattr(task, member)]:
+        raise ValueError(f"{name} is no task: it has no {', '.join(lacking)}")
+    return task

@@ -435,6 +435,29 @@ def test_what_a_sweep_may_grow_by(before, now, grows, whole):
     assert all(getattr(found, name) == value for name, value in whole.items())
 
 
+def test_a_task_of_one_s_own_is_swept_and_one_that_changed_is_refused(
+    config, tmp_path, monkeypatch, no_figures
+):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from ponder.tasks.last_digit import LastDigit\n\n\n"
+        "class Mine(LastDigit):\n    name = 'mine'\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    mine = replace(config, task="mine.py:Mine:operands=3-4")
+    sweep(mine)
+    with sqlite3.connect(config.out / "sweep" / "samples.sqlite") as db:
+        asked = [prompt for (prompt,) in db.execute("SELECT prompt FROM problem ORDER BY id")]
+    assert asked == [p.prompt for p in tasks.get(mine.task).problems("test", 6, 0)]
+    assert all(len(prompt) <= 8 for prompt in asked)
+    assert {row["task"] for row in rows(config.out)} == {mine.task}
+    sweep(replace(mine, problems=8, resume=True))
+    assert {row["problems"] for row in rows(config.out)} == {"8"}
+    file.write_text(file.read_text() + "\n    def answer(self, text):\n        return '3'\n")
+    with pytest.raises(ValueError, match="holds another sweep run, with task_code '.*' .now '"):
+        sweep(replace(mine, resume=True))
+
+
 def test_searches_that_do_not_go_together_are_named():
     searches = SearchOptions(("rebase",), (3,), 2)
     told = asdict(SweepConfig("m", searches=searches))

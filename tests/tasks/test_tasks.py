@@ -285,6 +285,62 @@ def test_a_name_may_carry_settings():
             tasks.get(text)
 
 
+OWN = """
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ponder.tasks import WorkedTask
+from ponder.tasks.permute import Permute
+
+
+@dataclass(frozen=True)
+class Shuffle(Permute):
+    name = "shuffle"
+
+
+class Half(WorkedTask):
+    name = "half"
+
+
+class Bare:
+    name = "bare"
+
+
+number = 3
+"""
+
+
+def test_a_task_may_be_a_class_in_a_file_of_one_s_own(tmp_path, monkeypatch):
+    file = tmp_path / "own.py"
+    file.write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    task = tasks.get("own.py:Shuffle:length=2-3")
+    assert task.name == "shuffle" and task.length == (2, 3)  # type: ignore[attr-defined]
+    assert tasks.get(f"{file}:Shuffle", length=(2, 3)).problems("val", 9, 1) == task.problems(
+        "val", 9, 1
+    )
+    code = task.code  # type: ignore[attr-defined]
+    assert tasks.get("own.py:Shuffle").code == code  # type: ignore[attr-defined]
+    for name, message in [
+        ("none.py:Shuffle", "task none.py:Shuffle: there is no file none.py"),
+        ("own.py:Chess", "own.py has no class Chess; it has Shuffle, Half, Bare"),
+        ("own.py:number", "own.py has no class number; it has Shuffle, Half, Bare"),
+        ("own.py:Half", "own.py:Half: Can't instantiate abstract class Half .*draw"),
+        ("own.py:Bare", "own.py:Bare is no task: it has no alphabet, problems, trace, verify, ans"),
+        ("own.py:Shuffle:size=3", "own.py:Shuffle: unknown setting 'size'; known: length"),
+        ("own.py:Shuffle:length=5-3", "length is .5, 3.; it must be"),
+        ("own.py", "unknown task 'own.py'; known: .*, gym:NAME, FILE.py:CLASS"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            tasks.get(name)
+    file.write_text(OWN + "\n1 / 0\n")
+    with pytest.raises(
+        ValueError, match="own.py does not run .ZeroDivisionError: division by zero"
+    ):
+        tasks.get("own.py:Shuffle")
+
+
 def test_unknown_splits_and_negative_counts_are_named(task):
     with pytest.raises(ValueError, match="unknown split 'dev'; known: train, val, test"):
         task.problems("dev", 1, 0)
