@@ -88,19 +88,20 @@ def shards(out: Path) -> list[str]:
 def test_processes_share_a_sweep_and_one_that_is_killed_loses_nothing(alone, tmp_path):
     shared, killed = tmp_path / "shared", tmp_path / "killed"
     words = command(alone, shared)
-    said = two(words, words, command(alone, killed))
+    fewer = words.replace("--samples 3 --budgets 0 2", "--samples 1 --budgets 0")
+    said = two(fewer, f"{words} --resume", words, command(alone, killed))
     lines = said.stdout.splitlines()
     assert said.returncode == 1
     for rank in range(2):
         statuses = [line for line in lines if line.startswith(f"rank {rank} ")]
-        ends = [0, 2, 130][: 3 - rank]  # torchrun interrupts the first when the second is gone
+        ends = [0, 0, 2, 130][: 4 - rank]  # torchrun interrupts the first when the second is gone
         assert statuses == [f"rank {rank} status {end}" for end in ends], said.stderr[-3000:]
-    assert lines.count(f"report: {shared / 'report' / 'index.html'}") == 1
+    assert lines.count(f"report: {shared / 'report' / 'index.html'}") == 2
 
     # What two processes leave is what one leaves, to the last bit.
     assert samples(shared) == samples(alone.out)
     assert not shards(shared)
-    # One of them says what was wrong with the second command.
+    # One of them says what was wrong with the third command.
     assert said.stderr.count("holds this sweep run already; say --resume") == 1
 
     kept = {}
