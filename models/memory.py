@@ -112,7 +112,9 @@ def training_memory(
     layer = layer_activations(shape, T, precision, triton=triton) * tokens
     kept = layer + shape.n_layer * 4 * C * tokens if recompute else shape.n_layer * layer
     if triton or tokens * V > PLAIN:
-        chunks = math.ceil(tokens / max(1, CHUNK["cuda" if triton else "cpu"] // V))  # all of about the same height
+        chunks = math.ceil(
+            tokens / max(1, CHUNK["cuda" if triton else "cpu"] // V)
+        )  # all of about the same height
         head = tokens * (8 + 2 * a) * C + 4 * V * C
         logits = math.ceil(tokens / chunks) * V * (a if triton else 8 + a)
     else:

@@ -19,10 +19,10 @@ class TrainConfig:
     """A training run. Times are in optimizer steps, lengths in tokens."""
 
     data: str | tuple[str, ...] = "task:last_digit"
-    """task:NAME, text:FILE, jsonl:FILES, parquet:FILES or hub:NAME; several are mixed. FILES is one
-    or a pattern, NAME an id of the Hub (OWNER/NAME[/CONFIG]) or a folder; a :COLUMN behind it holds
-    the text where the columns are not text, prompt and completion, question and answer, messages.
-    samples:FOLDER, of a sweep, is for a verifier"""
+    """task:NAME or task:FILE.py:CLASS, text:FILE, jsonl:FILES, parquet:FILES or hub:NAME; several
+    are mixed. FILES is one or a pattern, NAME an id of the Hub (OWNER/NAME[/CONFIG]) or a folder; a
+    :COLUMN behind it holds the text where the columns are not text, prompt and completion, question
+    and answer, messages. samples:FOLDER, of a sweep, is for a verifier"""
     weights: tuple[float, ...] = ()
     """how much of every batch each of `data` gives; none: all the same"""
     data_tokens: int = 0

@@ -82,6 +82,11 @@ class Solutions:
             )
         if not self.solutions:
             raise ValueError(f"{name} holds no samples: run the sweep first")
+        if tasks.OWN.fullmatch(about.get("task", "")):
+            raise ValueError(
+                f"{name} holds samples of the task {about['task']}, whose file would be run as "
+                "a store names it; verifiers learn from ponder's own tasks alone"
+            )
         self.task = tasks.get(about.get("task", ""))
         if self.kind == "process":
             solver(self.task)

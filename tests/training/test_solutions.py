@@ -1,4 +1,5 @@
 import json
+import sqlite3
 from dataclasses import replace
 
 import numpy as np
@@ -144,6 +145,12 @@ def test_data_that_teach_nothing_are_refused(tmp_path, store):
 
     made = solutions("test", 6, 2)
     refused("samples of the test split", write_store(tmp_path / "t", "last_digit", "test", made))
+    own = write_store(tmp_path / "own", "last_digit", "train", made)
+    (tmp_path / "evil.py").write_text("raise SystemExit('it was run')")
+    with sqlite3.connect(own) as db:
+        name = json.dumps(f"{tmp_path / 'evil.py'}:Task")
+        db.execute("UPDATE identity SET value = ? WHERE name = 'task'", (name,))
+    refused("whose file would be run as a store names it", own)
     right = [[s for s in row if s[2]] or [("<think>1</think>1", True, True)] for row in made]
     refused("could learn from is right", write_store(tmp_path / "r", "last_digit", "val", right))
     two = write_store(tmp_path / "two", "last_digit", "train", made[:2])
