@@ -88,7 +88,7 @@ class SweepConfig:
     cue: str | None = None
     """what takes a thought up again; None: the task's own"""
     problems: int | None = None
-    """held-out problems; None: 500, or what a resumed sweep has"""
+    """held-out problems; None: 500, or all where there are fewer, or what a resumed sweep has"""
     split: Literal["test", "val", "train"] = "test"
     """the problems to sample; train: for a verifier to learn from"""
     verifier: str | None = None
@@ -165,8 +165,7 @@ def grown(config: SweepConfig, before: Mapping[str, Any]) -> SweepConfig:
     run.json; {}: nothing) and is asked now: no count shrinks. What cannot grow is as now.
     ValueError for searches that do not go together."""
     if not before:
-        samples, problems = config.samples or SAMPLES, config.problems or PROBLEMS
-        return replace(config, samples=samples, problems=problems)
+        return replace(config, samples=config.samples or SAMPLES)
 
     def union(*given: Iterable[int] | None) -> tuple[int, ...]:
         return tuple(sorted({n for numbers in given for n in numbers or ()}))

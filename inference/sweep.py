@@ -187,7 +187,11 @@ def _open(config: SweepConfig, before: Mapping[str, Any], most: int | None) -> O
     the configuration in run.json, and the new tokens of its samples."""
     config = grown(config, before)
     task = tasks.get(config.task)
-    problems = task.problems(config.split, config.problems or PROBLEMS, config.seed)
+    if config.problems is None:
+        problems = tasks.at_most(task, config.split, PROBLEMS, config.seed)
+        config = replace(config, problems=len(problems))
+    else:
+        problems = task.problems(config.split, config.problems, config.seed)
     prompts = [problem.prompt for problem in problems]
     verifier = open_verifier(config.verifier) if config.verifier else None
     speaker = open_speaker(

@@ -465,6 +465,15 @@ def test_searches_that_do_not_go_together_are_named():
         grown(SweepConfig("m", searches=replace(searches, search=("beam",), lines=(4,))), told)
 
 
+def test_a_task_that_has_fewer_problems_is_asked_all_of_them(config, no_figures):
+    few = replace(config, task="last_digit:operands=2-2", problems=None, samples=(1,), budgets=())
+    sweep(few)
+    count = json.loads((few.out / "run.json").read_text())["sweep"]["configuration"]["problems"]
+    assert 5 < count < 100 and len(samples(few.out)) == 2 * count
+    with pytest.raises(ValueError, match=f"test holds {count} distinct problems"):
+        sweep(replace(few, problems=500, out=few.out / "more"))
+
+
 def test_a_model_without_think_tokens_is_named(model, config, tmp_path):
     folder = tmp_path / "plain"
     shutil.copytree(model, folder)
