@@ -6,7 +6,6 @@ escaped, and characters that would not show or would reorder their neighbours ar
 
 import csv
 import io
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -43,7 +42,7 @@ def write_report(
     results: Sequence[Result],
     store: Store,
     *,
-    run: Mapping[str, Any] | str | Path | None = None,
+    run: Mapping[str, Any] | None = None,
     examples: int = 5,
 ) -> Path:
     """Writes results.csv, findings.json (what the page says beyond those rows),
@@ -51,16 +50,12 @@ def write_report(
     and index.html; returns the page's path.
 
     results: rows of one task and model, as `evaluation.evaluate(store)` gives them; store: where
-    problems, samples and difficulties are read; run: run.json, or what it holds, printed under
-    "How this was made"; examples: how many problems of each kind to show. Each file is written
-    aside and renamed. Raises ValueError where there are no results.
+    problems, samples and difficulties are read; run: what run.json holds of the sweep, printed
+    under "How this was made"; examples: how many problems of each kind to show. Each file is
+    written aside and renamed. Raises ValueError where there are no results.
     """
     if not results:
         raise ValueError(f"{store.path} holds no results to report: run the sweep first")
-    if isinstance(run, Mapping) or run is None:
-        facts = run or {}
-    else:
-        facts = json.loads(Path(run).read_text(encoding="utf-8"))
     found = Findings.of(results, store)
     task = visible(results[0].task)
     note = f"95 % intervals over {results[0].problems:,} problems."
@@ -81,7 +76,7 @@ def write_report(
             title=f"{task}: searches beside independent samples",
             note=f"Along a line the number of samples, lines or expansions grows. Bands: {note}",
         )
-    page = html(results, store, found, run=facts, examples=examples)
+    page = html(results, store, found, run=run or {}, examples=examples)
     files = {
         "results.csv": csv_text(results).encode("utf-8", "replace"),
         "findings.json": found.json().encode(),
@@ -204,8 +199,8 @@ def headlines(curves: Curves) -> list[dict[str, Any]]:
     return cards
 
 
-def made(run: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """run.json as groups of (name, text): one for each command that wrote into it."""
+def made(run: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """A command's part of run.json as names and texts."""
 
     def text(value: Any) -> str:
         if isinstance(value, Mapping):
@@ -214,8 +209,4 @@ def made(run: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
             return " ".join(map(text, value))
         return "none" if value is None else str(value)
 
-    groups = run if all(isinstance(value, Mapping) for value in run.values()) else {"": run}
-    return [
-        (command, [(name, text(value)) for name, value in facts.items()])
-        for command, facts in groups.items()
-    ]
+    return [(name, text(value)) for name, value in run.items()]

@@ -105,12 +105,10 @@ def page_of(store, folder):
 
 
 RUN = {
-    "sweep": {
-        "command": "ponder sweep --task t",
-        "configuration": {"samples": [1, 4], "resume": None},
-        "versions": {"torch": "2.13.0"},
-        "commit": "abc123",
-    }
+    "command": "ponder sweep --task t",
+    "configuration": {"samples": [1, 4], "resume": None},
+    "versions": {"torch": "2.13.0"},
+    "commit": "abc123",
 }
 
 
@@ -118,10 +116,9 @@ RUN = {
 def written(tmp_path_factory):
     """Results, and the folder of their report, with everything that a page may show."""
     folder = tmp_path_factory.mktemp("written")
-    (folder / "run.json").write_text(json.dumps(RUN))
     with make_store(folder / "s", task='a "quoted", task', seconds=0.25) as store:
         results = evaluate(store, shape=SMALL)
-        write_report(folder / "report", results, store, run=folder / "run.json")
+        write_report(folder / "report", results, store, run=RUN)
     return results, folder / "report"
 
 
