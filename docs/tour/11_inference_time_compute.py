@@ -62,7 +62,7 @@ plt.show()
 
 # %% [markdown]
 # Longer thinking pays most here, as each step of the chain needs the one before it. Samples pay
-# once a single one is right often enough: then the vote turns 87 % into 100 %.
+# once a single one is right often enough: then the vote turns 84 % into 99.8 %.
 #
 # **Change and see.** Let the wrong answers agree, `shares = (0.4, 0.6)`: the vote gets worse with
 # every sample, while "at least one right" still climbs. That gap is what a verifier could win.
