@@ -175,7 +175,10 @@ def _claim(config: SweepConfig, held: ExitStack) -> Opened:
         if (asked := getattr(config, name)) and asked != (whole := getattr(opened.config, name))
     }
     if before and more:
-        counts = ", ".join(f"{name} {whole}" for name, whole in more.items())
+        counts = ", ".join(
+            f"{name} {' '.join(map(str, whole)) if isinstance(whole, tuple) else whole}"
+            for name, whole in more.items()
+        )
         print(f"ponder: {config.out} has {counts}: what was asked before counts", file=sys.stderr)
     with opened.store() as store:
         merge(opened.folder, store)  # what a killed run left

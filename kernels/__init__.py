@@ -1,5 +1,6 @@
 """Fused operations with hand-written Triton kernels; on CPU tensors, PyTorch's best operations."""
 
+from ._activations import ACTIVATIONS as ACTIVATIONS  # by name, for models
 from .attention import attention
 from .cross_entropy import cross_entropy
 from .decode_attention import decode_attention

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..kernels._activations import ACTIVATIONS
+from ..kernels import ACTIVATIONS
 from .cache import KVCache
 from .gpt import GPT
 from .layers import LayerNorm, RMSNorm, readable

@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels import cross_entropy
-from ..kernels._activations import ACTIVATIONS
+from ..kernels import ACTIVATIONS, cross_entropy
 from .cache import KVCache, LayerCache
 from .layers import (
     MLP,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import (
+    ACTIVATIONS,
     attention,
     gated_mlp,
     layer_norm,
@@ -22,7 +23,6 @@ from ..kernels import (
     rms_norm,
     rotary,
 )
-from ..kernels._activations import ACTIVATIONS
 from .cache import LayerCache
 
 

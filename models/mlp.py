@@ -6,8 +6,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ..kernels import cross_entropy, mse_loss, softmax
-from ..kernels._activations import ACTIVATIONS
+from ..kernels import ACTIVATIONS, cross_entropy, mse_loss, softmax
 
 Head = Literal["classes", "values"]
 Optimizer = Literal["sgd", "momentum", "adam"]

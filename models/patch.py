@@ -23,9 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels import linear_cross_entropy
+from ..kernels import ACTIVATIONS, linear_cross_entropy
 from ..kernels import rotary as turn
-from ..kernels._activations import ACTIVATIONS
 from . import hf_attention, hf_layers
 from .layers import hooked, readable
 

@@ -376,7 +376,7 @@ def test_a_sweep_that_is_asked_for_less_keeps_all_and_says_so(swept, config, no_
     sweep(replace(config, **fewer, resume=True))
     assert samples(config.out) == samples(swept.out) and rows(config.out) == rows(swept.out)
     assert kept(config.out)["configuration"] == kept(swept.out)["configuration"]
-    said = "has samples (1, 3), budgets (0, 2), problems 6: what was asked before counts"
+    said = "has samples 1 3, budgets 0 2, problems 6: what was asked before counts"
     assert said in capsys.readouterr().err
 
 
