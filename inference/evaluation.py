@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -157,13 +158,16 @@ def _result(
         forced_tokens=float(outcome.forced_tokens.mean()),
         flops_per_problem=float(outcome.flops.mean()),
         seconds_per_problem=float(outcome.seconds.mean()),
-        guess_accuracy=stats.guess_accuracy([answers[i] for i in ids]),
+        guess_accuracy=_guess(tuple(answers[i] for i in ids)),
         pareto=False,
         pruned_tokens=float(outcome.pruned_tokens.mean()),
         judge_flops_per_problem=float(outcome.judge_flops.mean()),
         ids=ids,
         outcome=outcome,
     )
+
+
+_guess = lru_cache(maxsize=64)(stats.guess_accuracy)  # most rows are of the same problems
 
 
 def mark_pareto(results: Sequence[Result]) -> list[Result]:
