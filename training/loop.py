@@ -303,6 +303,12 @@ class _Run:
                 f"{self.precision}, {self.accelerator.device}, {self.ranks} process(es)"
                 f"{', sharded' if self.sharded else ''} → {self.out}"
             )
+            new = (TrainConfig.lr, TrainConfig.matrix_lr)
+            if config.init and not config.verifier and (config.lr, config.matrix_lr) == new:
+                self.view.say(
+                    f"the learning rates are those of new models; {config.init}, if it is good "
+                    "already, learns more at lower ones, as --optimizer adamw --lr 1e-4"
+                )
             self.clock = time.perf_counter(), self.tokens
             batch = ahead.submit(self.data.batch, self.step)
             while self.step < config.steps and not self._stop_agreed():

@@ -509,6 +509,14 @@ def test_a_checkpoint_is_trained_further(config, checkpoint):
     assert learned[-1]["val_loss"] < 0.8 * learned[0]["train_loss"]
 
 
+def test_a_checkpoint_is_told_of_lower_rates_unless_they_were_given(checkpoint, tmp_path, capsys):
+    config = TrainConfig(init=str(checkpoint), out=tmp_path / "a", steps=1, batch_size=2, samples=0)
+    train(config)
+    assert "the learning rates are those of new models" in capsys.readouterr().out
+    train(replace(config, out=tmp_path / "b", lr=1e-4))
+    assert "of new models" not in capsys.readouterr().out
+
+
 def test_a_default_context_is_at_most_the_checkpoint_s(checkpoint, tmp_path, capsys):
     config = TrainConfig(
         init=str(checkpoint), out=tmp_path / "out", steps=1, batch_size=2, samples=0
