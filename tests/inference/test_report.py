@@ -2,12 +2,15 @@ import csv
 import io
 import json
 import random
+import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+import ponder
 from ponder import cli
 from ponder.inference.drawing import legend
 from ponder.inference.evaluation import evaluate
@@ -120,6 +123,11 @@ def written(tmp_path_factory):
         results = evaluate(store, shape=SMALL)
         write_report(folder / "report", results, store, run=RUN)
     return results, folder / "report"
+
+
+def test_every_column_of_results_csv_is_explained():
+    told = (Path(ponder.__file__).parent / "docs" / "report.md").read_text()
+    assert not [name for name in COLUMNS if not re.search(rf"^\|.*\b{name}\b.*\|", told, re.M)]
 
 
 def test_results_csv(written):
