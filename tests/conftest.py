@@ -18,20 +18,9 @@ KERNELS = Path(__file__).parent / "kernels"
 if INTERPRET:
     # Triton's own library is built for the interpreter, or not, when it is imported.
     os.environ["TRITON_INTERPRET"] = "1"
-    from triton.runtime import interpreter
+    from .interpreter import mend
 
-    _patched = set()
-
-    def _call(self, *args, **kwargs):
-        """A device function's call in the interpreter. Triton's own looks through its language for
-        what is to be patched at every call, though a kernel's launch has just done so;
-        what that leaves, `triton.language.core` under `tl.sum` and its like, stays patched."""
-        if self.fn.__module__ not in _patched:
-            interpreter._patch_lang(self.fn)
-            _patched.add(self.fn.__module__)
-        return self.rewrite()(*args, **kwargs)
-
-    interpreter.InterpretedFunction.__call__ = _call
+    mend()
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Kernels run in Triton's interpreter here (fp32 and fp16), or on the GPU where there is one."""
+"""Kernels run in Triton's interpreter here , or on the GPU where there is one."""
 
 import pytest
 import torch

@@ -138,7 +138,7 @@ def test_empty(empty, device):
 
 
 def test_gradients_repeat_bit_for_bit(device):
-    inputs = qkv(1, 4, 2, 70, 70, 32, torch.float16, device)
+    inputs = qkv(1, 4, 2, 70, 70, 32, torch.bfloat16, device)
     upstream = [torch.randn_like(inputs[0])]
     first, second = (run(attention, inputs, upstream) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

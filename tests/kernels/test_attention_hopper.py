@@ -67,7 +67,7 @@ def test_specialized_kernels(case, deterministic, dtype, device, hopper):
 
 def test_one_pass_where_keys_past_the_last_would_be_infinite(device, hopper):
     """Weights exp2(0 - lse) of keys that are not there, where all true scores are far below 0."""
-    q, k, v = qkv(1, 1, 1, 64, 70, 64, torch.float16, device)
+    q, k, v = qkv(1, 1, 1, 64, 70, 64, torch.bfloat16, device)
     inputs = [q.abs() * 8, -k.abs() * 8, v]
     dout = [torch.randn_like(q)]
     grads = run(lambda *x: attention(*x, causal=False, deterministic=False), inputs, dout)
@@ -80,12 +80,12 @@ def test_one_pass_where_keys_past_the_last_would_be_infinite(device, hopper):
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_specialized_kernels_take_expanded_gradients(deterministic, device, hopper):
     """The sum over heads gives all of them the same dout, with a stride of 0."""
-    inputs = qkv(1, 4, 2, 68, 68, 64, torch.float16, device)
+    inputs = qkv(1, 4, 2, 68, 68, 64, torch.bfloat16, device)
     leaves = [x.requires_grad_() for x in inputs]
     results = []
     for fn in (lambda *x: attention(*x, deterministic=deterministic), attention_reference):
         out = fn(*leaves).sum(1)
-        weight = torch.linspace(-1, 1, out.numel(), device=device).view_as(out).half()
+        weight = torch.linspace(-1, 1, out.numel(), device=device).view_as(out).bfloat16()
         results.append(torch.autograd.grad(out, leaves, weight))
     assert "delta" in hopper()
     for a, b in zip(*results, strict=True):
@@ -98,7 +98,7 @@ def test_specialized_kernels_take_expanded_gradients(deterministic, device, hopp
     ids=lambda change: next(iter(change)),
 )
 def test_specialized_kernels_leave_options_to_the_others(change, device, hopper):
-    inputs = qkv(1, 2, 1, 16, 16, 64, torch.float16, device)
+    inputs = qkv(1, 2, 1, 16, 16, 64, torch.bfloat16, device)
     change = {k: x.to(device) if torch.is_tensor(x) else x for k, x in change.items()}
     out = attention(*inputs, **change)
     assert relative_error(out, attention_reference(*inputs, **change)) < 1e-2

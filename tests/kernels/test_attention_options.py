@@ -361,7 +361,7 @@ def test_opcheck(device):
 
 def test_deterministic(device):
     """The gradients of all features repeat bit for bit."""
-    q, k, v = qkv(1, 4, 2, 70, 70, 32, torch.float16, device)
+    q, k, v = qkv(1, 4, 2, 70, 70, 32, torch.bfloat16, device)
     segments = ids(30, 40, device=device)
     upstream = [torch.randn_like(q), torch.randn(1, 4, 70, device=device)]
     options = dict(window=30, softcap=5.0, segment_ids=segments, return_lse=True)

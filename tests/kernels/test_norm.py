@@ -69,7 +69,7 @@ def test_norm_with_residual(shape, dtype, norm, device):
 @NORMS
 def test_half_branch_on_an_fp32_stream(norm, device):
     _, weight, bias, residual = inputs((33, 40), torch.float32, device)
-    x = torch.randn(33, 40, dtype=torch.float16, device=device)
+    x = torch.randn(33, 40, dtype=torch.bfloat16, device=device)
     check(
         lambda x, w, b, r: norm(x, w, b, residual=r),
         with_residual(norm),
@@ -78,7 +78,7 @@ def test_half_branch_on_an_fp32_stream(norm, device):
         names="y h dx dweight dbias dresidual",
     )
     y, h = norm(x, weight, residual=residual)
-    assert (y.dtype, h.dtype) == (torch.float16, torch.float32)
+    assert (y.dtype, h.dtype) == (torch.bfloat16, torch.float32)
 
 
 @NORMS
