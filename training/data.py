@@ -17,7 +17,6 @@ from .cache import digest
 from .config import TrainConfig
 from .documents import Documents
 from .problems import Problems
-from .render import PLAIN_TEMPLATE
 from .solutions import Solutions, SolverTraces
 from .text import LongText
 from .tokenizer import Vocabulary, load_vocabulary
@@ -112,11 +111,11 @@ def load_data(config: TrainConfig) -> Data:
     """
     corpora = [open_corpus(config, name) for name in config.sources]
     vocabulary = load_vocabulary(config.tokenizer, corpora)
+    chats = any(isinstance(c, Documents) and c.schema == "messages" for c in corpora)
+    if chats:
+        vocabulary = vocabulary.for_chats()
     sources = [corpus.source(config, vocabulary) for corpus in corpora]
-    template = None
-    if any(isinstance(c, Documents) and c.schema == "messages" for c in corpora):
-        opening = "".join(vocabulary.tokenizer.id_to_token(i) or "" for i in vocabulary.prefix)
-        template = vocabulary.template or opening + PLAIN_TEMPLATE
+    template = vocabulary.template if chats else None
     data = Data(config, vocabulary, sources, config.weights, template)
     data.batch(0)
     # A source's part of a batch varies by a row: the largest must be there too.

@@ -42,7 +42,7 @@ class Documents:
             if not first:
                 raise ValueError(f"{self.name} holds no row; there is nothing to train on")
             schema = schema_of(first[0], self.column)
-            documents = chain.from_iterable(map(renderer(schema, self.column, "", None), first))
+            documents = chain.from_iterable(map(renderer(schema, self.column), first))
             thinks = any(THOUGHT[0] in text for document in documents for text, _ in document.parts)
             return {"schema": schema, "thinks": thinks}
 
@@ -57,7 +57,7 @@ class Documents:
 
     def texts(self) -> Iterator[str]:
         special = re.compile("|".join(map(re.escape, specials(self.thinks()))))
-        render = renderer(self.schema, self.column, "", None)
+        render = renderer(self.schema, self.column)
         for rows in (self.data.train(), self.data.validation()):
             left = min(LEARN_CHARACTERS, 16 * self.limit or LEARN_CHARACTERS)
             bar = tqdm(rows, f"learning from {self.name}", unit=" rows", leave=False)
@@ -69,13 +69,14 @@ class Documents:
                     break
 
     def source(self, config: TrainConfig, vocabulary: Vocabulary) -> "PackedDocuments":
-        render = renderer(self.schema, self.column, vocabulary.eos, vocabulary.template)
+        words = vocabulary
+        render = renderer(self.schema, self.column, words.eos, words.template, words.bos or "")
         masked = self.schema != "text"
 
         def write(folder: Path) -> dict[str, Any]:
             return tokenize(folder, self.name, self.data, render, vocabulary, self.limit, masked)
 
-        tokens, facts = cached("tokens", [self.identity, vocabulary.digest], write)
+        tokens, facts = cached("tokens", [self.identity, vocabulary.digest, vocabulary.bos], write)
         check_known(facts["unknown"], facts["tokens"], self.name, config)
         arrays = open_tokens(tokens, vocabulary, masked)
 

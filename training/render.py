@@ -14,6 +14,7 @@ The columns of a row decide what it is:
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 from ..tasks import split_of
@@ -41,6 +42,7 @@ class Document(NamedTuple):
     parts: list[tuple[str, bool]]  # text, and whether the loss is on it
     key: str  # equal for documents that must not stand on both sides of the validation split
     held: bool = False  # the key is not of the training split that the tasks see in such rows
+    chat: bool = False  # begins as its template says, and not as the tokenizer begins every text
 
 
 class Row(NamedTuple):
@@ -68,11 +70,12 @@ def schema_of(row: Row, column: str | None) -> str:
 
 
 def renderer(
-    schema: str, column: str | None, eos: str, template: str | None
+    schema: str, column: str | None, eos: str = "", template: str | None = None, bos: str = ""
 ) -> Callable[[Row], Iterator[Document]]:
     """The function that turns a row of this schema into documents; ValueError for one that is not.
 
-    eos: the token that ends a document. template: a chat template (Jinja), None: PLAIN_TEMPLATE.
+    eos: the token that ends a document. template: a chat template (Jinja), None: PLAIN_TEMPLATE;
+    it is given eos and bos.
     """
 
     def text(row: Row) -> Iterator[Document]:
@@ -92,7 +95,7 @@ def renderer(
         yield Document(parts, prompt, held=split_of(prompt) != "train")
 
     def messages(row: Row) -> Iterator[Document]:
-        return _conversation(row, eos, template or PLAIN_TEMPLATE)
+        return _conversation(row, partial(write_chat, template or PLAIN_TEMPLATE, eos, bos))
 
     kinds = dict(text=text, completion=completion, worked=worked, messages=messages)
     return kinds[schema]
@@ -124,7 +127,27 @@ def _encodes(text: str) -> bool:
     return True
 
 
-def _conversation(row: Row, eos: str, template: str) -> Iterator[Document]:
+def write_chat(
+    template: str, eos: str, bos: str, turns: list[dict[str, str]], answering: bool = False
+) -> str:
+    """A conversation as text, as inference writes it; raises what the template does.
+
+    answering: with what opens an answer behind it.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    [text], _ = render_jinja_template(
+        [turns],
+        chat_template=template,
+        add_generation_prompt=answering,
+        eos_token=eos,
+        bos_token=bos,
+        enable_thinking=True,
+    )
+    return text
+
+
+def _conversation(row: Row, write: Callable[..., str]) -> Iterator[Document]:
     """One document where later turns leave earlier ones as they were, else one for each answer.
 
     (Some templates rewrite the past: Qwen3's drops the thoughts of earlier answers.)
@@ -133,19 +156,10 @@ def _conversation(row: Row, eos: str, template: str) -> Iterator[Document]:
     key = next((turn["content"] for turn in turns if turn["role"] == "user"), "")
 
     def render(turns: list[dict[str, str]], answering: bool = False) -> str:
-        from transformers.utils.chat_template_utils import render_jinja_template
-
         try:
-            [text], _ = render_jinja_template(
-                [turns],
-                chat_template=template,
-                add_generation_prompt=answering,
-                eos_token=eos,
-                bos_token="",
-            )
+            return write(turns, answering)
         except Exception as error:  # a template may do anything
             raise ValueError(f"{row.where}: the chat template refuses it: {error}") from None
-        return text
 
     answers = []  # (what stands before an answer, what stands when it is there)
     for i, turn in enumerate(turns):
@@ -177,7 +191,7 @@ def _conversation(row: Row, eos: str, template: str) -> Iterator[Document]:
         for before, whole in group:
             parts += [(before[said:], False), (whole[len(before) :], True)]
             said = len(whole)
-        yield Document(parts, key)
+        yield Document(parts, key, chat=True)
 
 
 def _turns(row: Row) -> list[dict[str, str]]:

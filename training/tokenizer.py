@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from ..models import hub
 from .cache import cached, digest
 from .config import TrainConfig
+from .render import PLAIN_TEMPLATE, write_chat
 
 if TYPE_CHECKING:
     from .batch import Corpus
@@ -52,6 +53,26 @@ class Vocabulary:
         said = self.tokenizer.encode("a")
         given = zip(said.ids, said.special_tokens_mask, strict=True)
         return [id for id, _ in takewhile(lambda token: token[1], given)]
+
+    def for_chats(self) -> "Vocabulary":
+        """The same with a chat template, documents ending as it ends an answer: what ends one in a
+        base model's template is often not the token that ends its texts."""
+        opening = "".join(self.tokenizer.id_to_token(i) or "" for i in self.prefix)
+        template, answer = self.template or opening + PLAIN_TEMPLATE, "Yes."
+        said = [{"role": "user", "content": "No?"}, {"role": "assistant", "content": answer}]
+        try:
+            text = write_chat(template, self.eos, self.bos or "", said)
+        except Exception:  # it wants other turns, which the data may have
+            return replace(self, template=template)
+        behind = self.tokenizer.encode(text.rpartition(answer)[2], add_special_tokens=False).ids
+        added = self.tokenizer.get_added_tokens_decoder()
+        end = next((added[i].content for i in behind if i in added and added[i].special), None)
+        if end is None:  # without one no answer would end
+            template += "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+        if end in (None, self.eos):
+            return replace(self, template=template)
+        note = f"{self.note}, but as its chat template ends answers: with {end}"
+        return replace(self, template=template, eos=end, note=note)
 
     @property
     def size(self) -> int:

@@ -112,7 +112,7 @@ def _encoded(
         texts = [text for document in block for text, _ in document.parts]
         encodings = iter(encode(texts, add_special_tokens=False))
         for document in block:
-            ids, loss = [prefix[0]], [prefix[1]]
+            ids, loss = ([], []) if document.chat else ([prefix[0]], [prefix[1]])
             for (_, learned), part in zip(document.parts, encodings, strict=False):
                 ids.append(np.array(part.ids, dtype=np.int64))
                 loss.append(np.full(len(part.ids), learned))

@@ -6,15 +6,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers import processors
 from transformers import AutoTokenizer
 
 import ponder
 from ponder import tasks
-from ponder.models import GPT
+from ponder.models import GPT, hub
 from ponder.training import preset
 from ponder.training.data import IGNORE, load_data
 from ponder.training.journal import read_rows
 from ponder.training.loop import model_config, train
+from ponder.training.tokenizer import byte_tokenizer
 from ponder.training.tokens import hold_out
 
 GSM8K = Path(ponder.__file__).parent.parent / "shared/data/gsm8k_train.jsonl"
@@ -115,6 +117,42 @@ def test_what_learned_conversations_is_asked_as_it_learned(tmp_path):
     texts = [whole for whole, _ in documents(data, [*epoch(data, 0), *data.validation()])]
     assert sum(text.startswith(asked) for text in texts) == 1
     assert load(write(path, sums(99))).template is None
+
+
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("writes", [False, True])
+@pytest.mark.parametrize("end", ["<end>\n", ""])
+def test_a_conversation_begins_and_ends_as_its_template_says(tmp_path, adds, writes, end):
+    """Whether tokenizer or template begins a text with <s>, and whatever ends the texts."""
+    tokenizer = byte_tokenizer(thinks=False)
+    tokenizer.add_special_tokens(["<s>", "<end>"])
+    begin = "<s>" if adds else ""
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{begin} $A".strip(), special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+    )
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    template = "{{ bos_token }}" * writes + "{% for m in messages %}{{ m.role[0] + m.content }}"
+    template += end + "{% endfor %}{% if add_generation_prompt %}a{% endif %}"
+    settings = dict(bos_token="<s>", eos_token="<eos>", chat_template=template)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    said = dict(role="user", content="1+1?")
+    turns = [said, dict(role="assistant", content="2")] * 2
+    path = write(tmp_path / "a.jsonl", [dict(messages=turns)] * 200)
+    changes = dict(data=f"jsonl:{path}", tokenizer=str(tmp_path), precision="fp32", samples=0)
+    folder = train(preset("tiny", out=tmp_path / "run", steps=1, eval_every=0, **changes))
+    asks = AutoTokenizer.from_pretrained(folder)
+    asked = asks.apply_chat_template([said], add_generation_prompt=True, tokenize=False)
+    asked = asks.encode(asked, add_special_tokens=False)
+    stop = "<end>" if end else "<eos>"
+    assert hub.load_ends(folder, asks.backend_tokenizer) == (asks.convert_tokens_to_ids(stop),)
+    data = load_data(preset("tiny", **changes))
+    batch = next(data.validation())
+    tokens, targets, ids = (x[0] for x in batch)
+    assert tokens[: len(asked)].tolist() == asked
+    for segment in ids.unique()[:-1]:
+        here = (ids == segment) & (targets != IGNORE)
+        learned = data.tokenizer.decode(targets[here].tolist(), skip_special_tokens=False)
+        assert learned.count(f"2{stop}") == learned.count("2") > 0
 
 
 @pytest.mark.parametrize("thinks", [False, True])
