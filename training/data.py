@@ -125,6 +125,11 @@ def load_data(config: TrainConfig) -> Data:
             source.rows(0, 0, most)
     if os.environ.get("RANK", "0") == "0":
         lines = [vocabulary.note, *map(_thinks, corpora)]
+        if raw := [c.name for c in corpora if chats and _asks(c)]:
+            lines.append(
+                f"conversations give the model a chat template: sweep and generate ask by it, also "
+                f"what {' and '.join(raw)} teaches without it"
+            )
         for source, passes in zip(sources, data.passes(config.steps), strict=True):
             times = f"; {config.steps:,} steps make {times_of(passes)} over it" if passes else ""
             lines.append(f"{source}{times}")
@@ -135,6 +140,13 @@ def load_data(config: TrainConfig) -> Data:
 def times_of(passes: float) -> str:
     """A number of passes over data in words: "0.52 passes", "13 passes"."""
     return f"{passes:.2g} passes" if passes < 10 else f"{passes:,.0f} passes"
+
+
+def _asks(corpus: Corpus) -> bool:
+    """Whether rows have prompts that no chat template wrote."""
+    if isinstance(corpus, Documents):
+        return corpus.schema in ("completion", "worked")
+    return isinstance(corpus, Problems)
 
 
 def _thinks(corpus: Corpus) -> str:

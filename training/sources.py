@@ -37,7 +37,7 @@ def open_rows(kind: str, place: str, stream: bool) -> tuple[Rows, str | None]:
     a whole download.
     """
     column = None
-    if not Path(place).exists() and ":" in place:
+    if not Path(place).exists() and not glob(place, recursive=True) and ":" in place:
         place, _, column = place.rpartition(":")
     return Hub(place, stream) if kind == "hub" else Files(kind, place), column
 
@@ -174,7 +174,8 @@ class Hub:
         try:
             return load()
         except Exception as error:  # of dozens of kinds, from every library below
-            raise ValueError(f"datasets cannot load {self.place!r}: {first_line(error)}") from None
+            why = first_line(error.__cause__ or error)
+            raise ValueError(f"datasets cannot load {self.place!r}: {why}") from None
 
     @cached_property
     def identity(self) -> Any:

@@ -15,6 +15,7 @@ from .sources import Rows
 from .tokenizer import Vocabulary
 
 VALIDATION_SHARE, VALIDATION_TOKENS = 0.05, 1_000_000  # held out: whichever is less
+VALIDATION_DOCUMENTS = 0.25  # of all, at most: one long document must not hold out all the others
 BLOCK = 512  # documents that are tokenized in one call
 
 
@@ -129,7 +130,8 @@ def hold_out(keys: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     most = min(VALIDATION_SHARE * lengths.sum(), VALIDATION_TOKENS)
     fits = order[lengths[order] <= most]  # one long document is no validation set
     order = fits if len(fits) else order[np.argsort(lengths[order], kind="stable")]
-    count = max(1, int(np.searchsorted(np.cumsum(lengths[order]), most, side="right")))
+    count = int(np.searchsorted(np.cumsum(lengths[order]), most, side="right"))
+    count = max(1, min(count, int(VALIDATION_DOCUMENTS * len(keys))))
     held_out = np.isin(keys, keys[order[:count]])
     if held_out.sum() > 2 * count or held_out.all():
         held_out = np.isin(np.arange(len(keys)), order[:count])

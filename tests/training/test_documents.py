@@ -119,6 +119,15 @@ def test_what_learned_conversations_is_asked_as_it_learned(tmp_path):
     assert load(write(path, sums(99))).template is None
 
 
+def test_a_template_for_what_was_learned_without_one_is_told(tmp_path, capsys):
+    turns = [dict(role="user", content="1+1?"), dict(role="assistant", content="2")]
+    chats = write(tmp_path / "chats.jsonl", [dict(messages=turns)] * 99)
+    both = (f"jsonl:{chats}", f"jsonl:{write(tmp_path / 'a.jsonl', sums(200))}", "task:last_digit")
+    for data, told in ((both, 1), (both[:1], 0), (both[1:], 0)):
+        load_data(preset("tiny", data=data, batch_size=6))
+        assert capsys.readouterr().out.count("a.jsonl and task:last_digit teaches without") == told
+
+
 @pytest.mark.parametrize("adds", [False, True])
 @pytest.mark.parametrize("writes", [False, True])
 @pytest.mark.parametrize("end", ["<end>\n", ""])
@@ -285,6 +294,10 @@ def test_held_out_documents_are_few_and_no_ones_twins():
     assert 200 < lengths[hold_out(keys[:200], lengths)].sum() <= 600
     assert np.flatnonzero(hold_out(keys[:2], np.array([9, 7]))).tolist() == [1]
     assert hold_out(keys[:1000], np.full(1000, 10**6)).sum() == 1  # a million tokens are enough
+    # Nor does it hold out all the others, of which no share of the tokens is as much.
+    lengths[:] = 10
+    lengths[7] = 10**6
+    assert hold_out(keys[:200], lengths).sum() == 50
 
 
 def test_parquet_gives_what_json_lines_give(tmp_path):
@@ -340,6 +353,14 @@ def test_a_stream_ends_when_there_are_tokens_enough(folder):
     say = documents(data, epoch(data, 0))
     # 45 characters each, and <eos>: the fifth one passes the bound, in the order of the data.
     assert sorted(text[-6:] for text, _ in say) == [f"{i}<eos>" for i in range(5)]
+
+
+def test_a_colon_in_a_pattern_is_no_column(tmp_path):
+    (tmp_path / "c:1").mkdir()
+    write(tmp_path / "c:1" / "a.jsonl", [{"text": f"Poem {i}", "story": f"{i}"} for i in range(40)])
+    for column, longest in (("", 12), (":story", 7)):
+        data = load(f"{tmp_path}/c:1/*.jsonl{column}", batch_size=1)
+        assert max(len(text) for text, _ in documents(data, epoch(data, 0))) == longest
 
 
 def test_a_pattern_of_text_files_is_documents(tmp_path):
