@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import betainc, gammaln, xlog1py, xlogy
 
-CHUNK = 1 << 22  # elements of a temporary array, so that memory stays in the tens of megabytes
+CHUNK = 1 << 16  # elements of a temporary array, so that it stays in the cache
 SUBSETS = 2000
 # Orders of all problems together: their chance moves a mean over problems by less than 0.0025 (one
 # standard deviation, at worst), where 500 problems have an interval of ten times that.
@@ -243,24 +243,27 @@ def leaders(
     answers (R, k) int below k or N, negative where there is none; weights (R, k) what each sample
     adds to its answer, by default 1. The leader changes when another answer has more.
     """
-    rows = np.arange(len(answers))
-    sums = np.zeros((len(answers), int(answers.max(initial=0)) + 2))
+    width = int(answers.max(initial=0)) + 2
+    row = np.arange(len(answers)) * width
+    sums = np.zeros(row.size * width)  # of each answer, row by row; the last column is for none
     leader = np.full(len(answers), -1)
     top, second = np.zeros(len(answers)), np.zeros(len(answers))
-    found = [np.empty(answers.shape, dtype=t) for t in (np.int64, np.float64, np.float64)]
-    for t in range(answers.shape[1]):
-        answer = answers[:, t]
+    adds = None if weights is None else np.ascontiguousarray(weights.T)
+    # A prefix's numbers lie side by side, which takes half of the time of a row's.
+    found = [np.empty(answers.T.shape, dtype=t) for t in (np.int64, np.float64, np.float64)]
+    for t, answer in enumerate(np.ascontiguousarray(answers.T)):
         votes = answer >= 0
-        sums[rows, answer] += votes * (1.0 if weights is None else weights[:, t])
-        mine = sums[rows, answer]
+        cell = row + np.where(votes, answer, width - 1)
+        mine = sums[cell] + votes * (1.0 if adds is None else adds[t])
+        sums[cell] = mine
         same = votes & (answer == leader)
         passes = votes & ~same & (mine > top)
         second = np.where(passes, top, np.where(votes & ~same, np.maximum(second, mine), second))
         top = np.where(passes | same, mine, top)
         leader = np.where(passes, answer, leader)
         for array, value in zip(found, (leader, top, second), strict=True):
-            array[:, t] = value
-    return found[0], found[1], found[2]
+            array[t] = value
+    return found[0].T, found[1].T, found[2].T
 
 
 def beta_rule(threshold: float) -> Rule:

@@ -6,6 +6,7 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ponder.inference import stats
 from ponder.inference.stats import (
     accuracy,
     bootstrap,
@@ -43,6 +44,16 @@ def test_bootstrap_covers_the_truth_about_as_often_as_it_says():
         low, high = bootstrap(rng.random(100) < 0.4, resamples=1000, seed=trial)[1:]
         hits += low <= 0.4 <= high
     assert 0.90 <= hits / 300 <= 0.985
+
+
+def test_draws_that_are_kept_and_draws_in_parts_are_the_same(monkeypatch):
+    scores = np.random.default_rng(2).random(30)
+    kept = bootstrap(scores)
+    assert kept == bootstrap(scores) != bootstrap(scores[:29])
+    monkeypatch.setattr(stats, "KEPT", 0)
+    assert bootstrap(scores) == kept
+    monkeypatch.setattr(stats, "CHUNK", 7 * 30)
+    assert bootstrap(scores) == kept
 
 
 def test_degenerate_scores():
