@@ -1,9 +1,11 @@
 """What training data are made of: batches, the sources of their rows, and what sources are read
 from."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +32,32 @@ class Batch(NamedTuple):
         there = self.targets != IGNORE
         ends = torch.arange(1, there.shape[1] + 1, device=there.device)
         return torch.where(there, ends, 0).amax(1)
+
+
+def padded(rows: Sequence[tuple[np.ndarray, np.ndarray]], context: int, pad: int) -> Batch:
+    """Tokens and targets (T,) of each row, padded by the token `pad` to a multiple of 8, for few
+    distinct shapes, or to the context, which is the most that a row may have."""
+    width = min(context, -(-max(len(ids) for ids, _ in rows) // 8) * 8)
+    tokens, targets = (np.full((len(rows), width), rest) for rest in (pad, IGNORE))
+    for i, (ids, goal) in enumerate(rows):
+        tokens[i, : len(ids)], targets[i, : len(ids)] = ids, goal
+    return Batch(torch.from_numpy(tokens), torch.from_numpy(targets))
+
+
+class Epochs:
+    """`count` rows, each once an epoch, in an order of its own for each."""
+
+    def __init__(self, count: int, seed: int):
+        self.count = count
+        self.order = lru_cache(2)(  # a batch may span two epochs
+            lambda epoch: np.random.default_rng([seed, epoch]).permutation(count)
+        )
+
+    def rows(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """The `count` rows that follow the first `start`, and their epochs, both (count,)."""
+        epochs, places = np.divmod(np.arange(start, start + count), self.count)
+        pairs = zip(epochs.tolist(), places.tolist(), strict=True)
+        return np.array([self.order(epoch)[place] for epoch, place in pairs], np.int64), epochs
 
 
 class Source(Protocol):

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from .batch import Batch
+from .batch import Batch, Epochs
 from .cache import cached
 from .config import TrainConfig
 from .packing import PackedRows, Pieces, Shorten, cut, pack
@@ -136,10 +136,7 @@ class PackedDocuments:
             ends = vocabulary.id("<think>"), vocabulary.id("</think>")
             count = len(self.train.start)
             self.shorten = Shorten(*ends, config.full_traces, count, config.seed)
-        self.order = lru_cache(2)(self._order)  # a batch may span two epochs
-
-    def _order(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.config.seed, epoch]).permutation(len(self.train))
+        self.epochs = Epochs(len(self.train), config.seed)
 
     def rows(self, step: int, start: int, count: int) -> Batch:
         if count > len(self.train):
@@ -147,9 +144,8 @@ class PackedDocuments:
                 f"{self.name} fills {len(self.train)} rows of {self.config.context} tokens, and a "
                 f"batch takes {count} of them; lower batch_size or context, or give more data"
             )
-        epochs, places = np.divmod(np.arange(start, start + count), len(self.train))
-        rows = [self.order(int(e))[place] for e, place in zip(epochs, places, strict=True)]
-        return self.train.batch(np.array(rows, dtype=np.int64), self.shorten, epochs)
+        rows, epochs = self.epochs.rows(start, count)
+        return self.train.batch(rows, self.shorten, epochs)
 
     def validation(self) -> Iterator[Batch]:
         size = max(1, 8192 // self.config.context)

@@ -6,10 +6,9 @@ from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from .. import tasks
-from .batch import IGNORE, Batch
+from .batch import IGNORE, Batch, padded
 from .config import TrainConfig
 from .tokenizer import Vocabulary
 
@@ -136,21 +135,17 @@ class ProblemRows:
                 f"of {count} examples of {self.task.name} ({split}) {len(examples)} fit the "
                 f"context of {self.config.context}; make it longer"
             )
-        rows = [example.row for example in examples]
-        width = -(-(max(map(len, rows)) - 1) // 8) * 8  # few distinct shapes
-        width = min(self.config.context, width)
-        tokens = np.full((len(rows), width), self.eos)
-        targets = np.full((len(rows), width), IGNORE)
-        for i, row in enumerate(rows):
-            start = int(np.flatnonzero(row == self.think)[0])
-            tokens[i, : len(row) - 1] = row[:-1]
-            targets[i, start : len(row) - 1] = row[start + 1 :]
-        forced = np.array([example.forced for example in examples])
-        targets[forced[:, None] & (targets == self.end_think)] = IGNORE
-        for row, target, example in zip(tokens, targets, examples, strict=True):
-            if example.wrong:
-                self._hide(row, target, example.wrong)
-        return Batch(torch.from_numpy(tokens), torch.from_numpy(targets))
+        return padded([self._learned(e) for e in examples], self.config.context, self.eos)
+
+    def _learned(self, example: Example) -> tuple[np.ndarray, np.ndarray]:
+        """The example's tokens and what each is to predict, both (T,)."""
+        row, target = example.row, example.row[1:].copy()
+        target[: np.flatnonzero(row == self.think)[0]] = IGNORE
+        if example.forced:
+            target[target == self.end_think] = IGNORE
+        if example.wrong:
+            self._hide(row, target, example.wrong)
+        return row[:-1], target
 
     def _drawn(self, split: str, count: int, draw: random.Random) -> list[Example]:
         texts, forced, attempts = [], [], []

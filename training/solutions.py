@@ -19,15 +19,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from functools import cached_property, lru_cache, partial
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import torch
 
 from .. import tasks
 from ..models.verifier import Reading, encode_solutions, places_of_steps, step_ends
-from .batch import IGNORE, Batch
+from .batch import IGNORE, Batch, Epochs, padded
 from .cache import digest
 from .config import TrainConfig
 from .tokenizer import Vocabulary
@@ -137,8 +137,8 @@ class Labels:
         for solution, (ids, start) in zip(
             solutions, encode_solutions(self.vocabulary.tokenizer, texts), strict=True
         ):
-            tokens = np.array(ids)
-            targets = np.full(len(ids), IGNORE)
+            tokens = np.array(ids, np.int32)
+            targets = np.full(len(ids), IGNORE, np.int8)
             if self.reading.labels == "process":
                 places = places_of_steps(ids, start, self.step_ends, self.close)
                 # A token may hold the ends of several steps: it is labelled as the last of them.
@@ -157,51 +157,6 @@ def _trace(text: str) -> str:
     return text.removeprefix("<think>").partition("</think>")[0]
 
 
-class Flat:
-    """Tokens and targets of many solutions, end to end."""
-
-    def __init__(
-        self,
-        written: Sequence[tuple[np.ndarray, np.ndarray]],
-        context: int,
-        pad: int,
-        *,
-        cut: bool = False,
-    ):
-        """cut: what the context does not hold is left out, instead of a ValueError."""
-        if cut:
-            written = [(tokens[:context], targets[:context]) for tokens, targets in written]
-        lengths = [len(tokens) for tokens, _ in written]
-        if max(lengths, default=0) > context:
-            raise ValueError(
-                f"a solution has {max(lengths)} tokens; context is {context}, so set it to at "
-                f"least {max(lengths)}"
-            )
-        self.context, self.pad = context, pad
-        self.ends = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        self.tokens = _joined([tokens for tokens, _ in written], np.int32)
-        self.targets = _joined([targets for _, targets in written], np.int8)
-
-    def __len__(self) -> int:
-        return len(self.ends) - 1
-
-    def batch(self, rows: Sequence[int]) -> Batch:
-        """These rows, padded to a multiple of 8 tokens, or to the context."""
-        spans = [slice(self.ends[row], self.ends[row + 1]) for row in rows]
-        width = max(span.stop - span.start for span in spans)
-        width = min(self.context, -(-width // 8) * 8)  # few distinct shapes
-        tokens = np.full((len(spans), width), self.pad, dtype=np.int64)
-        targets = np.full((len(spans), width), IGNORE, dtype=np.int64)
-        for i, span in enumerate(spans):
-            n = span.stop - span.start
-            tokens[i, :n], targets[i, :n] = self.tokens[span], self.targets[span]
-        return Batch(torch.from_numpy(tokens), torch.from_numpy(targets))
-
-
-def _joined(parts: list[np.ndarray], dtype: type) -> np.ndarray:
-    return np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype)
-
-
 class SolutionRows:
     """Stored samples in an order of their own for every epoch (a `Source`)."""
 
@@ -209,15 +164,19 @@ class SolutionRows:
         self.name, self.config = corpus.name, config
         self.reading = Reading(corpus.kind, getattr(corpus.task, "step_end", ""))
         labels = Labels(self.reading, corpus.task, vocabulary)
-        pad = vocabulary.id(vocabulary.eos)
+        self.pad = vocabulary.id(vocabulary.eos)
         train, groups = held_out(corpus.solutions)
-        self.train = Flat(labels.write(train), config.context, pad)
+        self.train = labels.write(train)
+        self.held_out = [labels.write(group) for group in groups]
         self.fingerprint = [corpus.identity[1], corpus.kind]
-        chosen = [solution for group in groups for solution in group]
-        self.held_out = Flat(labels.write(chosen), config.context, pad)
-        self.groups = [len(group) for group in groups]
+        longest = max(len(ids) for ids, _ in chain(self.train, *self.held_out))
+        if longest > config.context:
+            raise ValueError(
+                f"a solution has {longest} tokens; context is {config.context}, so set it to at "
+                f"least {longest}"
+            )
         self.problems = len({s.prompt for s in train}), len(groups)
-        targets = self.train.targets
+        targets = np.concatenate([goal for _, goal in self.train])
         self.share = float((targets == 1).sum() / (targets != IGNORE).sum())
         if self.share in (0.0, 1.0):
             verdict = "right" if self.share else "wrong"
@@ -225,34 +184,29 @@ class SolutionRows:
                 f"{self.name}: everything that a verifier could learn from is {verdict}; it needs "
                 "right and wrong solutions"
             )
-        self.order = lru_cache(2)(self._order)  # a batch may span two epochs
-
-    def _order(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.config.seed, epoch]).permutation(len(self.train))
+        self.epochs = Epochs(len(self.train), config.seed)
 
     def rows(self, step: int, start: int, count: int) -> Batch:
-        epochs, places = np.divmod(np.arange(start, start + count), len(self.train))
-        pairs = zip(epochs.tolist(), places.tolist(), strict=True)
-        return self.train.batch([int(self.order(epoch)[place]) for epoch, place in pairs])
+        rows, _ = self.epochs.rows(start, count)
+        return padded([self.train[row] for row in rows], self.config.context, self.pad)
 
     def validation(self) -> Iterator[Batch]:
         """Whole problems in each batch, and at least two batches: a calibration is fitted on every
         second one and measured on the others."""
-        size = min(BATCH, -(-len(self.held_out) // 4))
-        first = last = 0
-        for group in self.groups:
-            last += group
-            if last - first >= size:
-                yield self.held_out.batch(range(first, last))
-                first = last
-        if last > first:
-            yield self.held_out.batch(range(first, last))
+        size = min(BATCH, -(-sum(map(len, self.held_out)) // 4))
+        rows = []
+        for number, group in enumerate(self.held_out, 1):
+            rows += group
+            if len(rows) >= size or number == len(self.held_out):
+                yield padded(rows, self.config.context, self.pad)
+                rows = []
 
     def __str__(self) -> str:
         train, held_out = self.problems
+        count = sum(map(len, self.held_out))
         return (
             f"{self.name}: {len(self.train):,} solutions of {train:,} problems to learn from, "
-            f"{self.share:.0%} of their labels right; {len(self.held_out):,} of {held_out:,} "
+            f"{self.share:.0%} of their labels right; {count:,} of {held_out:,} "
             "problems held out"
         )
 
@@ -326,22 +280,20 @@ class TraceRows:
         return f"{self.name}: a solver's steps, new problems at every step"
 
     def rows(self, step: int, start: int, count: int) -> Batch:
-        return self._rows("train", count, f"{self.config.seed}/{step}")
+        rows = self._drawn("train", count, f"{self.config.seed}/{step}")
+        return padded(rows, self.config.context, self.pad)
 
     @cached_property
-    def held_out(self) -> Flat:
+    def held_out(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """What is validated on, drawn once."""
-        return self._flat("val", VALIDATION_PROBLEMS, "0")
+        return self._drawn("val", VALIDATION_PROBLEMS, "0")
 
     def validation(self) -> Iterator[Batch]:
-        every = self.held_out
-        for first in range(0, len(every), BATCH):
-            yield every.batch(range(first, min(first + BATCH, len(every))))
+        for first in range(0, len(self.held_out), BATCH):
+            rows = self.held_out[first : first + BATCH]
+            yield padded(rows, self.config.context, self.pad)
 
-    def _rows(self, split: str, count: int, key: str) -> Batch:
-        return self._flat(split, count, key).batch(range(count))
-
-    def _flat(self, split: str, count: int, key: str) -> Flat:
+    def _drawn(self, split: str, count: int, key: str) -> list[tuple[np.ndarray, np.ndarray]]:
         draw = random.Random(f"{split}/{key}")
         drawn = partial(tasks.at_most, self.task) if split == "val" else self.task.problems
         problems = drawn(split, count, draw.getrandbits(62))
@@ -350,4 +302,5 @@ class TraceRows:
             for p in problems
         ]
         # A value knows only what is before it, so a trace may be cut.
-        return Flat(self.labels.write(solutions), self.config.context, self.pad, cut=True)
+        context = self.config.context
+        return [(ids[:context], goal[:context]) for ids, goal in self.labels.write(solutions)]
