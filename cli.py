@@ -6,8 +6,10 @@ import os
 import sqlite3
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any, get_type_hints
 
 from . import __version__
 
@@ -37,6 +39,19 @@ REFUSALS = {
 }
 
 
+def _parse(options: type, arguments: list[str], **settings: Any) -> Any:
+    """tyro.cli, but each field's text is one paragraph: tyro keeps a docstring's line breaks."""
+    import tyro
+    from docstring_parser import parse_from_object
+
+    for group in (options, *filter(is_dataclass, get_type_hints(options).values())):
+        texts = {p.arg_name: p.description or "" for p in parse_from_object(group).params}
+        for field in fields(group):
+            if field.name in texts:
+                field.metadata = MappingProxyType({"help": " ".join(texts[field.name].split())})
+    return tyro.cli(options, args=arguments, **settings)
+
+
 @dataclass(frozen=True)
 class DemoOptions:
     """Train a small reasoning model on two CPU cores or a GPU, and show what thinking buys."""
@@ -46,28 +61,26 @@ class DemoOptions:
 
 
 def _demo(arguments: list[str]) -> None:
-    import tyro
-
-    options = tyro.cli(DemoOptions, prog="ponder demo", args=arguments)
+    options = _parse(DemoOptions, arguments, prog="ponder demo")
     from .demo import demo
 
     print(f"report: {demo(options.out)}")
 
 
 def _train(arguments: list[str]) -> None:
-    import tyro
-
     from .training.config import PRESETS, TrainConfig, preset
 
     default = TrainConfig()
     if arguments and not arguments[0].startswith("-"):
         default, arguments = preset(arguments[0]), arguments[1:]
-    config = tyro.cli(
+    config = _parse(
         TrainConfig,
+        arguments,
         default=default,
         prog=f"ponder train [{'|'.join(PRESETS)}]",
-        description="Train a model; a preset gives the defaults of the fields below.",
-        args=arguments,
+        description="Train a model; a preset gives the defaults of the options. They stand in this "
+        "order: the data and what to begin from, the model's shape, how it learns, how the machine "
+        "computes, what is written.",
     )
     config.check()
     from .training.loop import train
@@ -76,11 +89,9 @@ def _train(arguments: list[str]) -> None:
 
 
 def _sweep(arguments: list[str]) -> None:
-    import tyro
-
     from .inference.config import SweepConfig
 
-    config = tyro.cli(SweepConfig, prog="ponder sweep", args=arguments)
+    config = _parse(SweepConfig, arguments, prog="ponder sweep")
     config.check()
     from .inference.sweep import sweep
 
@@ -101,10 +112,10 @@ class ReportOptions:
 
 
 def _report(arguments: list[str]) -> None:
-    import tyro
     from tyro.conf import PositionalRequiredArgs
 
-    options = tyro.cli(PositionalRequiredArgs[ReportOptions], prog="ponder report", args=arguments)
+    positional = [PositionalRequiredArgs]
+    options = _parse(ReportOptions, arguments, prog="ponder report", config=positional)
     if not options.folders:
         raise ValueError("give a folder that a ponder command left, or several to compare them")
     if len(options.folders) > 1:
@@ -132,11 +143,9 @@ def _report(arguments: list[str]) -> None:
 
 
 def _generate(arguments: list[str]) -> None:
-    import tyro
-
     from .inference.config import GenerateConfig
 
-    config = tyro.cli(GenerateConfig, prog="ponder generate", args=arguments)
+    config = _parse(GenerateConfig, arguments, prog="ponder generate")
     config.check()
     from .inference.shell import generate
 
@@ -144,15 +153,18 @@ def _generate(arguments: list[str]) -> None:
 
 
 def _scale(arguments: list[str]) -> None:
-    import tyro
-
     from .training.ladder import PRESETS, ScaleConfig, preset
 
     default = ScaleConfig()
     if arguments and not arguments[0].startswith("-"):
         default, arguments = preset(arguments[0]), arguments[1:]
-    config = tyro.cli(
-        ScaleConfig, default=default, prog=f"ponder scale [{'|'.join(PRESETS)}]", args=arguments
+    config = _parse(
+        ScaleConfig,
+        arguments,
+        default=default,
+        prog=f"ponder scale [{'|'.join(PRESETS)}]",
+        description="Train every size with every number of tokens, fit the scaling law to the "
+        "losses, and train one larger run that the law has predicted.",
     )
     config.check()
     from .training.ladder import scale
@@ -161,26 +173,29 @@ def _scale(arguments: list[str]) -> None:
 
 
 def _plan(arguments: list[str]) -> None:
-    import tyro
-
     from .training.plan import MODELS, PlanConfig, plan
     from .training.plan_text import describe
 
     model = "gpt2"
     if arguments and not arguments[0].startswith("-"):
         model, arguments = arguments[0], arguments[1:]
-    config = tyro.cli(PlanConfig, prog=f"ponder plan [{'|'.join(MODELS)}|PRESET]", args=arguments)
+    config = _parse(
+        PlanConfig,
+        arguments,
+        prog=f"ponder plan [{'|'.join(MODELS)}|PRESET|FOLDER]",
+        description="Memory, time and layout of a run before it starts: of a named size, of a "
+        "preset of `ponder train`, or of a folder with a config.json. By default of gpt2.",
+    )
     print(describe(plan(config, model), model))
 
 
+@dataclass(frozen=True)
+class InfoOptions:
+    """Versions, hardware, and which path each kernel takes."""
+
+
 def _info(arguments: list[str]) -> None:
-    import tyro
-
-    @dataclass(frozen=True)
-    class InfoOptions:
-        """Versions, hardware, and which path each kernel takes."""
-
-    tyro.cli(InfoOptions, prog="ponder info", args=arguments)
+    _parse(InfoOptions, arguments, prog="ponder info")
     from . import kernels, provenance
     from .kernels._runtime import path
 

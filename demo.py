@@ -8,17 +8,22 @@ BUDGETS = (0, 2, 4, 6, 8, 10)
 def demo(out: Path) -> Path:
     """Train on `last_digit`, sweep budgets × samples, write the report; returns its page.
 
-    What is there already is kept: a demo that was stopped goes on where it was.
+    What is there already is kept: a demo that was stopped goes on where it was. KeyboardInterrupt
+    where the training was asked to stop: a model half trained is not worth measuring.
     """
     import torch
 
     from .inference.config import SweepConfig
     from .inference.sweep import sweep
     from .training import preset
+    from .training.journal import read_rows
     from .training.loop import train
 
     config = preset("demo", out=out, resume=True)
     model = train(config, model_folder=out / "model")
+    rows = read_rows(out / "train" / "metrics.jsonl")
+    if not rows or rows[-1]["step"] < config.steps:  # Ctrl-C: it saved and returned
+        raise KeyboardInterrupt
     return sweep(
         SweepConfig(
             model=str(model),

@@ -36,6 +36,21 @@ def test_help_names_every_command():
         assert f"\n  {name} " in run.stdout
 
 
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("train", "parquet:FILES or hub:NAME; several are mixed. FILES is one"),
+        ("sweep", "GPT is, or the URL of an OpenAI-compatible server"),
+        ("sweep", "Monte Carlo tree search, attempts one after the other"),  # of a group
+    ],
+)
+def test_help_breaks_its_lines_where_the_terminal_ends(command, words, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "700")
+    with pytest.raises(SystemExit):
+        cli.run([command, "--help"])
+    assert words in capsys.readouterr().out
+
+
 def test_a_terminal_that_is_not_utf_8_gets_what_it_can_show():
     words = [sys.executable, "-m", "ponder", "--help"]
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
@@ -187,6 +202,28 @@ def test_only_sweeps_are_compared(tmp_path, capsys):
     assert cli.run(["report", str(tmp_path / "a"), str(tmp_path / "b")]) == 2
     error = capsys.readouterr().err
     assert "a holds no sweep, and only sweeps are compared; its run.json knows train\n" in error
+
+
+def test_a_demo_stopped_while_it_trains_measures_nothing_and_goes_on(tmp_path, monkeypatch, capsys):
+    from ponder import training
+    from ponder.inference import sweep
+    from ponder.training import loop
+
+    class Stopped(loop.Stop):
+        def __enter__(self):
+            self.asked = True
+            return super().__enter__()
+
+    tiny = training.preset("tiny", steps=2, samples=0, out=tmp_path, resume=True)
+    swept = []
+    monkeypatch.setattr(training, "preset", lambda name, **fields: tiny)
+    monkeypatch.setattr(sweep, "sweep", lambda config: swept.append(config) or config.out)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "Stop", Stopped)
+        assert cli.run(["demo", "--out", str(tmp_path)]) == 130
+    assert not swept and "interrupted; what was finished is kept" in capsys.readouterr().err
+    assert cli.run(["demo", "--out", str(tmp_path)]) == 0
+    assert [c.model for c in swept] == [str(tmp_path / "model")]
 
 
 def test_an_unknown_field_is_named():
