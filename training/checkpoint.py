@@ -7,7 +7,7 @@ import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -15,7 +15,7 @@ STATE, MANIFEST = "state.pt", "manifest.json"
 
 
 class Checkpoints:
-    """Folders `step-000250/`, each with state.pt and manifest.json (step, bytes, sha256).
+    """Folders `step-000250/`, each with state.pt and manifest.json (step, sha256).
 
     A folder is written aside, flushed to the disk and then renamed: at every moment the old ones
     or the old ones and the new one are there. One more than `keep` exist while a new one is
@@ -40,12 +40,9 @@ class Checkpoints:
         aside = self.folder / f".saving-{step:06}"
         aside.mkdir()
         try:
-            size, digest = _write(aside / STATE, state)
-            manifest = {"step": step, "bytes": size, "sha256": digest}
-            with open(aside / MANIFEST, "w") as file:
-                file.write(json.dumps(manifest) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            digest = _write(aside / STATE, lambda file: _save(state, file))
+            manifest = json.dumps({"step": step, "sha256": digest}) + "\n"
+            _write(aside / MANIFEST, lambda file: file.write(manifest.encode()))
             self._remove(step)  # a damaged one of the same step
             os.rename(aside, self.path(step))
             _flush(self.folder)
@@ -112,34 +109,24 @@ class Checkpoints:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-class _Hashing:
-    """A file that knows the checksum of what was written to it."""
-
-    def __init__(self, file):
-        self.file, self.digest = file, hashlib.sha256()
-
-    def write(self, data) -> int:
-        self.digest.update(data)
-        return self.file.write(data)
-
-    def flush(self) -> None:
-        self.file.flush()
+def _save(state: dict[str, Any], file: IO[bytes]) -> None:
+    try:
+        torch.save(state, file)
+    except RuntimeError as error:
+        # A full disk: torch raises an error about positions over the one that says why.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
-def _write(path: Path, state: dict[str, Any]) -> tuple[int, str]:
-    """Write the state down to the disk; its size in bytes and its checksum."""
-    with open(path, "wb") as file:
-        hashing = _Hashing(file)
-        try:
-            torch.save(state, hashing)  # type: ignore[arg-type]
-        except RuntimeError as error:
-            # A full disk: torch raises an error about positions over the one that says why.
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
-            raise
+def _write(path: Path, write: Callable[[IO[bytes]], Any]) -> str:
+    """Write a file down to the disk; the checksum of what it then holds."""
+    with open(path, "w+b") as file:
+        write(file)
         file.flush()
         os.fsync(file.fileno())
-        return file.tell(), hashing.digest.hexdigest()
+        file.seek(0)
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _flush(folder: Path) -> None:

@@ -124,15 +124,12 @@ class TrainConfig:
     def check(self) -> None:
         """Raise one ValueError that names every field that cannot be."""
         faults = []
-        for name in ("context", "n_layer", "n_head", "n_embd", "steps", "batch_size", "keep"):
-            if getattr(self, name) < 1:
-                faults.append(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in (
-            *("warmup", "clip", "weight_decay", "log_every", "eval_every", "save_every"),
-            "samples",
-        ):
-            if not 0 <= getattr(self, name) < math.inf:
-                faults.append(f"{name} is {getattr(self, name)}; it must be at least 0")
+        one = ("context", "n_layer", "n_head", "n_embd", "steps", "batch_size", "keep")
+        none = ("warmup", "clip", "weight_decay", "log_every", "eval_every", "save_every")
+        for least, names in ((1, one), (0, (*none, "samples", "data_tokens"))):
+            for name in names:
+                if not least <= getattr(self, name) < math.inf:
+                    faults.append(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if not 0 <= self.seed < 1 << 32:
             faults.append(f"seed is {self.seed}; it must be from 0 to {(1 << 32) - 1}")
         for name in ("lr", "matrix_lr"):
@@ -143,8 +140,6 @@ class TrainConfig:
                 faults.append(f"{name} is {getattr(self, name)}; it must be from 0 to 1")
         if not 0 <= self.ema < 1:
             faults.append(f"ema is {self.ema}; it must be at least 0 and below 1")
-        if self.data_tokens < 0:
-            faults.append(f"data_tokens is {self.data_tokens}; it must be at least 0")
         if self.accumulation < 1 or self.batch_size % self.accumulation:
             faults.append(
                 f"accumulation is {self.accumulation}; it must divide batch_size {self.batch_size}"
@@ -171,7 +166,7 @@ class TrainConfig:
                 f"weights is {list(self.weights)}; it must have a number for each of the "
                 f"{len(self.sources)} in data"
             )
-        if not all(0 < weight < float("inf") for weight in self.weights):
+        if not all(0 < weight < math.inf for weight in self.weights):
             faults.append(f"weights is {list(self.weights)}; each must be above 0")
         if faults:
             raise ValueError("; ".join(faults))

@@ -5,25 +5,22 @@ not trained again. OUT/scaling gets runs.csv, fit.json and scaling.png. No torch
 a training starts, so that `ponder scale --help` is quick.
 """
 
-import csv
-import io
-import json
 import math
 import random
 import re
 import sysconfig
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from ..provenance import open_run, read_run, write_aside
 from .config import TrainConfig
 from .journal import read_rows
 
 if TYPE_CHECKING:
-    from .scaling import Fit, Interval
+    from .scaling_report import Rung
 
 STDLIB_CHARACTERS = 2_000_000  # a tenth of them validates every run
 # Passes over a text up to which repeated tokens teach nearly what new ones do (Muennighoff et al.
@@ -75,7 +72,7 @@ class ScaleConfig:
                 f"batch_tokens is {self.batch_tokens}; it must be a multiple of the context, "
                 f"{self.context}"
             )
-        for size in (*self.sizes, *([self.held_out] if self.held_out else [])):
+        for size in filter(None, (*self.sizes, self.held_out)):
             match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", size)
             if not match:
                 faults.append(f"size {size!r} is not LAYERSxWIDTH, as in 4x64")
@@ -84,8 +81,7 @@ class ScaleConfig:
                     f"the width of {size} is not a multiple of its head_dim, "
                     f"{head_dim(int(match[2]))}"
                 )
-        budgets = (*self.tokens, *([self.held_out_tokens] if self.held_out else []))
-        for count in budgets:
+        for count in (*self.tokens, *[self.held_out_tokens] * bool(self.held_out)):
             if count < 10 * self.batch_tokens:
                 faults.append(
                     f"{count} tokens are fewer than 10 steps of {self.batch_tokens}; "
@@ -96,8 +92,6 @@ class ScaleConfig:
                 faults.append(f"{name} are {len(set(values))}; a fit needs at least 3 different")
             for twice in sorted({v for v in values if values.count(v) > 1}):
                 faults.append(f"{name} name {twice} more than once; one run would count for two")
-        if len(set(self.sizes)) * len(set(self.tokens)) < 7:
-            faults.append("a fit needs at least 7 runs")
         if not 0 <= self.seed < 1 << 32:
             faults.append(f"seed is {self.seed}; it must be at least 0 and less than 2³²")
         if self.data.startswith("task:"):
@@ -107,27 +101,24 @@ class ScaleConfig:
             )
         if faults:
             raise ValueError("; ".join(dict.fromkeys(faults)))
-        weights = {
-            math.prod(map(int, (*size.split("x"), size.split("x")[1]))) for size in self.sizes
-        }
-        if len(weights) < 3:
-            faults.append(
-                f"sizes are {', '.join(self.sizes)}, of {len(weights)} different numbers of "
-                "parameters; a fit needs at least 3"
-            )
+        shapes = [tuple(map(int, size.split("x"))) for size in self.sizes]
         steps = {round(count / self.batch_tokens) for count in self.tokens}
-        if len(steps) < 3:
-            faults.append(
-                f"tokens are {', '.join(map(str, self.tokens))}, of {len(steps)} different numbers "
-                f"of steps of {self.batch_tokens}; a fit needs at least 3"
-            )
+        for name, different, what in (
+            ("sizes", {layers * width**2 for layers, width in shapes}, "parameters"),
+            ("tokens", steps, f"steps of {self.batch_tokens}"),
+        ):
+            if len(different) < 3:
+                faults.append(
+                    f"{name} are {', '.join(map(str, getattr(self, name)))}, of {len(different)} "
+                    f"different numbers of {what}; a fit needs at least 3"
+                )
         if self.held_out in self.sizes and round(self.held_out_tokens / self.batch_tokens) in steps:
             faults.append(
                 f"held_out is {self.held_out} with {self.held_out_tokens} tokens, a run of the "
                 "ladder; a prediction is of a run that the law has not seen"
             )
         if faults:
-            raise ValueError("; ".join(dict.fromkeys(faults)))
+            raise ValueError("; ".join(faults))
         rung_config(self, self.sizes[0], self.tokens[0]).check()  # what all runs have alike
 
 
@@ -180,29 +171,6 @@ def preset(name: str) -> ScaleConfig:
 def head_dim(width: int) -> int:
     """Width of a head in a model of that width."""
     return 16 if width < 64 else 32 if width < 512 else 64
-
-
-@dataclass(frozen=True)
-class Rung:
-    """One run of the ladder, trained or not; a row of runs.csv."""
-
-    name: str
-    n_layer: int
-    n_embd: int
-    parameters: int
-    """in the layers' matrices; embedding and head left out"""
-    held_out: bool
-    status: str = "waiting"
-    """waiting, finished or diverged"""
-    tokens: int = 0
-    """that it was trained on"""
-    flops: float = 0.0
-    """of the training, head and attention included"""
-    seconds: float = 0.0
-    val_loss: float | None = None
-    """nats a token"""
-    fitted: float | None = None
-    """what the law says"""
 
 
 def rung_config(config: ScaleConfig, size: str, tokens: int) -> TrainConfig:
@@ -262,6 +230,7 @@ def scale(config: ScaleConfig) -> Path:
     and said to be. ValueError where too few are left.
     """
     from .processes import main_alone, process_state
+    from .scaling_report import fit_rungs, report, table
 
     config.check()
     identity = {k: v for k, v in asdict(config).items() if k not in ("out", "resume", "resamples")}
@@ -282,23 +251,21 @@ def scale(config: ScaleConfig) -> Path:
         last = rung_config(config, config.held_out, config.held_out_tokens)
     _say_passes(max([*plan, *([last] if last else [])], key=lambda c: c.steps), main)
     rungs = []
-    for number, rung in enumerate(plan, 1):
-        print(f"run {number} of {len(plan)}: {rung.out.name}", flush=True)
-        rungs.append(_train_rung(rung, held_out=False))
+    for number, run in enumerate(plan, 1):
+        print(f"run {number} of {len(plan)}: {run.out.name}", flush=True)
+        rungs.append(_train_rung(run))
         _check_same_data(plan[:number])
         if main:
-            write_aside(folder / "runs.csv", _table(rungs))
+            write_aside(folder / "runs.csv", table(rungs))
+    fit = fit_rungs(rungs, resamples=config.resamples, seed=config.seed)
     if last:
-        # Fitted, and said, before the run that it is about is trained.
-        fit = fit_rungs(rungs, config)
-        waiting = Rung(last.out.name, last.n_layer, last.n_embd, _parameters(last), True)
-        tokens = last.steps * config.batch_tokens
-        value, low, high = fit.predict(waiting.parameters, tokens)
-        print(f"predicted for {waiting.name}: {value:.4f} ({low:.4f} to {high:.4f})", flush=True)
+        # Said before the run that it is about is trained.
+        value, low, high = fit.predict(_parameters(last), last.steps * config.batch_tokens)
+        print(f"predicted for {last.out.name}: {value:.4f} ({low:.4f} to {high:.4f})", flush=True)
         rungs.append(_train_rung(last, held_out=True))
         _check_same_data([*plan, last])
     if main:
-        report(rungs, config, folder)
+        report(fit, rungs, folder)
     return folder
 
 
@@ -323,10 +290,11 @@ def _parameters(config: TrainConfig) -> int:
     return model_config(config, 1).layer_weights
 
 
-def _train_rung(config: TrainConfig, *, held_out: bool) -> Rung:
+def _train_rung(config: TrainConfig, *, held_out: bool = False) -> "Rung":
     """The run as it is on disk where it is finished, else trained."""
     from ..models import load_config
     from .loop import Diverged, train
+    from .scaling_report import Rung
 
     rung = Rung(config.out.name, config.n_layer, config.n_embd, _parameters(config), held_out)
     failed = config.out / "diverged.txt"
@@ -394,101 +362,3 @@ def _write_stdlib(path: Path) -> None:
             "--data text:PATH instead"
         )
     write_aside(path, text[:STDLIB_CHARACTERS])
-
-
-def fit_rungs(rungs: list[Rung], config: ScaleConfig) -> "Fit":
-    """The law of the finished runs that are not held out; ValueError where they are too few."""
-    from .scaling import fit_law
-
-    used = [r for r in rungs if r.status == "finished" and not r.held_out]
-    columns = zip(*[(r.parameters, r.tokens, r.val_loss) for r in used], strict=True)
-    n, d, losses = columns if used else ((), (), ())
-    try:
-        return fit_law(n, d, losses, resamples=config.resamples, seed=config.seed)
-    except ValueError as error:
-        lost = ", ".join(r.name for r in rungs if r.status == "diverged")
-        raise ValueError(f"{error}{f'; diverged: {lost}' if lost else ''}") from None
-
-
-def report(rungs: list[Rung], config: ScaleConfig, folder: Path) -> "Fit":
-    """Fit the law again and write runs.csv, fit.json and scaling.png; print the law."""
-    from .scaling_figure import draw
-
-    fit = fit_rungs(rungs, config)
-    fitted = [
-        replace(r, fitted=float(fit.law.loss(r.parameters, r.tokens))) if r.tokens else r
-        for r in rungs
-    ]
-    write_aside(folder / "runs.csv", _table(fitted))
-    result = summary(fit, fitted)
-    write_aside(folder / "fit.json", json.dumps(result, indent=1) + "\n")
-    draw(fit, fitted, folder / "scaling.png")
-    print(describe(fit, fitted))
-    return fit
-
-
-def _table(rungs: list[Rung]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [f.name for f in fields(Rung)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(asdict(r) for r in rungs)
-    return text.getvalue()
-
-
-def summary(fit: "Fit", rungs: list[Rung]) -> dict:
-    """fit.json: every constant with its interval, and whether the runs identify it."""
-    from .scaling import LEVEL
-
-    def entry(interval: "Interval") -> dict:
-        return {k: float(f"{v:.8g}") for k, v in interval._asdict().items()}
-
-    constants = {
-        name: entry(interval)
-        | {"identified": name not in fit.unidentified}
-        | ({"why": fit.unidentified[name]} if name in fit.unidentified else {})
-        for name, interval in fit.intervals.items()
-    }
-    held = [r for r in rungs if r.held_out and r.status == "finished"]
-    return {
-        "law": "L(N, D) = E + A/N^alpha + B/D^beta, nats a token",
-        "level": LEVEL,
-        "constants": constants,
-        "runs": len(fit.residuals),
-        "left_out": [r.name for r in rungs if r.status == "diverged"],
-        "scatter": float(f"{_rms(fit.residuals):.6g}"),
-        "backtest": {"runs": len(fit.misses), "missed by": float(f"{_rms(fit.misses):.6g}")},
-        "held_out": [
-            {"name": r.name, "predicted": entry(fit.predict(r.parameters, r.tokens))}
-            | {"measured": r.val_loss}
-            for r in held
-        ],
-    }
-
-
-def _rms(values: Any) -> float:
-    return float((values**2).mean() ** 0.5)
-
-
-def describe(fit: "Fit", rungs: list[Rung]) -> str:
-    """The law in words for the terminal."""
-    lines = ["L(N, D) = E + A/N^alpha + B/D^beta, with 90 % intervals:"]
-    for name, (value, low, high) in fit.intervals.items():
-        digits = f"  {name:14}{value:10.4g}   {low:.4g} to {high:.4g}"
-        if name in fit.unidentified:
-            digits = f"  {name:14}{'?':>10}   {low:.4g} to {high:.4g}: {fit.unidentified[name]}"
-        lines.append(digits)
-    lines.append(
-        f"  runs scatter by {_rms(fit.residuals):.1%}; the {len(fit.misses)} largest, predicted "
-        f"from the others, missed by {_rms(fit.misses):.1%}"
-    )
-    for r in rungs:
-        if r.status == "diverged":
-            lines.append(f"  {r.name} diverged and is left out")
-        elif r.held_out and r.val_loss is not None:
-            value, low, high = fit.predict(r.parameters, r.tokens)
-            inside = "inside" if low <= r.val_loss <= high else "OUTSIDE"
-            lines.append(
-                f"  {r.name}: predicted {value:.4f} ({low:.4f} to {high:.4f}), "
-                f"measured {r.val_loss:.4f}, {inside}"
-            )
-    return "\n".join(lines)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ..models.gpt import GPTConfig
 from ..models.memory import (
@@ -354,27 +354,9 @@ def _check(config: PlanConfig, shape: GPTConfig, hardware: Device) -> None:
 
 
 def _plan_training(config: PlanConfig, shape: GPTConfig, hardware: Device) -> Plan:
-    fitting, least = [], None
+    ways = []
     for layout in layouts(config, shape, hardware):
-        memory = training_memory(
-            shape,
-            rows=layout.rows,
-            precision=config.precision,
-            optimizer=config.optimizer,
-            accumulation=layout.accumulation,
-            devices=config.devices,
-            shards=layout.shards,
-            recompute=config.recompute,
-            triton=hardware.gpu,
-        )
-        total = sum(memory.values())
-        if least is None or total < sum(least.values()):
-            least = memory
-        if total > hardware.memory:
-            continue
-        seconds = step_seconds(
-            shape,
-            hardware,
+        step: dict[str, Any] = dict(
             rows=layout.rows,
             accumulation=layout.accumulation,
             precision=config.precision,
@@ -383,13 +365,14 @@ def _plan_training(config: PlanConfig, shape: GPTConfig, hardware: Device) -> Pl
             devices=config.devices,
             recompute=config.recompute,
         )
-        fitting.append((layout, memory, seconds))
-    assert least is not None
+        memory = training_memory(shape, **step, triton=hardware.gpu)
+        ways.append((layout, memory, step_seconds(shape, hardware, **step)))
+    fitting = [way for way in ways if sum(way[1].values()) <= hardware.memory]
     if not fitting:
         spread = config.shards or config.devices
         more = "more shards, " if spread < config.devices else ""
         require(
-            least,
+            min((memory for _, memory, _ in ways), key=lambda memory: sum(memory.values())),
             hardware.memory,
             f"even with micro-batches of one sequence, split over {spread} device(s), "
             f"training {parameter_count(shape) / 1e9:.3g}B parameters",

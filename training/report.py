@@ -15,26 +15,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from ..figures import BLUE, RED, STYLE
 from ..provenance import read_run, write_aside
 from .journal import read_rows
 
-TRAIN, VALIDATION, INK, MUTED, GRID = "#9bb7d6", "#c2562d", "#1c2530", "#66717f", "#e4e7eb"
-STYLE: dict[Any, Any] = {
-    "font.size": 10,
-    "text.color": INK,
-    "axes.edgecolor": MUTED,
-    "axes.labelcolor": INK,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": GRID,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "legend.frameon": False,
-}
+PALE = "#9bb7d6"  # of what is drawn over
 SMOOTHED = 40  # points of a training loss that is drawn over the single ones
 
 PAGE = """<!doctype html>
@@ -142,14 +127,14 @@ def png(rows: Sequence[dict[str, Any]], rate: str) -> bytes:
 def _losses(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
     steps, losses = _column(rows, "step"), _column(rows, "train_loss")
     width = max(1, len(rows) // SMOOTHED)
-    axes.plot(steps, losses, color=TRAIN, linewidth=1, alpha=0.6 if width > 1 else 1)
+    axes.plot(steps, losses, color=PALE, linewidth=1, alpha=0.6 if width > 1 else 1)
     means = [losses[max(0, i - width + 1) : i + 1] for i in range(len(losses))]
     means = [sum(window) / len(window) for window in means]
-    axes.plot(steps, means, color="#3b74ad", linewidth=1.8, label="training")
+    axes.plot(steps, means, color=BLUE, linewidth=1.8, label="training")
     evaluated = [row for row in rows if row["val_loss"] is not None]
     if evaluated:
         x, y = _column(evaluated, "step"), _column(evaluated, "val_loss")
-        axes.plot(x, y, "o-", color=VALIDATION, markersize=4, linewidth=1.5, label="validation")
+        axes.plot(x, y, "o-", color=RED, markersize=4, linewidth=1.5, label="validation")
     axes.set_title("Loss (nats per token)")
     # What training falls from would flatten what it falls to.
     after = losses[len(losses) // 20 :] + (_column(evaluated, "val_loss") if evaluated else [])
@@ -159,7 +144,7 @@ def _losses(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _panel(axes: Axes, rows: Sequence[dict[str, Any]], name: str, title: str) -> None:
-    axes.plot(_column(rows, "step"), _column(rows, name), color="#3b74ad", linewidth=1.3)
+    axes.plot(_column(rows, "step"), _column(rows, name), color=BLUE, linewidth=1.3)
     axes.set_title(title)
     axes.set_ylim(bottom=0)
     if name == "tokens_per_second":

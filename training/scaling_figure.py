@@ -13,10 +13,11 @@ from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from ..figures import INK, MUTED, RED, STYLE, shades
 from ..provenance import write_aside
+from .report import human
 from .scaling import Fit, frontier
 
 if TYPE_CHECKING:
-    from .ladder import Rung
+    from .scaling_report import Rung
 
 
 def draw(fit: Fit, rungs: "Sequence[Rung]", path: Path) -> None:
@@ -43,7 +44,7 @@ def draw_compute(axes: Axes, fit: Fit, rungs: "Sequence[Rung]") -> None:
         reach = np.geomspace(d.min() / 1.5, d.max() * 1.5, 60)
         axes.plot(per_token * reach, law.loss(size, reach), color=colour, linewidth=1.2)
         losses = np.array([r.val_loss for r in mine])
-        axes.plot(per_token * d, losses, "o", color=colour, label=short(size))
+        axes.plot(per_token * d, losses, "o", color=colour, label=human(size))
     # FLOPs a token grow a little slower than parameters, which leave out the head.
     per_token = np.array([[r.parameters, r.flops / r.tokens] for r in rungs])
     n, f = np.log(per_token).T
@@ -76,7 +77,7 @@ def draw_compute(axes: Axes, fit: Fit, rungs: "Sequence[Rung]") -> None:
                 "*",
                 color=RED,
                 markersize=10,
-                label=f"{short(r.parameters)}, held out",
+                label=f"{human(r.parameters)}, held out",
             )
     axes.set(xscale="log", yscale="log")
     axes.set(xlabel="FLOPs of the training", ylabel="validation loss (nats a token)")
@@ -113,11 +114,3 @@ def _plain_numbers(axes: Axes, which: str) -> None:
     axis.set_major_locator(MaxNLocator(6))
     axis.set_major_formatter(lambda value, _: f"{value:.3g}")
     axis.set_minor_formatter(NullFormatter())
-
-
-def short(count: float) -> str:
-    """A count of parameters: 26k, 1.18M."""
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g}{unit}"
-    return f"{count:g}"

@@ -13,18 +13,9 @@ import torch
 
 from ponder.training import loop
 from ponder.training.journal import read_rows
-from ponder.training.ladder import (
-    PRESETS,
-    Rung,
-    ScaleConfig,
-    _say_passes,
-    fit_rungs,
-    preset,
-    report,
-    rung_config,
-    scale,
-)
+from ponder.training.ladder import PRESETS, ScaleConfig, _say_passes, preset, rung_config, scale
 from ponder.training.scaling import Law
+from ponder.training.scaling_report import Rung, fit_rungs, report
 
 from . import children
 
@@ -178,7 +169,7 @@ def test_a_stopped_run_ends_the_ladder_and_keeps_what_there_is(ladder, tmp_path,
 def test_too_few_finished_runs_name_the_lost_ones():
     rungs = [Rung(f"r{i}", 1, 16, 3072 * (i + 1), False, "diverged") for i in range(9)]
     with pytest.raises(ValueError, match="0 runs .* cannot tell .*; diverged: r0, r1"):
-        fit_rungs(rungs, ScaleConfig())
+        fit_rungs(rungs, resamples=1, seed=0)
 
 
 def test_known_constants_come_back_from_the_default_ladder(tmp_path):
@@ -195,7 +186,8 @@ def test_known_constants_come_back_from_the_default_ladder(tmp_path):
                 Rung(run.out.name, run.n_layer, run.n_embd, n, False, "finished", d, 6.5 * n * d)
             )
             rungs[-1] = replace(rungs[-1], val_loss=loss)
-    fit = report(rungs, config, tmp_path)
+    fit = fit_rungs(rungs, resamples=config.resamples, seed=config.seed)
+    report(fit, rungs, tmp_path)
     assert not fit.unidentified
     for name, value in asdict(LAW).items():
         assert fit.intervals[name].low <= value <= fit.intervals[name].high, name
