@@ -26,7 +26,9 @@ SAID = {  # what the page's text claims, as its code prints it
     "08_optimizers": ["sgd       ends at (-1.83", "momentum  ends at (0.00, 0.00)"],
     "09_attention_and_transformers": ["outputs that moved: [6, 7, 8, 9, 10]"],
     "10_scaling_laws": ["70B parameters, 1.4T tokens: 1.9"],
-    "11_inference_time_compute": ["32 samples: vote 9"],
+    "11_inference_time_compute": [
+        "four wrong answers  vote of 31  93.5 %, at least one of 31 right 100%"
+    ],
 }
 
 
@@ -52,7 +54,13 @@ def test_a_page_runs_and_says_what_it_claims(page, monkeypatch, capsys):
             {"np.geomspace(5e7, 1e10, 5)": "np.geomspace(5e7, 1e9, 3)", "0.002": "0.02"},
             ["70B parameters"],
         ),
-        ("11_inference_time_compute", {"(0.4, *[0.15] * 4)": "(0.4, 0.6)"}, ["32 samples: vote 1"]),
+        (
+            "11_inference_time_compute",
+            {"(0.4, *[0.15] * 4)": "(0.4, 0.4, 0.1, 0.1)"},
+            ["four wrong answers  vote of 31  50"],
+        ),
+        ("02_multi_layer_networks", {"(0.5, 5,": "(0.5, 15,"}, ["relu      loss 0.213, 91%"]),
+        ("02_multi_layer_networks", {"(2, 32, 32, 2)": "(2, 3, 2)"}, ["relu      loss 0.362, 77%"]),
     ],
 )
 def test_a_change_that_a_page_suggests_shows_what_it_says(

@@ -1,7 +1,8 @@
 # %% [markdown]
 # # Loss functions
 #
-# One number that says how wrong the output is. For values, the mean squared error:
+# One number that says how wrong the output is. For values, the mean squared error, in which an
+# error of 2 counts as much as four of 1:
 #
 # $$L = \frac{1}{n} \sum_i (\hat y_i - y_i)^2$$
 #
@@ -10,8 +11,9 @@
 #
 # $$L = -\log p_{\text{target}} = \log \sum_v e^{z_v} - z_{\text{target}}$$
 #
-# It is counted in nats. A model that guesses among $V$ tokens has a loss of $\log V$; a loss of
-# 1.5 nats is as unsure as a fair choice among $e^{1.5} \approx 4.5$ tokens.
+# The model's last numbers $z$ are called *logits*, and $p = \operatorname{softmax}(z)$. The loss is
+# counted in nats (natural logarithms). A model that gives $V$ tokens the same chance has a loss of
+# $\log V$; a loss of 1.5 nats is as unsure as a fair choice among $e^{1.5} \approx 4.5$ tokens.
 
 # %%
 import math
@@ -34,20 +36,23 @@ square = mse_loss(probability, torch.ones_like(z), reduction="none")
 figure, (values, slopes) = plt.subplots(1, 2)
 for name, loss, colour in (
     ("cross-entropy", entropy, figures.BLUE),
-    ("squared error of the probability", square, figures.RED),
+    ("squared error of p", square, figures.RED),
 ):
     [slope] = torch.autograd.grad(loss.sum(), z, retain_graph=True)
     values.plot(z.detach(), loss.detach(), color=colour, label=name)
     slopes.plot(z.detach(), slope, color=colour)
-values.set(title="Loss", xlabel="logit of the right class")
-slopes.set(title="Its slope in that logit", xlabel="logit of the right class")
+for axes, title in ((values, "Loss"), (slopes, "Its slope: how hard it pulls")):
+    axes.set(title=title, xlabel="logit of the right class (the other's is 0)")
+    axes.axvspan(-6, 0, color=figures.RED, alpha=0.06, linewidth=0)
+slopes.text(0.06, 0.35, "here the model\nis wrong", color=figures.MUTED, transform=slopes.transAxes)
 values.legend()
 plt.show()
 
 # %% [markdown]
-# Left of 0 the model is wrong. There cross-entropy pulls with full force, its slope is $p - 1$,
-# while the squared error of a probability goes flat: the surer a model is of something wrong, the
-# less it would learn. Hence cross-entropy for classes.
+# Two classes, and $p$ is the probability of the right one. Left of 0 the model is wrong. There
+# cross-entropy pulls with full force, its slope is $p - 1$, while the squared error, $(p - 1)^2$,
+# goes flat: the surer a model is of something wrong, the less it would learn. Hence cross-entropy
+# for classes.
 
 # %%
 V = 50_257
@@ -56,8 +61,10 @@ print(f"guessing among {V} tokens: {cross_entropy(flat, torch.tensor([7])).item(
 print(f"log {V} = {math.log(V):.3f}")
 
 # %% [markdown]
-# **Change and see.** Give `cross_entropy` the option `label_smoothing=0.1`: being sure is no longer
-# free, and the loss has its floor at a finite logit. Or `z_loss=0.01`, which keeps logits small.
+# **Change and see.** Give the first `cross_entropy` the option `label_smoothing=0.1`: being sure is
+# no longer free, and beyond a logit of 3 the loss rises again. So it does with `z_loss=0.01`, which
+# keeps logits small. Swap the loss of classes for that of values, `square = (z - 1) ** 2`: the
+# further off, the harder it pulls, without bound.
 #
 # **Where the real code lives.** `kernels/cross_entropy.py` and `kernels/mse_loss.py`.
 # `kernels/linear_cross_entropy.py` computes the last product and the loss together, a chunk at a

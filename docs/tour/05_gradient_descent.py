@@ -5,8 +5,9 @@
 #
 # $$p \leftarrow p - \eta \, \nabla L(p)$$
 #
-# $p$ is the place, $L$ the height there (in training: the weights, and their loss), $\eta$ the
-# learning rate. Blindfolded, one cannot see that a lower valley lies behind the next
+# $p$ is the place, $L$ the height there (in training: the weights, and their loss). The gradient
+# $\nabla L$ holds the slope in each direction and points uphill; $\eta$, the learning rate, is how
+# much of it makes a step. Blindfolded, one cannot see that a lower valley lies behind the next
 # ridge. The surface below has its floor at (0, 0), and on the way a small dip:
 #
 # $$f(x, y) = \frac{x^2}{10} + y^2 - 0.3\,e^{-4((x+2)^2 + y^2)}$$
@@ -27,7 +28,7 @@ walks = {
 }
 for name, path in walks.items():
     x, y = (path[-1].round(decimals=2) + 0.0).tolist()
-    print(f"{name} ends at ({x:.2f}, {y:.2f}), loss {valley_with_dip(*path[-1]):.3f}")
+    print(f"{name} ends at ({x:.2f}, {y:.2f}), loss {abs(valley_with_dip(*path[-1])):.3f}")
 
 # %%
 u, v = torch.meshgrid(torch.linspace(-4, 1.5, 300), torch.linspace(-1.4, 1.4, 200), indexing="xy")
@@ -38,10 +39,13 @@ profile.plot(along, valley_with_dip(along, torch.zeros(400)), color=figures.MUTE
 for (name, path), colour in zip(walks.items(), (figures.RED, figures.INK), strict=True):
     plan.plot(*path.T, "o-", color=colour, markersize=3, linewidth=1, label=name)
     profile.plot(path[-1, 0], valley_with_dip(*path[-1]), "o", color=colour, markersize=8)
-plan.set(title="Seen from above", ylabel="y")
+plan.set(
+    title="Seen from above: the darker, the lower", ylabel="y", xlim=(-4, 1.5), ylim=(-1.4, 1.4)
+)
 plan.grid(False)
 plan.legend(loc="lower right")
 profile.set(title="Along the valley's floor: where each walk ends", xlabel="x", ylabel="loss")
+profile.set(xlim=(-4, 1.5), ylim=(-0.1, 1.7))
 plt.show()
 
 # %% [markdown]
@@ -51,7 +55,7 @@ plt.show()
 # each swing is wider than the last.
 #
 # **Change and see.** Start at `(-3.5, 0.0)`: without a swing, the dip catches the long steps too.
-# Take 1.05 for the rate: the walk climbs out of the valley, further with every swing.
+# Take 1.05 instead of 0.9: the walk climbs out of the picture, further with every swing.
 #
 # **Where the real code lives.** `training/descent.py` walks this surface. In a network the place
 # is all its weights, and the slope comes from backpropagation: the next page.

@@ -1,18 +1,28 @@
 # %% [markdown]
 # # Attention and transformers
 #
-# Every token asks a question $q$; every token so far offers a key $k$ and a value $v$. A token
-# takes the values whose keys answer its question best, as a weighted mean (Vaswani et al. 2017):
+# Every token (a word, or a part of one) asks a question $q$; every token so far offers a key $k$
+# and a value $v$: three linear maps of what is known of it. A token takes the values whose keys
+# answer its question best, as a weighted mean (Vaswani et al. 2017):
 #
 # $$\operatorname{attention}(Q, K, V) = \operatorname{softmax}\!\left(
 # \frac{Q K^{\mathsf T}}{\sqrt{d}} + \text{mask} \right) V$$
 #
-# The mask hides what comes later: a model that is to predict the next token must not see it.
-# A transformer alternates attention, which moves information between tokens, with an MLP, which
-# works on each token by itself; both add to a stream that runs from bottom to top:
+# The rows of $Q$, $K$ and $V$ are the tokens, and $d$ is the length of a key: without the root of
+# it the products would grow with $d$, and softmax would take one value alone. The mask is $-\infty$
+# for what comes later: a model that is to predict the next token must not see it. A layer does this
+# several times side by side (*heads*), each with maps of its own.
 #
-# $$h \leftarrow h + \operatorname{attention}(\operatorname{norm}(h)), \qquad
-# h \leftarrow h + \operatorname{mlp}(\operatorname{norm}(h))$$
+# A transformer alternates attention, which moves information between tokens, with an MLP, which
+# works on each token by itself. Both add to a stream that runs from the first layer to the last:
+#
+# $$h \leftarrow h + \operatorname{attention}(\operatorname{norm}(h))$$
+#
+# $$h \leftarrow h + \operatorname{mlp}(\operatorname{norm}(h))$$
+#
+# The stream begins as a learned vector of each token (its embedding); $\operatorname{norm}$ brings
+# it to the same size everywhere; behind the last layer one more linear map, the head, makes of it a
+# logit for each possible next token.
 
 # %%
 import matplotlib.pyplot as plt
@@ -38,9 +48,9 @@ fused = attention(q, k, v, causal=True)[0, 0]  # never holds the T × T weights
 print(f"the formula against the kernel: {(weights @ v[0, 0] - fused).abs().max():.1e}")
 
 # %% [markdown]
-# Nothing tells the tokens apart but their order, so positions must enter somewhere: *rotary*
-# positions turn $q$ and $k$ by an angle that grows with the place, and their product then depends
-# on the distance alone.
+# Shuffle the words before the last one, and its weighted mean is the same: attention by itself
+# knows no order. So positions must enter somewhere. *Rotary* positions turn $q$ and $k$ by angles
+# that grow with the place, and how well they match then depends on how far apart they are.
 #
 # Whether the mask holds can be tested: change one token of a GPT's input, and no output before it
 # may move.
@@ -49,7 +59,7 @@ print(f"the formula against the kernel: {(weights @ v[0, 0] - fused).abs().max()
 model = GPT(GPTConfig(vocab_size=len(known), context=T, n_layer=2))
 with torch.no_grad():
     for p in model.parameters():
-        p.add_(0.05 * torch.randn_like(p))  # an untrained head is 0, and would hide it
+        p.add_(0.05 * torch.randn_like(p))  # untrained, attention adds 0, and would hide it
     tokens = torch.tensor([[known.index(w) for w in words]])
     other = tokens.clone()
     other[0, 6] = (tokens[0, 6] + 1) % len(known)
@@ -57,21 +67,23 @@ with torch.no_grad():
 print("outputs that moved:", [i for i, m in enumerate(moved.tolist()) if m > 1e-6])
 
 figure, (left, right) = plt.subplots(1, 2, width_ratios=(3, 2))
-left.imshow(weights.numpy(), cmap="Blues")
+left.imshow(weights, cmap="Blues", vmin=0, vmax=1)
 left.set_xticks(range(T), words, rotation=60, ha="right")
 left.set_yticks(range(T), words)
-left.set_title("Who looks at whom")
+left.set(title="Who looks at whom: the darker, the more", ylabel="this word takes …")
+left.set_xlabel("… so much of this one")
 left.grid(False)
 colours = [figures.RED if i == 6 else figures.BLUE for i in range(T)]
 right.bar(range(T), moved.tolist(), color=colours)
 right.set_xticks(range(T))
-right.set(title="Word 6 is changed: the past stays", xlabel="position")
+right.set(title="Word 6 changed: the past stays", xlabel="position")
 right.set_ylabel("change of the output")
 plt.show()
 
 # %% [markdown]
-# **Change and see.** Multiply `scores` by 5: each word then looks at its likes alone. Give
-# `attention` a `window=3`: no token looks further back than that.
+# **Change and see.** Divide `scores` by 8: each word now looks at all before it, and at its likes
+# only a little more. Give `attention` a `window=3`: no token looks further back than that, and the
+# printed difference is no rounding any more.
 #
 # **Where the real code lives.** `kernels/attention.py` (exact, in blocks, forward and backward),
 # `kernels/rotary.py`, `kernels/norm.py`; `models/layers.py` and `models/gpt.py` put them together.

@@ -3,8 +3,12 @@
 #
 # A finished model can still be made better, by letting it think longer. Two ways:
 #
-# - a longer chain of thought before the answer,
+# - a longer *chain of thought*: text in which the model works step by step before it answers, and
+#   which it reads as it goes on,
 # - more samples, of which the most common answer is taken (*self-consistency*, Wang et al. 2022).
+#
+# OpenAI's o1 (2024) made it an axis: accuracy against the logarithm of the compute spent at
+# inference. The first figure below is the reason for it, the second such a curve.
 #
 # If each sample is right with probability $p > \frac12$, and the samples err independently of one
 # another, a vote of $k$ (odd, so that there are no ties) is right with a probability of at least
@@ -29,21 +33,35 @@ from ponder.inference.estimators import maj_at_k, pass_at_k
 plt.style.use(figures.STYLE)
 
 rng = np.random.default_rng(0)
-shares = (0.4, *[0.15] * 4)  # right 40 % of the time, four wrong answers
-answers = rng.choice(len(shares), p=shares, size=(400, 32))
-correct = answers == 0
-for k in (1, 4, 16, 32):
-    vote = maj_at_k(answers, correct, k).mean()
-    print(f"{k:3} samples: vote {vote:.1%}, at least one right {pass_at_k(correct, k).mean():.1%}")
+kinds = {  # how often each answer comes; the first is right
+    "p = 0.6, one wrong answer": (0.6, 0.4),
+    "p = 0.4, four wrong answers": (0.4, *[0.15] * 4),
+    "p = 0.4, one wrong answer": (0.4, 0.6),
+}
+counts = (1, 3, 5, 9, 15, 31)
+figure, axes = plt.subplots()
+for (name, shares), colour in zip(kinds.items(), figures.CYCLE, strict=False):
+    answers = rng.choice(len(shares), p=shares, size=(1000, 32))
+    right = answers == 0
+    votes = [100 * maj_at_k(answers, right, k).mean() for k in counts]
+    axes.plot(counts, votes, "o-", color=colour, label=name)
+    some = pass_at_k(right, 31).mean()
+    print(f"{name:28} vote of 31 {votes[-1]:5.1f} %, at least one of 31 right {some:.0%}")
+axes.set(title="A vote finds what is most common", xlabel="samples", ylabel="accuracy (%)")
+axes.set(xscale="log", xticks=counts, xticklabels=counts, ylim=(0, 103))
+axes.minorticks_off()
+axes.legend()
+plt.show()
 
 # %% [markdown]
-# And measured: the model of `ponder demo`, 0.5M parameters, on chains of up to twelve digits, of
-# which it is allowed to work a part. Every point is 500 problems.
+# And measured: the model of `ponder demo`, half a million parameters, on sums and products of up to
+# twelve digits. Along a line its chain of thought may be longer and longer, 0 to 10 tokens and at
+# last as long as it likes. Every point is 500 problems.
 
 # %%
 results = Path(ponder.__file__).parent / "docs/results/demo_cpu/results.csv"
 rows = list(csv.DictReader(results.open()))
-lines = [("greedy", "1", figures.RED), ("sampling", "1", figures.BLUES[0])]
+lines = [("greedy", "1", figures.RED), ("sampling", "1", figures.BLUES[1])]
 lines += [
     ("self-consistency", k, c) for k, c in (("4", figures.BLUES[3]), ("16", figures.BLUES[6]))
 ]
@@ -55,17 +73,24 @@ for strategy, k, colour in lines:
     accuracy = [100 * float(r["accuracy"]) for r in mine]
     label = {"greedy": "greedy", "sampling": "one sample"}.get(strategy, f"vote of {k}")
     axes.plot(cost, accuracy, "o-", color=colour, label=label)
-axes.set(xscale="log", xlabel="FLOPs per problem", ylabel="accuracy (%)", ylim=(0, 103))
+ticks = (2e7, 5e7, 1e8)
+axes.set(xscale="log", xlabel="millions of FLOPs per problem", ylabel="accuracy (%)", ylim=(0, 103))
+axes.set_xticks(ticks, [f"{t / 1e6:.0f}" for t in ticks])
+axes.minorticks_off()
 axes.set_title("Along each line the chain of thought grows")
 axes.legend()
 plt.show()
 
 # %% [markdown]
+# Greedy decoding takes the most probable token each time, a sample draws one by its probability.
 # Longer thinking pays most here, as each step of the chain needs the one before it. Samples pay
-# once a single one is right often enough: then the vote turns 84 % into 99.8 %.
+# once a single one is right often enough: then the vote turns 84 % into 99.8 %. (Greedy decoding is
+# there too, for a sixth of the compute. [Other tasks](../inference_time_compute.md) say when a vote
+# gains on it.)
 #
-# **Change and see.** Let the wrong answers agree, `shares = (0.4, 0.6)`: the vote gets worse with
-# every sample, while "at least one right" still climbs. That gap is what a verifier could win.
+# **Change and see.** Make one of the four wrong answers as common as the right one, with
+# `(0.4, 0.4, 0.1, 0.1)`: the vote is right half of the time, however many samples it has. At least
+# one of 31 samples is right in all these cases: that gap is what a verifier could win.
 #
 # **Where the real code lives.** `inference/engine.py` draws the samples, `inference/estimators.py`
 # computes votes and "at least one right" as means over all subsets of the samples,
