@@ -19,7 +19,7 @@ from .documents import Documents
 from .problems import Problems
 from .solutions import Solutions, SolverTraces
 from .text import LongText
-from .tokenizer import Vocabulary, load_vocabulary
+from .tokenizer import THOUGHT, Vocabulary, load_vocabulary
 
 __all__ = ["IGNORE", "Batch", "Data", "load_data"]
 
@@ -124,12 +124,7 @@ def load_data(config: TrainConfig) -> Data:
         if most:
             source.rows(0, 0, most)
     if os.environ.get("RANK", "0") == "0":
-        lines = [vocabulary.note, *map(_thinks, corpora)]
-        if raw := [c.name for c in corpora if chats and _asks(c)]:
-            lines.append(
-                f"conversations give the model a chat template: sweep and generate ask by it, also "
-                f"what {' and '.join(raw)} teaches without it"
-            )
+        lines = [vocabulary.note, *_surprises(corpora, vocabulary, chats)]
         for source, passes in zip(sources, data.passes(config.steps), strict=True):
             times = f"; {config.steps:,} steps make {times_of(passes)} over it" if passes else ""
             lines.append(f"{source}{times}")
@@ -142,20 +137,26 @@ def times_of(passes: float) -> str:
     return f"{passes:.2g} passes" if passes < 10 else f"{passes:,.0f} passes"
 
 
-def _asks(corpus: Corpus) -> bool:
-    """Whether rows have prompts that no chat template wrote."""
-    if isinstance(corpus, Documents):
-        return corpus.schema in ("completion", "worked")
-    return isinstance(corpus, Problems)
-
-
-def _thinks(corpus: Corpus) -> str:
-    """What a text that happens to hold <think> is told; tasks and worked answers are to have it."""
-    if not isinstance(corpus, LongText | Documents) or not corpus.thinks():
-        return ""
-    if isinstance(corpus, Documents) and corpus.schema == "worked":
-        return ""
-    return (
-        f"{corpus.name} holds <think>, which becomes a token of its own: sweep and generate will "
-        "take the model for one that thinks before it answers"
-    )
+def _surprises(corpora: Sequence[Corpus], vocabulary: Vocabulary, chats: bool) -> Iterator[str]:
+    """What sweep and generate will do with the model that its data may not have been meant for."""
+    schemas = [getattr(corpus, "schema", None) for corpus in corpora]
+    raw = []  # what has prompts that no chat template wrote
+    for corpus, schema in zip(corpora, schemas, strict=True):
+        if isinstance(corpus, Problems) or schema in ("completion", "worked"):
+            raw.append(corpus.name)
+        if isinstance(corpus, LongText | Documents) and schema != "worked" and corpus.thinks():
+            yield (
+                f"{corpus.name} holds <think>, which becomes a token of its own: sweep and "
+                "generate will take the model for one that thinks before it answers"
+            )
+    if chats and raw:
+        yield (
+            "conversations give the model a chat template: sweep and generate ask by it, also what "
+            f"{' and '.join(raw)} teaches without it"
+        )
+    known = vocabulary.tokenizer.get_vocab()
+    if not chats and not any(c.thinks() for c in corpora) and known.keys() >= {*THOUGHT}:
+        yield (
+            "the tokenizer has <think>, which the data do not hold: sweep and generate open a "
+            "thought behind each prompt all the same"
+        )

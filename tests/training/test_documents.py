@@ -128,6 +128,14 @@ def test_a_template_for_what_was_learned_without_one_is_told(tmp_path, capsys):
         assert capsys.readouterr().out.count("a.jsonl and task:last_digit teaches without") == told
 
 
+def test_a_thought_that_inference_opens_and_no_row_has_is_told(tmp_path, capsys):
+    path = write(tmp_path / "a.jsonl", sums(200))
+    for thinks in (True, False):
+        byte_tokenizer(thinks=thinks).save(str(tmp_path / "tokenizer.json"))
+        load(path, tokenizer=str(tmp_path))
+        assert ("open a thought behind each prompt" in capsys.readouterr().out) == thinks
+
+
 @pytest.mark.parametrize("adds", [False, True])
 @pytest.mark.parametrize("writes", [False, True])
 @pytest.mark.parametrize("end", ["<end>\n", ""])
