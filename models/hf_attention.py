@@ -25,9 +25,9 @@ from ..kernels._runtime import use_triton
 
 NAME = "ponder"
 MAX_HEAD_DIM = 256
-# Models that get a whole mask: PhiMoE's windows stand in it alone, and in no layer_types; Doge
-# adds to it.
-WHOLE = "phimoe", "doge"
+# Models that get a whole mask: PhiMoE's windows stand in it alone, and in no layer_types, so do
+# Moshi's where a cache has one; Doge adds to it.
+WHOLE = "phimoe", "moshi", "doge"
 # Transformers' masks by their functions' names: "and_mask" is causality with a window, with chunks,
 # with packed sequences ("or_mask" lets some tokens see ahead).
 CAUSAL = "causal_mask_function", "and_mask"
@@ -186,8 +186,10 @@ def attend(
         options["cu_seqlens"] = cu_seq_lens_q
     elif n_queries == 1 and causal and use_triton(query) and not torch.is_grad_enabled():
         lengths = torch.full((n_row,), n_keys, device=query.device)
-        return decode_attention(query, key, value, lengths, **options).transpose(1, 2), None
-    return attention(query, key, value, causal=causal, **options).transpose(1, 2), None
+        y = decode_attention(query, key, value, lengths, **options)
+    else:
+        y = attention(query, key, value, causal=causal, **options)
+    return y.transpose(1, 2).contiguous(), None  # as Transformers' own: AFMoE takes a view of it
 
 
 def _untold_window(module: nn.Module) -> int | None:

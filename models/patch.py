@@ -44,8 +44,9 @@ class Part:
     note: str = ""
 
     def __str__(self) -> str:
-        kept = "; ".join(f"{count} kept: {why}" for why, count in self.kept.items())
-        said = "; ".join(part for part in (f"{self.replaced} replaced", kept, self.note) if part)
+        kept = [f"{count} kept: {why}" for why, count in self.kept.items()]
+        none = "" if self.replaced or kept else "none was found"
+        said = "; ".join(x for x in (f"{self.replaced} replaced", *kept, none, self.note) if x)
         return f"  {self.name:<10} {said}"
 
 
@@ -170,7 +171,7 @@ def _check(model: nn.Module) -> None:
 def _attention(model: Any, undo: _Undo) -> Part:
     """Point the model to our attention function; a part that counts its layers."""
     hf_attention.register()
-    named = [m for m in model.modules() if type(m).__name__.endswith("Attention")]
+    named = [m for m in model.modules() if type(m).__name__.endswith(("Attention", "MLA"))]
     # BertAttention holds a BertSelfAttention: one layer.
     layers = [m for m in named if not any(n in named for n in m.modules() if n is not m)]
     configs = {part: getattr(model.config, part, None) for part in model.config.sub_configs}
@@ -178,20 +179,13 @@ def _attention(model: Any, undo: _Undo) -> Part:
     before = {part: config._attn_implementation for part, config in configs.items()}
     shared = (getattr(other, STATE).attention for other in _patched if other.config is model.config)
     before = next(filter(None, shared), before)
-    part = Part("attention")
-    if not getattr(model, "_supports_attention_backend", False):
-        part.kept[f"{type(model).__name__} takes no attention of others"] = len(layers)
-        return part
-    if any(config.output_attentions for config in configs.values()):
-        part.kept["its config has output_attentions"] = len(layers)
-        return part
-    if (chooses := next(filter(_chooses_keys, layers), None)) is not None:
-        part.kept[f"{type(chooses).__name__} chooses its keys by itself"] = len(layers)
-        return part
-    if {config._attn_implementation for config in configs.values()} != {hf_attention.NAME}:
+    part, why = Part("attention"), _own_attention(model, [*configs.values()], layers)
+    if why is None:
         model.set_attn_implementation(hf_attention.NAME)
-    if model.config._attn_implementation != hf_attention.NAME:
-        part.kept[f"{type(model).__name__} does not go by Transformers' registry"] = len(layers)
+        if model.config._attn_implementation != hf_attention.NAME:
+            why = f"{type(model).__name__} does not go by Transformers' registry"
+    if why is not None:
+        part.kept[why] = len(layers)
         return part
     undo.attention = before
     part.replaced = len(layers)
@@ -201,6 +195,19 @@ def _attention(model: Any, undo: _Undo) -> Part:
     if max(rates, default=0.0) > 0:
         part.note = f"by PyTorch's sdpa while training, with dropout {max(rates)}"
     return part
+
+
+def _own_attention(model: Any, configs: list[Any], layers: list[nn.Module]) -> str | None:
+    """Why the model keeps its own attention, if it does."""
+    name = type(model).__name__
+    if not getattr(model, "_supports_attention_backend", False):
+        return f"{name} takes no attention of others"
+    if any(config.output_attentions for config in configs):
+        return "its config has output_attentions"
+    if any(config.model_type in hf_attention.WHOLE for config in configs):
+        return f"{name} tells its layers by the whole mask alone"
+    chooses = next(filter(_chooses_keys, layers), None)
+    return None if chooses is None else f"{type(chooses).__name__} chooses its keys by itself"
 
 
 def _chooses_keys(layer: nn.Module) -> bool:
@@ -216,13 +223,13 @@ def _norm(module: nn.Module, known: dict) -> type | str | None:
     if isinstance(module, nn.LayerNorm) and old is nn.LayerNorm:
         affine = len(module.normalized_shape) == 1 and module.weight is not None
         kinds = ["LayerNorm"] if affine else []
-    elif old.__name__.endswith("Norm"):  # T5's LayerNorm is Llama's RMSNorm
+    else:  # T5's LayerNorm is Llama's RMSNorm
         weight, names = _get(module, "weight"), [name for name, _ in module.named_parameters()]
-        vector = isinstance(weight, Tensor) and weight.ndim == 1 and names == ["weight"]
-        plain = vector and isinstance(hf_layers.epsilon(module), float)
+        vector = isinstance(weight, Tensor) and weight.ndim == 1
+        if not old.__name__.endswith("Norm") and not ("Norm" in old.__name__ and vector):
+            return None
+        plain = vector and names == ["weight"] and isinstance(hf_layers.epsilon(module), float)
         kinds = ["RMSNorm", "OffsetRMSNorm"] if plain else []
-    else:
-        return None
     return _proven(module, kinds, None, known)
 
 
@@ -285,14 +292,17 @@ _KINDS: dict[str, Callable] = dict(rotary=_rotary, norm=_norm, mlp=_mlp)
 def _turning(theirs: Callable) -> Callable | None:
     """Our kernel in the place of an apply_rotary_pos_emb, if it computes the same."""
 
-    def apply_rotary_pos_emb(q, k, cos, sin, *args, **kwargs):
-        usual = not args and kwargs.get("unsqueeze_dim", 1) == 1 and cos.ndim == 3
-        if not usual or cos.shape[-1] != q.shape[-1] or q.dtype != k.dtype:
-            hf_attention.say_once("rotary positions of a part of each head are Transformers' own")
-            return theirs(q, k, cos, sin, *args, **kwargs)
-        half = slice(q.shape[-1] // 2)
-        cos, sin = cos[..., half], sin[..., half]
-        return turn(q, k, *((cos[0], sin[0]) if len(cos) == 1 else (cos, sin)))
+    def apply_rotary_pos_emb(q, *others, **options):
+        if len(others) == 3 and options in ({}, {"unsqueeze_dim": 1}):
+            k, cos, sin = others
+            if cos.ndim == 3 and cos.shape[-1] == q.shape[-1] and k.dtype == q.dtype:
+                half = slice(q.shape[-1] // 2)
+                cos, sin = cos[..., half], sin[..., half]
+                return turn(q, k, *((cos[0], sin[0]) if len(cos) == 1 else (cos, sin)))
+        hf_attention.say_once(
+            "rotary positions of a part of each head, or of queries alone, are Transformers' own"
+        )
+        return theirs(q, *others, **options)
 
     numbers = torch.arange(2.0 * 3 * 16, device="cpu").sin()
     angles = numbers.view(2, 3, 16)[..., :8].repeat(1, 1, 2)

@@ -602,6 +602,18 @@ def test_autocast_and_bfloat16(llama):
     assert all(p.grad.isfinite().all() for p in patched.parameters())
 
 
+@torch.no_grad()
+def test_half_precision_of_a_model_that_views_what_attention_gives():
+    """AFMoE's, after which only contiguous numbers can come; no further off than eager attention:
+    a model's half of the roundings are ours, so 1.5 times its error is allowed."""
+    experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+    model = eager(Peer("afmoe", GROUPED | experts | dict(sliding_window=7)))
+    patched, exact = copy.deepcopy(model).bfloat16(), model(TOKENS).logits
+    patch(patched, quiet=True)
+    errors = [(m(TOKENS).logits - exact).norm() for m in (model.bfloat16(), patched)]
+    assert errors[1] < 1.5 * errors[0]
+
+
 def test_what_wants_logits_gets_them(llama):
     model, patched = llama
     patch(patched, quiet=True)
@@ -722,18 +734,20 @@ def test_the_kernels_themselves_under_a_model(monkeypatch):
     assert torch.equal(patched.generate(tokens, **options), model.generate(tokens, **options))
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.parametrize("name", ["none", "packed"])
 def test_a_model_that_makes_more_of_its_mask_gets_a_whole_one(window, name):
     """Doge adds its own mask to the causal one, which it must then be given."""
     model = eager(Peer("doge", GROUPED | dict(sliding_window=window)))
-    patched = copy.deepcopy(model)
-    patch(patched, quiet=True)
+    expected = model(TOKENS, **masks()[name]).logits
+    attention = patch(model, quiet=True)[0]
+    assert attention.kept == {"DogeForCausalLM tells its layers by the whole mask alone": 2}
+    assert (model(TOKENS, **masks()[name]).logits - expected).abs().max() < 1e-4
     hf_attention._said.clear()
-    with torch.no_grad(), pytest.warns(UserWarning, match="a mask that is not causal"):
-        found = patched(TOKENS, **masks()[name]).logits
-    with torch.no_grad():
-        expected = model(TOKENS, **masks()[name]).logits
+    model.set_attn_implementation("ponder")
+    with pytest.warns(UserWarning, match="a mask that is not causal"):
+        found = model(TOKENS, **masks()[name]).logits
     assert (found - expected).abs().max() < 1e-4
 
 
@@ -748,26 +762,58 @@ def test_a_model_whose_attention_takes_no_other_keeps_it(monkeypatch, llama):
     unpatch(model)
 
 
+@torch.no_grad()
 def test_a_window_that_no_layer_tells():
     """PhiMoE's layers know of no window: Transformers' whole mask has it."""
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.PhimoeConfig(
-        vocab_size=50,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=2,
-        num_experts_per_tok=2,
-        sliding_window=5,
-        attn_implementation="eager",
-    )
-    model = transformers.PhimoeForCausalLM(config).eval()
-    tokens = torch.randint(0, 50, (2, 24))
-    with torch.no_grad():
-        expected = model(tokens).logits
+    experts = dict(num_local_experts=2, num_experts_per_tok=2)
+    model = eager(Peer("phimoe", GROUPED | experts | dict(sliding_window=5)))
+    expected = model(TOKENS).logits
+    register()
+    model.set_attn_implementation("ponder")
+    torch.testing.assert_close(model(TOKENS).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("by_name", [True, False])
+def test_a_window_that_a_cache_alone_has(by_name):
+    """Moshi's static cache asks for masks with one."""
+    model = eager(Peer("moshi", GROUPED | dict(sliding_window=7, ffn_dim=96)))
+    options = dict(max_new_tokens=6, do_sample=False, pad_token_id=0, output_logits=True)
+    options |= dict(cache_implementation="static", disable_compile=True)
+    options |= dict(return_dict_in_generate=True, attention_mask=torch.ones(3, 12).long())
+    expected = model.generate(TOKENS[:, :12], **options).logits
+    if by_name:
+        register()
+        model.set_attn_implementation("ponder")
+    else:
         patch(model, quiet=True)
-        found = model(tokens).logits
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    for found, logits in zip(
+        model.generate(TOKENS[:, :12], **options).logits, expected, strict=True
+    ):
+        assert (found - logits).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_rotary_positions_of_queries_alone():
+    """Qwen4-Exp's indexer turns its keys later."""
+    indexer = dict(indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=16, indexer_budget=16)
+    more = dict(indexer_compress_ratio=4, hc_lowrank=8, hc_count=2, num_experts=4)
+    more |= dict(moe_intermediate_size=32, shared_expert_intermediate_size=32)
+    layers = dict(num_hidden_layers=1, layer_types=["indexed_attention"], num_experts_per_tok=2)
+    model = eager(Peer("qwen4_exp_text", GROUPED | indexer | more | layers))
+    expected = model(TOKENS).logits
+    patch(model, quiet=True)
+    assert (model(TOKENS).logits - expected).abs().max() < 1e-4
+
+
+def test_every_part_says_what_was_found():
+    """LongCat's attention by another name, Nemotron's norms, BERT's MLPs that are no modules."""
+    shape = dict(kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=16, qk_nope_head_dim=16)
+    shape |= dict(num_layers=1, ffn_hidden_size=96, expert_ffn_hidden_size=32, moe_topk=2)
+    longcat = Peer("longcat_flash", shape | dict(n_routed_experts=4, v_head_dim=16)).build()
+    assert patch(longcat, quiet=True)[0].replaced == 2
+    norm = next(p for p in patch(Peer("nemotron").build(), quiet=True) if p.name == "norm")
+    assert norm.kept == {"NemotronLayerNorm1P computes something else": 5}
+    bert = patch(Peer("bert", dict(is_decoder=True)).build(), quiet=True)
+    mlp = next(part for part in bert if part.name == "MLP")
+    assert str(mlp) == "  MLP        0 replaced; none was found"
