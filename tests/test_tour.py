@@ -48,7 +48,7 @@ def test_a_page_runs_and_says_what_it_claims(page, monkeypatch, capsys):
     ("page", "changes", "words"),
     [
         ("01_perceptron", {"neuron = P": "y[0] = 1 - y[0]\nneuron = P"}, ["no line separates"] * 2),
-        ("05_gradient_descent", {"(-3.5, 1.0)": "(-3.5, 0.0)"}, ["0.9 ends at (-1.83, 0.00)"]),
+        ("05_gradient_descent", {"(-3.5, 1.0)": "(-3.5, 0.0)"}, [r"0.9 ends at \(-1.83, 0.00\)"]),
         (
             "10_scaling_laws",
             {"np.geomspace(5e7, 1e10, 5)": "np.geomspace(5e7, 1e9, 3)", "0.002": "0.02"},
@@ -59,8 +59,12 @@ def test_a_page_runs_and_says_what_it_claims(page, monkeypatch, capsys):
             {"(0.4, *[0.15] * 4)": "(0.4, 0.4, 0.1, 0.1)"},
             ["four wrong answers  vote of 31  50"],
         ),
-        ("02_multi_layer_networks", {"(0.5, 5,": "(0.5, 15,"}, ["relu      loss 0.213, 91%"]),
-        ("02_multi_layer_networks", {"(2, 32, 32, 2)": "(2, 3, 2)"}, ["relu      loss 0.362, 77%"]),
+        ("02_multi_layer_networks", {"(0.5, 5,": "(0.5, 15,"}, [r"relu .* [5-9]\d% of the points"]),
+        (
+            "02_multi_layer_networks",
+            {"(2, 32, 32, 2)": "(2, 3, 2)"},
+            [r"relu .* [5-9]\d% of the points"],
+        ),
     ],
 )
 def test_a_change_that_a_page_suggests_shows_what_it_says(
@@ -77,7 +81,7 @@ def test_a_change_that_a_page_suggests_shows_what_it_says(
         runpy.run_path(str(tmp_path / "page.py"))
     printed = capsys.readouterr().out
     for word in words:
-        assert printed.count(word) >= words.count(word), printed
+        assert len(re.findall(word, printed)) >= words.count(word), printed
 
 
 def test_every_notion_has_its_page():

@@ -78,11 +78,10 @@ plt.show()
 # the neuron answers 1.
 #
 # **Change and see.** Keep points that are closer to the line (0.15 → 0.01): 29 corrections are
-# needed instead of 4, as the margin $\gamma$ is smaller. Flip one label, with `y[0] = 1 - y[0]`
-# above `neuron = Perceptron(2)`: the rule says that no line separates the points. Give the
-# exclusive or a third input, their product: with
-# `print(Perceptron(3).fit(torch.cat([corners, corners.prod(1, keepdim=True)], 1), odd))` it
-# converges, as a plane does it.
+# needed instead of 4, as the margin $\gamma$ is smaller. Flip one label, `y[0] = 1 - y[0]` before
+# the neuron is made: the rule says that no line separates the points. Give the exclusive or a third
+# input, the product of the two: a plane does it, as
+# `print(Perceptron(3).fit(torch.cat([corners, corners.prod(1, keepdim=True)], 1), odd))` says.
 #
 # **Where the real code lives.** `models/perceptron.py`: `step`, `Perceptron.fit`, and `separable`,
 # which decides by linear programming whether a line exists.
