@@ -14,7 +14,7 @@ from .evaluation import Result, mark_pareto, unit_of
 from .exchange import duels, equal_accuracy
 from .figures import draw_exchange, draw_models, draw_policy
 from .findings import policies
-from .page import environment, visible, write_files
+from .page import environment, problems_text, visible, write_files
 from .report import csv_text
 from .store import Store
 
@@ -48,6 +48,7 @@ def write_comparison(
     page = environment().get_template("comparison.html")
     text = page.render(
         first=rows[0],
+        rows=rows,
         unit=unit,
         best=best,
         cost=cost,
@@ -73,7 +74,7 @@ def write_comparison(
         lines=lines,
         exchange=traded and svg(draw_exchange, "exchange", lines, **small),
     )
-    task, note = visible(rows[0].task), f"95 % intervals over {rows[0].problems:,} problems."
+    task, note = visible(rows[0].task), f"95 % intervals over {problems_text(rows)}."
     files = {
         "results.csv": csv_text(rows).encode("utf-8", "replace"),
         "frontier.png": picture(

@@ -23,7 +23,7 @@ from .drawing import (
 )
 from .evaluation import Result
 from .exchange import Line
-from .page import human, short_budget, spread, visible, vote_text
+from .page import human, problems_text, short_budget, spread, visible, vote_text
 from .policy import Policy
 
 # Labels of points whose cost differs by less than that share, and accuracy by less, would overlap.
@@ -40,8 +40,7 @@ def png(results: Sequence[Result]) -> bytes:
         curves,
         columns=7,
         title=visible(f"{first.task}: accuracy against compute spent at inference"),
-        note=f"Along a line {curves.along}. "
-        f"Bands: 95 % intervals over {first.problems:,} problems.",
+        note=f"Along a line {curves.along}. Bands: 95 % intervals over {problems_text(results)}.",
     )
 
 

@@ -4,6 +4,7 @@ import math
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from markupsafe import Markup
@@ -63,6 +64,7 @@ def environment() -> jinja2.Environment:
         "budget_phrase": budget_phrase,
         "vote": vote_text,
         "points": points,
+        "problems": problems_text,
         "minus": lambda text: text.replace("-", "−"),
         "words": lambda name: WORDS.get(name, name),
     }
@@ -103,6 +105,14 @@ def short_budget(budget: int | None) -> str:
 
 def vote_text(samples: int) -> str:
     return "1 sample" if samples == 1 else f"vote of {samples}"
+
+
+def problems_text(results: Sequence[Any]) -> str:
+    """How many problems the rows are of: not of equally many, where a sweep that grows, or a
+    server, left samples out."""
+    counts = [r.problems for r in results]
+    fewer = "" if min(counts) == max(counts) else f"{min(counts):,} to "
+    return f"{fewer}{max(counts):,} problems"
 
 
 def percent(share: float) -> str:

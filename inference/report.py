@@ -26,7 +26,16 @@ from .figures import (
     png,
 )
 from .findings import Findings, difficulty_tables
-from .page import budget_phrase, environment, percent, points, visible, vote_text, write_files
+from .page import (
+    budget_phrase,
+    environment,
+    percent,
+    points,
+    problems_text,
+    visible,
+    vote_text,
+    write_files,
+)
 from .store import Store
 
 COLUMNS = (
@@ -58,7 +67,7 @@ def write_report(
         raise ValueError(f"{store.path} holds no results to report: run the sweep first")
     found = Findings.of(results, store)
     task = visible(results[0].task)
-    note = f"95 % intervals over {results[0].problems:,} problems."
+    note = f"95 % intervals over {problems_text(results)}."
     pictures = {}
     if any(row["fit"] for row in found.coverage):
         pictures["coverage.png"] = picture(

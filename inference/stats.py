@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.optimize import leastsq
 
+TAILS = (1 - 0.95) / 2, (1 + 0.95) / 2
 CHUNK = 1 << 18  # elements of a temporary array, so that it stays in the cache
 KEPT = 1 << 24  # draws that are kept for the next scores, 128 MB at most
 
@@ -24,10 +25,8 @@ class Interval(NamedTuple):
     high: float
 
 
-def bootstrap(
-    scores: np.ndarray, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
-) -> Interval:
-    """The mean of the scores and its percentile bootstrap interval over problems.
+def bootstrap(scores: np.ndarray, *, resamples: int = 10_000, seed: int = 0) -> Interval:
+    """The mean of the scores and its 95 % percentile bootstrap interval over problems.
 
     scores (P,). Where all scores are equal the interval has no width: the bootstrap cannot see
     past its sample. Raises ValueError for no scores. Source: Efron and Tibshirani 1993, "An
@@ -46,7 +45,7 @@ def bootstrap(
         draws = _kept_draws if resamples * len(scores) <= KEPT else _draws
         parts = draws(len(scores), resamples, seed)
         means = np.concatenate([scores[part].mean(1) for part in parts])
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(means, TAILS)
     return Interval(float(scores.mean()), float(low), float(high))
 
 
@@ -66,27 +65,30 @@ def _kept_draws(count: int, resamples: int, seed: int) -> list[np.ndarray]:
 
 def accuracy(scores: np.ndarray) -> Interval:
     """The mean of the scores (P,) in [0, 1] and its 95 % interval: the bootstrap's, and where all
-    are right or all are wrong, which the bootstrap cannot see past, the exact one of so many coins.
-    Source: Clopper and Pearson 1934, "The Use of Confidence or Fiducial Limits"."""
-    mean, low, high = bootstrap(scores)
-    end = 0.025 ** (1 / len(scores))
-    if np.all(scores == 1):
-        return Interval(mean, end, high)
-    return Interval(mean, low, 1 - end) if np.all(scores == 0) else Interval(mean, low, high)
+    are equal, which the bootstrap cannot see past, the exact one of so many coins. Source: Clopper
+    and Pearson 1934, "The Use of Confidence or Fiducial Limits"."""
+    return _interval(scores, worst=0.0)
 
 
-def paired_difference(
-    a: np.ndarray, b: np.ndarray, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
-) -> Interval:
-    """How much better a is than b on the same problems, with its bootstrap interval.
+def paired_difference(a: np.ndarray, b: np.ndarray) -> Interval:
+    """How much better a is than b on the same problems, with its interval, as of an `accuracy`.
 
-    a, b (P,) scores of the same problems in the same order. Pairing removes the spread between
-    easy and hard problems, so it sees differences that two separate intervals cannot. ValueError
-    where the shapes differ.
+    a, b (P,) scores in [0, 1] of the same problems in the same order. Pairing removes the spread
+    between easy and hard problems, so it sees differences that two separate intervals cannot.
+    ValueError where the shapes differ.
     """
     if a.shape != b.shape:
         raise ValueError(f"scores of shapes {a.shape} and {b.shape} do not pair up")
-    return bootstrap(a - b, level=level, resamples=resamples, seed=seed)
+    return _interval(a - b, worst=-1.0)
+
+
+def _interval(scores: np.ndarray, worst: float) -> Interval:
+    """scores (P,) from `worst` to 1."""
+    if np.ptp(scores) > 1e-9:
+        return bootstrap(scores)
+    # So many problems may all be alike while this share of others goes unseen, at best or worst.
+    mean, unseen = float(scores.mean()), 1 - TAILS[0] ** (1 / len(scores))
+    return Interval(mean, mean - unseen * (mean - worst), mean + unseen * (1 - mean))
 
 
 def pareto(
@@ -142,11 +144,11 @@ def fit_coverage(
     k: Sequence[int] | np.ndarray,
     coverage: np.ndarray,
     *,
-    level: float = 0.95,
     resamples: int = 200,
     seed: int = 0,
 ) -> CoverageFit | None:
-    """The law exp(a k^-b), a < 0, of how pass@k grows: least squares, bootstrapped over problems.
+    """The law exp(a k^-b), a < 0, of how pass@k grows: least squares, its 95 % intervals
+    bootstrapped over problems.
 
     k (K,) numbers of samples; coverage (P, K) pass@k of every problem. None where the mean is not
     strictly between 0 and 1 at two k or more, as such a curve tells nothing of a and b. ValueError
@@ -163,7 +165,7 @@ def fit_coverage(
     draws = rng.multinomial(len(coverage), np.full(len(coverage), 1 / len(coverage)), resamples)
     fits = [_coverage_law(k, mean, whole) for mean in draws @ coverage / len(coverage)]
     laws = np.array([fit for fit in fits if fit is not None] or [whole])
-    low, high = np.quantile(laws, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    low, high = np.quantile(laws, TAILS, axis=0)
     a, b = (Interval(*map(float, three)) for three in zip(whole, low, high, strict=True))
     return CoverageFit(a, b)
 

@@ -121,3 +121,11 @@ def test_a_server_that_says_that_nothing_was_used(tmp_path):
     with sqlite3.connect(tmp_path / "s") as db:
         db.execute("UPDATE sample SET prompt_tokens = 0, sampled_tokens = 0, forced_tokens = 0")
     assert "50.0" in write_report(tmp_path / "out", evaluate(store), store).read_text()
+
+
+def test_a_sweep_stopped_while_it_grew_tells_how_many_problems_its_rows_are_of(
+    tmp_path, no_figures
+):
+    store = make_store(tmp_path / "s", ["aaab", "ab", "aa"], greedy="aba")
+    page = write_report(tmp_path / "out", evaluate(store), store).read_text()
+    assert "1 to 3 problems of the" in page

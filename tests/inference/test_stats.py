@@ -81,6 +81,17 @@ def test_the_interval_of_what_is_always_right_or_never():
     assert accuracy(some) == bootstrap(some)
 
 
+def test_a_difference_that_never_varies_is_no_certainty():
+    """One problem, won, told nothing of the next; the bootstrap said from 1 to 1."""
+    one, none = np.ones(1), np.zeros(1)
+    assert paired_difference(one, none) == (1, pytest.approx(1 - 2 * 0.975), 1)
+    assert paired_difference(none, one) == (-1, -1, pytest.approx(-1 + 2 * 0.975))
+    unseen = 1 - 0.025 ** (1 / 500)  # what so many problems hide with a chance of 2.5 %
+    half = np.full(500, 0.5)
+    assert paired_difference(half, half) == (0, pytest.approx(-unseen), pytest.approx(unseen))
+    assert accuracy(half) == (0.5, pytest.approx(0.5 - unseen / 2), pytest.approx(0.5 + unseen / 2))
+
+
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), max_size=12))
 def test_pareto_keeps_what_nothing_beats(points):
     mask = pareto([c for c, _ in points], [v for _, v in points])
