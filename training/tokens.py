@@ -32,17 +32,24 @@ def tokenize(
 
     limit: no further document once there are so many tokens; 0: all of them. The data set's own
     validation split is held out, up to VALIDATION_TOKENS; where it has none, what `render` says
-    is held (questions that a sweep may ask), or what `hold_out` chooses.
+    is held (questions that a sweep may ask; those beyond VALIDATION_TOKENS are left out), or what
+    `hold_out` chooses.
     """
     dtype, unknown_id = _dtype(vocabulary), vocabulary.tokenizer.token_to_id("<unk>")
     lengths, keys, held, content = array("q"), array("Q"), array("b"), hashlib.sha256()
-    unknown = trained = 0
+    unknown = trained = asked = 0
+    own = iter(data.validation())
+    first = next(own, None)
 
     def write(rows: Iterable[Row], title: str, total: int | None, most: int) -> None:
-        nonlocal unknown
+        nonlocal unknown, asked
         count = 0
         with tqdm(rows, title, total, unit=" rows") as bar:
             for document, ids, loss in _encoded(chain.from_iterable(map(render, bar)), vocabulary):
+                if document.held and first is None:
+                    if asked >= VALIDATION_TOKENS:
+                        continue
+                    asked += len(ids)
                 for file, values in ((tokens, ids.astype(dtype)), (targets, loss))[: 1 + masked]:
                     file.write(raw := values.tobytes())
                     content.update(raw)
@@ -59,8 +66,7 @@ def tokenize(
     with open(folder / "tokens.bin", "wb") as tokens, open(folder / "loss.bin", "wb") as targets:
         write(data.train(), f"tokenizing {name}", data.total(), limit)
         trained = len(lengths)
-        own = iter(data.validation())
-        if (first := next(own, None)) is not None:
+        if first is not None:
             title = f"tokenizing {name}, validation"
             write(chain([first], own), title, None, VALIDATION_TOKENS)
     if not masked:
@@ -69,7 +75,7 @@ def tokenize(
     held_out = np.arange(len(counts)) >= trained
     if not held_out.any():
         held_out = np.array(held, dtype=bool)
-        if not held_out.any() or held_out.all() or counts[held_out].sum() > VALIDATION_TOKENS:
+        if not held_out.any() or held_out.all():
             held_out = hold_out(np.array(keys, dtype=np.uint64), counts)
     if held_out.all() or not held_out.any():
         raise ValueError(

@@ -86,6 +86,17 @@ def test_gsm8k_is_learned_as_the_task_asks_it(gsm8k):
     assert not held_out.keys() & {text for text, _ in documents(data, epoch(data, 1))}
 
 
+def test_no_question_of_a_sweep_is_learned_where_they_are_more_than_validate(tmp_path, monkeypatch):
+    monkeypatch.setattr("ponder.training.tokens.VALIDATION_TOKENS", 100)
+    rows = [dict(question=f"{n} + {n}?", answer=f"#### {2 * n}") for n in range(300)]
+    path = write(tmp_path / "a.jsonl", rows)
+    data, task = load(path), tasks.get(f"gsm8k:{path}")
+    learned = {text.partition("<think>")[0] for text, _ in documents(data, epoch(data, 0))}
+    assert learned == {p.prompt for p in task.problems("train", 300, 0)}
+    held_out = [text for text, _ in documents(data, data.validation())]
+    assert 3 < len(held_out) < 10
+
+
 def test_gsm8k_chains_are_cut_in_training_alone(gsm8k):
     whole = load(gsm8k, context=1024, tokenizer="bpe:400", batch_size=4)
     data = load(gsm8k, context=1024, tokenizer="bpe:400", batch_size=4, full_traces=0.5)
