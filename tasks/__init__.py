@@ -113,6 +113,20 @@ def judge(task: Task, problem: Problem, text: str) -> tuple[str | None, bool]:
         ) from error
 
 
+def check_ask(task: str, split: str, count: int) -> None:
+    """Raise ValueError for an unknown split or a negative count of problems."""
+    if split not in SPLITS:
+        raise ValueError(f"{task}: unknown split {split!r}; known: {', '.join(SPLITS)}")
+    if count < 0:
+        raise ValueError(f"{task}: count is {count}; it must be 0 or more")
+
+
+def check_budget(task: str, budget: int | None) -> None:
+    """Raise ValueError for a negative number of steps; None is all of them."""
+    if budget is not None and budget < 0:
+        raise ValueError(f"{task}: budget is {budget}; it must be 0 or more")
+
+
 def check_range(task: str, field: str, bounds: tuple[int, int], least: int) -> None:
     """Raise ValueError unless bounds is (low, high), whole numbers with least <= low <= high."""
     pair = isinstance(bounds, tuple | list) and [type(bound) for bound in bounds] == [int, int]
@@ -171,10 +185,7 @@ class WorkedTask(ABC):
 
     def statements(self, split: str, count: int, seed: int) -> Iterator[tuple]:
         """The statements of `problems`, one by one; the same errors as `problems`."""
-        if split not in SPLITS:
-            raise ValueError(f"{self.name}: unknown split {split!r}; known: {', '.join(SPLITS)}")
-        if count < 0:
-            raise ValueError(f"{self.name}: count is {count}; it must be 0 or more")
+        check_ask(self.name, split, count)
         rng = random.Random(f"{self.name}/{split}/{seed}")
         seen: set[str] = set()
         misses = found = 0
@@ -233,8 +244,7 @@ class WorkedTask(ABC):
 
         Raises ValueError for a negative budget.
         """
-        if budget is not None and budget < 0:
-            raise ValueError(f"{self.name}: budget is {budget}; it must be 0 or more")
+        check_budget(self.name, budget)
         return "".join(islice(self.steps(problem), budget))
 
     def verify(self, problem: Problem, text: str) -> bool:

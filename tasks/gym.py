@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from . import PATIENCE, SPLITS, Problem, TooFew, final_text, split_of
+from . import PATIENCE, Problem, TooFew, check_ask, final_text, split_of
 
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 ENDLESS = 1 << 30  # entries are made when they are asked for
@@ -40,10 +40,7 @@ class Gym:
         with the shorter one. Raises ValueError for an unknown split or a negative count, TooFew
         where no new problems turn up.
         """
-        if split not in SPLITS:
-            raise ValueError(f"{self.name}: unknown split {split!r}; known: {', '.join(SPLITS)}")
-        if count < 0:
-            raise ValueError(f"{self.name}: count is {count}; it must be 0 or more")
+        check_ask(self.name, split, count)
         entries = self._create(size=ENDLESS, seed=seed)
         found: dict[str, Problem] = {}
         index = misses = 0

@@ -14,7 +14,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from . import SPLITS, Problem, TooFew, answers, split_of
+from . import Problem, TooFew, answers, check_ask, check_budget, split_of
 
 FORMATS = (".jsonl", ".json", ".parquet")
 CALCULATOR = re.compile(r"<<[^<>]*>>")
@@ -111,10 +111,7 @@ class WordProblems:
         repeats where it is used up. Raises ValueError for an unknown or missing split or a negative
         count, TooFew where val or test holds fewer than count problems.
         """
-        if split not in SPLITS:
-            raise ValueError(f"{self.name}: unknown split {split!r}; known: {', '.join(SPLITS)}")
-        if count < 0:
-            raise ValueError(f"{self.name}: count is {count}; it must be 0 or more")
+        check_ask(self.name, split, count)
         every = self._split(split)
         rng = random.Random(f"{self.name}/{split}/{seed}")
         if split != "train" and count > len(every):
@@ -130,8 +127,7 @@ class WordProblems:
     def trace(self, problem: Problem, budget: int | None = None) -> str:
         """The worked solution, a line a step, cut after budget steps where given; "" where the
         data set has none. Raises ValueError for a negative budget."""
-        if budget is not None and budget < 0:
-            raise ValueError(f"{self.name}: budget is {budget}; it must be 0 or more")
+        check_budget(self.name, budget)
         _, steps = problem.data
         return "".join(f"{line}\n" for line in steps[:budget])
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .batch import IGNORE, Batch
+from .batch import Batch, padded
 from .cache import cached
 from .config import TrainConfig
 from .sources import Files, read_text
@@ -108,11 +108,9 @@ class Windows:
 
     def validation(self) -> Iterator[Batch]:
         context = self.config.context
-        count = -(-(len(self.held_out) - 1) // context)
-        tokens = np.zeros(count * context, dtype=np.int64)
-        targets = np.full(count * context, IGNORE, dtype=np.int64)
-        tokens[: len(self.held_out) - 1] = self.held_out[:-1]
-        targets[: len(self.held_out) - 1] = self.held_out[1:]
+        starts = range(0, len(self.held_out) - 1, context)
+        spans = [self.held_out[start : start + context + 1] for start in starts]
         rows = max(1, 8192 // context)
-        pairs = (torch.from_numpy(a.reshape(count, context)) for a in (tokens, targets))
-        yield from map(Batch, *(a.split(rows) for a in pairs))
+        for first in range(0, len(spans), rows):
+            pairs = [(span[:-1], span[1:]) for span in spans[first : first + rows]]
+            yield padded(pairs, context, 0)
