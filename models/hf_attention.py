@@ -186,9 +186,8 @@ def attend(
         options["cu_seqlens"] = cu_seq_lens_q
     elif n_queries == 1 and causal and use_triton(query) and not torch.is_grad_enabled():
         lengths = torch.full((n_row,), n_keys, device=query.device)
-        y = decode_attention(query, key, value, lengths, **options)
-    else:
-        y = attention(query, key, value, causal=causal, **options)
+        return decode_attention(query, key, value, lengths, **options).transpose(1, 2), None
+    y = attention(query, key, value, causal=causal, **options)
     return y.transpose(1, 2).contiguous(), None  # as Transformers' own: AFMoE takes a view of it
 
 
