@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 DATA_KINDS = ("task", "text", "jsonl", "json", "parquet", "hub", "samples")
 # The fields that are a model's shape.
@@ -130,6 +130,13 @@ class TrainConfig:
             for name in names:
                 if not least <= getattr(self, name) < math.inf:
                     faults.append(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        # The command line refuses these itself; Python would take them for the last choice.
+        for name, hint in get_type_hints(type(self)).items():
+            known = [choice for part in (hint, *get_args(hint)) for choice in _choices(part)]
+            values = getattr(self, name)
+            for value in values if isinstance(values, tuple) else (values,):
+                if known and value is not None and value not in known:
+                    faults.append(f"{name} is {value!r}; it must be one of {', '.join(known)}")
         if not 0 <= self.seed < 1 << 32:
             faults.append(f"seed is {self.seed}; it must be from 0 to {(1 << 32) - 1}")
         for name in ("lr", "matrix_lr"):
@@ -192,6 +199,10 @@ class TrainConfig:
             *("log_every", "eval_every", "save_every"),
         }
         return {k: v for k, v in asdict(self).items() if k not in free}
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) is Literal else ()
 
 
 def tiny() -> TrainConfig:

@@ -65,6 +65,10 @@ def test_a_run_is_itself_whatever_it_runs_on():
         (dict(weight_decay=float("nan")), "weight_decay is nan; it must be at least 0"),
         (dict(clip=float("inf")), "clip is inf; it must be at least 0"),
         (dict(lr=float("inf")), "lr is inf; it must be above 0"),
+        (dict(optimizer="lion"), "optimizer is 'lion'; it must be one of muon, adamw, adam, mom"),
+        (dict(schedule="cosin"), "schedule is 'cosin'; it must be one of wsd, cosine, linear"),
+        (dict(verifier="prm"), "verifier is 'prm'; it must be one of outcome, value, process"),
+        (dict(trackers=("mlflow",)), "trackers is 'mlflow'; it must be one of tensorboard, wandb"),
     ],
 )
 def test_fields_that_cannot_be_are_named(fields, message):
