@@ -43,7 +43,7 @@ def cells(text: str):
 
 def run(path: Path) -> tuple[str, dict[str, bytes]]:
     """A page as Markdown, and its figures as PNG, by file name."""
-    parts: list[str] = []
+    parts = ["---\nhide: [toc]\n---"]  # one heading a page: the room is for code and figures
     figures: dict[str, bytes] = {}
     scope = {"__name__": "__main__", "__file__": str(path)}
 

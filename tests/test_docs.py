@@ -142,8 +142,9 @@ def test_commands_are_found_however_they_are_launched():
 
 def test_the_reference_shows_every_kernel():
     text = (ROOT / "docs/api/kernels.md").read_text()
-    [members] = re.findall(r"members: \[(.*)\]", text)
-    assert set(members.split(", ")) == set(kernels.__all__)
+    # By module and function: most functions are called as their module, which would hide them.
+    shown = re.findall(r"^::: ponder\.kernels\.\w+\.(\w+)$", text, re.MULTILINE)
+    assert sorted(shown) == sorted(kernels.__all__)
 
 
 def test_links_between_pages_lead_somewhere():

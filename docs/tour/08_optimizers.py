@@ -7,8 +7,10 @@
 #
 # $$\text{momentum:}\quad v \leftarrow 0.9\, v + g, \quad p \leftarrow p - \eta\, v$$
 #
-# $$\text{Adam:}\quad m \leftarrow 0.9\, m + 0.1\, g, \quad s \leftarrow 0.999\, s + 0.001\, g^2,
-# \quad p \leftarrow p - \eta\, \frac{\hat m}{\sqrt{\hat s} + \varepsilon}$$
+# $$\text{Adam:}\quad m \leftarrow 0.9\, m + 0.1\, g$$
+#
+# $$s \leftarrow 0.999\, s + 0.001\, g^2, \quad
+# p \leftarrow p - \eta\, \frac{\hat m}{\sqrt{\hat s} + \varepsilon}$$
 #
 # SGD (stochastic gradient descent) is the walk of the page on gradient descent; stochastic, as in
 # training each slope is that of a few examples drawn at random. Momentum rolls like a ball: it

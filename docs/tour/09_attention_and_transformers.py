@@ -5,7 +5,7 @@
 # and a value $v$: three linear maps of what is known of it. A token takes the values whose keys
 # answer its question best, as a weighted mean (Vaswani et al. 2017):
 #
-# $$\operatorname{attention}(Q, K, V) = \operatorname{softmax}\!\left(
+# $$\operatorname{attention} = \operatorname{softmax}\!\left(
 # \frac{Q K^{\mathsf T}}{\sqrt{d}} + \text{mask} \right) V$$
 #
 # The rows of $Q$, $K$ and $V$ are the tokens, and $d$ is the length of a key: without the root of
