@@ -17,7 +17,15 @@ from functools import partial
 from typing import Any, TypeAlias
 
 from ..models import GPTConfig, hub
-from .chat import THINK, THINK_END, ChatTokenizer, known_shape, printable, thoughtful
+from .chat import (
+    THINK,
+    THINK_END,
+    ChatTokenizer,
+    check_text,
+    known_shape,
+    printable,
+    thoughtful,
+)
 from .config import ServerOptions
 from .engine import stream_key
 from .server import Answer, Failed, Refused, Server, deltas
@@ -92,6 +100,13 @@ class RemoteSpeaker:
                 timeout=min(30.0, options.timeout),
             )
         except Failed as error:
+            if error.reason.startswith("HTTP"):
+                if name:  # there is a server, and perhaps only its list is broken
+                    return name, {}
+                raise ValueError(
+                    f"{url} fails to list its models ({error.reason}); where it answers prompts "
+                    f"all the same, say which model is to, as in --model {url}#NAME"
+                ) from None
             if error.reason == "a garbled answer":
                 raise ValueError(
                     f"{url} answers /models with something else than a list of models; an "
@@ -103,11 +118,15 @@ class RemoteSpeaker:
             if not (name and "HTTP 404" in str(error)):  # a few servers have no such list
                 raise
             return name, {}
+        known = printable(", ".join(list(models)[:8])) or "none"
         if not name and len(models) != 1:
-            known = printable(", ".join(list(models)[:8]))
             raise ValueError(
-                f"{url} serves {len(models)} models ({known}); say which, as in --model {url}#NAME"
+                f"{url} lists {len(models)} models ({known}); say which, as in --model {url}#NAME"
             )
+        # These list all that they serve; llama.cpp would answer by any name.
+        whole = any(model.get("owned_by") in EXTENDED for model in models.values())
+        if name and name not in models and whole:
+            raise ValueError(f"{url} serves no model {name!r}; what it serves: {known}")
         name = name or next(iter(models))
         return printable(name), models.get(name, {})
 
@@ -129,6 +148,8 @@ class RemoteSpeaker:
         if not all(prompts):
             raise ValueError("the prompt is empty; there is nothing to answer")
         if self.chat is None:  # only the server knows how long its prompts are
+            for prompt in prompts:
+                check_text(prompt, "prompt")
             return max_tokens or UNBOUNDED
         if self.context is None and max_tokens is None:
             raise ValueError(

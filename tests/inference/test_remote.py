@@ -568,8 +568,8 @@ def down() -> str:
         (dict(model="http://localhost:1/ä"), "'http://localhost:1/ä'; .* in ASCII and without"),
         (dict(path="/elsewhere"), r"refuses \(HTTP 404\)"),
         (dict(key="needed"), "asks for a key .* PONDER_API_KEY or OPENAI_API_KEY"),
-        (dict(models=["a", "b"]), r"serves 2 models \(a, b\); say which, as in --model .*#NAME"),
-        (dict(models=[]), "serves 0 models"),
+        (dict(models=["a", "b"]), r"lists 2 models \(a, b\); say which, as in --model .*#NAME"),
+        (dict(models=[]), r"lists 0 models \(none\)"),
         (dict(budgets=(2,)), "thinking budgets of mock need the chat template"),
         (dict(tokenizer="nowhere"), "there is no folder nowhere with a tokenizer"),
         (dict(tokenizer=True, context=None), "does not say how long the context of mock is"),
@@ -607,12 +607,33 @@ def test_another_dialect_gets_one_sentence(no_report, server, tmp_path):
         sweep(config)
 
 
-def test_a_server_without_a_list_of_models_is_asked_by_name(server):
-    server.get = lambda handler: server.send(handler, 404, b"")
+@pytest.mark.parametrize(
+    "status", [404, 500, 503]
+)  # Transformers': 500 where the Hub's cache lacks
+def test_a_server_without_a_list_of_models_is_asked_by_name(server, status):
+    server.get = lambda handler: server.send(handler, status, b"")
+    if status >= 500:
+        with pytest.raises(ValueError, match=rf"to list its models \(HTTP {status}\); .*#NAME"):
+            RemoteSpeaker(server.url, ServerOptions())
     speaker = RemoteSpeaker(server.url + "#mine", ServerOptions())
     assert speaker.identity["model"] == "served as mine" and speaker.context is None
     list(speaker.generate([ask()]))
     assert server.requests[0][1]["model"] == "mine"
+
+
+@pytest.mark.parametrize("owner", ["vllm", "sglang", "llamacpp"])
+def test_a_model_that_a_server_does_not_have_is_refused(server, owner):
+    server.listed = {"owned_by": owner}  # llama.cpp would answer all the same, with what it has
+    with pytest.raises(ValueError, match="serves no model 'mok'; what it serves: mock"):
+        RemoteSpeaker(server.url + "#mok", ServerOptions())
+    server.listed = {"owned_by": "openai"}  # its list may be of some, as Transformers' is
+    assert RemoteSpeaker(server.url + "#mok", ServerOptions()).name == "mok"
+
+
+def test_half_a_character_is_not_sent(server):
+    speaker = RemoteSpeaker(server.url, ServerOptions())
+    with pytest.raises(ValueError, match="the prompt has .* which is no character of Unicode"):
+        speaker.fit(["fine", "half \udcff"], budgets=[None], max_tokens=4)
 
 
 def test_filters_are_sent_where_they_filter(server):
