@@ -54,8 +54,8 @@ def _parse(options: type, arguments: list[str], **settings: Any) -> Any:
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """Train a small reasoning model on two CPU cores or a GPU, and show what thinking buys. One that
-    was stopped goes on by the same command."""
+    """Train a small reasoning model on two CPU cores or a GPU, and show what thinking buys. One
+    that was stopped goes on by the same command."""
 
     out: Path = Path("runs/demo")
     """the folder that gets model/, train/, sweep/, report/ and run.json"""

@@ -8,10 +8,11 @@
 # $$\operatorname{attention} = \operatorname{softmax}\!\left(
 # \frac{Q K^{\mathsf T}}{\sqrt{d}} + \text{mask} \right) V$$
 #
-# The rows of $Q$, $K$ and $V$ are the tokens, and $d$ is the length of a key: without the root of
-# it the products would grow with $d$, and softmax would take one value alone. The mask is $-\infty$
-# for what comes later: a model that is to predict the next token must not see it. A layer does this
-# several times side by side (*heads*), each with maps of its own.
+# The rows of $Q$, $K$ and $V$ are the tokens, and $d$ is how many numbers a key has. The products
+# of $Q$ and $K$ grow as $\sqrt{d}$; were they not divided by it, softmax would take one value alone
+# in wide models. The mask is $-\infty$ for what comes later: a model that is to predict the next
+# token must not see it. A layer does this several times side by side (*heads*), each with maps of
+# its own.
 #
 # A transformer alternates attention, which moves information between tokens, with an MLP, which
 # works on each token by itself. Both add to a stream that runs from the first layer to the last:
