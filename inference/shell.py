@@ -82,10 +82,9 @@ def _read(config: GenerateConfig) -> list[str]:
     if config.file is None:
         return []
     try:
-        if str(config.file) == "-":
-            text = sys.stdin.read()
-        else:
-            text = config.file.read_text(encoding="utf-8-sig")
+        # Standard input as a file: in UTF-8 whatever the locale, and its lines end in any way.
+        data = sys.stdin.buffer.read() if str(config.file) == "-" else config.file.read_bytes()
+        text = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig").read()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{config.file} cannot be read as text: {error}") from None
     # Not splitlines, for which U+2028 in a JSON string would end a line.
