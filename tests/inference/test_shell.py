@@ -5,6 +5,7 @@ import json
 import re
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -92,7 +93,9 @@ def test_prompts_come_from_a_file_or_standard_input(
     path = tmp_path / f"prompts.{kind}"
     if kind == "-":
         path = "-"
-        monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+        # As piped on from another system, where the locale knows ASCII alone.
+        piped = io.BytesIO("\r\n".join(lines).encode("utf-8-sig"))
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(piped, encoding="ascii"))
     else:
         path.write_text("\n".join(lines) + "\n")
     words = f"generate 3+8= --model {model} --file {path} --samples 1 --max-tokens 4"
@@ -110,6 +113,13 @@ def test_files_of_other_editors_are_read(config, tmp_path):
     path.write_text("\n\n" + lines[0] + "\n7\n")
     with pytest.raises(ValueError, match="line 4 is no"):
         _read(replace(config, file=path))
+
+
+def test_what_is_no_text_on_standard_input_gets_one_sentence(config, monkeypatch):
+    piped = io.TextIOWrapper(io.BytesIO(b"\xff\xfebad"), errors="surrogateescape")
+    monkeypatch.setattr("sys.stdin", piped)
+    with pytest.raises(ValueError, match="- cannot be read as text: .* can't decode byte 0xff"):
+        _read(replace(config, file=Path("-")))
 
 
 def test_a_console_that_cannot_write_a_character_is_told_it_in_ascii(config, monkeypatch):
