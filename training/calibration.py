@@ -75,25 +75,15 @@ def auc(logits: np.ndarray, labels: np.ndarray) -> float | None:
 
 
 class Calibration(NamedTuple):
-    """How good the logits are. error and raw_error: with platt, and as they were; auc knows no
-    calibration."""
+    """How good the logits are, by the names that run.json has: the errors with Platt's scale and
+    shift, and as they were; auc knows no calibration."""
 
-    platt: Platt
     auc: float | None
-    error: float
-    raw_error: float
-    labels: int
-
-    def facts(self) -> dict[str, float | int | None]:
-        """For run.json."""
-        return dict(
-            auc=self.auc,
-            calibration_error=self.error,
-            uncalibrated_error=self.raw_error,
-            scale=self.platt.scale,
-            shift=self.platt.shift,
-            held_out_labels=self.labels,
-        )
+    calibration_error: float
+    uncalibrated_error: float
+    scale: float
+    shift: float
+    held_out_labels: int
 
 
 def calibrate(logits: np.ndarray, labels: np.ndarray, half: np.ndarray) -> Calibration:
@@ -109,10 +99,10 @@ def calibrate(logits: np.ndarray, labels: np.ndarray, half: np.ndarray) -> Calib
     better = cross_entropy(crossed, labels) < cross_entropy(plain, labels)
     raw_error = calibration_error(plain, labels)
     return Calibration(
-        fit_platt(logits, labels) if better else Platt(),
         auc(logits, labels),
         calibration_error(crossed, labels) if better else raw_error,
         raw_error,
+        *(fit_platt(logits, labels) if better else Platt()),
         len(labels),
     )
 

@@ -66,7 +66,7 @@ def _given(config: TrainConfig, shape: GPTConfig) -> TrainConfig:
     asks for another one.
 
     What was asked for is what the nearest preset does not have. A preset's context is a default,
-    and shrinks to what the checkpoint has.
+    and shrinks to what the checkpoint has; the tokenizer is the checkpoint's, unless named.
     """
 
     def distance(preset: TrainConfig) -> int:
@@ -82,7 +82,7 @@ def _given(config: TrainConfig, shape: GPTConfig) -> TrainConfig:
         raise ValueError(f"{'; '.join(faults)}: a checkpoint keeps its shape, so leave that out")
     if config.context == nearest.context:
         config = replace(config, context=min(config.context, shape.context))
-    return config
+    return replace(config, tokenizer=config.init) if config.tokenizer == "char" else config
 
 
 def _taken_up(config: TrainConfig, data: Data, shape: GPTConfig) -> GPTConfig:
@@ -134,16 +134,13 @@ def train(config: TrainConfig, *, model_folder: Path | None = None) -> Path:
     config.check()
     check_trackers(config.trackers)
     given = hub.load_config(config.init) if config.init else None
-    if given:
-        config = _given(config, given)
-        if config.tokenizer == "char":
-            config = replace(config, tokenizer=config.init)
     if given is None:
         model_config(config, 1)  # a shape that cannot be is told before the data are read
-    data = load_data(config)
-    if given is None:
+        data = load_data(config)
         shape = model_config(config, data.vocabulary.size)
     else:
+        config = _given(config, given)
+        data = load_data(config)
         shape = _taken_up(config, data, given)
         config = replace(config, **{name: getattr(shape, name) for name in SHAPE})
     with Stop() as stop, ExitStack() as held:
@@ -437,11 +434,9 @@ class _Run:
 
     def _whole(self) -> Any:
         """The model with every weight, on the main process; None elsewhere."""
-
-        def blank() -> GPT | Verifier:
-            return self._model(GPT(self.shape))
-
-        return whole_model(self.raw, blank, sharded=self.sharded, main=self.main)
+        return whole_model(
+            self.raw, lambda: self._model(GPT(self.shape)), sharded=self.sharded, main=self.main
+        )
 
     @torch.no_grad()
     def _evaluate(self) -> dict[str, float | None]:
@@ -468,7 +463,8 @@ class _Run:
             logits, labels, number = np.array(gather_object(judged)).T
             self.calibration = calibrate(logits, labels, number % 2 == 0)
             self.calibrated = self.step
-            figures |= {"auc": self.calibration.auc, "calibration_error": self.calibration.error}
+            facts = self.calibration._asdict()
+            figures |= {name: facts[name] for name in ("auc", "calibration_error")}
         return figures
 
     def _sample(self) -> None:
@@ -540,26 +536,15 @@ class _Run:
 
     def _save_model(self, model: Any) -> None:
         words = self.data.vocabulary
-        if not self.config.verifier:
-            hub.save(
-                model,
-                self.model_folder,
-                tokenizer=words.tokenizer,
-                eos=words.eos,
-                bos=words.bos,
-                template=self.data.template,
-            )
-            return
-        scale, shift = self.calibration.platt
-        save_verifier(
-            model,
-            self.model_folder,
-            tokenizer=words.tokenizer,
-            eos=words.eos,
-            scale=scale,
-            shift=shift,
+        folder: dict[str, Any] = dict(
+            path=self.model_folder, tokenizer=words.tokenizer, eos=words.eos
         )
-        note(self.out, "train", {"verifier": {"step": self.step} | self.calibration.facts()})
+        if not self.config.verifier:
+            hub.save(model, **folder, bos=words.bos, template=self.data.template)
+            return
+        found = self.calibration
+        save_verifier(model, **folder, scale=found.scale, shift=found.shift)
+        note(self.out, "train", {"verifier": {"step": self.step} | found._asdict()})
 
     def _write(self, action: Callable[[], Any]) -> None:
         """Let the main process write; where it cannot, all processes end with one sentence."""

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from glob import glob
 from pathlib import Path
@@ -42,6 +43,15 @@ def open_rows(kind: str, place: str, stream: bool) -> tuple[Rows, str | None]:
     return Hub(place, stream) if kind == "hub" else Files(kind, place), column
 
 
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """ValueError where the system does not let the file be read in here."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
 class Files:
     """One file, or those of a pattern such as books/*.jsonl in the order of their names."""
 
@@ -62,18 +72,14 @@ class Files:
     def identity(self) -> Any:
         stats = []
         for path in self.paths:
-            try:
+            with _reading(path):
                 stats.append((path, path.stat()))
-            except OSError as error:
-                raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
         return [self.kind, [[str(p.resolve()), s.st_size, s.st_mtime_ns] for p, s in stats]]
 
     def train(self) -> Iterator[Row]:
         for path in self.paths:
-            try:
+            with _reading(path):
                 yield from self.read(path)
-            except OSError as error:
-                raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
 
     def validation(self) -> Iterator[Row]:
         return iter(())
@@ -141,9 +147,8 @@ def read_text(path: Path) -> str:
     if not path.is_file():
         raise ValueError(f"there is no text file {path}")
     try:
-        text = path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
+        with _reading(path):
+            text = path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8: byte {error.start} cannot be read") from None
     if not text.strip():

@@ -65,23 +65,24 @@ def test_a_calibration_is_measured_on_problems_that_it_was_not_fitted_on():
     logits, labels = drawn(4000, 0.3, 1.0)
     half = np.arange(4000) < 2000
     found = calibrate(logits, labels, half)
-    assert found.platt == fit_platt(logits, labels) and found.labels == 4000
-    assert found.error < 0.05 < found.raw_error
+    assert (found.scale, found.shift) == fit_platt(logits, labels) and found.held_out_labels == 4000
+    assert found.calibration_error < 0.05 < found.uncalibrated_error
     crossed = np.concatenate(
         [
             fit_platt(logits[2000:], labels[2000:])(logits[:2000]),
             fit_platt(logits[:2000], labels[:2000])(logits[2000:]),
         ]
     )
-    assert found.error == pytest.approx(calibration_error(crossed, labels))
-    assert found.facts()["uncalibrated_error"] == found.raw_error
+    assert found.calibration_error == pytest.approx(calibration_error(crossed, labels))
+    assert found.uncalibrated_error == calibration_error(expit(logits), labels)
 
 
 def test_a_calibration_that_does_not_carry_over_is_not_used():
     logits = np.array([1.0, 2.0, -1.0, -2.0, 1.0, 2.0, -1.0, -2.0]) / 10
     labels = np.array([1, 1, 0, 0, 0, 0, 1, 1])  # the second half says the opposite
     found = calibrate(logits, labels, np.arange(8) < 4)
-    assert found.platt == Platt() and found.error == found.raw_error
+    assert (found.scale, found.shift) == Platt()
+    assert found.calibration_error == found.uncalibrated_error
 
 
 def test_cross_entropy_is_finite_where_a_probability_is_none():
