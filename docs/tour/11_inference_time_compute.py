@@ -8,7 +8,7 @@
 # - more samples, of which the most common answer is taken (*self-consistency*, Wang et al. 2022).
 #
 # OpenAI's o1 (2024) made it an axis: accuracy against the logarithm of the compute spent at
-# inference. The first figure below is the reason for it, the second such a curve.
+# inference. The first figure below shows when votes gain, the second is such a curve.
 #
 # If each sample is right with probability $p > \frac12$, and the samples err independently of one
 # another, a vote of $k$ (odd, so that there are no ties) is right with a probability of at least
