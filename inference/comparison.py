@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .curves import UNITS, frontier
-from .drawing import picture, svg
+from .drawing import picture, svg, wide_and_narrow
 from .evaluation import Result, mark_pareto, unit_of
 from .exchange import duels, equal_accuracy
 from .figures import draw_exchange, draw_models, draw_policy
@@ -44,7 +44,6 @@ def write_comparison(
     policy = policies(rows, stores[0])
     lines = equal_accuracy(results, training) if training and known else []
     traded = any(len(line.points) > 1 for line in lines)
-    small = dict(width=4.8, height=3.7)
     page = environment().get_template("comparison.html")
     text = page.render(
         first=rows[0],
@@ -53,26 +52,14 @@ def write_comparison(
         best=best,
         cost=cost,
         figures={
-            unit: (
-                svg(draw_models, f"wide-{unit}", models, best, unit, width=8.6, height=4.3),
-                svg(draw_models, f"narrow-{unit}", models, best, unit, width=4.8, height=4.4),
-            )
+            unit: wide_and_narrow(draw_models, unit, models, best)
             for unit in (["FLOPs", "Tokens"] if known else ["Tokens"])
         },
         policy=policy,
-        by_policy=policy
-        and svg(
-            draw_policy,
-            "policy",
-            rows[0].guess_accuracy,
-            policy.overall,
-            policy.split,
-            policy.unit,
-            **small,
-        ),
+        by_policy=policy and svg(draw_policy, "policy", policy),
         duels=duels(results) if known else [],
         lines=lines,
-        exchange=traded and svg(draw_exchange, "exchange", lines, **small),
+        exchange=traded and svg(draw_exchange, "exchange", lines),
     )
     task, note = visible(rows[0].task), f"95 % intervals over {problems_text(rows)}."
     files = {

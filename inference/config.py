@@ -27,6 +27,21 @@ class ServerOptions:
     """how often an answer that failed is asked for again, after longer and longer waits"""
 
 
+def outside(
+    name: str, value: float | tuple[int, ...] | None, low: float, high: float = LARGEST
+) -> list[str]:
+    """The fault of a number, or of some, that are not from low to high; None is none. A field that
+    must hold some numbers must not be empty."""
+    if value is None:
+        return []
+    numbers = value if isinstance(value, tuple) else (value,)
+    if numbers and all(low <= number <= high for number in numbers):
+        return []
+    said, one = (list(numbers), "each") if numbers is value else (value, "it")
+    rule = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+    return [f"{name} is {said}; {one} must be {rule}"]
+
+
 SearchName = Literal["beam", "dvts", "rebase", "mcts", "revise"]
 
 
@@ -47,13 +62,11 @@ class SearchOptions:
 
     def faults(self) -> list[str]:
         """What is wrong with the fields."""
-        faults = []
-        for name in ("width", "step"):
-            value = getattr(self, name)
-            if value != "task" and not 1 <= value <= LARGEST:
-                faults.append(f"{name} is {value}; it must be from 1 to {LARGEST}")
-        if not self.lines or not all(1 <= lines <= LARGEST for lines in self.lines):
-            faults.append(f"lines is {list(self.lines)}; each must be from 1 to {LARGEST}")
+        faults = outside("width", self.width, 1)
+        if self.step != "task":
+            faults += outside("step", self.step, 1)
+        if bad := outside("lines", self.lines, 1):
+            faults += bad
         elif self.width >= 1 and {"beam", "dvts"} & {*self.search}:
             odd = [n for n in self.lines if n % min(n, self.width)]
             if odd:
@@ -123,18 +136,12 @@ class SweepConfig:
 
     def check(self) -> None:
         """Raise one ValueError that names every field that cannot be."""
-        faults = []
-        samples = SAMPLES if self.samples is None else self.samples
-        if not samples or not all(1 <= count <= LARGEST for count in samples):
-            faults.append(f"samples is {list(samples)}; each must be from 1 to {LARGEST}")
-        if min(self.budgets or (), default=0) < 0:
-            faults.append(f"budgets is {list(self.budgets or ())}; each must be at least 0")
-        if not all(1 <= times <= LARGEST for times in self.extend):
-            faults.append(f"extend is {list(self.extend)}; each must be from 1 to {LARGEST}")
+        faults = outside("samples", self.samples, 1)
+        faults += outside("budgets", self.budgets or None, 0, math.inf)
+        faults += outside("extend", self.extend or None, 1)
+        faults += outside("problems", self.problems, 1, MOST_PROBLEMS)
         if self.cue == "":
             faults.append("cue is empty; it must hold a character at least")
-        if self.problems is not None and not 1 <= self.problems <= MOST_PROBLEMS:
-            faults.append(f"problems is {self.problems}; it must be from 1 to {MOST_PROBLEMS}")
         if not 0 < self.temperature < math.inf:
             faults.append(
                 f"temperature is {self.temperature}; votes need a finite one above 0 "
@@ -202,19 +209,14 @@ def common_faults(config: "SweepConfig | GenerateConfig") -> list[str]:
     faults = []
     if not config.model:
         faults.append("model is empty; give a folder, an id on the Hub, or a server's URL")
-    for name in ("max_tokens", "slots"):
-        value = getattr(config, name)
-        if value is not None and not 1 <= value <= LARGEST:
-            faults.append(f"{name} is {value}; it must be from 1 to {LARGEST}")
     server = config.server
-    if server.concurrency < 1:
-        faults.append(f"server.concurrency is {server.concurrency}; it must be at least 1")
+    faults += outside("max_tokens", config.max_tokens, 1) + outside("slots", config.slots, 1)
+    faults += outside("server.concurrency", server.concurrency, 1, math.inf)
+    faults += outside("server.retries", server.retries, 0, math.inf)
     if not 0 < server.timeout <= LONGEST_TIMEOUT:
         faults.append(
             f"server.timeout is {server.timeout}; it must be above 0 and at most {LONGEST_TIMEOUT}"
         )
-    if server.retries < 0:
-        faults.append(f"server.retries is {server.retries}; it must be at least 0")
     served = config.model.startswith(("http://", "https://"))
     if served and config.engine != "ponder":
         faults.append(f"engine is {config.engine!r}; a server is its own engine")
@@ -224,15 +226,10 @@ def common_faults(config: "SweepConfig | GenerateConfig") -> list[str]:
         faults.append("invariant is true; only ponder's own engine promises that")
     if config.tokenizer is not None and not served:
         faults.append(f"tokenizer is {config.tokenizer!r}; a model of this machine has its own")
-    if not 0 <= config.top_k <= LARGEST:
-        faults.append(f"top_k is {config.top_k}; it must be from 0 to {LARGEST}")
-    if not 0 <= config.seed <= LARGEST_SEED:
-        faults.append(f"seed is {config.seed}; it must be from 0 to {LARGEST_SEED}")
     if not 0 < config.top_p <= 1:
         faults.append(f"top_p is {config.top_p}; it must be above 0 and at most 1")
-    if not 0 <= config.min_p <= 1:
-        faults.append(f"min_p is {config.min_p}; it must be from 0 to 1")
-    return faults
+    faults += outside("top_k", config.top_k, 0) + outside("seed", config.seed, 0, LARGEST_SEED)
+    return faults + outside("min_p", config.min_p, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -276,10 +273,7 @@ class GenerateConfig:
         faults = []
         if not self.prompts and self.file is None:
             faults.append("there is no prompt; give one, or --file PATH (- is standard input)")
-        if not 1 <= self.samples <= LARGEST:
-            faults.append(f"samples is {self.samples}; it must be from 1 to {LARGEST}")
-        if self.budget is not None and self.budget < 0:
-            faults.append(f"budget is {self.budget}; it must be at least 0")
+        faults += outside("samples", self.samples, 1) + outside("budget", self.budget, 0, math.inf)
         if not 0 <= self.temperature < math.inf:
             faults.append(f"temperature is {self.temperature}; it must be at least 0, and finite")
         if self.samples > 1 and self.temperature == 0:

@@ -23,8 +23,8 @@ from .drawing import (
 )
 from .evaluation import Result
 from .exchange import Line
+from .findings import Policies
 from .page import human, problems_text, short_budget, spread, visible, vote_text
-from .policy import Policy
 
 # Labels of points whose cost differs by less than that share, and accuracy by less, would overlap.
 CLOSE = 0.2, 0.05
@@ -108,11 +108,12 @@ def draw_models(
     models: dict[str, list[Result]],
     best: Sequence[Result],
     unit: str,
+    columns: int = 3,
     title: str = "",
 ) -> None:
     """Accuracy against the compute of a problem: the Pareto frontier of each model."""
     lines = {visible(model): rows for model, rows in models.items()}
-    _compare(axes, lines, best, unit, title=title)
+    _compare(axes, lines, best, unit, columns, title)
 
 
 def draw_searches(axes: Axes, curves: Curves, unit: str, columns: int = 3, title: str = "") -> None:
@@ -150,8 +151,8 @@ def _compare(
     lines: dict[str, list[Result]],
     best: Sequence[Result],
     unit: str,
-    columns: int = 3,
-    title: str = "",
+    columns: int,
+    title: str,
 ) -> None:
     """A line of accuracy against cost for each label, and rings around the best rows. "NAME,
     verifier" has NAME's colour; NAME is then dashed."""
@@ -219,20 +220,18 @@ def draw_exchange(axes: Axes, lines: Sequence[Line], columns: int = 2, title: st
     legend(axes, columns, title)
 
 
-def draw_policy(
-    axes: Axes, guess: float, overall: Sequence[Policy], split: Sequence[Policy], unit: str
-) -> None:
+def draw_policy(axes: Axes, found: Policies) -> None:
     """Accuracy of the compute-optimal policy on problems that had no part in choosing it."""
-    lines = [("one choice for all", COLOURS["vote-4"], overall)]
-    lines += [("a choice by difficulty", COLOURS["budget-3"], split)] if split else []
+    lines = [("one choice for all", COLOURS["vote-4"], found.overall)]
+    lines += [("a choice by difficulty", COLOURS["budget-3"], found.split)] if found.split else []
     for label, colour, policies in lines:
         cost = [p.cost for p in policies]
         three = np.array([p.accuracy for p in policies])
         axes.fill_between(cost, three[:, 1], three[:, 2], color=colour, alpha=0.16, linewidth=0)
         axes.plot(cost, three[:, 0], "o-", color=colour, label=label)
-    label, _, tick = UNITS[unit]
+    label, _, tick = UNITS[found.unit]
     cost_axis(axes, [p.cost for _, _, policies in lines for p in policies], label, tick)
-    finish(axes, guess, 3)
+    finish(axes, found.guess, 3)
 
 
 def draw_outcomes(axes: Axes, shares: dict[int | None, tuple[float, ...]]) -> None:

@@ -347,6 +347,11 @@ class Policies:
         ]
         return spread(changes, 6)
 
+    @property
+    def guess(self) -> float:
+        """What one answer to all problems reaches."""
+        return self.ways[0].guess_accuracy
+
 
 def policies(results: Sequence[Result], store: Store, points: int = 10) -> Policies | None:
     """The policy over all strategies, samples and budgets that compete; None where fewer than two

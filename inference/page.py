@@ -34,12 +34,9 @@ WORDS = {
     "rebase": "REBASE tree search",
     "mcts": "Monte Carlo tree search",
     "revise": "attempts in one chain",
-    "beam-vote": "step beam search, vote of its lines",
-    "dvts-vote": "diverse tree search, vote of its lines",
-    "rebase-vote": "REBASE tree search, vote of its lines",
-    "mcts-vote": "Monte Carlo tree search, vote of its lines",
     "revise-vote": "attempts in one chain, their vote",
 }
+WORDS |= {f"{n}-vote": f"{WORDS[n]}, vote of its lines" for n in ("beam", "dvts", "rebase", "mcts")}
 
 
 def environment() -> jinja2.Environment:

@@ -13,7 +13,7 @@ from typing import Any
 
 from .browser import problem_groups
 from .curves import Curves
-from .drawing import picture, svg
+from .drawing import picture, svg, wide_and_narrow
 from .evaluation import Result, paired_difference, unit_of
 from .figures import (
     draw_budgets,
@@ -125,59 +125,32 @@ def html(
     examples: int = 5,
 ) -> str:
     """The page as text. Everything that is not markup of this file is escaped."""
-    curves, shares, policy = found.curves, found.outcomes, found.policy
-    small = dict(width=4.8, height=3.7)
-    unit = unit_of(results)
-    return (
-        environment()
-        .get_template("report.html")
-        .render(
-            first=results[0],
-            split=store.identity.get("split", "test"),
-            results=results,
-            curves=curves,
-            headlines=headlines(curves),
-            compute={
-                unit: (
-                    svg(
-                        draw_compute, f"wide-{unit}", curves, unit, width=8.6, height=4.3, columns=7
-                    ),
-                    svg(draw_compute, f"narrow-{unit}", curves, unit, width=4.8, height=4.4),
-                )
-                for unit in curves.units
-            },
-            by_budget=len(curves.budgets) > 1 and svg(draw_budgets, "budgets", curves, **small),
-            by_samples=len(curves.votes) > 1 and svg(draw_samples, "samples", curves, **small),
-            choosing=found.choosing,
-            searches=found.searches,
-            unit=unit,
-            by_search=found.searches
-            and svg(draw_searches, "searches", curves, unit, width=8.6, height=4.3, columns=5),
-            coverage=found.coverage,
-            by_coverage=any(row["fit"] for row in found.coverage)
-            and svg(draw_coverage, "coverage", found.coverage, **small),
-            ways=found.ways,
-            preference=found.preference,
-            outcomes=shares
-            and svg(draw_outcomes, "outcomes", shares, width=4.8, height=1.6 + 0.34 * len(shares)),
-            policy=policy,
-            by_policy=policy
-            and svg(
-                draw_policy,
-                "policy",
-                curves.guess,
-                policy.overall,
-                policy.split,
-                policy.unit,
-                **small,
-            ),
-            control=found.control,
-            difficulty=difficulty_tables(curves, store),
-            groups=problem_groups(curves, store, examples) if shares else [],
-            made=made(run),
-            columns=COLUMNS,
-            field=_csv_field,
-        )
+    curves, shares, unit = found.curves, found.outcomes, unit_of(results)
+    template = environment().get_template("report.html")
+    return template.render(
+        **vars(found),
+        first=results[0],
+        split=store.identity.get("split", "test"),
+        results=results,
+        headlines=headlines(curves),
+        compute={
+            unit: wide_and_narrow(draw_compute, unit, curves, columns=7) for unit in curves.units
+        },
+        by_budget=len(curves.budgets) > 1 and svg(draw_budgets, "budgets", curves),
+        by_samples=len(curves.votes) > 1 and svg(draw_samples, "samples", curves),
+        unit=unit,
+        by_search=found.searches
+        and svg(draw_searches, "searches", curves, unit, width=8.6, height=4.3, columns=5),
+        by_coverage=any(row["fit"] for row in found.coverage)
+        and svg(draw_coverage, "coverage", found.coverage),
+        by_outcome=shares
+        and svg(draw_outcomes, "outcomes", shares, height=1.6 + 0.34 * len(shares)),
+        by_policy=found.policy and svg(draw_policy, "policy", found.policy),
+        difficulty=difficulty_tables(curves, store),
+        groups=problem_groups(curves, store, examples) if shares else [],
+        made=made(run),
+        columns=COLUMNS,
+        field=_csv_field,
     )
 
 

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from . import Unfinished, cost
 from .chat import THINK, THINK_END, printable
 from .config import GenerateConfig
-from .engine import SamplingParams
-from .speaker import Ask, Completion, Speaker, open_speaker
+from .speaker import Ask, Completion, Speaker, open_speaker, sampling
 
 DIM, BOLD, PLAIN = "\033[2m", "\033[1m", "\033[0m"
 TAG = re.compile("(</?think>)")
@@ -31,18 +30,10 @@ def generate(config: GenerateConfig) -> None:
         config,
         # Transformers batches one prompt's samples; ponder's engine, those of all.
         slots=config.slots or min(256, config.samples if config.engine != "ponder" else count),
-        precision=config.precision,
         budgets=config.budget is not None,
     )
     most = speaker.fit(prompts, budgets=[config.budget], max_tokens=config.max_tokens)
-    params = SamplingParams(
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        min_p=config.min_p,
-        max_tokens=most,
-        budget=config.budget,
-    )
+    params = sampling(config, max_tokens=most, budget=config.budget)
     asks = [
         Ask(prompt, params, config.seed, index, key=number * config.samples + index)
         for number, prompt in enumerate(prompts)

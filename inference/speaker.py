@@ -97,7 +97,6 @@ def open_speaker(
     config: SweepConfig | GenerateConfig,
     *,
     slots: int,
-    precision: str = "auto",
     budgets: bool,
     cue: str | None = None,
 ) -> Speaker:
@@ -118,28 +117,21 @@ def open_speaker(
             tokenizer=config.tokenizer,
             budgets=budgets,
         )
+    options: dict[str, Any] = dict(slots=slots, budgets=budgets, cue=cue)
+    options |= dict(precision=config.precision, system=config.system)
     if config.engine == "transformers":
         from .transformers_engine import TransformersSpeaker
 
-        return TransformersSpeaker(
-            config.model,
-            slots=slots,
-            precision=precision,
-            system=config.system,
-            budgets=budgets,
-            cue=cue,
-        )
+        return TransformersSpeaker(config.model, **options)
     from .local import LocalSpeaker
 
-    return LocalSpeaker(
-        config.model,
-        slots=slots,
-        precision=precision,
-        system=config.system,
-        budgets=budgets,
-        cue=cue,
-        invariant=config.invariant,
-    )
+    return LocalSpeaker(config.model, **options, invariant=config.invariant)
+
+
+def sampling(config: SweepConfig | GenerateConfig, **more: Any) -> SamplingParams:
+    """How the configuration draws a token, and `more` of a SamplingParams."""
+    filters = dict(top_k=config.top_k, top_p=config.top_p, min_p=config.min_p)
+    return SamplingParams(temperature=config.temperature, **filters, **more)
 
 
 def room(

@@ -31,7 +31,7 @@ from .scores import score
 from .search_sweep import Searches
 from .server import Refused
 from .shards import Shard, joined, merge
-from .speaker import Ask, Completion, Speaker, open_speaker
+from .speaker import Ask, Completion, Speaker, open_speaker, sampling
 from .store import Key, Record, Store, params_text, parse_params
 from .verifier import Scorer, open_verifier
 
@@ -90,11 +90,9 @@ def _sweep(config: SweepConfig, shard: Shard, held: ExitStack) -> Path:
 class Opened:
     """A sweep that can be drawn: whom it asks, for what."""
 
-    config: SweepConfig  # grown by what its folder was asked before
+    config: SweepConfig  # grown by what its folder was asked before, with numbers for every None
     task: tasks.Task
     problems: list[tasks.Problem]
-    samples: tuple[int, ...]
-    budgets: tuple[int, ...]
     speaker: Speaker
     most: int  # new tokens of a sample
     searches: Searches
@@ -110,7 +108,6 @@ class Opened:
         known = {k: v for k, v in asdict(self.config).items() if k not in PRACTICAL}
         of_model = self.speaker.identity
         return known | {
-            "budgets": self.budgets,
             "task_code": getattr(self.task, "code", None),  # of a file of one's own
             "model_hash": of_model["model"],
             "precision": of_model["precision"],
@@ -129,11 +126,11 @@ class Opened:
         """The samples of these problems that the store lacks, a problem's side by side, so that
         they share one prefill."""
         keys, config = [], self.config
-        for params, samples in ((GREEDY, 1), (_sampled(config), max(self.samples))):
+        for params, samples in ((GREEDY, 1), (sampling(config), max(config.samples or SAMPLES))):
             for extend in (0, *dict.fromkeys(config.extend)):
                 keys += store.missing(
                     problems=problems,
-                    budgets=[None] if extend else [*dict.fromkeys(self.budgets), None],
+                    budgets=[None] if extend else [*dict.fromkeys(config.budgets or ()), None],
                     params=params_text(replace(params, extend=extend)),
                     seed=config.seed,
                     samples=samples,
@@ -144,7 +141,7 @@ class Opened:
         """How the sample of that key is drawn."""
         known = parse_params(key.params)
         params = replace(
-            _sampled(self.config) if known["temperature"] else GREEDY,
+            sampling(self.config) if known["temperature"] else GREEDY,
             max_tokens=self.most,
             budget=key.budget,
             extend=int(known.get("extend", 0)),
@@ -200,7 +197,6 @@ def _open(config: SweepConfig, before: Mapping[str, Any], most: int | None) -> O
     speaker = open_speaker(
         config,
         slots=config.slots or (16 if config.engine == "transformers" else 512),
-        precision=config.precision,
         budgets=config.budgets != (),
         cue=_cue(config, task),
     )
@@ -220,10 +216,9 @@ def _open(config: SweepConfig, before: Mapping[str, Any], most: int | None) -> O
     # Not of what is there already, and a server's answers are shorter than what they may be.
     if verifier is not None and speaker.shape is not None and not config.resume:
         verifier.check(prompts, most)
-    params = replace(_sampled(config), max_tokens=most)
-    searches = Searches(config, task, speaker, params, verifier)
-    samples = config.samples or SAMPLES
-    return Opened(config, task, problems, samples, budgets, speaker, most, searches, verifier)
+    searches = Searches(config, task, speaker, sampling(config, max_tokens=most), verifier)
+    config = replace(config, budgets=budgets)
+    return Opened(config, task, problems, speaker, most, searches, verifier)
 
 
 def _cue(config: SweepConfig, task: tasks.Task) -> str | None:
@@ -258,15 +253,6 @@ def own_budgets(
     raise ValueError(
         f"{task.name} has no worked chain of thought of at most {max(0, most - 2)} tokens to take "
         "budgets from; say which, as in --budgets 0 256 1024, or --budgets with no number"
-    )
-
-
-def _sampled(config: SweepConfig) -> SamplingParams:
-    return SamplingParams(
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        min_p=config.min_p,
     )
 
 
@@ -371,7 +357,7 @@ def _finish(opened: Opened) -> tuple[int, str]:
             results = evaluate(
                 store,
                 shape=opened.speaker.shape,
-                samples=opened.samples,
+                samples=config.samples,
                 seed=config.seed,
                 model=config.model,
             )

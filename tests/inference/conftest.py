@@ -54,5 +54,6 @@ def text_model(tmp_path_factory) -> Path:
 def no_figures(monkeypatch):
     """Reports without their figures, which take seconds: for tests of what else they hold."""
     monkeypatch.setattr(report, "svg", lambda *_, **__: "")
+    monkeypatch.setattr(report, "wide_and_narrow", lambda *_, **__: ("", ""))
     monkeypatch.setattr(report, "picture", lambda *_, **__: b"")
     monkeypatch.setattr(report, "png", lambda results: b"")

@@ -49,6 +49,7 @@ def swept(model, tmp_path_factory) -> SweepConfig:
     )
     with pytest.MonkeyPatch.context() as patch:  # of the figures only that of the searches
         patch.setattr(report, "png", lambda results: b"")
+        patch.setattr(report, "wide_and_narrow", lambda *_, **__: ("", ""))
         drawn = report.svg
         patch.setattr(
             report,
@@ -255,7 +256,7 @@ def test_steps_of_the_task(swept, no_report, tmp_path):
         return [1 / (1 + len(tokens)) for tokens in completions]
 
     config = replace(swept, searches=options)
-    speaker = open_speaker(config, slots=8, precision="fp32", budgets=True, cue=None)
+    speaker = open_speaker(config, slots=8, budgets=True)
     searches = Searches(config, Stepped(), speaker, SamplingParams(max_tokens=14))
     searches.judging = Judging("mine", judge)
     with Store(tmp_path / "samples.sqlite", identity={}) as store:
