@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._activations import exp
 from ._runtime import (
     TRITON_TYPE,
     Specialization,
@@ -82,7 +83,7 @@ def _count(targets: Tensor, ignore_index: int) -> Tensor:
 def _capped(b_logits, softcap):
     """(softcap · tanh(logits / softcap), its derivative)."""
     u = b_logits * (1.0 / softcap)
-    e = tl.exp(-2.0 * tl.abs(u))
+    e = exp(-2.0 * tl.abs(u))
     inverse = 1.0 / (1.0 + e)
     tanh = (1.0 - e) * inverse
     tanh = tl.where(u < 0.0, -tanh, tanh)
@@ -132,7 +133,9 @@ def row_loss(
             b_logits = _capped(b_logits, softcap)[0]
         if SMOOTHING:
             b_below += tl.where(m_col, origin - b_logits, 0.0)
-        maximum, b_sum = with_block(maximum, b_sum, tl.where(m_col, b_logits, float("-inf")))
+        if start + BLOCK_V > n_cols:
+            b_logits = tl.where(m_col, b_logits, float("-inf"))
+        maximum, b_sum = with_block(maximum, b_sum, b_logits)
     total = tl.sum(b_sum, 0)
     log_sum = tl.log(total)
     loss = (maximum - chosen) + log_sum
@@ -183,7 +186,9 @@ def row_gradient(
         b_logits = tl.load(row_ptr + o_col, mask=m_col, other=float("-inf")).to(tl.float32)
         if SOFTCAP:
             b_logits, b_slope = _capped(b_logits, softcap)
-        b_grad = tl.exp(b_logits - maximum) * of_exp - tl.where(o_col == target, of_target, 0.0)
+        b_grad = exp(b_logits - maximum) * of_exp
+        if (target >= start) & (target < start + BLOCK_V):
+            b_grad -= tl.where(o_col == target, of_target, 0.0)
         if SMOOTHING:
             b_grad -= of_each
         if SOFTCAP:

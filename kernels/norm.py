@@ -126,7 +126,9 @@ def _norm_backward_kernel(
         b_dbias = tl.zeros((BLOCK_C,), dtype=tl.float32)
     first = i_program * rows_per_program
     last = tl.minimum(first + rows_per_program, n_rows)
-    for i_row in range(first, last):
+    # Narrow rows are too few bytes in flight unless the next ones are fetched ahead.
+    STAGES: tl.constexpr = 3 if BLOCK_C <= 2048 else 1
+    for i_row in tl.range(first, last, num_stages=STAGES):
         offset = i_row * n_cols + o_col
         h = tl.load(h_ptr + offset, mask=m_col, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + offset, mask=m_col, other=0.0).to(tl.float32)

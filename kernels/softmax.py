@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ._activations import exp
 from ._runtime import (
     TRITON_TYPE,
     Specialization,
@@ -42,7 +43,7 @@ def with_block(maximum, b_sum, b_x):
     The maximum starts at the least fp32, not at -inf: exp(-inf − -inf) is no number.
     """
     risen = tl.maximum(maximum, tl.max(b_x, 0))
-    return risen, b_sum * tl.exp(maximum - risen) + tl.exp(b_x - risen)
+    return risen, b_sum * exp(maximum - risen) + exp(b_x - risen)
 
 
 @jit
@@ -57,8 +58,8 @@ def _softmax_forward_kernel(
         o_col = tl.arange(0, BLOCK_C)
         m_col = o_col < n_cols
         b_x = tl.load(x_row_ptr + o_col, mask=m_col, other=float("-inf")).to(tl.float32)
-        b_exp = tl.exp(b_x - tl.max(b_x, 0))
-        tl.store(y_row_ptr + o_col, (b_exp / tl.sum(b_exp, 0)).to(dtype), mask=m_col)
+        b_exp = exp(b_x - tl.max(b_x, 0))
+        tl.store(y_row_ptr + o_col, (b_exp * (1.0 / tl.sum(b_exp, 0))).to(dtype), mask=m_col)
     else:
         maximum = tl.full((), -3.4028234663852886e38, tl.float32)
         b_sum = tl.zeros((BLOCK_C,), tl.float32)
@@ -66,12 +67,12 @@ def _softmax_forward_kernel(
             o_col = start + tl.arange(0, BLOCK_C)
             b_x = tl.load(x_row_ptr + o_col, mask=o_col < n_cols, other=float("-inf"))
             maximum, b_sum = with_block(maximum, b_sum, b_x.to(tl.float32))
-        total = tl.sum(b_sum, 0)
+        inverse = 1.0 / tl.sum(b_sum, 0)
         for start in range(0, n_cols, BLOCK_C):
             o_col = start + tl.arange(0, BLOCK_C)
             m_col = o_col < n_cols
             b_x = tl.load(x_row_ptr + o_col, mask=m_col, other=float("-inf")).to(tl.float32)
-            tl.store(y_row_ptr + o_col, (tl.exp(b_x - maximum) / total).to(dtype), mask=m_col)
+            tl.store(y_row_ptr + o_col, (exp(b_x - maximum) * inverse).to(dtype), mask=m_col)
 
 
 @jit
