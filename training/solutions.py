@@ -285,7 +285,7 @@ class TraceRows:
 
     @cached_property
     def held_out(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """What is validated on, drawn once."""
+        """Tokens and targets (T,) of what is validated on, drawn once."""
         return self._drawn("val", VALIDATION_PROBLEMS, "0")
 
     def validation(self) -> Iterator[Batch]:
