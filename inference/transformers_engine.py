@@ -52,8 +52,8 @@ class TransformersSpeaker:
 
     path: a folder or a Hub id; no code of the checkpoint's own is run. slots: the rows of a batch,
     halved where memory runs out. precision auto is bf16 on a GPU and fp32 on a CPU. With budgets
-    every prompt ends in <think>, which, like </think>, must then be one token. cue: what `extend`
-    puts in the place of a </think>.
+    every prompt ends in <think>. cue: what `extend` puts in the place of a </think>. ValueError for
+    budgets or a cue where the tokenizer has no <think> and </think>, each one token.
     """
 
     def __init__(
@@ -81,13 +81,11 @@ class TransformersSpeaker:
         except Exception as error:  # what it raises depends on the checkpoint and on the network
             raise ValueError(f"no model of {path} could be loaded: {first_line(error)}") from None
         self.think, self.think_end = map(self._token, (THINK, THINK_END))
-        if budgets and None in (self.think, self.think_end):
+        if (budgets or cue is not None) and None in (self.think, self.think_end):
             raise ValueError(no_thoughts(path))
         self.ends = self._ends()
         self.cue: tuple[int, ...] = ()
         if cue is not None:
-            if self.think_end is None:
-                raise ValueError(f"the tokenizer of {path} has no token </think> to put a cue for")
             check_text(cue, "cue")
             self.cue = tuple(self.chat.tokenizer.encode(cue, add_special_tokens=False))
             check_cue(cue, self.cue, self.ends.tolist(), self.think_end)

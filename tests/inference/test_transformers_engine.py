@@ -193,6 +193,8 @@ def test_ponders_engine_gives_the_same_samples_of_a_chat_model(gpt2):
         LocalSpeaker(gpt2, slots=8, budgets=True)
     with pytest.raises(ValueError, match="has no tokens <think> and </think>"):
         LocalSpeaker(gpt2, slots=8, cue="+")
+    with pytest.raises(ValueError, match="has no tokens <think> and </think>"):
+        TransformersSpeaker(gpt2, slots=8, cue="+")
 
 
 @pytest.mark.parametrize("budgets", [False, True])
