@@ -92,6 +92,11 @@ class Curves:
                 return store.pool(budget=r.think_budget, params=r.params, seed=r.seed)
         return None
 
+    def last_pool(self, store: Store) -> Pool | None:
+        """The pool at the greatest budget, that of `gain`; None where there is no vote."""
+        gain = self.gain()
+        return gain and self.pool(store, gain[0].think_budget)
+
     def gain(self) -> tuple[Result, Result] | None:
         """The largest vote and the single sample at the greatest budget: one that is known before
         the votes are, as the best of several would be told with luck in it."""

@@ -147,9 +147,8 @@ class Ways:
 
 def ways(curves: Curves, store: Store) -> Ways | None:
     """The ways to be right at the greatest budget; None where no problem has two right samples."""
-    gain = curves.gain()
-    pool = curves.pool(store, gain[0].think_budget) if gain else None
-    if gain is None or pool is None:
+    pool = curves.last_pool(store)
+    if pool is None:
         return None
     several = pool.correct.sum(1) > 1
     if not several.any():
@@ -170,8 +169,7 @@ def ways(curves: Curves, store: Store) -> Ways | None:
 def preferences(curves: Curves, store: Store) -> dict[str, estimators.Preference]:
     """How well a token's mean probability, and a verifier where one scored the samples, tell a
     problem's right samples from its wrong ones, at the greatest budget."""
-    gain, verifier = curves.gain(), latest(store)
-    pool = curves.pool(store, gain[0].think_budget) if gain else None
+    pool, verifier = curves.last_pool(store), latest(store)
     if pool is None:
         return {}
     values = {"probability": mean_log_probability(pool)}

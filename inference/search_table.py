@@ -7,7 +7,7 @@ twice changes nothing, and `missing` lists what a killed sweep still lacks.
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -62,20 +62,14 @@ class SearchRecord:
 
 @dataclass(frozen=True)
 class Searched:
-    """The searches of one kind as arrays (P,), a problem each; lines: of each problem."""
+    """The searches of one kind: problems (P,), the lines of each, and what they cost."""
 
     search: str
     params: str
     seed: int
     problems: np.ndarray
     lines: tuple[tuple[Line, ...], ...]
-    prompt_tokens: np.ndarray
-    sampled_tokens: np.ndarray
-    forced_tokens: np.ndarray
-    pruned_tokens: np.ndarray
-    flops: np.ndarray
-    judge_flops: np.ndarray
-    seconds: np.ndarray
+    spent: Outcome  # its scores are yet to be chosen
 
     def best(self) -> np.ndarray:
         """(P,) whether the line with the highest value is right."""
@@ -88,17 +82,7 @@ class Searched:
 
     def outcome(self, scores: np.ndarray) -> Outcome:
         """These searches with those scores."""
-        return Outcome(
-            scores=scores,
-            samples=np.array([float(len(lines)) for lines in self.lines]),
-            prompt_tokens=self.prompt_tokens,
-            sampled_tokens=self.sampled_tokens,
-            forced_tokens=self.forced_tokens,
-            flops=self.flops + self.judge_flops,
-            seconds=self.seconds,
-            pruned_tokens=self.pruned_tokens,
-            judge_flops=self.judge_flops,
-        )
+        return replace(self.spent, scores=scores)
 
 
 def _vote(lines: Sequence[Line]) -> float:
@@ -150,9 +134,21 @@ def searched(store: Store, seed: int) -> list[Searched]:
     found = []
     for (search, params), rows in sorted(kinds.items(), key=lambda kind: _order(*kind[0])):
         columns = list(zip(*sorted(rows), strict=True))
-        numbers = [np.array(c, dtype=np.float64) for c in columns[6:]]  # None becomes NaN
         lines = tuple(tuple(Line(*line) for line in json.loads(text)) for text in columns[5])
-        found.append(Searched(search, params, seed, np.array(columns[0]), lines, *numbers))
+        # None becomes NaN.
+        read, sampled, forced, pruned, flops, judge_flops, seconds = np.array(columns[6:], float)
+        spent = Outcome(
+            scores=np.full(len(rows), np.nan),
+            samples=np.array([float(len(of_one)) for of_one in lines]),
+            prompt_tokens=read,
+            sampled_tokens=sampled,
+            forced_tokens=forced,
+            flops=flops + judge_flops,
+            seconds=seconds,
+            judge_flops=judge_flops,
+            pruned_tokens=pruned,
+        )
+        found.append(Searched(search, params, seed, np.array(columns[0]), lines, spent))
     return found
 
 

@@ -27,6 +27,7 @@ from ponder.inference.search_sweep import Judging, Searches
 from ponder.inference.search_table import Line, Searched
 from ponder.inference.speaker import open_speaker
 from ponder.inference.store import Store
+from ponder.inference.strategies import Outcome
 from ponder.inference.sweep import redraw, sweep
 from ponder.tasks.last_digit import LastDigit
 
@@ -307,7 +308,8 @@ def test_samples_of_one_token_cost_their_prompt_alone(swept, tmp_path):
 def test_the_vote_of_the_lines_is_weighted_by_value():
     def score(*lines):
         of_one = tuple(Line(*answer, value) for answer, value in lines)
-        return Searched("", "", 0, np.zeros(1), (of_one,), *[np.zeros(1)] * 7).vote()[0]
+        spent = Outcome(*[np.zeros(1)] * 9)
+        return Searched("", "", 0, np.zeros(1), (of_one,), spent).vote()[0]
 
     a, b, none = ("a", True), ("b", False), (None, False)
     assert score((b, 0.9), (a, 0.5), (a, 0.5)) == 1.0
