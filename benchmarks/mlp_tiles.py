@@ -19,10 +19,13 @@ HOPPER = [
     Tile(*shape, num_warps=warps, num_stages=stages, tma=True, width=width, flat=flat)
     for shape, warps, stages, width, flat in (
         ((128, 256, 64), 8, 3, 64, True),
+        ((128, 256, 64), 8, 3, 128, True),
         ((128, 256, 64), 8, 4, 64, True),
+        ((128, 256, 64), 8, 4, 128, True),
         ((128, 256, 64), 8, 3, 32, True),
         ((128, 256, 64), 8, 3, 64, False),
         ((128, 256, 64), 8, 4, 64, False),
+        ((128, 256, 64), 8, 4, 128, False),
         ((128, 128, 64), 8, 4, 64, True),
         ((128, 128, 64), 4, 4, 64, True),
         ((128, 128, 128), 8, 3, 64, True),
