@@ -27,15 +27,6 @@ def identity(function: Any) -> Any:
     return function
 
 
-def _as_proven(mlp: Any) -> bool:
-    """Whether the weights may be read, and the activation is still the one that was proven."""
-    function = getattr(mlp, mlp.FUNCTION)
-    if identity(function) != type(mlp).ponder_function:
-        return False
-    projections = (getattr(mlp, name) for name in mlp.PROJECTIONS)
-    return readable(*projections) and not (isinstance(function, nn.Module) and hooked(function))
-
-
 class RMSNorm(nn.Module):
     """Weights times the normalized input, as in Llama."""
 
@@ -69,82 +60,71 @@ class LayerNorm(nn.Module):
         return layer_norm(x, self.weight, self.bias, eps=self.eps)
 
 
-class GatedMLP(nn.Module):
+class FusedMLP(nn.Module):
+    """What the MLPs share: the kernel, where their weights may be read and the activation is still
+    the one that was proven."""
+
+    PROJECTIONS: tuple[str, ...]
+    FUNCTION: str
+    ponder_activation: str
+    ponder_function: Any
+
+    def forward(self, x: Tensor) -> Any:
+        function = getattr(self, self.FUNCTION)
+        proven = identity(function) == type(self).ponder_function  # by self it would be a method
+        projections = (getattr(self, name) for name in self.PROJECTIONS)
+        whole = not (isinstance(function, nn.Module) and hooked(function))
+        if not (proven and whole and readable(*projections)):
+            return super().forward(x)
+        return self.ponder_forward(x)
+
+    def ponder_forward(self, x: Tensor) -> Tensor:
+        """What the kernel gives for x (..., C)."""
+        raise NotImplementedError
+
+
+class GatedMLP(FusedMLP):
     """Llama's: gate_proj, up_proj and down_proj."""
 
     PROJECTIONS = "gate_proj", "up_proj", "down_proj"
     FUNCTION = "act_fn"
-    ponder_activation: str
-    ponder_function: Any
     gate_proj: Any
     up_proj: Any
     down_proj: Any
 
-    def forward(self, x: Tensor) -> Any:
+    def ponder_forward(self, x: Tensor) -> Tensor:
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
-        if not _as_proven(self):
-            return super().forward(x)
-        return gated_mlp(
-            x,
-            gate.weight,
-            up.weight,
-            down.weight,
-            activation=self.ponder_activation,
-            b_gate=gate.bias,
-            b_up=up.bias,
-            b_down=down.bias,
-        )
+        biases = dict(b_gate=gate.bias, b_up=up.bias, b_down=down.bias)
+        weights = gate.weight, up.weight, down.weight
+        return gated_mlp(x, *weights, activation=self.ponder_activation, **biases)
 
 
-class JoinedMLP(nn.Module):
+class JoinedMLP(FusedMLP):
     """Phi-3's: gate and up in one matrix."""
 
     PROJECTIONS = "gate_up_proj", "down_proj"
     FUNCTION = "activation_fn"
-    ponder_activation: str
-    ponder_function: Any
     gate_up_proj: Any
     down_proj: Any
 
-    def forward(self, x: Tensor) -> Any:
+    def ponder_forward(self, x: Tensor) -> Tensor:
         both, down = self.gate_up_proj, self.down_proj
-        if not _as_proven(self):
-            return super().forward(x)
         gate, up = both.weight.chunk(2)
         b_gate, b_up = (None, None) if both.bias is None else both.bias.chunk(2)
-        return gated_mlp(
-            x,
-            gate,
-            up,
-            down.weight,
-            activation=self.ponder_activation,
-            b_gate=b_gate,
-            b_up=b_up,
-            b_down=down.bias,
-        )
+        biases: dict[str, Any] = dict(b_gate=b_gate, b_up=b_up, b_down=down.bias)
+        return gated_mlp(x, gate, up, down.weight, activation=self.ponder_activation, **biases)
 
 
-class Conv1DMLP(nn.Module):
+class Conv1DMLP(FusedMLP):
     """GPT-2's, whose matrices lie the other way round."""
 
     PROJECTIONS = "c_fc", "c_proj"
     FUNCTION = "act"
-    ponder_activation: str
-    ponder_function: Any
     c_fc: Any
     c_proj: Any
     dropout: Any
 
-    def forward(self, x: Tensor) -> Any:
+    def ponder_forward(self, x: Tensor) -> Tensor:
         up, down = self.c_fc, self.c_proj
-        if not _as_proven(self):
-            return super().forward(x)
-        y = mlp(
-            x,
-            up.weight.t(),
-            down.weight.t(),
-            activation=self.ponder_activation,
-            b_up=up.bias,
-            b_down=down.bias,
-        )
-        return self.dropout(y)
+        weights, biases = (up.weight.t(), down.weight.t()), dict(b_up=up.bias, b_down=down.bias)
+        return self.dropout(mlp(x, *weights, activation=self.ponder_activation, **biases))

@@ -347,22 +347,12 @@ def save(
     for name, given in (("bos", bos), ("template", template)):
         if given is not None and tokenizer is None:
             raise ValueError(f"{name} is {given[:40]!r}, and no tokenizer is given to save it with")
-    config = model.config
+    config, kind = model.config, model_type(model.config)
     with shapes_alone():
         check_parameters(model, GPT(config))
-    state = _checkpoint(model, dtype)
-    write_folder(
-        path,
-        state,
-        config,
-        to_fields(config),
-        tokenizer,
-        eos=eos,
-        bos=bos,
-        template=template,
-        shard_bytes=shard_bytes,
-    )
-    kind = model_type(config)
+    state, fields = checkpoint(model, kind, dtype), to_fields(config)
+    spoken: dict[str, Any] = dict(eos=eos, bos=bos, template=template)
+    write_folder(path, state, config, fields, tokenizer, **spoken, shard_bytes=shard_bytes)
     if kind == "ponder":
         return (
             f"{path} has model_type ponder, as no standard type expresses this model: "
@@ -432,12 +422,12 @@ def check_parameters(model: nn.Module, plain: nn.Module) -> None:
         )
 
 
-def _checkpoint(model: GPT, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The parameters on the CPU under their standard names, a tied head left out."""
+def checkpoint(model: GPT, kind: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The parameters on the CPU under the names of model type `kind`, a tied head left out."""
     state = {  # named_parameters names a shared parameter once
         name: p.detach().to("cpu", dtype).contiguous() for name, p in model.named_parameters()
     }
-    return layout.to_checkpoint(model_type(model.config), state)
+    return layout.to_checkpoint(kind, state)
 
 
 def _write_weights(aside: Path, state: dict[str, Tensor], shard_bytes: int, path: Path) -> None:

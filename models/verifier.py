@@ -127,8 +127,7 @@ def save_verifier(
     with torch.no_grad():
         score.weight *= scale
         score.bias.mul_(scale).add_(shift)
-    body = {n: p.detach().to("cpu", torch.float32) for n, p in verifier.model.named_parameters()}
-    state = layout.to_checkpoint(kind, {n: p.contiguous() for n, p in body.items()})
+    state = hub.checkpoint(verifier.model, kind, torch.float32)
     state |= {_head(kind, n): p.detach() for n, p in score.named_parameters()}
     fields = to_fields(config) | dict(
         architectures=[_architecture(kind)],

@@ -19,7 +19,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from ponder.models import hf_attention, patch, register, unpatch
+from ponder.models import hf_attention, hf_layers, patch, register, unpatch
 from ponder.training.tokenizer import character_tokenizer
 
 from .peers import FAMILIES, GEMMA, GROUPED, LAYERS, Peer
@@ -448,6 +448,21 @@ def test_an_activation_that_is_no_longer_the_proven_one_is_called(family):
     assert (patched(TOKENS).logits - model(TOKENS).logits).abs().max() < 1e-4
     mlp = next(part for part in patch(model, quiet=True) if part.name == "MLP")
     assert mlp.replaced == 1 and f"1 kept: {name} is hooked" in str(mlp)
+
+
+@torch.no_grad()
+def test_an_activation_that_is_a_function(llama, monkeypatch):
+    """It is the proven one, though a module would make a method of it."""
+    _, patched = llama
+    calls, kernel = [], hf_layers.gated_mlp
+    monkeypatch.setattr(hf_layers, "gated_mlp", lambda *x, **o: calls.append(x) or kernel(*x, **o))
+    for layer in patched.model.layers:
+        del layer.mlp.act_fn
+        layer.mlp.act_fn = lambda x: nn.functional.silu(x)
+    patch(patched, quiet=True)
+    calls.clear()
+    patched(TOKENS)
+    assert len(calls) == 2
 
 
 @torch.no_grad()
