@@ -187,8 +187,6 @@ class Server:
     def _refusal(self, error: urllib.error.HTTPError) -> Exception:
         """Failed where the status may pass, else the one sentence."""
         status = error.code
-        if status in (408, 409, 425, 429) or status >= 500:
-            return Failed(f"HTTP {status}", _retry_after(error.headers.get("Retry-After")))
         if status in (401, 403):
             if self.variable:
                 return ValueError(f"{self.url} refuses the key in {self.variable} (HTTP {status})")
@@ -203,8 +201,12 @@ class Server:
         except (Failed, OSError, http.client.HTTPException, RecursionError):
             said = ""
         said = " ".join(printable(said).split())[:300]
+        said = f": {said}" if said else ""
+        if status in (408, 409, 425, 429) or status >= 500:
+            wait = _retry_after(error.headers.get("Retry-After"))
+            return Failed(f"HTTP {status}{said}", wait)
         kind = Refused if status in (400, 413, 422) else ValueError
-        return kind(f"{self.url} refuses (HTTP {status}){': ' + said if said else ''}")
+        return kind(f"{self.url} refuses (HTTP {status}){said}")
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):

@@ -729,6 +729,15 @@ def test_a_refusal_says_why_in_every_dialect(body, said):
     assert server_module._complaint(body) == said
 
 
+@pytest.mark.parametrize("status", [429, 500])  # it may be for good: a quota that is spent, say
+def test_what_a_failing_server_says_is_told(server, status):
+    server.status = status
+    speaker = RemoteSpeaker(server.url, ServerOptions(retries=1))
+    assert not list(speaker.generate([ask()]))
+    assert speaker.failures == Counter([rf"HTTP {status}: no such thing\x1b[31m"])
+    assert len(server.requests) == 2
+
+
 def test_a_thought_that_never_ends_is_cut(server, tokenizer):
     speaker = RemoteSpeaker(server.url, ServerOptions(), tokenizer=tokenizer, budgets=True)
     seeds = [Ask("3+8=", SamplingParams(max_tokens=1), seed, 0) for seed in range(8)]
