@@ -148,6 +148,8 @@ def from_fields(fields: Mapping[str, Any]) -> GPTConfig:
     fields = DEFAULTS[kind] | dict(fields)
     _refuse(fields, kind)
     gpt2, ponder = kind == "gpt2", kind == "ponder"
+    if gpt2:
+        fields.pop("head_dim", None)  # GPT-2 knows none: a head is its share of the width
 
     def called(name: str) -> str:
         return GPT2_NAMES.get(name, name) if gpt2 else name

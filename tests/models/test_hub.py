@@ -284,6 +284,18 @@ def test_gpt2s_own_checkpoint(tmp_path):
     assert (model(tokens) - peer(tokens).logits).abs().max() < 1e-4
 
 
+def test_gpt2_has_no_head_dim_of_its_own(tmp_path):
+    """Transformers does not read the field, so a head stays a fourth of the width."""
+    peer = PEERS["gpt2"].build()
+    peer.config.head_dim = 24
+    peer.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["head_dim"] == 24
+    tokens = torch.randint(0, 50, (2, 9))
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path)(tokens).logits
+        assert (load(tmp_path)(tokens) - theirs).abs().max() < 1e-4
+
+
 def test_ponder_folders_of_before(tmp_path):
     """Written when there were neither LayerNorm nor learned positions nor layers without them."""
     model, tokens = gpt(gated=False), torch.randint(0, VOCABULARY, (2, 9))
