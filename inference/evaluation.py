@@ -81,7 +81,6 @@ def evaluate(
     strategies: Sequence[str] | None = None,
     seed: int | None = None,
     model: str | None = None,
-    task: str | None = None,
 ) -> list[Result]:
     """Every strategy on every setting of the store, and its searches, with 95 % bootstrap
     intervals. A search gives its best line's answer, and as NAME-vote that of a vote of its
@@ -90,8 +89,8 @@ def evaluate(
     Where a verifier scored the samples, the last one to do so has its strategies. shape: the
     model's configuration, for FLOPs. samples: the k of votes and of pass@k, by default
     the powers of two that are stored; a k that a setting cannot fill is left out. strategies:
-    names, by default all. seed: needed where the store holds several. model and task: the names
-    to print, by default those of the store's identity. Raises ValueError for an empty store, an
+    names, by default all. seed: needed where the store holds several. model: the name to
+    print, by default that of the store's identity. Raises ValueError for an empty store, an
     unknown strategy, samples below 1, or several seeds.
     """
     settings = _settings(store, seed)
@@ -106,11 +105,8 @@ def evaluate(
     if not samples or min(samples) < 1:
         raise ValueError(f"samples are {list(samples)}; each must be at least 1")
     answers = {i: problem.answer for i, problem in store.problems().items()}
-    name_of = store.identity.get
-    names = dict(
-        task=str(name_of("task", "")) if task is None else task,
-        model=str(name_of("model", "")) if model is None else model,
-    )
+    of = store.identity
+    names = dict(task=str(of.get("task", "")), model=model or str(of.get("model", "")))
     results = []
     for setting in settings:
         pool = store.pool(budget=setting.budget, params=setting.params, seed=setting.seed)

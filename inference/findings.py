@@ -351,7 +351,7 @@ class Policies:
         return self.ways[0].guess_accuracy
 
 
-def policies(results: Sequence[Result], store: Store, points: int = 10) -> Policies | None:
+def policies(results: Sequence[Result], store: Store) -> Policies | None:
     """The policy over all strategies, samples and budgets that compete; None where fewer than two
     do, or fewer than eight problems are there."""
     ways = [r for r in results if not r.oracle]
@@ -382,7 +382,7 @@ def policies(results: Sequence[Result], store: Store, points: int = 10) -> Polic
     least = costs.mean(1).min()
     if not least > 0:  # a server may say that nothing was used
         return None
-    budgets = np.geomspace(least, 1.1 * max(enough), points).tolist()
+    budgets = np.geomspace(least, 1.1 * max(enough), 10).tolist()
     return Policies(
         unit=unit,
         ways=ways,
@@ -397,7 +397,7 @@ def _span(levels: np.ndarray) -> str:
     return f"{low}" if low == high else f"{low}–{high}"
 
 
-def difficulty_tables(curves: Curves, store: Store, groups: int = 8) -> list[dict[str, Any]]:
+def difficulty_tables(curves: Curves, store: Store) -> list[dict[str, Any]]:
     """Accuracy by difficulty and budget, for greedy decoding and for the largest vote."""
     difficulty = {i: p.difficulty for i, p in store.problems().items()}
     most = max(curves.votes, default=1)
@@ -409,7 +409,7 @@ def difficulty_tables(curves: Curves, store: Store, groups: int = 8) -> list[dic
         levels = [np.array([difficulty[i] for i in r.ids]) for r in rows]
         known = np.unique(levels[0])
         lines = []
-        for group in np.array_split(known, min(groups, len(known))):
+        for group in np.array_split(known, min(8, len(known))):
             inside = [np.isin(level, group) for level in levels]
             cells = [
                 r.scores[m].mean() if m.any() else None for r, m in zip(rows, inside, strict=True)

@@ -14,6 +14,8 @@ import numpy as np
 
 from .stats import Interval, accuracy
 
+SPLITS = 20
+
 
 @dataclass(frozen=True)
 class Policy:
@@ -70,12 +72,10 @@ def compute_optimal(
     budgets: Sequence[float],
     *,
     bins: np.ndarray | None = None,
-    splits: int = 20,
-    seed: int = 0,
 ) -> list[Policy]:
     """The policy for each budget: chosen on one half of the problems, scored on the other.
 
-    Both halves take their turn, over `splits` random halvings that keep the bins' shares; a
+    Both halves take their turn, over twenty random halvings that keep the bins' shares; a
     problem's score is the mean over them. bins (P,) int: one choice for each, None for one choice
     overall. The budget is a mean over the problems of a bin, in the unit of the costs. Raises
     ValueError for fewer than two problems or shapes that differ.
@@ -87,9 +87,9 @@ def compute_optimal(
         )
     count = scores.shape[1]
     bins = np.zeros(count, dtype=int) if bins is None else bins
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     halves = []
-    for _ in range(splits):
+    for _ in range(SPLITS):
         order = np.lexsort((rng.random(count), bins))  # shuffled within each bin
         half = np.zeros(count, dtype=bool)
         half[order[rng.integers(2) :: 2]] = True
@@ -106,8 +106,8 @@ def compute_optimal(
         policies.append(
             Policy(
                 budget=float(budget),
-                accuracy=accuracy(score / splits),
-                cost=float(cost.mean() / splits),
+                accuracy=accuracy(score / SPLITS),
+                cost=float(cost.mean() / SPLITS),
                 choice=choose(scores, costs, bins, groups, budget),
             )
         )

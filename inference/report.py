@@ -122,7 +122,7 @@ def html(
     found: Findings,
     *,
     run: Mapping[str, Any],
-    examples: int = 5,
+    examples: int,
 ) -> str:
     """The page as text. Everything that is not markup of this file is escaped."""
     curves, shares, unit = found.curves, found.outcomes, unit_of(results)

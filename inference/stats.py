@@ -114,13 +114,13 @@ def guess_accuracy(answers: Sequence[str]) -> float:
     return guess_coverage(answers, [1])[0] if any(answers) else float("nan")
 
 
-def guess_coverage(answers: Sequence[str], sizes: Sequence[int], splits: int = 20) -> list[float]:
+def guess_coverage(answers: Sequence[str], sizes: Sequence[int]) -> list[float]:
     """The chance that one of k fixed answers is right, for each k: of the k most common ones of one
     half of the problems, on the other, which needs neither a model nor hindsight; the mean over
-    random halves."""
+    twenty random halves."""
     rng = np.random.default_rng(0)
     ranks = []
-    for _ in range(splits):
+    for _ in range(20):
         order = rng.permutation(len(answers)).tolist()
         halves = order[: len(order) // 2], order[len(order) // 2 :]
         for known, asked in (halves, halves[::-1]):

@@ -326,14 +326,14 @@ class Store:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def add_problems(self, problems: Iterable[Any], *, first: int = 0) -> None:
-        """Keeps the problems (`.prompt`, `.answer`, `.difficulty`) under first, first + 1, …
+    def add_problems(self, problems: Iterable[Any]) -> None:
+        """Keeps the problems (`.prompt`, `.answer`, `.difficulty`) under 0, 1, …
 
         Raises ValueError where another problem already has that index.
         """
         rows = [
             (i, storable(p.prompt), storable(p.answer), int(p.difficulty))
-            for i, p in enumerate(problems, first)
+            for i, p in enumerate(problems)
         ]
         with self.transaction():
             self._db.executemany(

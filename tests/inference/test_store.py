@@ -142,7 +142,7 @@ def test_a_store_of_another_model_or_task_is_refused_and_kept(tmp_path, changed,
 def test_another_problem_under_the_same_index_is_refused(tmp_path):
     with Store(tmp_path / "s.sqlite", identity=IDENTITY) as store:
         store.add_problems([Problem("1+2=", "3"), Problem("2+2=", "4")])
-        store.add_problems([Problem("2+2=", "4"), Problem("2+3=", "5")], first=1)
+        store.add_problems([Problem(f"{a}+{b}=", str(a + b)) for a, b in ((1, 2), (2, 2), (2, 3))])
         with pytest.raises(ValueError, match=r"problem 1 is '2\+2=' in the store and '9\+9='"):
             store.add_problems([Problem("1+2=", "3"), Problem("9+9=", "8"), Problem("0+0=", "0")])
         assert [p.prompt for p in store.problems().values()] == ["1+2=", "2+2=", "2+3="]
