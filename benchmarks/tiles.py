@@ -19,7 +19,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 
 import torch
@@ -99,6 +99,8 @@ def candidates(smoke: bool) -> Iterator[tuple[str, int, Tiles]]:
         for name, shapes in HOPPER.items():
             specialized = [Tiles(*numbers, specialized=True) for numbers in shapes] * hopper
             plain = PLAIN if name in module.KERNELS else []
+            if name == "forward" and hopper:
+                plain = [*(replace(tiles, late=True) for tiles in plain), *plain]
             for tiles in (plain[:1] + specialized[:1]) if smoke else plain + specialized:
                 yield name, dim, tiles
 
@@ -164,7 +166,7 @@ def keep(path: Path | None, found: dict) -> None:
 
 
 def label(tiles: Tiles) -> str:
-    kind = " Hopper" if tiles.specialized else ""
+    kind = " Hopper" if tiles.specialized else " late" if tiles.late else ""
     return f"{tiles.block_t}x{tiles.block_s} w{tiles.num_warps} s{tiles.num_stages}{kind}"
 
 

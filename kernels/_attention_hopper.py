@@ -2,14 +2,13 @@
 
 Triton specializes a loop that is single and whose steps are alike, and nothing that it reads from
 before may have come through a pointer. So every tile is masked, and of the options only causal is
-known here; and the pass to the queries takes lse and delta by TMA, from rows that must start at
-multiples of 16 bytes (a multiple of four queries), delta from a kernel of its own. A descriptor
-takes no stride of 0: the launcher copies what is expanded. Names, shapes and conventions:
-_attention_kernels.
+known here; and the pass to the queries takes lse and delta by TMA, delta from a kernel of its own.
+A descriptor takes no stride of 0: the launcher copies what is expanded. Names, shapes and
+conventions: _attention_kernels.
 """
 
 from ._attention_kernels import _store_rows
-from ._attention_masks import near, query_bounds, sees
+from ._attention_masks import near, query_bounds, row_length, sees
 from ._runtime import jit, tl
 
 
@@ -94,7 +93,7 @@ def attention_forward_specialized_kernel(
     k_ptr += i_b * stride_k_b + i_h // group * stride_k_h
     v_ptr += i_b * stride_v_b + i_h // group * stride_v_h
     out_ptr += i_b * stride_out_b + i_h * stride_out_h
-    lse_ptr += i_head.to(tl.int64) * n_queries
+    lse_ptr += i_head.to(tl.int64) * row_length(n_queries)
     if head_dim_v is None:
         head_dim_v = head_dim
     keys = _rows(k_ptr, stride_k_s, n_keys, head_dim, BLOCK_S, BLOCK_D)
@@ -181,8 +180,8 @@ def attention_backward_q_specialized_kernel(
     v_ptr += i_b * stride_v_b + i_h // group * stride_v_h
     dout_ptr += i_b * stride_dout_b + i_h * stride_dout_h
     dq_ptr += i_b * stride_dq_b + i_h * stride_dq_h
-    lse_ptr += i_head.to(tl.int64) * n_queries
-    delta_ptr += i_head.to(tl.int64) * n_queries
+    lse_ptr += i_head.to(tl.int64) * row_length(n_queries)
+    delta_ptr += i_head.to(tl.int64) * row_length(n_queries)
     if head_dim_v is None:
         head_dim_v = head_dim
     keys = _rows(k_ptr, stride_k_s, n_keys, head_dim, BLOCK_S, BLOCK_D)
@@ -271,16 +270,17 @@ def attention_backward_kv_specialized_kernel(
     dv_ptr += i_b * stride_dv_b + i_h * stride_dv_h
     q_ptr += i_b * stride_q_b + i_h * group * stride_q_h
     dout_ptr += i_b * stride_dout_b + i_h * group * stride_dout_h
-    lse_ptr += (i_b * n_heads + i_h * group) * n_queries
-    delta_ptr += (i_b * n_heads + i_h * group) * n_queries
+    row = row_length(n_queries)
+    lse_ptr += (i_b * n_heads + i_h * group) * row
+    delta_ptr += (i_b * n_heads + i_h * group) * row
     if head_dim_v is None:
         head_dim_v = head_dim
     queries = _heads(q_ptr, stride_q_h, stride_q_t, group, n_queries, head_dim, BLOCK_T, BLOCK_D)
     douts = _heads(
         dout_ptr, stride_dout_h, stride_dout_t, group, n_queries, head_dim_v, BLOCK_T, BLOCK_DV
     )
-    lses = tl.make_tensor_descriptor(lse_ptr, [group, n_queries], [n_queries, 1], [1, BLOCK_T])
-    deltas = tl.make_tensor_descriptor(delta_ptr, [group, n_queries], [n_queries, 1], [1, BLOCK_T])
+    lses = tl.make_tensor_descriptor(lse_ptr, [group, n_queries], [row, 1], [1, BLOCK_T])
+    deltas = tl.make_tensor_descriptor(delta_ptr, [group, n_queries], [row, 1], [1, BLOCK_T])
     o_s = start_s + tl.arange(0, BLOCK_S)
     b_k = _rows(k_ptr, stride_k_s, n_keys, head_dim, BLOCK_S, BLOCK_D).load([start_s, 0])
     b_v = _rows(v_ptr, stride_v_s, n_keys, head_dim_v, BLOCK_S, BLOCK_DV).load([start_s, 0])

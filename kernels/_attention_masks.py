@@ -14,6 +14,8 @@ from torch import Tensor
 
 from ._runtime import jit, tl
 
+ROW = 128  # the kernels' blocks divide it
+
 Segments = tuple[Tensor, Tensor]  # the queries' (B, T) and the keys' (B, S), any integers
 
 
@@ -73,8 +75,14 @@ def _span(rows: Tensor, others: Tensor) -> list[Tensor]:
     return [first, end, end.masked_fill(end - first != high - low, 0)]
 
 
+def padded(table: Tensor) -> Tensor:
+    """int32, of `row_length`."""
+    missing = -table.shape[-1] % ROW
+    return F.pad(table.to(torch.int32), (0, missing)) if missing else table.to(torch.int32)
+
+
 def spans(segments: Segments) -> tuple[Tensor, Tensor]:
-    """The kernels' tables (B, 3, T) and (B, 3, S), int32; segments in any order, with any gaps.
+    """The kernels' tables (B, 3, T) and (B, 3, S), `padded`; segments in any order, with any gaps.
 
     Of a query: its segment's first key, which also names the segment; the key after its last; that
     again where the segment has no gap, else 0. Of a key: its segment's first key; its segment's
@@ -86,7 +94,7 @@ def spans(segments: Segments) -> tuple[Tensor, Tensor]:
     of_keys = of_queries if alike else _span(keys, queries)
     name = of_queries[0] if alike else _span(keys, keys)[0]
     tables = torch.stack(of_queries, 1), torch.stack([name, *of_keys[:2]], 1)
-    return tables[0].to(torch.int32), tables[1].to(torch.int32)
+    return padded(tables[0]), padded(tables[1])
 
 
 def packed_spans(cu_seqlens: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
@@ -94,12 +102,19 @@ def packed_spans(cu_seqlens: Tensor, segments: Segments) -> tuple[Tensor, Tensor
     ids = segments[0]
     edges = F.pad(F.pad(cu_seqlens[1:], (1, 0)), (0, 1), value=ids.shape[1]).to(torch.int32)
     first, end = edges[ids], edges[ids + 1]
-    return torch.stack([first, end, end], 1), torch.stack([first, first, end], 1)
+    return padded(torch.stack([first, end, end], 1)), padded(torch.stack([first, first, end], 1))
 
 
 # In the kernels a query block and a key block meet in a tile (BLOCK_T, BLOCK_S). Of a query block's
-# keys, those in [whole_first, whole_end) are seen by all of its queries and take the pass without
-# a mask; those before it from `first` on and those after it until `end` take the one with a mask.
+# keys, those in [whole_first, whole_end) are seen by all of its queries and need no mask; those
+# before it from `first` on and those after it until `end` do.
+
+
+@jit
+def row_length(n):
+    """From one row of numbers for each query or key to the next, a multiple of ROW. Whole blocks of
+    them are read, for with a mask each number would be copied by itself."""
+    return tl.cdiv(n, 128) * 128
 
 
 @jit
@@ -127,14 +142,14 @@ def key_bounds(
     m_t = o_t < n_queries
     if q_spans_ptr is not None:
         b_first = tl.load(q_spans_ptr + o_t, mask=m_t, other=0)
-        b_unbroken = tl.load(q_spans_ptr + 2 * n_queries + o_t, mask=m_t, other=n_keys)
+        b_unbroken = tl.load(q_spans_ptr + 2 * row_length(n_queries) + o_t, mask=m_t, other=n_keys)
         first = tl.maximum(first, tl.min(tl.where(m_t, b_first, n_keys), 0))
         whole_first = tl.maximum(whole_first, tl.max(b_first, 0))
         whole_end = tl.minimum(whole_end, tl.min(b_unbroken, 0))
     whole_end = tl.maximum(whole_end, 0) // BLOCK_S * BLOCK_S
     end = tl.minimum(n_keys, start_t + BLOCK_T + offset)
     if q_spans_ptr is not None:
-        b_end = tl.load(q_spans_ptr + n_queries + o_t, mask=m_t, other=0)
+        b_end = tl.load(q_spans_ptr + row_length(n_queries) + o_t, mask=m_t, other=0)
         end = tl.minimum(end, tl.max(b_end, 0))
     if width is not None or q_spans_ptr is not None:
         first = first // BLOCK_S * BLOCK_S
@@ -162,8 +177,8 @@ def query_bounds(
         end = tl.minimum(end, start_s + BLOCK_S - 1 - offset + width)
     if kv_spans_ptr is not None:
         m_s = o_s < n_keys
-        b_first = tl.load(kv_spans_ptr + n_keys + o_s, mask=m_s, other=n_queries)
-        b_end = tl.load(kv_spans_ptr + 2 * n_keys + o_s, mask=m_s, other=0)
+        b_first = tl.load(kv_spans_ptr + row_length(n_keys) + o_s, mask=m_s, other=n_queries)
+        b_end = tl.load(kv_spans_ptr + 2 * row_length(n_keys) + o_s, mask=m_s, other=0)
         first = tl.maximum(first, tl.min(b_first, 0))
         end = tl.minimum(end, tl.max(b_end, 0))
     return first // BLOCK_T * BLOCK_T, end
@@ -176,6 +191,15 @@ def near(o_t, o_s, offset, width):
         return o_s <= o_t + offset
     else:  # both sides in one comparison: what is below 0 is large without a sign
         return (o_t + offset - o_s).to(tl.uint32) < tl.cast(width, tl.uint32)
+
+
+@jit
+def not_all_near(start_t, start_s, offset, width, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Whether `near` is false somewhere in a tile."""
+    some = start_s + BLOCK_S - 1 > start_t + offset
+    if width is not None:
+        some = some | (start_t + BLOCK_T - 1 + offset - start_s >= width)
+    return some
 
 
 @jit

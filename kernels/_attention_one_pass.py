@@ -9,7 +9,7 @@ _attention_hopper; names, shapes and conventions: _attention_kernels.
 
 from ._attention_hopper import _heads, _rows
 from ._attention_kernels import _load_rows, _store_rows
-from ._attention_masks import query_bounds, sees
+from ._attention_masks import query_bounds, row_length, sees
 from ._runtime import jit, tl
 
 
@@ -62,8 +62,8 @@ def attention_delta_kernel(
     )
     b_delta = tl.sum(b_out.to(tl.float32) * b_dout.to(tl.float32), 1)
     if dlse_ptr is not None:
-        b_delta -= tl.load(dlse_ptr + i_head * n_queries + o_t, mask=m_t, other=0.0)
-    tl.store(delta_ptr + i_head * n_queries + o_t, b_delta, mask=m_t)
+        b_delta -= tl.load(dlse_ptr + i_head * row_length(n_queries) + o_t, mask=m_t, other=0.0)
+    tl.store(delta_ptr + i_head * row_length(n_queries) + o_t, b_delta, mask=m_t)
 
 
 @jit(do_not_specialize=["n_heads", "group", "n_queries", "n_keys", "offset", "width"])
@@ -133,8 +133,9 @@ def attention_backward_kernel(
     q_ptr += i_b * stride_q_b + i_h * group * stride_q_h
     dout_ptr += i_b * stride_dout_b + i_h * group * stride_dout_h
     dq_sum_ptr += i_b * stride_dq_b + i_h * group * stride_dq_h
-    lse_ptr += (i_b * n_heads + i_h * group) * n_queries
-    delta_ptr += (i_b * n_heads + i_h * group) * n_queries
+    row = row_length(n_queries)
+    lse_ptr += (i_b * n_heads + i_h * group) * row
+    delta_ptr += (i_b * n_heads + i_h * group) * row
     if head_dim_v is None:
         head_dim_v = head_dim
     queries = _heads(q_ptr, stride_q_h, stride_q_t, group, n_queries, head_dim, BLOCK_T, BLOCK_D)
@@ -146,8 +147,8 @@ def attention_backward_kernel(
             dq_sum_ptr, stride_dq_h, stride_dq_t, group, n_queries, head_dim, BLOCK_T, BLOCK_D
         )
     # By TMA too: pointers would hold 64-bit registers that the products need.
-    lses = tl.make_tensor_descriptor(lse_ptr, [group, n_queries], [n_queries, 1], [1, BLOCK_T])
-    deltas = tl.make_tensor_descriptor(delta_ptr, [group, n_queries], [n_queries, 1], [1, BLOCK_T])
+    lses = tl.make_tensor_descriptor(lse_ptr, [group, n_queries], [row, 1], [1, BLOCK_T])
+    deltas = tl.make_tensor_descriptor(delta_ptr, [group, n_queries], [row, 1], [1, BLOCK_T])
     o_s = start_s + tl.arange(0, BLOCK_S)
     b_k = _rows(k_ptr, stride_k_s, n_keys, head_dim, BLOCK_S, BLOCK_D).load([start_s, 0])
     b_v = _rows(v_ptr, stride_v_s, n_keys, head_dim_v, BLOCK_S, BLOCK_DV).load([start_s, 0])

@@ -16,13 +16,21 @@ class Tiles:
     num_warps: int
     num_stages: int
     specialized: bool = False  # by _attention_hopper's kernels, whose warps share the work
+    late: bool = False  # of the forward: products with values run under the next softmax
 
 
 # By kernel and chip, then by padded head dimension. "large" is for 227 KB of shared memory (sm_90,
 # sm_100), "small" for 99 KB, which all others and the interpreter have; "fp32" is for IEEE
-# products, which no matrix unit makes. None spills more than 56 bytes a thread.
+# products, which no matrix unit makes. "sm_100" is that chip alone, where it has tiles of its own.
+# None spills more than 56 bytes a thread.
 TILES = {
     ("forward", "large"): {
+        32: Tiles(128, 128, 8, 3, late=True),
+        64: Tiles(128, 128, 8, 3, late=True),
+        128: Tiles(128, 128, 8, 2, late=True),
+        256: Tiles(128, 64, 8, 2, late=True),
+    },
+    ("forward", "sm_100"): {
         32: Tiles(128, 128, 8, 3),
         64: Tiles(128, 128, 8, 3),
         128: Tiles(128, 128, 8, 2),
@@ -79,16 +87,18 @@ TILES = {
 }
 
 
-# Options whose masks and scores take more registers than those tiles leave, and the tiles then. On
-# sm_100 all options take the "small" ones.
+# Options whose masks and scores take more registers than those tiles leave, and the tiles then;
+# "padded" are heads that do not fill BLOCK_D. On sm_100 all options take the "small" ones.
 OPTIONS = frozenset({"alibi", "segments", "window", "softcap"})
 WITH_OPTIONS = {
     ("forward", "small", 32): (OPTIONS, Tiles(128, 64, 8, 3)),
     ("forward", "small", 64): (OPTIONS, Tiles(128, 64, 8, 3)),
+    ("forward", "large", 128): ({"padded"}, Tiles(128, 64, 8, 3, late=True)),
     ("forward", "large", 256): (OPTIONS, Tiles(128, 32, 8, 3)),
     ("backward_q", "large", 64): (OPTIONS, Tiles(128, 64, 8, 3)),
     ("backward_q", "fp32", 128): (OPTIONS, Tiles(32, 16, 8, 2)),
     ("backward_kv", "fp32", 128): (OPTIONS, Tiles(16, 32, 8, 2)),
+    ("backward_kv", "large", 128): ({"softcap"}, Tiles(64, 128, 8, 2)),
     ("backward_kv", "large", 256): ({"alibi"}, Tiles(16, 64, 8, 2)),
 }
 
@@ -145,5 +155,9 @@ def choose(
     else:
         large = capability == 90 or (capability in (100, 103) and not used)
         chip = "large" if large else "small"
+        if large and capability != 90 and (kernel, "sm_100") in TILES:
+            chip = "sm_100"
+    if head_dim < block:
+        used |= {"padded"}
     callers, tiles = WITH_OPTIONS.get((kernel, chip, block), ((), None))
     return tiles if tiles and used.intersection(callers) else TILES[kernel, chip][block]

@@ -33,6 +33,7 @@ from ._attention_kernels import (
     attention_forward_kernel,
 )
 from ._attention_masks import (
+    ROW,
     Segments,
     diagonal,
     distances,
@@ -124,8 +125,10 @@ def _constants(
     name: str, head_dim: int, head_dim_v: int, dtype: str, tiles: Tiles
 ) -> dict[str, Any]:
     # The interpreter has no reduction by TMA.
-    tma = dict(TMA=not interpreting()) if name == "backward" else {}
-    return tma | dict(
+    own = dict(TMA=not interpreting()) if name == "backward" else {}
+    if name == "forward" and not tiles.specialized:
+        own = dict(LATE=tiles.late)
+    return own | dict(
         MASK_D=_masks(head_dim, dtype),
         MASK_DV=_masks(head_dim_v, dtype),
         BLOCK_T=tiles.block_t,
@@ -237,6 +240,17 @@ def _like(x: Tensor, head_dim: int | None = None) -> Tensor:
     return y if y.stride(-1) == 1 else torch.empty_like(x, memory_format=CONTIGUOUS)
 
 
+def _per_query(q: Tensor, past: float | None = None) -> Tensor:
+    """A number for each query of each head: (B, Hq, T up to a multiple of ROW) in fp32; `past` is
+    what the kernels shall find past the last query."""
+    batch, n_heads, n_queries, _ = q.shape
+    length = cdiv(n_queries, ROW) * ROW
+    numbers = q.new_empty((batch, n_heads, length), dtype=torch.float32)
+    if past is not None and n_queries < length:
+        numbers.fill_(past)
+    return numbers
+
+
 def _strides(x: Tensor) -> tuple[int, ...]:
     """Of all dimensions but the last; 0 where there is one entry, whose stride means nothing."""
     sizes_strides = zip(x.shape[:-1], x.stride()[:-1], strict=True)
@@ -279,8 +293,8 @@ Shapes = tuple[Tensor, Tensor, Tensor]  # q, k and v, whose sizes are meant
 def _tiles(name: str, like: Shapes, scores: Scores) -> Tiles | None:
     q, _, v = like
     asked = scores.options
-    if q.shape[2] % 4 or q.shape[3] != v.shape[3]:  # see _attention_hopper: lse's rows, by TMA
-        asked = [*asked, "unaligned"]
+    if q.shape[3] != v.shape[3]:
+        asked = [*asked, "unequal"]
     widest = max(q.shape[3], v.shape[3])
     return choose(name, widest, TRITON_TYPE[q.dtype], capability(q.device), asked)
 
@@ -352,11 +366,11 @@ def _attention(
     scale: float,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(out in q's layout, log-sum-exp to base 2 (B, Hq, T)); all D are multiples of 16.
+    """(out in q's layout, log-sum-exp to base 2 of `_per_query`); all D are multiples of 16.
 
     deterministic is for the backward."""
     out = _like(q, v.shape[-1])
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    lse = _per_query(q, math.inf)
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
     rows = [lse, None if sinks is None else sinks * LOG2_E]
     scores = Scores(slopes, q_spans, kv_spans, causal, window, softcap, scale, sinks)
@@ -366,7 +380,7 @@ def _attention(
 
 @_attention.register_fake
 def _(q, k, v, *_):
-    return _like(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return _like(q, v.shape[-1]), _per_query(q)
 
 
 @operation("ponder::attention_backward")
@@ -389,11 +403,11 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, delta); out, log-sum-exp and the rest are as the forward had them.
 
-    dlse is the gradient of the log-sum-exp to base 2. delta (B, Hq, T) is what every key's dp
-    falls by in dscore = p (dp - delta): dout · out - dlse · log2(e).
+    dlse is the gradient of the log-sum-exp to base 2. delta, of `_per_query`, is what every key's
+    dp falls by in dscore = p (dp - delta): dout · out - dlse · log2(e).
     """
     dq, dk, dv = _like(q), _like(k), _like(v)
-    delta = torch.empty_like(lse)  # the first kernel writes it
+    delta = _per_query(q, 0.0)  # the first kernel writes it
     dlse = None if dlse is None else (dlse * LOG2_E).contiguous()
     dout, q, k, v, out = (_aligned(x) for x in (dout, q, k, v, out))
     scores = Scores(slopes, q_spans, kv_spans, causal, window, softcap, scale)
@@ -662,6 +676,7 @@ def attention(  # pyright: ignore[reportInconsistentOverload]  (options are spel
     if segments is not None:
         tables = spans(segments) if cu_seqlens is None else packed_spans(cu_seqlens, segments)
     rules = causal, window, softcap, scale, deterministic
+    n_queries = q.shape[2]
     out, lse = _attention(q, k, v, sinks, slopes, *tables, *rules)
     out = out[..., :head_dim_v]
-    return (out, lse * LN_2) if return_lse else out
+    return (out, lse[..., :n_queries] * LN_2) if return_lse else out
