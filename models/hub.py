@@ -423,7 +423,8 @@ def check_parameters(model: nn.Module, plain: nn.Module) -> None:
 
 
 def checkpoint(model: GPT, kind: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The parameters on the CPU under the names of model type `kind`, a tied head left out."""
+    """A GPT's parameters on the CPU under the names of model type `kind` in its shapes, in `dtype`,
+    a tied head left out."""
     state = {  # named_parameters names a shared parameter once
         name: p.detach().to("cpu", dtype).contiguous() for name, p in model.named_parameters()
     }
