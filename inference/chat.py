@@ -50,14 +50,29 @@ class ChatTokenizer:
         if self.system is not None:
             messages.insert(0, {"role": "system", "content": self.system})
         try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, enable_thinking=True
-            )
+            text = self._write(messages, add_generation_prompt=True)
         except Exception as error:  # a template may raise what it likes: "no system role", say
             raise ValueError(
                 f"the chat template of {self.path} refuses the prompt: {first_line(error)}"
             ) from None
-        return text if opens_thought(text) or not self.think else f"{text}{THINK}\n"
+        return text if opens_thought(text) or not self.think else self._opened(text, messages)
+
+    def _write(self, messages: list[dict[str, str]], **options: bool) -> str:
+        return self.tokenizer.apply_chat_template(
+            messages, tokenize=False, enable_thinking=True, **options
+        )
+
+    def _opened(self, text: str, messages: list[dict[str, str]]) -> str:
+        """The rendered prompt with a thought opened where the template would write an answer's:
+        it may stand behind a space that the prompt's own end leaves out."""
+        answer = f"{THINK}\n?\n{THINK_END}\n\n!"
+        try:
+            whole = self._write([*messages, {"role": "assistant", "content": answer}])
+        except Exception:  # it writes prompts alone
+            whole = text
+        between, found, _ = whole.removeprefix(text).partition(THINK)
+        known = whole.startswith(text) and found and between.isspace()
+        return f"{text}{between if known else ''}{THINK}\n"
 
     def encode(self, prompt: str) -> tuple[tuple[int, ...], bool]:
         """The rendered prompt's tokens, and whether they end inside a thought."""

@@ -11,7 +11,11 @@ PLAIN = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
-ALPHABET = "0123456789+-*=[]abcdefghijklmnopqrstuvwxyz. \n"
+# Ponder's own: a space stands between what asks for an answer and the answer.
+SPACED = "[user]{{ messages[0].content }}{% if messages | length > 1 %}: {{ messages[1].content }}"
+SPACED += "{% elif add_generation_prompt %}:{% endif %}"
+ASKS = "[user]{{ messages[0].content }}:{% if messages | length > 1 %}{{ raise_exception('no') }}"
+ALPHABET = "0123456789+-*=[]abcdefghijklmnopqrstuvwxyz.: \n"
 
 
 @pytest.fixture
@@ -41,10 +45,13 @@ def tokenizer(tmp_path):
         (PLAIN + "{{ '<think>\n' }}", False, "[system]be brief.\n[user]1+1=\n[assistant]<think>\n"),
         # And some ask whether they should.
         (PLAIN + "{{ '<think>' if enable_thinking else '' }}", False, None),
+        (SPACED, True, "[user]1+1=: <think>\n"),
+        (SPACED, False, "[user]1+1=:"),
+        (ASKS + "{% endif %}", True, "[user]1+1=:<think>\n"),
     ],
 )
 def test_a_prompt_is_rendered_as_its_model_expects_it(tokenizer, template, think, text):
-    system = "be brief." if template else None
+    system = "be brief." if template and template.startswith(PLAIN) else None
     chat = ChatTokenizer(tokenizer(template), system=system, think=think)
     text = text or "[system]be brief.\n[user]1+1=\n[assistant]<think>"
     assert chat.render("1+1=") == text
