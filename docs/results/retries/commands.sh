@@ -1,4 +1,4 @@
-# 0.44M parameters; one core of an AMD EPYC, shared with other work: 24 and 8 minutes
+# 0.45M parameters; one core of an AMD EPYC, shared with other work
 ponder train --data task:countdown:traces=path --retries 0.5 --out runs/retries/model --context 256 \
   --n-layer 4 --n-head 3 --n-kv-head 3 --head-dim 32 --n-embd 96 --n-inner 256 --batch-size 64 \
   --lr 2e-3 --full-traces 1 --eval-every 400 --save-every 400 --samples 3 --log-every 20 --steps 2000
