@@ -99,7 +99,7 @@ def candidates(smoke: bool) -> Iterator[tuple[str, int, Tiles]]:
         for name, shapes in HOPPER.items():
             specialized = [Tiles(*numbers, specialized=True) for numbers in shapes] * hopper
             plain = PLAIN if name in module.KERNELS else []
-            if name == "forward" and hopper:
+            if name in ("forward", "backward_kv") and hopper:
                 plain = [*(replace(tiles, late=True) for tiles in plain), *plain]
             for tiles in (plain[:1] + specialized[:1]) if smoke else plain + specialized:
                 yield name, dim, tiles

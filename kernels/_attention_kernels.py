@@ -354,6 +354,7 @@ def attention_backward_kv_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    LATE: tl.constexpr,
 ):
     n_blocks = tl.cdiv(n_keys, BLOCK_S)
     n_kv_heads = n_heads // group
@@ -401,7 +402,8 @@ def attention_backward_kv_kernel(
         of_head = dout_ptr + member * stride_dout_h
         b_dout = _load_some(of_head, o_t, stride_dout_t, n_queries, head_dim_v, MASK_DV, BLOCK_DV)
         b_score = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
-        if BLOCK_D < 128:  # runs under the exponentials; of wider heads no register is left for it
+        # On Hopper dp is made under the exponentials, or of wide heads dv under dscore.
+        if LATE and BLOCK_D < 128:
             b_dp = tl.dot(b_v, tl.trans(b_dout), input_precision="ieee")
         if cap_scale is not None:
             b_score, b_slope = activate_with_slope(b_score * cap_scale, "tanh")
@@ -409,17 +411,20 @@ def attention_backward_kv_kernel(
             b_distance = distance(o_t[None, :], o_s[:, None], n_queries, n_keys)
             b_score -= tl.load(slopes_ptr + member) * b_distance
         b_p = tl.exp2(b_score * score_scale - b_lse[None, :])
-        if not_all_near(start_t, start_s, offset, width, BLOCK_T, BLOCK_S):
-            seen = near(o_t[None, :], o_s[:, None], offset, width)
-            b_p = tl.where(seen, b_p, 0.0)
+        if not LATE:  # (on sm_80 a branch spills)
+            b_p = tl.where(near(o_t[None, :], o_s[:, None], offset, width), b_p, 0.0)
+        elif not_all_near(start_t, start_s, offset, width, BLOCK_T, BLOCK_S):
+            b_p = tl.where(near(o_t[None, :], o_s[:, None], offset, width), b_p, 0.0)
         if q_spans_ptr is not None:
             b_segment_t = tl.load(q_spans_ptr + o_t)
             b_p = tl.where(b_segment_s[:, None] == b_segment_t[None, :], b_p, 0.0)
-        if BLOCK_D >= 128:
+        if LATE and BLOCK_D >= 128:
             b_dp = tl.dot(b_v, tl.trans(b_dout), input_precision="ieee")
         b_dv = tl.dot(b_p.to(b_dout.dtype), b_dout, b_dv, input_precision="ieee")
         if cap_scale is not None:
             b_p *= b_slope
+        if not LATE:
+            b_dp = tl.dot(b_v, tl.trans(b_dout), input_precision="ieee")
         b_delta = tl.load(delta_ptr + member * row + o_t)
         b_dscore = b_p * (b_dp - b_delta[None, :])
         b_dk = tl.dot(b_dscore.to(b_q.dtype), b_q, b_dk, input_precision="ieee")

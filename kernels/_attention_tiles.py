@@ -16,7 +16,7 @@ class Tiles:
     num_warps: int
     num_stages: int
     specialized: bool = False  # by _attention_hopper's kernels, whose warps share the work
-    late: bool = False  # of the forward: products with values run under the next softmax
+    late: bool = False  # not of backward_q: products run under exponentials, on Hopper
 
 
 # By kernel and chip, then by padded head dimension. "large" is for 227 KB of shared memory (sm_90,
@@ -67,6 +67,12 @@ TILES = {
         256: Tiles(16, 16, 8, 2),
     },
     ("backward_kv", "large"): {
+        32: Tiles(64, 128, 8, 3, late=True),
+        64: Tiles(64, 128, 8, 3, late=True),
+        128: Tiles(64, 128, 8, 3, late=True),
+        256: Tiles(32, 64, 8, 3, late=True),
+    },
+    ("backward_kv", "sm_100"): {
         32: Tiles(64, 128, 8, 3),
         64: Tiles(64, 128, 8, 3),
         128: Tiles(64, 128, 8, 3),

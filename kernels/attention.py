@@ -126,7 +126,7 @@ def _constants(
 ) -> dict[str, Any]:
     # The interpreter has no reduction by TMA.
     own = dict(TMA=not interpreting()) if name == "backward" else {}
-    if name == "forward" and not tiles.specialized:
+    if name in ("forward", "backward_kv") and not tiles.specialized:
         own = dict(LATE=tiles.late)
     return own | dict(
         MASK_D=_masks(head_dim, dtype),
