@@ -107,13 +107,17 @@ class SweepConfig:
     verifier: str | None = None
     """a folder that `ponder train --verifier` left: it scores every sample, once, and chooses"""
     temperature: float = 1.0
+    """of the samples; the greedy ones, at 0, come besides"""
     top_k: int = 0
-    """0: off"""
+    """draw from this many most probable tokens; 0: off"""
     top_p: float = 1.0
+    """draw from the fewest tokens that hold this much probability; 1: off"""
     min_p: float = 0.0
+    """draw from tokens with at least this part of the most probable one's chance; 0: off"""
     max_tokens: int | None = None
     """most new tokens of a sample; None: what the context leaves"""
     seed: int = 0
+    """of the problems and the samples"""
     engine: Literal["ponder", "transformers"] = "ponder"
     """transformers: any causal model that Transformers loads"""
     system: str | None = None
@@ -122,7 +126,9 @@ class SweepConfig:
     """of a server's model: the folder or Hub id whose chat template renders the prompts, which
     budgets need; None: the model's own name"""
     searches: tyro.conf.OmitArgPrefixes[SearchOptions] = SearchOptions()
+    """what searches there are, and their width"""
     server: ServerOptions = ServerOptions()
+    """how a served model is asked"""
     slots: int | None = None
     """samples decoded at once; None: 512, or 16 with Transformers"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -248,12 +254,17 @@ class GenerateConfig:
     budget: int | None = None
     """most thinking tokens before </think> is forced"""
     temperature: float = 0.0
+    """0: greedy, the most probable token each time"""
     top_k: int = 0
+    """draw from this many most probable tokens; 0: off"""
     top_p: float = 1.0
+    """draw from the fewest tokens that hold this much probability; 1: off"""
     min_p: float = 0.0
+    """draw from tokens with at least this part of the most probable one's chance; 0: off"""
     max_tokens: int | None = None
     """most new tokens; None: what the context leaves"""
     seed: int = 0
+    """of the samples"""
     engine: Literal["ponder", "transformers"] = "ponder"
     """transformers: any causal model that Transformers loads"""
     system: str | None = None
@@ -262,9 +273,11 @@ class GenerateConfig:
     """of a server's model: the folder or Hub id whose chat template renders the prompts, which a
     budget needs; None: the model's own name"""
     server: ServerOptions = ServerOptions()
+    """how a served model is asked"""
     slots: int | None = None
     """samples decoded at once; None: as many as there are, up to 256"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 on a GPU, and on a CPU where decoding is measured to be faster in it"""
     invariant: bool = False
     """the same samples to the bit whatever the slots, at some cost in speed (ponder's engine)"""
 

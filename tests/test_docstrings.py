@@ -116,3 +116,16 @@ def loss_of(x: Tensor):
     assert faults("bare", bare, no_text) == ["has no docstring"]
     assert len(faults("loss_of", loss, text)) == 3
     assert not faults("loss_of", loss, "x (B, T): the loss in nats. Raises ValueError for ...")
+
+
+@pytest.mark.parametrize(
+    "path", ["training/config", "training/plan", "training/ladder", "inference/config"]
+)
+def test_every_option_says_what_it_is(path):
+    """In --help, that is, and in the reference."""
+    for config in ast.parse((ROOT / f"{path}.py").read_text()).body:
+        if isinstance(config, ast.ClassDef) and config.name.endswith(("Config", "Options")):
+            for field, text in zip(config.body, [*config.body[1:], None], strict=True):
+                if isinstance(field, ast.AnnAssign):
+                    told = isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+                    assert told, f"{config.name}.{ast.unparse(field.target)}"

@@ -47,20 +47,28 @@ class TrainConfig:
     context: int = 128
     """the longest sequence, in tokens"""
     n_layer: int = 4
+    """layers"""
     n_head: int = 4
+    """query heads of a layer"""
     n_kv_head: int = 4
     """fewer than n_head: grouped-query attention"""
     head_dim: int = 32
+    """width of a head"""
     n_embd: int = 128
+    """width of the residual stream"""
     n_inner: int = 384
     """width of the MLP"""
     gated: bool = True
     """a gated MLP (Qwen3, Llama) or a plain one"""
     activation: str = "silu"
+    """of the MLP: silu, gelu, gelu_tanh, relu, relu2, sigmoid, tanh or identity"""
     qk_norm: bool = True
+    """RMS norms on queries and keys, head by head"""
     tie_embeddings: bool = True
+    """the head that gives the logits shares its matrix with the embedding"""
 
     steps: int = 1000
+    """optimizer steps in all"""
     batch_size: int = 32
     """sequences in one step, over all processes and accumulated micro-batches"""
     accumulation: int = 1
@@ -102,7 +110,9 @@ class TrainConfig:
     shard: bool = False
     """split weights, gradients and optimizer states over the processes (FSDP2)"""
     seed: int = 0
+    """of the weights, the order of the data and what tasks draw"""
     log_every: int = 10
+    """steps between two rows of train/metrics.jsonl"""
     eval_every: int = 250
     """0: at the end alone"""
     save_every: int = 250

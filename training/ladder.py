@@ -38,6 +38,7 @@ class ScaleConfig:
     """stdlib (the source of Python's standard library, which every machine has), text:PATH or
     hub:NAME[:COLUMN]"""
     tokenizer: str = "char"
+    """char, byte or bpe:SIZE, learned from the data, or a tokenizer.json"""
     sizes: tuple[str, ...] = ("2x16", "2x32", "2x64", "2x128", "2x192")
     """layers x width"""
     tokens: tuple[int, ...] = (150_000, 300_000, 600_000, 1_200_000)
@@ -45,7 +46,9 @@ class ScaleConfig:
     held_out: str = "2x256"
     """the size of the run that is predicted before it is trained; "": none"""
     held_out_tokens: int = 1_500_000
+    """what it is trained on"""
     context: int = 128
+    """the longest sequence, in tokens"""
     batch_tokens: int = 1024
     """tokens in one step: a law of sizes and tokens needs runs that more steps would not change"""
     lr: float = 0.02
@@ -55,7 +58,9 @@ class ScaleConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """one for all runs: a ladder measures differences of 1 %"""
     compile: bool = False
+    """torch.compile each model, which takes half a minute"""
     seed: int = 0
+    """of the weights and the order of the data, in every run"""
     resamples: int = 1000
     """of the bootstrap"""
     resume: bool = False

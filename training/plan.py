@@ -88,9 +88,11 @@ class PlanConfig:
     """What is to be run, and on what."""
 
     what: Literal["train", "sweep"] = "train"
+    """a training run, or a sweep of samples"""
     device: str = "h100"
     """b200, h200, h100, a100, a100-40, l40s, l4, a10, rtx4090, rtx3090, t4, or cpu: this machine"""
     devices: int = 1
+    """how many of them"""
     context: int = 0
     """0: the model's own"""
     precision: Literal["auto"] | Precision = "auto"
@@ -102,6 +104,7 @@ class PlanConfig:
     """train: in one optimizer step, over all devices; 0: the preset's, without one 524288, on a CPU
     32 sequences; rounded up to what the devices can share"""
     optimizer: Literal["muon", "adamw", "adam", "momentum", "sgd"] = "muon"
+    """train: its states take memory, Muon's products time"""
     shards: int = 0
     """train: devices that weights and states are split over (FSDP); 1: none are (DDP); 0: whatever
     is fastest"""
