@@ -226,9 +226,11 @@ def _norm(module: nn.Module, known: dict) -> type | str | None:
     else:  # T5's LayerNorm is Llama's RMSNorm
         weight, names = _get(module, "weight"), [name for name, _ in module.named_parameters()]
         vector = isinstance(weight, Tensor) and weight.ndim == 1
-        if not old.__name__.endswith("Norm") and not ("Norm" in old.__name__ and vector):
+        named = old.__name__.endswith("Norm")  # Mamba-2's RMSNormGated takes a gate too
+        if not named and not ("Norm" in old.__name__ and vector):
             return None
-        plain = vector and names == ["weight"] and isinstance(hf_layers.epsilon(module), float)
+        plain = named and vector and names == ["weight"]
+        plain = plain and isinstance(hf_layers.epsilon(module), float)
         kinds = ["RMSNorm", "OffsetRMSNorm"] if plain else []
     return _proven(module, kinds, None, known)
 

@@ -829,6 +829,11 @@ def test_every_part_says_what_was_found():
     assert patch(longcat, quiet=True)[0].replaced == 2
     norm = next(p for p in patch(Peer("nemotron").build(), quiet=True) if p.name == "norm")
     assert norm.kept == {"NemotronLayerNorm1P computes something else": 5}
+    mamba = Peer("mamba2", dict(num_heads=8, head_dim=16, n_groups=1, state_size=16)).build()
+    expected = mamba(TOKENS).logits
+    norm = next(p for p in patch(mamba, quiet=True) if p.name == "norm")
+    assert norm.kept == {"MambaRMSNormGated computes something else": 2}
+    assert (mamba(TOKENS).logits - expected).abs().max() < 1e-4
     bert = patch(Peer("bert", dict(is_decoder=True)).build(), quiet=True)
     mlp = next(part for part in bert if part.name == "MLP")
     assert str(mlp) == "  MLP        0 replaced; none was found"
