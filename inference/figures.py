@@ -131,6 +131,8 @@ def draw_searches(axes: Axes, curves: Curves, unit: str, columns: int = 3, title
         if r.setting.startswith("extend="):
             if r.strategy in ("greedy", "sampling"):
                 lines.setdefault(f"{r.strategy}, extended", []).append(r)
+        elif r.strategy == "greedy":
+            lines.setdefault("greedy", []).append(r)
         elif r.strategy == "sampling":  # where both lines begin
             for label in plain.values():
                 if label in lines:

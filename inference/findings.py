@@ -12,7 +12,7 @@ import numpy as np
 from . import estimators, stats
 from .curves import UNITS, Curves
 from .evaluation import SLACK, Result, paired_difference, unit_of
-from .page import budget_order, spread, vote_text
+from .page import spread, vote_text
 from .policy import Policy, bins_of, compute_optimal
 from .scores import latest, scores_of
 from .store import Pool, Store
@@ -227,9 +227,9 @@ def control_rows(curves: Curves, store: Store) -> list[dict[str, Any]]:
             continue
         kept, tokens = [], []
         for r in results:
-            think = store.pool(budget=r.think_budget, params=r.params, seed=r.seed).think_tokens
-            kept.append(float((think <= budget_order(r.think_budget)).mean()))
-            tokens.append(float(think.mean()))
+            pool = store.pool(budget=r.think_budget, params=r.params, seed=r.seed)
+            kept.append(store.kept_to(r.think_budget, r.params, r.seed))
+            tokens.append(float(pool.think_tokens.mean()))
         measures = stats.budget_control(kept, tokens, [r.accuracy for r in results])
         rows.append(
             dict(

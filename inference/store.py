@@ -497,6 +497,19 @@ class Store:
             seconds=array(8, np.float64),
         )
 
+    def kept_to(self, budget: int | None, params: str, seed: int) -> float:
+        """The share of a setting's samples that kept to its budget: no more tokens before </think>,
+        and none behind it that close another thought."""
+        if budget is None:
+            return 1.0
+        rest = "substr(text, instr(text, :end) + length(:end))"
+        [share] = self._db.execute(
+            f"SELECT avg(think_tokens <= :budget AND NOT instr({rest}, :end)) FROM sample"
+            " WHERE budget = :budget AND params = :params AND seed = :seed",
+            dict(budget=budget, params=params, seed=seed, end="</think>"),
+        ).fetchone()
+        return share
+
     def records(self, problem: int, *, budget: int | None, params: str, seed: int) -> list[Record]:
         """The samples of one problem in one setting, texts included, by sample index."""
         rows = self._db.execute(

@@ -15,6 +15,7 @@ from ponder.inference.report import write_report
 from ponder.inference.stats import guess_coverage
 
 from .test_cost import SMALL
+from .test_report import make_store as make_run
 from .test_strategies import make_store
 
 # The vote corrects the first sample of 0; 1 is outvoted; 2 is never right; 3 always.
@@ -62,6 +63,13 @@ def test_control(store):
     assert greedy["measures"].control == 0.5 and greedy["measures"].performance == 0.75
     assert np.isnan(greedy["measures"].scaling)
     assert single["measures"].performance == 1
+
+
+def test_who_thinks_on_behind_the_forced_end_has_not_kept_to_a_budget(tmp_path):
+    texts = ("thought", "cut</think>again")
+    with make_run(tmp_path / "s", budgets=(4, None), texts=texts) as store:
+        for row in control_rows(Curves.of(evaluate(store)), store):
+            assert row["measures"].control == (0.5 + 1) / 2
 
 
 def test_problems_by_how_they_came_out(store):
