@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "models": {"kernels"},
     "tasks": set(),
     "training": {"models", "tasks", "kernels", "provenance", "figures"},
-    "inference": {"models", "tasks", "kernels", "provenance"},
+    "inference": {"figures", "models", "tasks", "kernels", "provenance"},
 }
 FILES = [(room, path) for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
 
