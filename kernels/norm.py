@@ -88,7 +88,7 @@ def _norm_forward_kernel(
         lost = tl.sum(h) / n_cols
         h = tl.where(m_col, h - lost, 0.0)
         tl.store(mean_ptr + i_row, mean + lost)
-    rstd = 1.0 / tl.sqrt(tl.sum(h * h) / n_cols + eps)
+    rstd = tl.rsqrt(tl.sum(h * h) / n_cols + eps)
     weight = tl.load(weight_ptr + o_col, mask=m_col, other=0.0).to(tl.float32)
     y = h * rstd * weight
     if HAS_BIAS:
