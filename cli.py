@@ -278,6 +278,7 @@ def run(arguments: list[str]) -> int:
         print(f"ponder: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("ponder: interrupted; what was finished is kept", file=sys.stderr)
+        kept = "; what was finished is kept" * (arguments[0] not in ("generate", "plan", "info"))
+        print(f"ponder: interrupted{kept}", file=sys.stderr)
         return 130
     return 0

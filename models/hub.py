@@ -134,6 +134,9 @@ def load_config(path: str | os.PathLike[str]) -> GPTConfig:
     """The shape of the GPT in a Hugging Face folder, from its config.json; errors as `load`'s,
     `NotAGPT` where the file is one and says something else."""
     source = _folder(path, ["config.json"]) / "config.json"
+    inside = sorted(source.parent.glob("*/config.json"))  # a demo's model, say
+    if inside and not source.is_file():
+        raise ValueError(f"{source.parent} is no checkpoint; {inside[0].parent} is one")
     kind = ValueError
     try:
         fields = read_json(source)

@@ -328,8 +328,9 @@ class _Run:
                 self._check_finite()
                 self.seconds += time.perf_counter() - self.clock[0]
                 self._save()
+                again = "the same command" if config.resume else "--resume"
                 self.view.say(
-                    f"stopped after step {self.step} of {config.steps}; --resume goes on from there"
+                    f"stopped after step {self.step} of {config.steps}; {again} goes on from there"
                 )
         for tracker in self.accelerator.trackers:
             tracker.finish()

@@ -605,6 +605,7 @@ def test_missing_files(tmp_path, folder):
     (folder / "config.json").rename(tmp_path / "config.json")
     assert "config.json: there is no such file" in refused(folder)
     (tmp_path / "config.json").rename(folder / "config.json")
+    assert refused(folder.parent) == f"{folder.parent} is no checkpoint; {folder} is one"
     (folder / "model.safetensors").unlink()
     assert "neither model.safetensors nor model.safetensors.index.json" in refused(folder)
     (folder / "pytorch_model.bin").write_bytes(b"")
