@@ -44,11 +44,8 @@ def commit() -> str:
 
 def command() -> str:
     """The command line that this process runs, as a shell would take it again."""
-    program = Path(sys.argv[0])
-    # python -m ponder
-    name = (
-        "ponder" if program.resolve() == Path(__file__).with_name("__main__.py") else program.name
-    )
+    program, package = Path(sys.argv[0]), Path(__file__).parent.resolve()
+    name = "ponder" if program.resolve() == package / "__main__.py" else program.name  # python -m
     return shlex.join([name, *sys.argv[1:]])
 
 

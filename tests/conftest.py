@@ -18,7 +18,7 @@ KERNELS = Path(__file__).parent / "kernels"
 if INTERPRET:
     # Triton's own library is built for the interpreter, or not, when it is imported.
     os.environ["TRITON_INTERPRET"] = "1"
-    from .interpreter import mend
+    from ponder.tests.interpreter import mend
 
     mend()
 

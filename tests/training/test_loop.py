@@ -5,6 +5,7 @@ import resource
 import shutil
 import signal
 from dataclasses import replace
+from importlib.metadata import version
 from types import SimpleNamespace
 
 import numpy as np
@@ -73,7 +74,7 @@ def test_a_run_leaves_model_metrics_and_provenance(whole):
     assert [row["val_loss"] is not None for row in rows] == [False, False, True] * 2
     run = json.loads((whole / "run.json").read_text())["train"]
     assert run["configuration"]["steps"] == 6 and run["seed"] == 0
-    assert run["versions"]["torch"] == torch.__version__
+    assert run["versions"]["torch"] == version("torch")
     model = hub.load(whole)
     assert isinstance(model, GPT)
     saved = newest(whole)["model"]
