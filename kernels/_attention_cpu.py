@@ -151,7 +151,8 @@ def _attention_cpu(
 
 @_attention_cpu.register_fake
 def _(q, k, v, ids, causal, window, scale, keep):
-    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(*q.shape[:3], k.shape[2] * keep)
+    kept = q.new_empty(*q.shape[:3], k.shape[2] if keep else 0)
+    return q.new_empty(*q.shape[:3], v.shape[3]), kept
 
 
 @operation("ponder::attention_cpu_backward")

@@ -74,7 +74,7 @@ def test_one_pass_where_keys_past_the_last_would_be_infinite(device, hopper):
     truth = run(lambda *x: attention_reference(*x, False), [x.double() for x in inputs], dout)
     assert hopper()[-1] == "backward"
     for a, b in zip(grads, truth, strict=True):
-        assert relative_error(a, b) < 4 * EPSILON[torch.bfloat16]
+        assert relative_error(a, b) < 8 * EPSILON[torch.bfloat16]
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
@@ -89,7 +89,7 @@ def test_specialized_kernels_take_expanded_gradients(deterministic, device, hopp
         results.append(torch.autograd.grad(out, leaves, weight))
     assert "delta" in hopper()
     for a, b in zip(*results, strict=True):
-        assert relative_error(a, b) < 4 * EPSILON[torch.bfloat16]
+        assert relative_error(a, b) < 8 * EPSILON[torch.bfloat16]
 
 
 @pytest.mark.parametrize(

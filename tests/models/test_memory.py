@@ -135,12 +135,13 @@ def kept(shape, precision):
 def test_the_triton_kernels_keep_what_is_counted(gated, precision, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     shape = GPTConfig(
-        vocab_size=40, context=16, n_layer=1, n_head=4, n_kv_head=2, head_dim=16, n_embd=80,
+        vocab_size=40, context=128, n_layer=1, n_head=4, n_kv_head=2, head_dim=16, n_embd=80,
         n_inner=112, gated=gated, activation="silu" if gated else "relu2",
     )  # fmt: skip
-    # The difference of two layers and one: neither the head nor the first layer's casts.
+    # The difference of two layers and one: neither the head nor the first layer's casts. 128
+    # positions, for attention's log-sum-exps lie in rows of a multiple of that.
     more = kept(replace(shape, n_layer=2), precision) - kept(shape, precision)
-    assert more == 16 * layer_activations(shape, 16, precision, triton=True)
+    assert more == 128 * layer_activations(shape, 128, precision, triton=True)
 
 
 @pytest.mark.parametrize("shape", [PLAIN, GATED, GPT2, QWEN2])
