@@ -36,13 +36,14 @@ def check(
     *,
     reduction: int,
     names: str = "",
+    hardware: float = HARDWARE,
 ) -> None:
     """Assert kernel error ≤ PyTorch's error at the same precision + a derived tolerance.
 
     Truth is `reference` on the inputs in fp64. The tolerance is that of a sum of `reduction`
     products whose roundings are independent: 2 ε sqrt(reduction), ε the unit roundoff of fp32
     (the accumulator), plus 2 ε of the dtype for the roundings of inputs' products and of the
-    output, and on a GPU HARDWARE. `names` labels the outputs and gradients, in order, for the
+    output, and on a GPU `hardware`. `names` labels the outputs and gradients, in order, for the
     message.
     """
     dtype = next(x.dtype for x in inputs if x.is_floating_point())
@@ -55,7 +56,7 @@ def check(
     ours = run(kernel, inputs, upstream)
     torch_own = run(reference, inputs, upstream)
     tolerance = 2 * EPSILON[torch.float32] * reduction**0.5 + 2 * EPSILON[dtype]
-    tolerance += HARDWARE * inputs[0].is_cuda
+    tolerance += hardware * inputs[0].is_cuda
     labels = names.split() or [str(i) for i in range(len(truth))]
     assert len(labels) == len(truth), f"{len(labels)} names for {len(truth)} results"
     for label, a, b, t in zip(labels, ours, torch_own, truth, strict=True):
