@@ -173,11 +173,14 @@ def headlines(curves: Curves) -> list[dict[str, Any]]:
         at = f"{budget_phrase(vote.think_budget)}, temperature {vote.temperature:g}"
         card(single, f"one sample, {at}")
         card(vote, f"the {vote_text(vote.samples)} such samples")
-        better = paired_difference(vote, single)
-        if better is not None:
-            text = f"{points(better.mean)} points ({points(better.low)} to {points(better.high)})"
-            kind = " up" if better.low > 0 else " down" if better.high < 0 else ""
-            cards[-1]["gain"] = dict(text=text, kind=kind)
+        cards[-1]["gains"] = gains = []
+        for other, name in ((single, "one sample"), *((r, "greedy") for r in curves.greedy[-1:])):
+            better = paired_difference(vote, other)
+            if better is not None and other.think_budget == vote.think_budget:
+                span = f"{points(better.low)} to {points(better.high)}"
+                text = f"{points(better.mean)} points over {name} ({span})"
+                kind = " up" if better.low > 0 else " down" if better.high < 0 else ""
+                gains.append(dict(text=text, kind=kind))
     return cards
 
 

@@ -219,7 +219,8 @@ def test_the_page_tells_the_numbers_and_the_corrected_problem(tmp_path):
     assert "Sample 1: wrong" in page.text and "Sample 2: right" in page.text
     assert "first thought</think>first thought" in page.text
     assert "Right in no sample" not in page.text and "1 problems, 100.0 %; 1 shown" in page.text
-    assert "75.0 %" in page.text and "100.0 %" in page.text and "+25.0 points" in page.text
+    assert "75.0 %" in page.text and "100.0 %" in page.text
+    assert "+25.0 points over one sample" in page.text and "+100.0 points over greedy" in page.text
 
 
 def test_hostile_texts_are_escaped(tmp_path):
