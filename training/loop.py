@@ -290,6 +290,8 @@ class _Run:
 
     def go(self) -> Path:
         config = self.config
+        if self.main:
+            note(self.out, "train", {"precision": self.precision})  # what auto came to
         if self.step == config.steps and main_alone(self._model_is_gone):
             self._save()
         with ExitStack() as stack:

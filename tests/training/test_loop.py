@@ -465,6 +465,7 @@ def test_a_resumed_run_keeps_the_precision_that_was_measured(config, monkeypatch
     config = replace(config, out=out, precision="auto")
     train(config)
     assert newest(out)["precision"] == "bf16"
+    assert read_run(out)["train"]["precision"] == "bf16"
     train(replace(config, resume=True))
     assert newest(out)["precision"] == "bf16"
     assert next(measured) == "fp32"  # nobody asked again
