@@ -1,6 +1,7 @@
 """Fused operations with hand-written Triton kernels; on CPU tensors, PyTorch's best operations."""
 
 from ._activations import ACTIVATIONS as ACTIVATIONS  # by name, for models
+from ._runtime import use_triton as use_triton  # likewise: what pays with a kernel alone
 from .attention import attention
 from .cross_entropy import cross_entropy
 from .decode_attention import decode_attention

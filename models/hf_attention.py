@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels import attention, decode_attention
-from ..kernels._runtime import use_triton
+from ..kernels import attention, decode_attention, use_triton
 
 NAME = "ponder"
 MAX_HEAD_DIM = 256
@@ -184,11 +183,18 @@ def attend(
         options["segment_ids"] = (_queries(ids, n_queries), ids)
     elif cu_seq_lens_q is not None:
         options["cu_seqlens"] = cu_seq_lens_q
-    elif n_queries == 1 and causal and use_triton(query) and not torch.is_grad_enabled():
+    elif _decodes(query, key, value) and causal:
         lengths = torch.full((n_row,), n_keys, device=query.device)
         return decode_attention(query, key, value, lengths, **options).transpose(1, 2), None
     y = attention(query, key, value, causal=causal, **options)
     return y.transpose(1, 2).contiguous(), None  # as Transformers' own: AFMoE takes a view of it
+
+
+def _decodes(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether it is one token that the decode kernel takes: without gradients, and with keys and
+    values alike, which DeepSeek-V3's are not."""
+    alike = query.shape[2] == 1 and key.shape == value.shape
+    return alike and use_triton(query) and not torch.is_grad_enabled()
 
 
 def _untold_window(module: nn.Module) -> int | None:

@@ -278,12 +278,12 @@ def test_a_window_that_the_model_leaves_to_the_mask():
     assert (model(TOKENS).logits - near).abs().max() > 1e-2, "no window to be seen"
 
 
-SPARSE = dict(
+LATENT = dict(
     **dict(q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=16, qk_nope_head_dim=16),
     **dict(v_head_dim=16, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1),
     **dict(moe_intermediate_size=32, first_k_dense_replace=2),
-    **dict(index_topk=4, index_n_heads=2, index_head_dim=32),
 )
+SPARSE = LATENT | dict(index_topk=4, index_n_heads=2, index_head_dim=32)
 
 
 @torch.no_grad()
@@ -749,6 +749,18 @@ def test_the_kernels_themselves_under_a_model(monkeypatch):
         assert error < 1e-5, (name, error)
     options = dict(max_new_tokens=2, do_sample=False)
     assert torch.equal(patched.generate(tokens, **options), model.generate(tokens, **options))
+
+
+def test_decoding_where_values_are_not_as_wide_as_keys(monkeypatch):
+    """DeepSeek-V3's, of which the decode kernel takes none."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    model = eager(Peer("deepseek_v3", LATENT | dict(num_hidden_layers=1)))
+    patched = copy.deepcopy(model)
+    patch(patched, quiet=True)
+    options = dict(max_new_tokens=2, do_sample=False, attention_mask=torch.ones(1, 6).long())
+    expected = model.generate(TOKENS[:1, :6], **options)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert torch.equal(patched.generate(TOKENS[:1, :6], **options), expected)
 
 
 @torch.no_grad()
