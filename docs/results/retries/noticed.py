@@ -1,8 +1,8 @@
-"""What a model does behind a right and a wrong first attempt: noticed.py NAME=samples.sqlite ...
+"""What a model does behind a right and a wrong first attempt: noticed.py samples.sqlite
 
-One row for each model and case, of single samples with unlimited thinking: how many there are, the
-share that is right in the end, the share of the other samples of the same problems that is, and the
-share whose second attempt is the first one, word for word.
+One row for each case, of single samples with unlimited thinking: how many there are, the share that
+is right in the end, the share of the other samples of the same problems that is, and the share
+whose second attempt is the first one, word for word.
 """
 
 import csv
@@ -33,20 +33,18 @@ def case(prompt: str, text: str) -> tuple[tuple[str, str], bool]:
 
 def main() -> None:
     table = csv.writer(sys.stdout, lineterminator="\n")
-    table.writerow("model first_attempt tried_again samples right others_right repeated".split())
-    for argument in sys.argv[1:]:
-        name, _, path = argument.partition("=")
-        pools = defaultdict(list)
-        for prompt, text, correct in sqlite3.connect(path).execute(QUERY):
-            pools[prompt].append((case(prompt, text), correct))
-        found = defaultdict(list)
-        for pool in pools.values():
-            total = sum(correct for _, correct in pool)
-            for (kind, repeats), correct in pool:
-                found[kind].append((correct, (total - correct) / (len(pool) - 1), repeats))
-        for kind, rows in sorted(found.items()):
-            shares = (f"{sum(column) / len(rows):.4f}" for column in zip(*rows, strict=True))
-            table.writerow([name, *kind, len(rows), *shares])
+    table.writerow("first_attempt tried_again samples right others_right repeated".split())
+    pools = defaultdict(list)
+    for prompt, text, correct in sqlite3.connect(sys.argv[1]).execute(QUERY):
+        pools[prompt].append((case(prompt, text), correct))
+    found = defaultdict(list)
+    for pool in pools.values():
+        total = sum(correct for _, correct in pool)
+        for (kind, repeats), correct in pool:
+            found[kind].append((correct, (total - correct) / (len(pool) - 1), repeats))
+    for kind, rows in sorted(found.items()):
+        shares = (f"{sum(column) / len(rows):.4f}" for column in zip(*rows, strict=True))
+        table.writerow([*kind, len(rows), *shares])
 
 
 main()
