@@ -7,13 +7,14 @@ exchange rate between that and thinking longer.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from .curves import UNITS, frontier
 from .drawing import picture, svg, wide_and_narrow
 from .evaluation import Result, mark_pareto, unit_of
-from .exchange import duels, equal_accuracy
+from .exchange import Duel, Line, duels, equal_accuracy
 from .figures import draw_exchange, draw_models, draw_policy
-from .findings import policies
+from .findings import Policies, json_of, policies, row_of
 from .page import environment, problems_text, visible, write_files
 from .report import csv_text
 from .store import Store
@@ -26,8 +27,8 @@ def write_comparison(
     *,
     training: Mapping[str, float] | None = None,
 ) -> Path:
-    """Writes results.csv (all rows, `pareto` over all models), figures as PNG and index.html;
-    returns its path.
+    """Writes results.csv (all rows, `pareto` over all models), findings.json (what the page says
+    beyond them), figures as PNG and index.html; returns its path.
 
     results: what `evaluate(store)` gives for each store, each with a name of its model that no
     other has; training: the FLOPs of training by that name, where all are known. Raises ValueError
@@ -42,6 +43,7 @@ def write_comparison(
     models = {of_one[0].model: frontier(of_one, cost) for of_one in results}
     best = sorted(frontier(rows, cost), key=cost)
     policy = policies(rows, stores[0])
+    fought = duels(results) if known else []
     lines = equal_accuracy(results, training) if training and known else []
     traded = any(len(line.points) > 1 for line in lines)
     page = environment().get_template("comparison.html")
@@ -57,13 +59,14 @@ def write_comparison(
         },
         policy=policy,
         by_policy=policy and svg(draw_policy, "policy", policy),
-        duels=duels(results) if known else [],
+        duels=fought,
         lines=lines,
         exchange=traded and svg(draw_exchange, "exchange", lines),
     )
     task, note = visible(rows[0].task), f"95 % intervals over {problems_text(rows)}."
     files = {
         "results.csv": csv_text(rows).encode("utf-8", "replace"),
+        "findings.json": _told(fought, lines, policy).encode(),
         "frontier.png": picture(
             draw_models,
             models,
@@ -82,6 +85,31 @@ def write_comparison(
             note="Each point is a model, at its cheapest setting that reaches the accuracy.",
         )
     return write_files(folder, {**files, "index.html": text.encode()}) / "index.html"
+
+
+def _told(fought: list[Duel], lines: list[Line], policy: Policies | None) -> str:
+    """What the page says beyond its rows, as JSON."""
+
+    def row(r: Result | None, **more: Any) -> dict[str, Any] | None:
+        return r and row_of(r, model=r.model, flops=r.flops_per_problem, **more)
+
+    return json_of(
+        {
+            "duels": [
+                dict(larger=row(d.large), smaller=row(d.small), difference=d.better) for d in fought
+            ],
+            "lines": [
+                dict(
+                    accuracy=line.accuracy,
+                    rate=line.rate,
+                    break_even=line.break_even,
+                    points=[row(p.setting, training_flops=p.training) for p in line.points],
+                )
+                for line in lines
+            ],
+            "policy": policy and policy.told(),
+        }
+    )
 
 
 def _check(results: Sequence[Sequence[Result]], stores: Sequence[Store]) -> None:

@@ -3,7 +3,7 @@
 import functools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 from . import estimators, stats
 from .curves import UNITS, Curves
 from .evaluation import SLACK, Result, paired_difference, unit_of
-from .page import spread, vote_text
+from .page import spread
 from .policy import Policy, bins_of, compute_optimal
 from .scores import latest, scores_of
 from .store import Pool, Store
@@ -32,6 +32,7 @@ class Findings:
     control: list[dict[str, Any]]
     searches: list[dict[str, Any]]
     policy: "Policies | None"
+    difficulty: list[dict[str, Any]]
 
     @classmethod
     def of(cls, results: Sequence[Result], store: Store) -> "Findings":
@@ -47,18 +48,19 @@ class Findings:
             control=control_rows(curves, store),
             searches=search_rows(curves, store) if pool else [],
             policy=policies(results, store),
+            difficulty=difficulty_tables(curves, store),
         )
 
     def json(self) -> str:
-        """As JSON: an interval is {mean, low, high}, no limit and no value are null."""
-        text = {
+        """All that the page shows beyond its rows, as findings.json has it."""
+        told = {
             "choosing": [
-                _row(r, drawn=r.drawn, tokens=r.tokens_per_problem, difference=row["better"])
+                row_of(r, drawn=r.drawn, tokens=r.tokens_per_problem, difference=row["better"])
                 for row in self.choosing
                 for r in [row["r"]]
             ],
             "against_greedy": [
-                _row(r, tokens=r.tokens_per_problem, difference=paired_difference(r, greedy))
+                row_of(r, tokens=r.tokens_per_problem, difference=paired_difference(r, greedy))
                 for greedy in self.curves.greedy
                 for r in self.curves.rows
                 if r.think_budget == greedy.think_budget and r is not greedy and not r.oracle
@@ -72,15 +74,23 @@ class Findings:
             "coverage": self.coverage,
             "control": self.control,
             "searches": [
-                _row(row["r"], cost=row["cost"], best=row["best"])
+                row_of(row["r"], cost=row["cost"], best=row["best"])
                 | dict(rivals={name: asdict(rival) for name, rival in row["rivals"].items()})
                 for row in self.searches
             ],
+            "policy": self.policy and self.policy.told(),
+            "difficulty": self.difficulty,
         }
-        return json.dumps(_plain(text), indent=1) + "\n"
+        return json_of(told)
 
 
-def _row(r: Result, **more: Any) -> dict[str, Any]:
+def json_of(found: Mapping[str, Any]) -> str:
+    """As text: an interval is {mean, low, high}, no limit and no value are null."""
+    return json.dumps(_plain(found), indent=1) + "\n"
+
+
+def row_of(r: Result, **more: Any) -> dict[str, Any]:
+    """What names a row and how accurate it is, and what else is told of it."""
     names = "strategy samples think_budget temperature setting accuracy"
     return {name: getattr(r, name) for name in names.split()} | more
 
@@ -345,6 +355,16 @@ class Policies:
         ]
         return spread(changes, 6)
 
+    def told(self) -> dict[str, Any]:
+        """All budgets, each choice as its rows, as findings.json has it."""
+
+        def choices(policies: list[Policy]) -> list[dict[str, Any]]:
+            ways = [row_of(r, model=r.model) for r in self.ways]
+            return [vars(p) | dict(choice=[ways[way] for way in p.choice]) for p in policies]
+
+        named = dict(unit=self.unit, bins=self.bins)
+        return named | dict(overall=choices(self.overall), split=choices(self.split))
+
     @property
     def guess(self) -> float:
         """What one answer to all problems reaches."""
@@ -386,8 +406,8 @@ def policies(results: Sequence[Result], store: Store) -> Policies | None:
     return Policies(
         unit=unit,
         ways=ways,
-        overall=compute_optimal(scores, costs, budgets),
-        split=compute_optimal(scores, costs, budgets, bins=bins) if several else [],
+        overall=compute_optimal(scores, costs, budgets, slack=SLACK),
+        split=compute_optimal(scores, costs, budgets, bins=bins, slack=SLACK) if several else [],
         bins=names if several else ["all"],
     )
 
@@ -398,11 +418,12 @@ def _span(levels: np.ndarray) -> str:
 
 
 def difficulty_tables(curves: Curves, store: Store) -> list[dict[str, Any]]:
-    """Accuracy by difficulty and budget, for greedy decoding and for the largest vote."""
+    """Accuracy by difficulty and budget, for greedy decoding and for the largest vote: for each a
+    line of cells for some difficulties, a cell for each budget (None without a problem)."""
     difficulty = {i: p.difficulty for i, p in store.problems().items()}
     most = max(curves.votes, default=1)
     tables = []
-    for name, rows in (("Greedy", curves.greedy), (vote_text(most), curves.votes.get(most, []))):
+    for samples, rows in ((1, curves.greedy), (most, curves.votes.get(most, []))):
         if not rows:
             continue
         rows = spread(rows, 9)
@@ -416,5 +437,6 @@ def difficulty_tables(curves: Curves, store: Store) -> list[dict[str, Any]]:
             ]
             lines.append(dict(level=_span(group), problems=int(inside[0].sum()), cells=cells))
         budgets = [r.think_budget for r in rows]
-        tables.append(dict(name=name.capitalize(), budgets=budgets, lines=lines))
+        strategy = rows[0].strategy
+        tables.append(dict(strategy=strategy, samples=samples, budgets=budgets, lines=lines))
     return tables

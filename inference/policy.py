@@ -12,16 +12,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .stats import Interval, accuracy
+from .stats import TAILS, Interval, accuracy
 
 SPLITS = 20
+RESAMPLES, RESAMPLED_SPLITS = 200, 5
 
 
 @dataclass(frozen=True)
 class Policy:
     """What a budget buys. accuracy and cost are of problems that had no part in the choice;
-    `choice` is, for each bin, the way that all problems together would choose. The interval is over
-    problems, choices being what they are: among ways that are nearly equal it is too narrow."""
+    `choice` is, for each bin, the way that all problems together would choose. The interval is
+    over problems, choices made anew: what the same sweep of other problems would come to."""
 
     budget: float
     accuracy: Interval
@@ -43,42 +44,27 @@ def bins_of(level: np.ndarray, count: int = 4) -> np.ndarray:
     return dense[np.searchsorted(values, level)]
 
 
-def choose(
-    scores: np.ndarray, costs: np.ndarray, bins: np.ndarray, count: int, budget: float
-) -> tuple[int, ...]:
-    """For each of `count` bins the most accurate way whose mean cost there is at most the budget.
-
-    Among equally accurate ones the cheapest; where none fits, the cheapest of all (its cost then
-    shows in the policy's own). A bin without problems gets the choice of all problems.
-    """
-    chosen = []
-    for group in range(count):
-        inside = bins == group
-        if not inside.any():
-            inside[:] = True
-        right, cost = scores[:, inside].mean(1).round(12), costs[:, inside].mean(1)
-        fits = cost <= budget
-        if not fits.any():
-            chosen.append(int(cost.argmin()))
-            continue
-        best = np.flatnonzero(fits & (right == right[fits].max()))
-        chosen.append(int(best[cost[best].argmin()]))
-    return tuple(chosen)
-
-
 def compute_optimal(
     scores: np.ndarray,
     costs: np.ndarray,
     budgets: Sequence[float],
     *,
     bins: np.ndarray | None = None,
+    slack: float = 0.0,
 ) -> list[Policy]:
     """The policy for each budget: chosen on one half of the problems, scored on the other.
 
-    Both halves take their turn, over twenty random halvings that keep the bins' shares; a
-    problem's score is the mean over them. bins (P,) int: one choice for each, None for one choice
-    overall. The budget is a mean over the problems of a bin, in the unit of the costs. Raises
-    ValueError for fewer than two problems or shapes that differ.
+    Chosen is the most accurate way whose mean cost is at most the budget, or above it by no more
+    than the share `slack`; among equally accurate ones the cheapest; where none fits, the cheapest
+    of all (its cost then shows in the policy's own). Both halves take their turn, over twenty
+    random halvings that keep the bins' shares. bins (P,) int: one choice for each, None for one
+    choice overall; a bin without problems in a half gets that half's choice of all. The budget is a
+    mean over the problems of a bin, in the unit of the costs.
+
+    The interval is the percentile bootstrap of all of it: problems are resampled, and halved and
+    chosen on again, all copies of a problem in the same half. Source: Jiang, Varma and Simon 2008,
+    "Calculating Confidence Intervals for Prediction Error in Microarray Classification Using
+    Resampling". Raises ValueError for fewer than two problems or shapes that differ.
     """
     if scores.shape != costs.shape or scores.ndim != 2 or scores.shape[1] < 2:
         raise ValueError(
@@ -88,27 +74,72 @@ def compute_optimal(
     count = scores.shape[1]
     bins = np.zeros(count, dtype=int) if bins is None else bins
     rng = np.random.default_rng(0)
-    halves = []
-    for _ in range(SPLITS):
-        order = np.lexsort((rng.random(count), bins))  # shuffled within each bin
-        half = np.zeros(count, dtype=bool)
-        half[order[rng.integers(2) :: 2]] = True
-        halves += [half, ~half]
-    everyone, groups = np.arange(count), int(bins.max()) + 1
+    times = rng.multinomial(count, np.full(count, 1 / count), RESAMPLES)
+    times = np.concatenate([np.ones((SPLITS, count)), times.repeat(RESAMPLED_SPLITS, 0)])
+    half = _halves(bins, len(times), rng)
+    weights = np.concatenate([times * half, times * ~half, np.ones((1, count))])
+    rows = np.arange(len(weights) - 1)
+    other = np.roll(rows, len(times))  # of each row the one of the other half
+    ways = [_Ways.of(scores, costs, weights, bins == group) for group in range(bins.max() + 1)]
     policies = []
     for budget in budgets:
-        score, cost = np.zeros(count), np.zeros(count)
-        for half in halves:
-            chosen = choose(scores[:, half], costs[:, half], bins[half], groups, budget)
-            choice = np.array(chosen)[bins]
-            score[~half] += scores[choice, everyone][~half]
-            cost[~half] += costs[choice, everyone][~half]
-        policies.append(
-            Policy(
-                budget=float(budget),
-                accuracy=accuracy(score / SPLITS),
-                cost=float(cost.mean() / SPLITS),
-                choice=choose(scores, costs, bins, groups, budget),
-            )
-        )
+        right, spent, choice = np.zeros(len(rows)), np.zeros(len(rows)), []
+        for of_bin in ways:
+            chosen = of_bin.chosen(budget * (1 + slack))
+            choice.append(int(chosen[-1]))
+            right += of_bin.scores[other, chosen[:-1]]
+            spent += of_bin.costs[other, chosen[:-1]]
+        right, spent = (x.reshape(2, -1).sum(0) for x in (right, spent))
+        mean, cost = (float(x[:SPLITS].sum() / (SPLITS * count)) for x in (right, spent))
+        drawn = right[SPLITS:].reshape(RESAMPLES, -1).mean(1) / count
+        if np.ptp(drawn) > 1e-9:
+            interval = Interval(mean, *np.quantile(drawn, TAILS).tolist())
+        else:
+            interval = accuracy(np.full(count, mean))
+        policies.append(Policy(float(budget), interval, cost, tuple(choice)))
     return policies
+
+
+def _halves(bins: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """(count, P) bool: as many random halves of the problems, and of those of each bin."""
+    order = np.lexsort((rng.random((count, len(bins))), np.broadcast_to(bins, (count, len(bins)))))
+    half = np.zeros(order.shape, dtype=bool)
+    place = (np.arange(len(bins)) + rng.integers(2, size=(count, 1))) % 2 == 0
+    np.put_along_axis(half, order, place, axis=1)
+    return half
+
+
+@dataclass(frozen=True)
+class _Ways:
+    """M ways on the problems of a bin, for each of R rows of weights."""
+
+    scores: np.ndarray  # (R, M), summed over the bin's problems
+    costs: np.ndarray
+    order: np.ndarray  # (R, M) the ways by their mean cost
+    ascending: np.ndarray  # (R, M) these costs
+    best: np.ndarray  # (R, M) up to each place, that of the most accurate
+
+    @classmethod
+    def of(
+        cls, scores: np.ndarray, costs: np.ndarray, weights: np.ndarray, inside: np.ndarray
+    ) -> "_Ways":
+        some = weights[:, inside]
+        right, spent = some @ scores[:, inside].T, some @ costs[:, inside].T
+        size = np.maximum(some.sum(1, keepdims=True), 1)
+        mean, cost = right / size, spent / size
+        if (empty := ~some.any(1)).any():  # then as of all problems
+            size = np.maximum(weights[empty].sum(1, keepdims=True), 1)
+            mean[empty], cost[empty] = (weights[empty] @ x.T / size for x in (scores, costs))
+        order = cost.argsort(axis=1, kind="stable")
+        mean = np.take_along_axis(mean, order, 1).round(12)
+        most = np.maximum.accumulate(mean, 1)
+        first = np.ones(most.shape, dtype=bool)  # where the most accurate so far is a new one
+        first[:, 1:] = most[:, 1:] > most[:, :-1]
+        best = np.maximum.accumulate(first * np.arange(most.shape[1]), 1)
+        return cls(right, spent, order, np.take_along_axis(cost, order, 1), best)
+
+    def chosen(self, budget: float) -> np.ndarray:
+        """(R,) the way for a budget."""
+        fits = (self.ascending <= budget).sum(1, keepdims=True)
+        place = np.take_along_axis(self.best, np.maximum(fits - 1, 0), 1)
+        return np.take_along_axis(self.order, place, 1)[:, 0]

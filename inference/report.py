@@ -25,7 +25,7 @@ from .figures import (
     draw_searches,
     png,
 )
-from .findings import Findings, difficulty_tables
+from .findings import Findings
 from .page import (
     budget_phrase,
     environment,
@@ -146,7 +146,6 @@ def html(
         by_outcome=shares
         and svg(draw_outcomes, "outcomes", shares, height=1.6 + 0.34 * len(shares)),
         by_policy=found.policy and svg(draw_policy, "policy", found.policy),
-        difficulty=difficulty_tables(curves, store),
         groups=problem_groups(curves, store, examples) if shares else [],
         made=made(run),
         columns=COLUMNS,

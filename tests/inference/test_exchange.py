@@ -123,6 +123,21 @@ def test_the_page_draws_the_exchange_rate(tmp_path):
     page = Page(path.read_text(encoding="utf-8"))
     assert "Training against thinking" in page.text and "pays off after" in page.text
     assert "A smaller model that thinks longer" in page.text
+    told = json.loads((path.parent / "findings.json").read_text())
+    lines = exchange.equal_accuracy(results, training)
+    assert told["lines"][0].keys() == {"accuracy", "rate", "break_even", "points"}
+    assert [(line["accuracy"], line["rate"]) for line in told["lines"]] == [
+        (line.accuracy, None if np.isnan(line.rate) else line.rate) for line in lines
+    ]
+    assert [p["model"] for p in told["lines"][-1]["points"]] == ["small", "large"]
+    for point in (p for line in told["lines"] for p in line["points"]):
+        assert point["training_flops"] == training[point["model"]] and point["flops"] > 0
+    first = told["duels"][0]
+    assert (first["larger"]["model"], first["smaller"]["model"]) == ("large", "small")
+    assert first["difference"]["mean"] == pytest.approx(
+        first["smaller"]["accuracy"] - first["larger"]["accuracy"]
+    )
+    assert {way["model"] for p in told["policy"]["overall"] for way in p["choice"]} >= {"large"}
     for name in ("frontier.png", "exchange.png"):
         assert (path.parent / name).read_bytes().startswith(b"\x89PNG")
     without = write_comparison(tmp_path / "without", *two_models(tmp_path / "two"))

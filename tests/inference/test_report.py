@@ -15,7 +15,7 @@ from ponder import cli
 from ponder.inference.drawing import legend
 from ponder.inference.evaluation import evaluate
 from ponder.inference.figures import png
-from ponder.inference.page import duration, human, points, visible
+from ponder.inference.page import WORDS, duration, human, points, visible
 from ponder.inference.report import COLUMNS, csv_text, write_report
 from ponder.inference.store import Key, Record, Store, StoredProblem
 from ponder.inference.strategies import STRATEGIES
@@ -183,6 +183,21 @@ def test_findings_json(written):
     assert [row["think_budget"] for row in found["outcomes"]] == [0, 4, None]
     assert found["control"][0]["measures"].keys() == {"control", "scaling", "performance"}
     assert found["searches"] == []
+    policy = found["policy"]
+    assert (policy["unit"], policy["bins"]) == ("FLOPs", ["0–2", "3–5", "6–8", "9–11"])
+    assert len(policy["overall"]) == len(policy["split"]) == 10
+    for p, kinds in [(p, 1) for p in policy["overall"]] + [(p, 4) for p in policy["split"]]:
+        assert p["accuracy"]["low"] <= p["accuracy"]["mean"] <= p["accuracy"]["high"]
+        assert len(p["choice"]) == kinds
+        for way in p["choice"]:
+            result = rows[way["strategy"], way["samples"], way["think_budget"]]
+            assert (way["model"], way["accuracy"]) == ("m", result.accuracy)
+    for table in found["difficulty"]:
+        assert [line["level"] for line in table["lines"]] == "0–1 2–3 4–5 6–7 8 9 10 11".split()
+        for place, budget in enumerate(table["budgets"]):
+            parts = [line["problems"] * line["cells"][place] for line in table["lines"]]
+            result = rows[table["strategy"], table["samples"], budget]
+            assert sum(parts) / result.problems == pytest.approx(result.accuracy)
 
 
 def test_unknown_flops_are_empty_in_the_csv(tmp_path):
@@ -209,6 +224,13 @@ def test_the_page_holds_what_it_shows(written):
         assert text in page.text
     assert ("name", "viewport") in page.attributes
     assert "prefers-color-scheme: dark" in source
+
+
+def test_the_policy_names_strategies_as_the_rest_of_the_page_does(written):
+    text = Page((written[1] / "index.html").read_text(encoding="utf-8")).text
+    section = text.split("The compute-optimal policy")[1].split("Budget control")[0]
+    assert "vote" in section
+    assert not {*re.findall(r"[\w@-]+", section)} & (WORDS.keys() - WORDS.values())
 
 
 def test_the_page_tells_the_numbers_and_the_corrected_problem(tmp_path):
