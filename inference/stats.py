@@ -36,7 +36,7 @@ def bootstrap(scores: np.ndarray, *, resamples: int = 10_000, seed: int = 0) -> 
     if scores.ndim != 1 or not len(scores):
         raise ValueError(f"scores have shape {scores.shape}; an interval needs (P,), P at least 1")
     # A few distinct values (0 and 1 most often): how many of each a resample holds is all that
-    # matters, and one multinomial draw gives it; 500 binary scores take 1 ms instead of 30.
+    # matters, and one multinomial draw gives it; 500 binary scores take 1 ms instead of 6.
     values, counts = np.unique(scores, return_counts=True)
     if len(values) < len(scores) // 4:
         shares, rng = counts / len(scores), np.random.default_rng(seed)
@@ -44,18 +44,20 @@ def bootstrap(scores: np.ndarray, *, resamples: int = 10_000, seed: int = 0) -> 
     else:
         draws = _kept_draws if resamples * len(scores) <= KEPT else _draws
         parts = draws(len(scores), resamples, seed)
-        means = np.concatenate([scores[part].mean(1) for part in parts])
+        means = np.concatenate([np.einsum("ij,j", part, scores) for part in parts]) / len(scores)
     low, high = np.quantile(means, TAILS)
     return Interval(float(scores.mean()), float(low), float(high))
 
 
 def _draws(count: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """Which of `count` problems each resample takes: (n, count), n resamples at a time."""
+    """How often each resample takes each of `count` problems: (n, count), n resamples at a time."""
     rng = np.random.default_rng(seed)
     step = max(1, CHUNK // count)
     for start in range(0, resamples, step):
-        size = (min(step, resamples - start), count)
-        yield rng.integers(count, size=size)
+        n = min(step, resamples - start)
+        drawn = rng.integers(count, size=(n, count)) + count * np.arange(n)[:, None]
+        times = np.bincount(drawn.ravel(), minlength=n * count).reshape(n, count)
+        yield times.astype(float)  # for products: at most half of the time that indexing takes
 
 
 @lru_cache(maxsize=1)  # a report asks a hundred times for the same ones
