@@ -43,6 +43,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi3": dict(sliding_window=None),
     "olmo2": {},
     "gpt2": {},
+    "arcee": {},
+    "nemotron": {},
+    "jais2": {},
+    "gpt_neox": {},
+    "starcoder2": {},
+    "phi": {},
 }
 
 

@@ -1,12 +1,10 @@
 """The forwards that `patch` puts into norms and MLPs of Transformers' models.
 
 Each class goes in front of a module's own in a new subclass, so that super() is the module's own
-forward: it computes what a kernel would compute differently. The MLPs name their projections and
-their activation's function; `ponder_activation` is our name of that function, and `ponder_function`
-what `identity` gave for it when it was proven.
+forward: it computes what a kernel would compute differently.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -60,71 +58,75 @@ class LayerNorm(nn.Module):
         return layer_norm(x, self.weight, self.bias, eps=self.eps)
 
 
+class Parts(NamedTuple):
+    """What an MLP is made of, by the names in the module, and its activation as it was proven."""
+
+    projections: tuple[str, ...]
+    function: str
+    dropout: str | None  # of what comes out
+    activation: str  # our name of the function
+    proven: Any  # what `identity` gave for it
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "Parts | None":
+        """Those of a module with two or three matrices, one other function, and at most one
+        dropout, in the order of their registration; its activation is not looked into yet."""
+        children = dict(module.named_children())
+        weights = {name: getattr(m, "weight", None) for name, m in children.items()}
+        matrices = [n for n, w in weights.items() if isinstance(w, Tensor) and w.ndim == 2]
+        dropouts = [name for name, m in children.items() if isinstance(m, nn.Dropout)]
+        own = [n for n, x in vars(module).items() if callable(x) and n[0] != "_" and n != "forward"]
+        functions = [*(children.keys() - matrices - set(dropouts)), *own]
+        if len(matrices) not in (2, 3) or len(functions) != 1 or len(dropouts) > 1:
+            return None
+        return cls(tuple(matrices), functions[0], dropouts[0] if dropouts else None, "", None)
+
+
 class FusedMLP(nn.Module):
     """What the MLPs share: the kernel, where their weights may be read and the activation is still
     the one that was proven."""
 
-    PROJECTIONS: tuple[str, ...]
-    FUNCTION: str
-    ponder_activation: str
-    ponder_function: Any
+    ponder_parts: Parts
 
-    def forward(self, x: Tensor) -> Any:
-        function = getattr(self, self.FUNCTION)
-        proven = identity(function) == type(self).ponder_function  # by self it would be a method
-        projections = (getattr(self, name) for name in self.PROJECTIONS)
-        whole = not (isinstance(function, nn.Module) and hooked(function))
-        if not (proven and whole and readable(*projections)):
-            return super().forward(x)
-        return self.ponder_forward(x)
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        parts = self.ponder_parts
+        function = getattr(self, parts.function)
+        projections = [getattr(self, name) for name in parts.projections]
+        other = identity(function) != parts.proven
+        other = other or (isinstance(function, nn.Module) and hooked(function))
+        if other or options or len(inputs) != 1 or not readable(*projections):
+            return super().forward(*inputs, **options)
+        weights = [p.weight if isinstance(p, nn.Linear) else p.weight.t() for p in projections]
+        y = self.compute(inputs[0], weights, [p.bias for p in projections])
+        return y if parts.dropout is None else getattr(self, parts.dropout)(y)
 
-    def ponder_forward(self, x: Tensor) -> Tensor:
-        """What the kernel gives for x (..., C)."""
+    def compute(self, x: Tensor, weights: Any, biases: Any) -> Tensor:
+        """What the kernel gives for x (..., C) and the projections' weights, as Linear's lie."""
         raise NotImplementedError
 
 
-class GatedMLP(FusedMLP):
-    """Llama's: gate_proj, up_proj and down_proj."""
+class PlainMLP(FusedMLP):
+    """Up and down: GPT-2's (whose matrices lie the other way round), Phi's, GPT-NeoX's."""
 
-    PROJECTIONS = "gate_proj", "up_proj", "down_proj"
-    FUNCTION = "act_fn"
-    gate_proj: Any
-    up_proj: Any
-    down_proj: Any
-
-    def ponder_forward(self, x: Tensor) -> Tensor:
-        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
-        biases = dict(b_gate=gate.bias, b_up=up.bias, b_down=down.bias)
-        weights = gate.weight, up.weight, down.weight
-        return gated_mlp(x, *weights, activation=self.ponder_activation, **biases)
+    def compute(self, x: Tensor, weights: Any, biases: Any) -> Tensor:
+        named = dict(zip(("b_up", "b_down"), biases, strict=True))
+        return mlp(x, *weights, activation=self.ponder_parts.activation, **named)
 
 
 class JoinedMLP(FusedMLP):
-    """Phi-3's: gate and up in one matrix."""
+    """Gate and up in one matrix, and down: Phi-3's."""
 
-    PROJECTIONS = "gate_up_proj", "down_proj"
-    FUNCTION = "activation_fn"
-    gate_up_proj: Any
-    down_proj: Any
-
-    def ponder_forward(self, x: Tensor) -> Tensor:
-        both, down = self.gate_up_proj, self.down_proj
-        gate, up = both.weight.chunk(2)
-        b_gate, b_up = (None, None) if both.bias is None else both.bias.chunk(2)
-        biases: dict[str, Any] = dict(b_gate=b_gate, b_up=b_up, b_down=down.bias)
-        return gated_mlp(x, gate, up, down.weight, activation=self.ponder_activation, **biases)
+    def compute(self, x: Tensor, weights: Any, biases: Any) -> Tensor:
+        (both, down), (b_both, b_down) = weights, biases
+        gate, up = both.chunk(2)
+        b_gate, b_up = (None, None) if b_both is None else b_both.chunk(2)
+        named: dict[str, Any] = dict(b_gate=b_gate, b_up=b_up, b_down=b_down)
+        return gated_mlp(x, gate, up, down, activation=self.ponder_parts.activation, **named)
 
 
-class Conv1DMLP(FusedMLP):
-    """GPT-2's, whose matrices lie the other way round."""
+class GatedMLP(FusedMLP):
+    """Gate, up and down: Llama's."""
 
-    PROJECTIONS = "c_fc", "c_proj"
-    FUNCTION = "act"
-    c_fc: Any
-    c_proj: Any
-    dropout: Any
-
-    def ponder_forward(self, x: Tensor) -> Tensor:
-        up, down = self.c_fc, self.c_proj
-        weights, biases = (up.weight.t(), down.weight.t()), dict(b_up=up.bias, b_down=down.bias)
-        return self.dropout(mlp(x, *weights, activation=self.ponder_activation, **biases))
+    def compute(self, x: Tensor, weights: Any, biases: Any) -> Tensor:
+        named = dict(zip(("b_gate", "b_up", "b_down"), biases, strict=True))
+        return gated_mlp(x, *weights, activation=self.ponder_parts.activation, **named)

@@ -28,8 +28,12 @@ from ..kernels import rotary as turn
 from . import hf_attention, hf_layers
 from .layers import hooked, readable
 
-# The models whose logits are a head's alone, as they are or capped as Gemma's: their loss is known.
-LOSSES = frozenset("llama qwen2 qwen3 mistral smollm3 gemma2 gemma3_text phi3 olmo2 gpt2".split())
+# Models whose logits are a head's alone, as they are or capped as Gemma's, in the five ways that
+# Transformers writes that down; the loss is known of every model with the code of one of them.
+LOSSES = [
+    *("LlamaForCausalLM", "Gemma2ForCausalLM", "GPT2LMHeadModel"),
+    *("NemotronForCausalLM", "GPTNeoXForCausalLM"),
+]
 STATE, OF = "_ponder_patch", "_ponder_of"  # on the model, and on each class that is put in
 _patched: weakref.WeakSet[Any] = weakref.WeakSet()  # some of which may share a config
 
@@ -236,31 +240,28 @@ def _norm(module: nn.Module, known: dict) -> type | str | None:
 
 
 def _mlp(module: nn.Module, known: dict) -> type | str | None:
-    kinds = [
-        kind
-        for kind in (hf_layers.GatedMLP, hf_layers.JoinedMLP, hf_layers.Conv1DMLP)
-        if all(isinstance(_get(module, name), nn.Module) for name in kind.PROJECTIONS)
-    ]
-    if not kinds:
-        named = type(module).__name__.endswith(("MLP", "FFN", "FeedForward", "Experts"))
-        return f"{type(module).__name__} is of no known parts" if named else None
-    kind = kinds[0]
-    for name in kind.PROJECTIONS:
-        if not readable(projection := getattr(module, name)):
+    name, parts = type(module).__name__, hf_layers.Parts.of(module)
+    named = name.endswith(("MLP", "FFN", "FeedForward", "Experts"))
+    if parts is None:
+        return f"{name} is of no known parts" if named else None
+    function = getattr(module, parts.function)
+    if isinstance(function, nn.Module) and hooked(function):
+        return f"{parts.function} is hooked ({type(function).__name__})"
+    activation = _activation(function)
+    if activation is None:
+        return f"no kernel has its activation ({type(function).__name__})" if named else None
+    for part in parts.projections:
+        if not readable(projection := getattr(module, part)):
             weight = type(_get(projection, "weight"))
             if type(projection) is nn.Linear and weight is not nn.Parameter:
-                return f"{name} is quantized or distributed (its weight is a {weight.__name__})"
-            return f"{name} is wrapped or hooked ({type(projection).__name__})"
-    function = _get(module, kind.FUNCTION)
-    if isinstance(function, nn.Module) and hooked(function):
-        return f"{kind.FUNCTION} is hooked ({type(function).__name__})"
-    own = sum(len(list(getattr(module, name).parameters())) for name in kind.PROJECTIONS)
+                return f"{part} is quantized or distributed (its weight is a {weight.__name__})"
+            return f"{part} is wrapped or hooked ({type(projection).__name__})"
+    own = sum(len(list(getattr(module, part).parameters())) for part in parts.projections)
     if len(list(module.parameters())) > own:
-        return f"{type(module).__name__} has parameters beside its projections"
-    activation = None if function is None else _activation(function)
-    if activation is None:
-        return f"no kernel has its activation ({type(function).__name__})"
-    return _proven(module, [kind.__name__], (activation, hf_layers.identity(function)), known)
+        return f"{name} has parameters beside its projections"
+    kinds = ["GatedMLP"] if len(parts.projections) == 3 else ["PlainMLP", "JoinedMLP"]
+    parts = parts._replace(activation=activation, proven=hf_layers.identity(function))
+    return _proven(module, kinds, parts, known)
 
 
 def _rotary(module: nn.Module, known: dict) -> type | str | None:
@@ -320,9 +321,12 @@ def _turning(theirs: Callable) -> Callable | None:
 
 def _loss(model: Any) -> type | str:
     """The model's class with the forward of `_fused`, if its loss is known."""
-    old, kind = type(model), model.config.model_type
-    named = old.__name__.endswith(("ForCausalLM", "LMHeadModel"))
-    if not named or kind not in LOSSES or not old.__module__.startswith("transformers."):
+    import transformers
+
+    old = type(model)
+    known = (getattr(transformers, name) for name in LOSSES)
+    ours = old.__module__.startswith("transformers.")
+    if not ours or not any(_code(old) == _code(kind) for kind in known):
         return f"that of {old.__name__} is not known"
     if "forward" in vars(model):
         return "the model's forward is replaced"
@@ -330,8 +334,15 @@ def _loss(model: Any) -> type | str:
     return _class("loss", old)
 
 
+def _code(kind: type) -> Any:
+    """What a class's forward does, but for its docstring."""
+    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
+    return code and (code.co_code, code.co_names, code.co_varnames, code.co_consts[1:])
+
+
 def _fused(theirs: Callable) -> Callable:
     """A model's forward that computes the loss, where it can, without holding the logits."""
+    caps = "final_logit_softcapping" in inspect.unwrap(theirs).__code__.co_names
 
     @functools.wraps(theirs)
     def forward(self, input_ids=None, *args, labels=None, **kwargs):
@@ -352,7 +363,7 @@ def _fused(theirs: Callable) -> Callable:
             shifted.to(hidden.device).reshape(hidden.shape[:-1]),
             bias=self.lm_head.bias,
             ignore_index=ignored,
-            softcap=getattr(self.config, "final_logit_softcapping", None),
+            softcap=self.config.final_logit_softcapping if caps else None,
             reduction="mean" if count is None else "sum",
         )
         if count is not None:
@@ -382,22 +393,21 @@ def _can_fuse(model: Any, kwargs: dict[str, Any]) -> bool:
     )
 
 
-def _class(kind: str, old: type, activation: tuple[str, Any] | None = None) -> type:
-    """`old` with another forward: a subclass by its name, one for each `kind`; for an MLP with our
-    name of its activation, and what tells that from others."""
-    return _made(kind, old, old.forward, activation)
+def _class(kind: str, old: type, parts: hf_layers.Parts | None = None) -> type:
+    """`old` with another forward: a subclass by its name, one for each `kind`, and each `parts` of
+    an MLP."""
+    return _made(kind, old, old.forward, parts)
 
 
 @functools.cache
-def _made(kind: str, old: type, forward: Any, activation: tuple[str, Any] | None) -> type:
+def _made(kind: str, old: type, forward: Any, parts: hf_layers.Parts | None) -> type:
     members: dict[str, Any] = dict(__module__=old.__module__, __qualname__=old.__qualname__)
-    members |= {OF: (kind, old, activation), "__reduce_ex__": _reduce}
+    members |= {OF: (kind, old, parts), "__reduce_ex__": _reduce, "ponder_parts": parts}
     before = ()
     if kind in _FORWARDS:
         members["forward"] = _FORWARDS[kind](forward)
     else:  # its super() is `old`
         before = (getattr(hf_layers, kind),)
-        members["ponder_activation"], members["ponder_function"] = activation or (None, None)
     return type(old.__name__, (*before, old), members)
 
 
@@ -416,7 +426,7 @@ def _blank(*of: Any) -> nn.Module:
 
 
 def _proven(
-    module: nn.Module, kinds: list[str], activation: tuple[str, Any] | None, known: dict
+    module: nn.Module, kinds: list[str], parts: hf_layers.Parts | None, known: dict
 ) -> type | str:
     """The first of `kinds` that gives what the module's own forward gives, as a class."""
     old = type(module)
@@ -424,10 +434,14 @@ def _proven(
         return "its forward is replaced"
     # Of one class and with the same settings: those may differ from layer to layer.
     simple = bool | int | float | str
-    settings = tuple((name, x) for name, x in vars(module).items() if isinstance(x, simple))
-    key = (old, *kinds, activation, settings)
+    settings = tuple(
+        (name, x if isinstance(x, simple) else id(x))
+        for name, x in vars(module).items()
+        if isinstance(x, simple) or name[0] != "_"
+    )
+    key = (old, *kinds, parts, settings)
     if key not in known:
-        classes = (_class(kind, old, activation) for kind in kinds)
+        classes = (_class(kind, old, parts) for kind in kinds)
         other = f"{old.__name__} computes something else"
         known[key] = next((new for new in classes if _agree(module, new)), other)
     return known[key]
@@ -450,8 +464,12 @@ def _agree(module: nn.Module, new: type) -> bool:
         trial = copy.deepcopy(module, {id(x): type(x)() for x in hooks}).float()
         with torch.random.fork_rng([weight.device] if weight.is_cuda else []):
             torch.manual_seed(0)
-            for p in trial.parameters():
-                p.normal_(std=1.0 if p.ndim == 1 else width**-0.5)
+            for p in (*trial.parameters(), *trial.buffers()):
+                if p.is_floating_point():
+                    p.normal_(std=1.0 if p.ndim == 1 else width**-0.5)
+            for m in trial.modules():
+                if isinstance(m, nn.Dropout):
+                    m.p = 0.5  # where it stands shows at any rate
             for training in (False, True):
                 trial.train(training)
                 for trial.__class__ in (old, new):

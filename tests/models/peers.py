@@ -88,8 +88,8 @@ PEERS = {
 }
 
 
-# What `patch` knows: every kind of norm, MLP, window and position, and sequences of 40 tokens that
-# outgrow the windows.
+# What `patch` knows: every kind of norm, MLP, window, position and head, and sequences of 40 tokens
+# that outgrow the windows.
 GROUPED = dict(num_key_value_heads=2)
 GEMMA = GROUPED | dict(sliding_window=7, query_pre_attn_scalar=20)
 LAYERS = dict(layer_types=["sliding_attention", "full_attention"])
@@ -106,4 +106,10 @@ FAMILIES = {
     "phi3": Peer("phi3", dict(sliding_window=9)),
     "olmo2": Peer("olmo2", GROUPED),
     "gpt2": Peer("gpt2"),
+    "arcee": Peer("arcee", GROUPED | dict(mlp_bias=True)),
+    "nemotron": Peer("nemotron", GROUPED),
+    "jais2": Peer("jais2", GROUPED),
+    "gpt_neox": Peer("gpt_neox"),
+    "starcoder2": Peer("starcoder2", GROUPED | dict(sliding_window=7)),
+    "phi": Peer("phi", GROUPED),
 }

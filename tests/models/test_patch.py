@@ -71,9 +71,12 @@ def test_all_of_a_known_model_is_replaced(pair):
     said = {part.name: part.replaced for part in parts}
     layers = model.config.num_hidden_layers
     norms = [m for m in model.modules() if "Norm" in type(m).__name__]
-    rotary = 0 if model.config.model_type == "gpt2" else layers
-    assert said == dict(attention=layers, rotary=rotary, norm=len(norms), MLP=layers, loss=1)
-    assert not any(part.kept for part in parts)
+    kind = model.config.model_type
+    rotary, norm = (0 if kind == "gpt2" else layers), (0 if kind == "nemotron" else len(norms))
+    assert said == dict(attention=layers, rotary=rotary, norm=norm, MLP=layers, loss=1)
+    kept = {part.name: dict(part.kept) for part in parts if part.kept}
+    other = {"NemotronLayerNorm1P computes something else": 5}
+    assert kept == (dict(norm=other) if kind == "nemotron" else {})
     changed = [
         m for m, n in zip(patched.modules(), model.modules(), strict=True) if type(m) is not type(n)
     ]
@@ -569,6 +572,74 @@ def test_a_module_is_proven_on_a_copy_whatever_its_weights(llama):
         "FailingNorm computes something else": 3,
     }
     assert not calls and patched.model.norms[0].weight.eq(0).all()
+
+
+class ParallelLinear(nn.Linear):
+    """Half of a matrix, whose products another device adds to."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+FORMS = {
+    "up, activation, down, dropout": lambda m, x: m.drop(m.down(m.act(m.up(x)))),
+    "a dropout between": lambda m, x: m.down(m.drop(m.act(m.up(x)))),
+    "a dropout of what comes in": lambda m, x: m.down(m.act(m.up(m.drop(x)))),
+    "two dropouts": lambda m, x: m.drop(m.down(m.drop(m.act(m.up(x))))),
+    "no dropout of that rate": lambda m, x: m.down(m.act(m.up(x))),
+    "down first": lambda m, x: m.drop(m.up(m.act(m.down(x)))),
+    "activation first": lambda m, x: m.drop(m.down(m.up(m.act(x)))),
+    "activation last": lambda m, x: m.drop(m.act(m.down(m.up(x)))),
+    "activation twice": lambda m, x: m.drop(m.act(m.down(m.act(m.up(x))))),
+    "gated by itself": lambda m, x: m.drop(m.down(m.act(m.up(x)) * m.up(x))),
+    "a norm before": lambda m, x: m.drop(m.down(m.act(m.up(nn.functional.rms_norm(x, (64,)))))),
+    "a norm between": lambda m, x: m.drop(m.down(nn.functional.rms_norm(m.act(m.up(x)), (64,)))),
+    "a clamp": lambda m, x: m.drop(m.down(m.act(m.up(x).clamp(-30, 30)))),
+    "a residual": lambda m, x: x + m.drop(m.down(m.act(m.up(x)))),
+    "a scale that is 1 yet": lambda m, x: m.scale * m.drop(m.down(m.act(m.up(x)))),
+    "no bias": lambda m, x: m.drop(nn.functional.linear(m.act(m.up(x)), m.down.weight)),
+    "another bias": lambda m, x: m.drop(m.down(m.act(m.up(x)))) + m.up.bias,
+}
+
+
+class SquareMLP(nn.Module):
+    """Two matrices around an activation, in one of the FORMS, which no simple setting tells."""
+
+    def __init__(self, form: str, linear: type = nn.Linear, rate: float = 0.0):
+        super().__init__()
+        self.up, self.down, self.act = nn.Linear(64, 64), linear(64, 64), nn.GELU()
+        self.drop, self.form = nn.Dropout(rate), [form]
+        self.register_buffer("scale", torch.ones(1))
+
+    def forward(self, x, noise=0.0):
+        return FORMS[self.form[0]](self, x + noise)
+
+
+def test_a_plain_mlp_is_replaced_by_what_it_computes(llama):
+    """Whatever the rate of its dropout is when it is patched."""
+    _, patched = llama
+    torch.manual_seed(0)
+    forms = [(form,) for form in FORMS] + [(next(iter(FORMS)), ParallelLinear)]
+    patched.model.more = nn.ModuleList([SquareMLP(*form) for form in forms])
+    plain = copy.deepcopy(patched.model.more)
+    mlp = next(part for part in patch(patched, quiet=True) if part.name == "MLP")
+    kept = {"SquareMLP computes something else": len(FORMS) - 1}
+    assert mlp.kept == kept | {"down is wrapped or hooked (ParallelLinear)": 1}
+    x, found = torch.randn(2, 9, 64, requires_grad=True), []
+    for mlps in (plain, patched.model.more):
+        for m in mlps:
+            m.train().drop.p, m.scale[:] = 0.25, 3.0
+            torch.manual_seed(1)
+            y = m(x)
+            to = [x, *m.parameters()]
+            found.append([y, *torch.autograd.grad(y.square().sum(), to, materialize_grads=True)])
+    for expected, ours in zip(found[: len(forms)], found[len(forms) :], strict=True):
+        torch.testing.assert_close(ours, expected)
+    ours = patched.model.more[0].eval()
+    assert type(ours) is not SquareMLP
+    for given, options in (((x, 1.0), {}), ((), dict(x=x, noise=1.0))):
+        torch.testing.assert_close(ours(*given, **options), plain[0].eval()(x, 1.0))
+        torch.testing.assert_close(ours(*given, **options), ours(x + 1.0))
 
 
 def test_large_numbers_of_the_proof_are_none_too_large_for_fp16():
