@@ -16,7 +16,7 @@ from .exchange import Duel, Line, duels, equal_accuracy
 from .figures import draw_exchange, draw_models, draw_policy
 from .findings import Policies, json_of, policies, row_of
 from .page import environment, problems_text, visible, write_files
-from .report import csv_text
+from .report import csv_text, vectors
 from .store import Store
 
 
@@ -46,23 +46,16 @@ def write_comparison(
     fought = duels(results) if known else []
     lines = equal_accuracy(results, training) if training and known else []
     traded = any(len(line.points) > 1 for line in lines)
-    page = environment().get_template("comparison.html")
-    text = page.render(
-        first=rows[0],
-        rows=rows,
-        unit=unit,
-        best=best,
-        cost=cost,
-        figures={
-            unit: wide_and_narrow(draw_models, unit, models, best)
+    figures: dict[str, Any] = {
+        "frontier": {
+            unit: wide_and_narrow(draw_models, unit, models, best, unit)
             for unit in (["FLOPs", "Tokens"] if known else ["Tokens"])
-        },
-        policy=policy,
-        by_policy=policy and svg(draw_policy, "policy", policy),
-        duels=fought,
-        lines=lines,
-        exchange=traded and svg(draw_exchange, "exchange", lines),
-    )
+        }
+    }
+    if traded:
+        figures["exchange"] = svg(draw_exchange, "exchange", lines, height=4.4)
+    if policy:
+        figures["policy"] = svg(draw_policy, "policy", policy)
     task, note = visible(rows[0].task), f"95 % intervals over {problems_text(rows)}."
     files = {
         "results.csv": csv_text(rows).encode("utf-8", "replace"),
@@ -73,8 +66,9 @@ def write_comparison(
             best,
             unit,
             title=f"{task}: the Pareto frontier of each model",
-            note=f"Bands: {note} A ring marks what no model beats.",
+            note=f"Bands: {note} The thin line: the frontier of all.",
         ),
+        **vectors(figures),
     }
     if traded:
         files["exchange.png"] = picture(
@@ -82,9 +76,23 @@ def write_comparison(
             lines,
             columns=4,
             title=f"{task}: lines of equal accuracy",
-            note="Each point is a model, at its cheapest setting that reaches the accuracy.",
+            note="Each point is a model at its cheapest setting that reaches the accuracy: "
+            "strategy, thinking tokens × samples.",
         )
-    return write_files(folder, {**files, "index.html": text.encode()}) / "index.html"
+    page = environment().get_template("comparison.html")
+    text = page.render(
+        first=rows[0],
+        rows=rows,
+        unit=unit,
+        best=best,
+        cost=cost,
+        figures=figures,
+        policy=policy,
+        duels=fought,
+        lines=lines,
+        beside=files,
+    )
+    return write_files(folder, files | {"index.html": text.encode()}) / "index.html"
 
 
 def _told(fought: list[Duel], lines: list[Line], policy: Policies | None) -> str:

@@ -9,10 +9,17 @@ from typing import Any
 import matplotlib
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import (
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    NullLocator,
+)
 
 from ..figures import STYLE
 from .evaluation import Result
@@ -76,10 +83,19 @@ def svg(draw, name: str, *of, width: float = 4.8, height: float = 3.7, **options
     return Markup(text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1))
 
 
-def wide_and_narrow(draw, unit: str, *of, columns: int = 3) -> tuple[Markup, Markup]:
+def wide_and_narrow(draw, name: str, *of, columns: int = 3) -> tuple[Markup, Markup]:
     """A figure twice, for wide screens and for narrow ones; columns: of the wide one's legend."""
-    wide = svg(draw, f"wide-{unit}", *of, unit, width=8.6, height=4.3, columns=columns)
-    return wide, svg(draw, f"narrow-{unit}", *of, unit, height=4.4)
+    wide = svg(draw, f"wide-{name}", *of, width=8.6, height=4.3, columns=columns)
+    return wide, svg(draw, f"narrow-{name}", *of, height=4.4)
+
+
+def standalone(figure: Markup) -> bytes:
+    """An inline figure as a file of its own, in the colours of the PNG."""
+    text = str(figure)  # a Markup's own methods escape
+    for colour, value in COLOURS.items():
+        text = text.replace(f"var(--{colour})", value)
+    size = r'width="\1pt" height="\2pt" font-family="DejaVu Sans, Arial, sans-serif"'
+    return re.sub(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', rf"{size} \g<0>", text, count=1).encode()
 
 
 def shades(items: Sequence, name: str) -> dict[Any, str]:
@@ -107,26 +123,32 @@ def line(
     axes.plot(x, [r.accuracy for r in rows], style, color=colour, label=label)
 
 
-def rings(axes: Axes, best: Sequence[Result], cost: Callable[[Result], float]) -> None:
+def staircase(axes: Axes, best: Sequence[Result], costs: Sequence[float], cost) -> None:
+    """The most accurate that each cost allows, up to the greatest of `costs`."""
+    rows = sorted(best, key=cost)
+    if not rows:  # bounds alone, which do not compete
+        return
     axes.plot(
-        [cost(r) for r in best],
-        [r.accuracy for r in best],
-        "o",
-        markersize=9,
-        markerfacecolor="none",
-        markeredgecolor=COLOURS["ink"],
-        markeredgewidth=1.1,
+        [*(cost(r) for r in rows), max(costs)],
+        [*(r.accuracy for r in rows), rows[-1].accuracy],
+        color=COLOURS["ink"],
+        drawstyle="steps-post",
+        linewidth=0.9,
+        zorder=1.5,
         label="Pareto frontier",
     )
 
 
-def cost_axis(axes: Axes, costs: Sequence[float], label: str, tick: Callable[[float], str]) -> None:
-    axes.set_xscale("log")
-    wide = max(costs, default=1) > 300 * min(costs, default=1)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5)))
-    axes.set_xlabel(label)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: tick(x)))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+def cost_axis(axis: Axis, costs: Sequence[float], label: str, tick: Callable[[float], str]) -> None:
+    """A logarithmic axis, with the more ticks to a decade the fewer decades there are."""
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})  # type: ignore
+    ratio = max(costs, default=1) / min(costs, default=1)
+    halves = [n / 2 for n in range(2, 20)]
+    steps = ((2, halves), (5, halves[::2]), (300, (1, 2, 5)), (math.inf, (1,)))
+    axis.set_major_locator(LogLocator(subs=next(subs for most, subs in steps if ratio <= most)))
+    axis.set_label_text(label)
+    axis.set_major_formatter(FuncFormatter(lambda x, _: tick(x)))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def samples_axis(axes: Axes, sizes: Sequence[int]) -> None:
@@ -141,8 +163,9 @@ def finish(axes: Axes, guess: float, columns: int, title: str = "") -> None:
     drawn = axes.dataLim.ymax
     line = axes.axhline(guess, color=COLOURS["muted"], linestyle=(0, (5, 4)), linewidth=1.2)
     line.set_label("best guess")
-    top = next((top for top in (0.1, 0.2, 0.5) if max(drawn, guess) < 0.9 * top), 1.0)
+    top = next((top for top in (0.1, 0.2, 0.4, 0.6, 0.8) if max(drawn, guess) < top), 1.0)
     axes.set_ylim(0, 1.03 * top)
+    axes.yaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.0f} %"))
     axes.set_ylabel("Accuracy")
     axes.grid(axis="x", visible=False)

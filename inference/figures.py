@@ -1,12 +1,12 @@
 """The figures of a report."""
 
-import math
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, NullLocator
 
 from .curves import UNITS, Curves, frontier
 from .drawing import (
@@ -17,17 +17,16 @@ from .drawing import (
     line,
     note,
     picture,
-    rings,
     samples_axis,
     shades,
+    staircase,
 )
 from .evaluation import Result
 from .exchange import Line
 from .findings import Policies
-from .page import human, problems_text, short_budget, spread, visible, vote_text
+from .page import WORDS, human, problems_text, short_budget, spread, visible, vote_text, way_text
 
-# Labels of points whose cost differs by less than that share, and accuracy by less, would overlap.
-CLOSE = 0.2, 0.05
+CLOSE = 0.05, 0.05  # of the axes' width and height: the labels of such points would overlap
 VERIFIED = ", verifier"  # behind the name of a search that a trained verifier judged
 
 
@@ -52,55 +51,47 @@ def draw_compute(
     lines = _lines(curves)
     for label, colour, rows in lines:
         line(axes, [cost(r) for r in rows], rows, label, colour)
+    best = frontier(curves.rows, cost)
+    drawn = [r for _, _, rows in lines for r in rows]
+    others: dict[str, list[Result]] = {}
+    for r in best:
+        if r not in drawn:
+            name = WORDS.get(r.strategy, r.strategy)
+            others.setdefault(name + ", extended" * r.setting.startswith("extend="), []).append(r)
+    for (name, rows), marker in zip(others.items(), itertools.cycle("DsvP^X*"), strict=False):
+        place = [cost(r) for r in rows], [r.accuracy for r in rows]
+        axes.plot(*place, marker, color=COLOURS["ink"], label=name)
+        drawn += rows
+    costs = [cost(r) for r in drawn]
+    staircase(axes, best, costs, cost)
+    cost_axis(axes.xaxis, costs, axis, tick)
+    finish(axes, curves.guess, min(columns, 4) if curves.by_samples else columns, title)
     if curves.by_samples:
         for r in spread([r for rows in curves.votes.values() for r in rows], 9):
             note(axes, f"{r.samples:,}", (cost(r), r.accuracy), (0, -13), "center")
     else:
         _name_budgets(axes, curves.greedy or curves.votes.get(1, []), cost)
-    best = frontier(curves.rows, cost)
-    drawn = [r for _, _, rows in lines for r in rows]
-    others = [r for r in best if r not in drawn]
-    axes.plot(
-        [cost(r) for r in others],
-        [r.accuracy for r in others],
-        "D",
-        markersize=4.5,
-        color=COLOURS["ink"],
-        label="another strategy" if others else None,
-    )
-    rings(axes, best, cost)
-    cost_axis(axes, [cost(r) for r in drawn + others], axis, tick)
-    finish(axes, curves.guess, min(columns, 4) if curves.by_samples else columns, title)
 
 
 def _name_budgets(axes: Axes, rows: Sequence[Result], cost: Callable[[Result], float]) -> None:
-    """The rows' budgets beside their points."""
-    before = None
-    for group in _near(rows, cost):
-        first, last = group[0], group[-1]
-        label = "–".join(dict.fromkeys(short_budget(r.think_budget) for r in (first, last)))
-        # Clear of the line, which arrives from below, and of the ring around a point.
-        level = before is not None and abs(last.accuracy - before.accuracy) < CLOSE[1]
-        left, right = sorted((first, last), key=cost)
-        r, off, side = (right, 8, "left") if level else (left, -8, "right")
-        note(axes, label, (cost(r), r.accuracy), (off, 0), side)
-        before = last
-
-
-def _near(rows: Sequence[Result], cost: Callable[[Result], float]) -> list[list[Result]]:
-    """The rows, those together whose labels would stand on each other."""
-    groups: list[list[Result]] = []
-    for r in spread(rows, 9):
-        first = groups[-1][0] if groups else None
-        if (
-            first
-            and abs(cost(r) / cost(first) - 1) < CLOSE[0]
-            and abs(r.accuracy - first.accuracy) < CLOSE[1]
-        ):
-            groups[-1].append(r)
+    """The rows' budgets beside their points, those together whose labels would overlap."""
+    rows, to_axes = spread(rows, 9), axes.transData - axes.transAxes
+    places = to_axes.transform([(cost(r), r.accuracy) for r in rows])
+    groups: list[list[int]] = []
+    for i, place in enumerate(places):
+        if groups and (abs(place - places[groups[-1][0]]) < CLOSE).all():
+            groups[-1].append(i)
         else:
-            groups.append([r])
-    return groups
+            groups.append([i])
+    before = None
+    for first, last in ((group[0], group[-1]) for group in groups):
+        label = "–".join(dict.fromkeys(short_budget(rows[i].think_budget) for i in (first, last)))
+        # Clear of the line, which arrives from below.
+        level = before is not None and abs(places[last] - places[before])[1] < CLOSE[1]
+        left, right = sorted((first, last), key=lambda i: places[i][0])
+        i, off, side = (right, 8, "left") if level else (left, -8, "right")
+        note(axes, label, (cost(rows[i]), rows[i].accuracy), (off, 0), side)
+        before = last
 
 
 def draw_models(
@@ -156,7 +147,7 @@ def _compare(
     columns: int,
     title: str,
 ) -> None:
-    """A line of accuracy against cost for each label, and rings around the best rows. "NAME,
+    """A line of accuracy against cost for each label, and the frontier of the best rows. "NAME,
     verifier" has NAME's colour; NAME is then dashed."""
     axis, cost, tick = UNITS[unit]
     names = "vote-4 greedy budget-3 outvoted ink vote-2 budget-1 muted never vote-1".split()
@@ -166,11 +157,11 @@ def _compare(
         colour = COLOURS[names[kinds.index(label.removesuffix(VERIFIED)) % len(names)]]
         style = "o--" if label + VERIFIED in lines else "o-"
         line(axes, [cost(r) for r in rows], rows, label, colour, style)
-    rings(axes, best, cost)
     rows = [r for of_one in lines.values() for r in of_one]
-    cost_axis(axes, [cost(r) for r in rows], axis, tick)
+    costs = [cost(r) for r in rows]
+    staircase(axes, best, costs, cost)
+    cost_axis(axes.xaxis, costs, axis, tick)
     finish(axes, rows[0].guess_accuracy, columns, title)
-    axes.set_ylim(0, math.ceil(5 * max(r.ci_high for r in rows)) / 5 + 0.03)
 
 
 def draw_coverage(axes: Axes, rows: Sequence[dict[str, Any]], title: str = "") -> None:
@@ -211,13 +202,21 @@ def draw_exchange(axes: Axes, lines: Sequence[Line], columns: int = 2, title: st
         training, inference, _ = zip(*of_one.points, strict=True)
         label = f"at least {100 * of_one.accuracy:.0f} %"
         axes.plot(training, inference, "o-", color=colours[of_one.accuracy], label=label)
-    points = [point for of_one in shown for point in of_one.points]
-    cost_axis(axes, [p.training for p in points], "FLOPs of training", human)
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: human(y)))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_ylabel(UNITS["FLOPs"][0])
+    points = {point[:2]: point for of_one in shown for point in of_one.points}.values()
+    cost_axis(axes.xaxis, [p.training for p in points], "FLOPs of training", human)
+    cost_axis(axes.yaxis, [p.inference for p in points], UNITS["FLOPs"][0], human)
+    first = {of_one.points[0][:2] for of_one in shown}
+    for p in points:  # clear of the line, which falls
+        off, side = ((6, 7), "left") if p[:2] in first else ((-6, -8), "right")
+        note(axes, way_text(p.setting), p[:2], off, side)
+    models: dict[float, str] = {}
+    for p in points:
+        models[p.training] = visible(p.setting.model)
+    names = axes.secondary_xaxis("top")
+    names.set_xticks(list(models), list(models.values()), rotation=15, ha="left")
+    names.xaxis.set_minor_locator(NullLocator())
+    names.spines["top"].set_visible(False)
+    axes.margins(0.1, 0.1)
     axes.tick_params(length=3)
     legend(axes, columns, title)
 
@@ -232,7 +231,7 @@ def draw_policy(axes: Axes, found: Policies) -> None:
         axes.fill_between(cost, three[:, 1], three[:, 2], color=colour, alpha=0.16, linewidth=0)
         axes.plot(cost, three[:, 0], "o-", color=colour, label=label)
     label, _, tick = UNITS[found.unit]
-    cost_axis(axes, [p.cost for _, _, policies in lines for p in policies], label, tick)
+    cost_axis(axes.xaxis, [p.cost for _, _, policies in lines for p in policies], label, tick)
     finish(axes, found.guess, 3)
 
 

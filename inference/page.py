@@ -1,6 +1,7 @@
 """How a page is written: its template's environment, and the wording of numbers and budgets."""
 
 import math
+import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -56,12 +57,14 @@ def environment() -> jinja2.Environment:
         "percent": percent,
         "human": human,
         "duration": duration,
-        "budget": budget_text,
         "short_budget": short_budget,
         "budget_phrase": budget_phrase,
         "vote": vote_text,
+        "way": way_text,
+        "setting": setting_text,
         "points": points,
         "problems": problems_text,
+        "whole": lambda text: text.replace(" ", "\N{NO-BREAK SPACE}"),
         "minus": lambda text: text.replace("-", "−"),
         "words": lambda name: WORDS.get(name, name),
     }
@@ -92,16 +95,23 @@ def budget_phrase(budget: int | None) -> str:
     return "unlimited thinking" if budget is None else f"thinking budget {budget:,}"
 
 
-def budget_text(budget: int | None) -> str:
-    return "no limit" if budget is None else f"{budget:,}"
-
-
 def short_budget(budget: int | None) -> str:
     return "∞" if budget is None else f"{budget:,}"
 
 
 def vote_text(samples: int) -> str:
     return "1 sample" if samples == 1 else f"vote of {samples}"
+
+
+def way_text(r: Any) -> str:
+    """A row's strategy, thinking tokens and samples, where there are several."""
+    samples = f" × {r.samples}" if r.samples > 1 else ""
+    return f"{WORDS.get(r.strategy, r.strategy)}, {short_budget(r.think_budget)}{samples}"
+
+
+def setting_text(setting: str) -> str:
+    """A row's setting, the hash of a verifier in short."""
+    return re.sub(r"(judge=[0-9a-f]{6})[0-9a-f]{10}", r"\1", setting)
 
 
 def problems_text(results: Sequence[Any]) -> str:

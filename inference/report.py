@@ -13,7 +13,7 @@ from typing import Any
 
 from .browser import problem_groups
 from .curves import Curves
-from .drawing import picture, svg, wide_and_narrow
+from .drawing import picture, standalone, svg, wide_and_narrow
 from .evaluation import Result, paired_difference, unit_of
 from .figures import (
     draw_budgets,
@@ -55,8 +55,8 @@ def write_report(
     examples: int = 5,
 ) -> Path:
     """Writes results.csv, findings.json (what the page says beyond those rows),
-    accuracy_vs_compute.png (and, where there is anything to draw, coverage.png and searches.png)
-    and index.html; returns the page's path.
+    accuracy_vs_compute.png (and, where there is anything to draw, coverage.png and searches.png),
+    every figure as SVG, and index.html; returns the page's path.
 
     results: rows of one task and model, as `evaluation.evaluate(store)` gives them; store: where
     problems, samples and difficulties are read; run: what run.json holds of the sweep, printed
@@ -85,15 +85,49 @@ def write_report(
             title=f"{task}: searches beside independent samples",
             note=f"Along a line the number of samples, lines or expansions grows. Bands: {note}",
         )
-    page = html(results, store, found, run=run or {}, examples=examples)
+    figures = drawn(found, unit_of(results))
     files = {
         "results.csv": csv_text(results).encode("utf-8", "replace"),
         "findings.json": found.json().encode(),
         "accuracy_vs_compute.png": png(results),
         **pictures,
-        "index.html": page.encode(),
+        **vectors(figures),
     }
-    return write_files(folder, files) / "index.html"
+    page = html(results, store, found, figures, files, run=run or {}, examples=examples)
+    return write_files(folder, files | {"index.html": page.encode()}) / "index.html"
+
+
+def drawn(found: Findings, unit: str) -> dict[str, Any]:
+    """The page's figures, each inline SVG or a pair of it for wide and narrow screens, by the names
+    of their files; compute is one for each unit."""
+    curves, shares, figures = found.curves, found.outcomes, {}
+    figures["accuracy_vs_compute"] = {
+        unit: wide_and_narrow(draw_compute, unit, curves, unit, columns=7) for unit in curves.units
+    }
+    if len(curves.budgets) > 1:
+        figures["budgets"] = svg(draw_budgets, "budgets", curves)
+    if len(curves.votes) > 1:
+        figures["samples"] = svg(draw_samples, "samples", curves)
+    if found.searches:
+        figures["searches"] = wide_and_narrow(draw_searches, "searches", curves, unit, columns=5)
+    if any(row["fit"] for row in found.coverage):
+        figures["coverage"] = svg(draw_coverage, "coverage", found.coverage)
+    if shares:
+        height = 1.6 + 0.34 * len(shares)
+        figures["outcomes"] = svg(draw_outcomes, "outcomes", shares, height=height)
+    if found.policy:
+        figures["policy"] = svg(draw_policy, "policy", found.policy)
+    return figures
+
+
+def vectors(figures: Mapping[str, Any]) -> dict[str, bytes]:
+    """The figures of a page as files of their own: of several the first, of a pair the wide one."""
+    files = {}
+    for name, figure in figures.items():
+        if isinstance(figure, Mapping):
+            figure = next(iter(figure.values()))
+        files[f"{name}.svg"] = standalone(figure[0] if isinstance(figure, tuple) else figure)
+    return files
 
 
 def csv_text(results: Iterable[Result]) -> str:
@@ -120,36 +154,32 @@ def html(
     results: Sequence[Result],
     store: Store,
     found: Findings,
+    figures: Mapping[str, Any],
+    beside: Iterable[str],
     *,
     run: Mapping[str, Any],
     examples: int,
 ) -> str:
-    """The page as text. Everything that is not markup of this file is escaped."""
-    curves, shares, unit = found.curves, found.outcomes, unit_of(results)
-    template = environment().get_template("report.html")
-    return template.render(
-        **vars(found),
-        first=results[0],
-        split=store.identity.get("split", "test"),
-        results=results,
-        headlines=headlines(curves),
-        compute={
-            unit: wide_and_narrow(draw_compute, unit, curves, columns=7) for unit in curves.units
-        },
-        by_budget=len(curves.budgets) > 1 and svg(draw_budgets, "budgets", curves),
-        by_samples=len(curves.votes) > 1 and svg(draw_samples, "samples", curves),
-        unit=unit,
-        by_search=found.searches
-        and svg(draw_searches, "searches", curves, unit, width=8.6, height=4.3, columns=5),
-        by_coverage=any(row["fit"] for row in found.coverage)
-        and svg(draw_coverage, "coverage", found.coverage),
-        by_outcome=shares
-        and svg(draw_outcomes, "outcomes", shares, height=1.6 + 0.34 * len(shares)),
-        by_policy=found.policy and svg(draw_policy, "policy", found.policy),
-        groups=problem_groups(curves, store, examples) if shares else [],
-        made=made(run),
-        columns=COLUMNS,
-        field=_csv_field,
+    """The page as text; beside: the names of the files that it names. Everything that is not markup
+    of this file is escaped."""
+    curves = found.curves
+    return (
+        environment()
+        .get_template("report.html")
+        .render(
+            **vars(found),
+            first=results[0],
+            split=store.identity.get("split", "test"),
+            results=results,
+            headlines=headlines(curves),
+            figures=figures,
+            unit=unit_of(results),
+            groups=problem_groups(curves, store, examples) if found.outcomes else [],
+            made=made(run),
+            columns=COLUMNS,
+            field=_csv_field,
+            beside=beside,
+        )
     )
 
 

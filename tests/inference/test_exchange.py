@@ -8,6 +8,7 @@ import pytest
 from ponder.inference import exchange
 from ponder.inference.comparison import write_comparison
 from ponder.inference.evaluation import evaluate
+from ponder.inference.page import way_text
 from ponder.models import hub
 from ponder.training import preset
 from ponder.training.loop import train
@@ -138,6 +139,9 @@ def test_the_page_draws_the_exchange_rate(tmp_path):
         first["smaller"]["accuracy"] - first["larger"]["accuracy"]
     )
     assert {way["model"] for p in told["policy"]["overall"] for way in p["choice"]} >= {"large"}
+    figure = (path.parent / "exchange.svg").read_text()
+    for point in (p for line in lines if len(line.points) > 1 for p in line.points):
+        assert point.setting.model in figure and way_text(point.setting) in figure
     for name in ("frontier.png", "exchange.png"):
         assert (path.parent / name).read_bytes().startswith(b"\x89PNG")
     without = write_comparison(tmp_path / "without", *two_models(tmp_path / "two"))

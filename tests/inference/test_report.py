@@ -5,6 +5,7 @@ import random
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from matplotlib.figure import Figure
@@ -12,15 +13,17 @@ from PIL import Image
 
 import ponder
 from ponder import cli
-from ponder.inference.drawing import legend
+from ponder.inference.curves import Curves, frontier
+from ponder.inference.drawing import cost_axis, finish, legend
 from ponder.inference.evaluation import evaluate
-from ponder.inference.figures import png
+from ponder.inference.figures import draw_compute, png
 from ponder.inference.page import WORDS, duration, human, points, visible
 from ponder.inference.report import COLUMNS, csv_text, write_report
 from ponder.inference.store import Key, Record, Store, StoredProblem
 from ponder.inference.strategies import STRATEGIES
 
 from .test_cost import SMALL
+from .test_strategies import make_store as store_of_answers
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -214,16 +217,70 @@ def test_the_page_holds_what_it_shows(written):
     for tag in ("script", "link", "iframe", "img", "object", "form"):
         assert tag not in page.tags
     addresses = [v for k, v in page.attributes if k in ("src", "href", "xlink:href")]
-    assert all(address.startswith("#") for address in addresses)
+    beside = [address for address in addresses if not address.startswith("#")]
+    files = {path.name for path in written[1].iterdir()}
+    assert {*beside, "index.html"} == files and len(beside) == len(files) - 1
     assert "url(http" not in source and "@import" not in source
     ids = [v for k, v in page.attributes if k == "id"]
     assert len(ids) == len(set(ids))
     for reference in addresses:
-        assert reference[1:] in ids
+        assert reference in beside or reference[1:] in ids
     for text in ("ponder sweep --task t", "torch 2.13.0", "abc123", "samples 1 4, resume none"):
         assert text in page.text
     assert ("name", "viewport") in page.attributes
     assert "prefers-color-scheme: dark" in source
+
+
+def test_every_figure_is_a_vector_file_of_its_own(written):
+    names = "accuracy_vs_compute budgets samples coverage outcomes policy".split()
+    assert {path.stem for path in written[1].glob("*.svg")} == {*names}
+    for name in names:
+        text = (written[1] / f"{name}.svg").read_text(encoding="utf-8")
+        figure = ElementTree.fromstring(text)
+        width, height = figure.attrib["viewBox"].split()[2:]
+        assert (figure.attrib["width"], figure.attrib["height"]) == (f"{width}pt", f"{height}pt")
+        assert "var(" not in text  # a page's colours, which no other file has
+        assert "best guess" in text or name in ("coverage", "outcomes")
+
+
+def test_the_frontier_names_strategies_that_have_no_line(tmp_path):
+    """Votes that stop when decided cost less than those drawn."""
+    texts = ["aaab" * 4 if i % 2 else "abab" * 4 for i in range(8)]
+    store_of_answers(tmp_path / "s", texts, greedy="ab" * 4, budget=2).close()
+    store = store_of_answers(tmp_path / "s", texts, greedy="ab" * 4, budget=8)
+    results = evaluate(store, shape=SMALL)
+    curves = Curves.of(results)
+    others = {r.strategy for r in frontier(curves.rows, lambda r: r.flops_per_problem)}
+    others -= {"greedy", "sampling", "self-consistency"}
+    assert others
+    axes = Figure(figsize=(8, 5), layout="constrained").add_subplot()
+    draw_compute(axes, curves)
+    (drawn,) = axes.figure.legends
+    labels = [text.get_text() for text in drawn.get_texts()]
+    assert {WORDS[name] for name in others} <= {*labels}
+    assert "Pareto frontier" in labels and "another strategy" not in labels
+
+
+@pytest.mark.parametrize("top", [0.07, 0.16, 0.37, 0.55, 0.97])
+def test_accuracy_is_ticked_at_what_the_labels_say(top):
+    axes = Figure(figsize=(8, 5), layout="constrained").add_subplot()
+    axes.plot([1, 2], [0, top])
+    finish(axes, 0.05, 3)
+    ticks = [tick for tick in axes.get_yticks() if tick <= axes.get_ylim()[1]]
+    assert 4 <= len(ticks) <= 8
+    for tick in ticks:
+        label = axes.yaxis.get_major_formatter()(tick)
+        assert float(label.removesuffix(" %")) == pytest.approx(100 * tick)
+
+
+@pytest.mark.parametrize("most", [1.3, 3.0, 20.0, 100.0, 1e5])
+def test_a_logarithmic_axis_has_ticks_to_read(most):
+    axes = Figure(figsize=(8, 5), layout="constrained").add_subplot()
+    costs = [7.25e5, 7.25e5 * most]
+    axes.plot(costs, [0, 1])
+    cost_axis(axes.xaxis, costs, "FLOPs", human)
+    low, high = axes.get_xlim()
+    assert 3 <= sum(low <= tick <= high for tick in axes.get_xticks()) <= 9
 
 
 def test_the_policy_names_strategies_as_the_rest_of_the_page_does(written):
@@ -303,7 +360,8 @@ def test_the_same_results_give_the_same_files(tmp_path):
 
     first = files()
     tables, figures = {"results.csv", "findings.json"}, {"accuracy_vs_compute.png", "coverage.png"}
-    assert set(first) == tables | figures | {"index.html"}
+    vectors = {path.name for path in (tmp_path / "report").glob("*.svg")}
+    assert set(first) == tables | figures | vectors | {"index.html"} and len(vectors) == 5
     assert files() == first
 
 

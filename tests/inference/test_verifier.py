@@ -233,7 +233,7 @@ def test_a_sweep_is_scored_when_it_is_done_or_later(config, tmp_path, no_figures
     judged = rows["verifier-best-of-n", "inf"]
     assert 0 < float(judged["judge_flops_per_problem"]) < float(judged["flops_per_problem"])
     assert rows["greedy", "inf"]["judge_flops_per_problem"] == "0"
-    assert "of them the verifier’s" in page.read_text()
+    assert "<small>verifier " in page.read_text()
     with sqlite3.connect(config.out / "sweep" / "samples.sqlite") as db:
         stored = db.execute(
             "SELECT prompt, text, finish, end FROM score JOIN sample USING"
