@@ -211,7 +211,8 @@ def _refuse(fields: Mapping[str, Any], kind: str) -> None:
         raise ValueError(
             f"sliding_window is {_short(fields['sliding_window'])}; a GPT attends to every position"
         )
-    for layer in fields.get("layer_types") or ():
+    layers = fields.get("layer_types") or []
+    for layer in layers if isinstance(layers, list) else [layers]:
         if layer != "full_attention":
             raise ValueError(f"layer_types holds {layer!r}; a GPT has full_attention alone")
 

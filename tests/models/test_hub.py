@@ -554,6 +554,7 @@ STRETCH = dict(low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_
         (dict(use_sliding_window=True, sliding_window=32), "use_sliding_window is true"),
         (dict(model_type="llama", sliding_window=32), "sliding_window is 32"),
         (dict(layer_types=["full_attention", "sliding_attention"]), "layer_types holds 'sliding"),
+        (dict(layer_types=4), "layer_types holds 4; a GPT has full_attention alone"),
         (dict(rope_scaling=dict(type="linear", factor=2.0)), 'rope_scaling has type "linear"'),
         (dict(rope_scaling=dict(type="yarn")), 'rope_scaling has type "yarn"'),
         (dict(rope_parameters=dict(factor=2.0, rope_type="yarn")), 'has rope_type "yarn"'),
