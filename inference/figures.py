@@ -68,7 +68,7 @@ def draw_compute(
     finish(axes, curves.guess, min(columns, 4) if curves.by_samples else columns, title)
     if curves.by_samples:
         for r in spread([r for rows in curves.votes.values() for r in rows], 9):
-            note(axes, f"{r.samples:,}", (cost(r), r.accuracy), (0, -13), "center")
+            note(axes, f"{r.samples:,}", (cost(r), r.accuracy), (6, -8), "left")
     else:
         _name_budgets(axes, curves.greedy or curves.votes.get(1, []), cost)
 
