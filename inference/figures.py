@@ -148,14 +148,15 @@ def _compare(
     title: str,
 ) -> None:
     """A line of accuracy against cost for each label, and the frontier of the best rows. "NAME,
-    verifier" has NAME's colour; NAME is then dashed."""
+    verifier" has NAME's colour; NAME is then dashed. Where colours come again, markers differ."""
     axis, cost, tick = UNITS[unit]
     names = "vote-4 greedy budget-3 outvoted ink vote-2 budget-1 muted never vote-1".split()
     kinds = list(dict.fromkeys(label.removesuffix(VERIFIED) for label in lines))
     for label, rows in lines.items():
         rows = sorted(rows, key=cost)
-        colour = COLOURS[names[kinds.index(label.removesuffix(VERIFIED)) % len(names)]]
-        style = "o--" if label + VERIFIED in lines else "o-"
+        again, place = divmod(kinds.index(label.removesuffix(VERIFIED)), len(names))
+        style = "osD^"[again % 4] + ("--" if label + VERIFIED in lines else "-")
+        colour = COLOURS[names[place]]
         line(axes, [cost(r) for r in rows], rows, label, colour, style)
     rows = [r for of_one in lines.values() for r in of_one]
     costs = [cost(r) for r in rows]

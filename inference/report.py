@@ -83,7 +83,7 @@ def write_report(
             unit_of(results),
             columns=4,
             title=f"{task}: searches beside independent samples",
-            note=f"Along a line the number of samples, lines or expansions grows. Bands: {note}",
+            note=f"Along a line there are more samples, lines or attempts. Bands: {note}",
         )
     figures = drawn(found, unit_of(results))
     files = {

@@ -2,9 +2,11 @@ import csv
 from dataclasses import replace
 
 import pytest
+from matplotlib.figure import Figure
 
 from ponder.inference.comparison import write_comparison
 from ponder.inference.evaluation import evaluate
+from ponder.inference.figures import draw_models
 from ponder.inference.page import visible
 
 from .test_cost import SMALL
@@ -40,6 +42,18 @@ def test_the_frontier_runs_over_all_models(tmp_path):
     assert page.tags.count("svg") == 2 * 2 + 1  # FLOPs and tokens, each twice, and the policy
     assert "script" not in page.tags and "The compute-optimal policy" in page.text
     assert "greedy, large" in page.text
+
+
+def test_no_two_lines_look_alike(tmp_path):
+    rows = evaluate(make_store(tmp_path / "s", ["abab"] * 12, greedy="ab" * 6), shape=SMALL)
+    axes = Figure().add_subplot()
+    draw_models(axes, {f"model {i}": rows[:2] for i in range(25)}, rows[:1], "FLOPs")
+    looks = [
+        (line.get_color(), line.get_marker())
+        for line in axes.get_lines()
+        if str(line.get_label()).startswith("model")
+    ]
+    assert len(looks) == len(set(looks)) == 25
 
 
 def test_models_are_compared_in_one_unit(tmp_path):

@@ -107,6 +107,15 @@ def test_policies_are_over_what_competes(tmp_path):
     assert found.table[0].choice != found.table[-1].choice == last.choice
 
 
+def test_a_policy_may_be_dearer_by_as_much_as_chance(tmp_path):
+    path = tmp_path / "s"
+    make_store(path, ["aabb"] * 20, greedy="ab" * 10, budget=2, tokens=100).close()
+    with make_store(path, ["aabb"] * 20, greedy="a" * 20, budget=8, tokens=101) as store:
+        found = policies(evaluate(store, strategies=["greedy"]), store)
+    assert found is not None and found.unit == "Tokens"
+    assert {found.ways[way].think_budget for way in found.overall[0].choice} == {8}
+
+
 def test_no_policy_for_too_little(store):
     assert policies(evaluate(store), store) is None  # four problems
 
