@@ -16,6 +16,7 @@ from .stats import TAILS, Interval, accuracy
 
 SPLITS = 20
 RESAMPLES, RESAMPLED_SPLITS = 200, 5
+CHUNK = 1 << 16  # ways times halvings at once, so that their arrays stay in the cache
 
 
 @dataclass(frozen=True)
@@ -76,27 +77,26 @@ def compute_optimal(
     rng = np.random.default_rng(0)
     times = rng.multinomial(count, np.full(count, 1 / count), RESAMPLES)
     times = np.concatenate([np.ones((SPLITS, count)), times.repeat(RESAMPLED_SPLITS, 0)])
-    half = _halves(bins, len(times), rng)
-    weights = np.concatenate([times * half, times * ~half, np.ones((1, count))])
-    rows = np.arange(len(weights) - 1)
-    other = np.roll(rows, len(times))  # of each row the one of the other half
-    ways = [_Ways.of(scores, costs, weights, bins == group) for group in range(bins.max() + 1)]
+    limits = [budget * (1 + slack) for budget in budgets]
+    half, step = _halves(bins, len(times), rng), max(1, CHUNK // len(scores))
+    parts = [
+        _halved(scores, costs, bins, limits, times[i : i + step], half[i : i + step])
+        for i in range(0, len(times), step)
+    ]
+    everyone = np.ones((1, count))
+    ways = [_Ways.of(scores, costs, everyone, bins == group) for group in range(bins.max() + 1)]
     policies = []
-    for budget in budgets:
-        right, spent, choice = np.zeros(len(rows)), np.zeros(len(rows)), []
-        for of_bin in ways:
-            chosen = of_bin.chosen(budget * (1 + slack))
-            choice.append(int(chosen[-1]))
-            right += of_bin.scores[other, chosen[:-1]]
-            spent += of_bin.costs[other, chosen[:-1]]
-        right, spent = (x.reshape(2, -1).sum(0) for x in (right, spent))
+    for budget, limit, right, spent in zip(
+        budgets, limits, *np.concatenate(parts, axis=2), strict=True
+    ):
         mean, cost = (float(x[:SPLITS].sum() / (SPLITS * count)) for x in (right, spent))
         drawn = right[SPLITS:].reshape(RESAMPLES, -1).mean(1) / count
         if np.ptp(drawn) > 1e-9:
             interval = Interval(mean, *np.quantile(drawn, TAILS).tolist())
         else:
             interval = accuracy(np.full(count, mean))
-        policies.append(Policy(float(budget), interval, cost, tuple(choice)))
+        choice = tuple(int(way.chosen(limit)[0]) for way in ways)
+        policies.append(Policy(float(budget), interval, cost, choice))
     return policies
 
 
@@ -107,6 +107,27 @@ def _halves(bins: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarra
     place = (np.arange(len(bins)) + rng.integers(2, size=(count, 1))) % 2 == 0
     np.put_along_axis(half, order, place, axis=1)
     return half
+
+
+def _halved(
+    scores: np.ndarray,
+    costs: np.ndarray,
+    bins: np.ndarray,
+    limits: Sequence[float],
+    times: np.ndarray,
+    half: np.ndarray,
+) -> np.ndarray:
+    """(2, limits, n) the summed scores and the summed costs of n halvings, with problems so many
+    times (n, P), each half's by the other's choice."""
+    weights = np.concatenate([times * half, times * ~half])
+    other = np.roll(np.arange(len(weights)), len(half))
+    sums = np.zeros((2, len(limits), len(weights)))
+    for group in range(bins.max() + 1):
+        ways = _Ways.of(scores, costs, weights, bins == group)
+        for i, limit in enumerate(limits):
+            chosen = ways.chosen(limit)
+            sums[:, i] += ways.scores[other, chosen], ways.costs[other, chosen]
+    return sums.reshape(2, len(limits), 2, -1).sum(2)
 
 
 @dataclass(frozen=True)
