@@ -44,6 +44,16 @@ def _heads(
     )
 
 
+@jit
+def _apart(start, size):
+    """`start`, as a number of its own, for loads alone.
+
+    Triton (3.6 to 3.9) shares a tile's rows among the computing groups, and the second group's load
+    begins half a tile further down; but then so does all else that the same number is used in.
+    """
+    return start + tl.minimum(size, 0)
+
+
 @jit(do_not_specialize=["n_heads", "group", "n_queries", "n_keys", "offset", "width"])
 def attention_forward_specialized_kernel(
     q_ptr,
@@ -99,7 +109,8 @@ def attention_forward_specialized_kernel(
     keys = _rows(k_ptr, stride_k_s, n_keys, head_dim, BLOCK_S, BLOCK_D)
     values = _rows(v_ptr, stride_v_s, n_keys, head_dim_v, BLOCK_S, BLOCK_DV)
     o_t = start_t + tl.arange(0, BLOCK_T)
-    b_q = _rows(q_ptr, stride_q_t, n_queries, head_dim, BLOCK_T, BLOCK_D).load([start_t, 0])
+    first = _apart(start_t, n_queries)
+    b_q = _rows(q_ptr, stride_q_t, n_queries, head_dim, BLOCK_T, BLOCK_D).load([first, 0])
     b_out = tl.zeros((BLOCK_T, BLOCK_DV), dtype=tl.float32)
     b_sum = tl.zeros((BLOCK_T,), dtype=tl.float32)
     b_max = tl.zeros((BLOCK_T,), dtype=tl.float32) - 1e30
@@ -187,12 +198,13 @@ def attention_backward_q_specialized_kernel(
     keys = _rows(k_ptr, stride_k_s, n_keys, head_dim, BLOCK_S, BLOCK_D)
     values = _rows(v_ptr, stride_v_s, n_keys, head_dim_v, BLOCK_S, BLOCK_DV)
     o_t = start_t + tl.arange(0, BLOCK_T)
-    b_q = _rows(q_ptr, stride_q_t, n_queries, head_dim, BLOCK_T, BLOCK_D).load([start_t, 0])
+    first = _apart(start_t, n_queries)
+    b_q = _rows(q_ptr, stride_q_t, n_queries, head_dim, BLOCK_T, BLOCK_D).load([first, 0])
     b_dout = _rows(dout_ptr, stride_dout_t, n_queries, head_dim_v, BLOCK_T, BLOCK_DV).load(
-        [start_t, 0]
+        [first, 0]
     )
-    b_lse = tl.make_tensor_descriptor(lse_ptr, [n_queries], [1], [BLOCK_T]).load([start_t])
-    b_delta = tl.make_tensor_descriptor(delta_ptr, [n_queries], [1], [BLOCK_T]).load([start_t])
+    b_lse = tl.make_tensor_descriptor(lse_ptr, [n_queries], [1], [BLOCK_T]).load([first])
+    b_delta = tl.make_tensor_descriptor(delta_ptr, [n_queries], [1], [BLOCK_T]).load([first])
     b_dq = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
     end = tl.maximum(tl.minimum(start_t + BLOCK_T + offset, n_keys), 0)
     for start_s in tl.range(0, end, BLOCK_S, warp_specialize=True):
@@ -282,8 +294,9 @@ def attention_backward_kv_specialized_kernel(
     lses = tl.make_tensor_descriptor(lse_ptr, [group, n_queries], [row, 1], [1, BLOCK_T])
     deltas = tl.make_tensor_descriptor(delta_ptr, [group, n_queries], [row, 1], [1, BLOCK_T])
     o_s = start_s + tl.arange(0, BLOCK_S)
-    b_k = _rows(k_ptr, stride_k_s, n_keys, head_dim, BLOCK_S, BLOCK_D).load([start_s, 0])
-    b_v = _rows(v_ptr, stride_v_s, n_keys, head_dim_v, BLOCK_S, BLOCK_DV).load([start_s, 0])
+    first_s = _apart(start_s, n_keys)
+    b_k = _rows(k_ptr, stride_k_s, n_keys, head_dim, BLOCK_S, BLOCK_D).load([first_s, 0])
+    b_v = _rows(v_ptr, stride_v_s, n_keys, head_dim_v, BLOCK_S, BLOCK_DV).load([first_s, 0])
     b_dk = tl.zeros((BLOCK_S, BLOCK_D), dtype=tl.float32)
     b_dv = tl.zeros((BLOCK_S, BLOCK_DV), dtype=tl.float32)
     first, end = query_bounds(
