@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench compile docs clean
+.PHONY: demo test check bench compile ptx docs clean
 
 demo: .venv/.installed
 	$(BIN)/ponder demo
@@ -24,6 +24,11 @@ CHIPS ?= 80 90 100 120 gfx942
 compile: $(TRITONS:%=.venv/triton-%)
 	for version in $(TRITONS); do echo "Triton $$version"; PYTHONPATH=.venv/triton-$$version \
 	  PONDER_COMPILE=all CHIPS="$(CHIPS)" $(BIN)/python -m pytest -q -n auto tests/kernels/test_compile.py || exit 1; done
+
+# Every test of the kernels, on what Triton compiles for these chips (tests/ptx): hours on two cores.
+ptx: .venv/.installed-dev
+	for chip in 80 90; do PONDER_PTX=$$chip $(BIN)/python -m pytest -q -n auto tests/kernels \
+	  || exit 1; done
 
 .venv/triton-%: | .venv/.installed-dev
 	$(BIN)/python -m pip install -q --no-deps --target $@ triton==$*

@@ -1,4 +1,4 @@
-"""One thread a test process, and the kernels' interpreter for tests/kernels alone."""
+"""One thread a test process, and the kernels' interpreter (or machine) for tests/kernels alone."""
 
 import importlib.util
 import os
@@ -15,12 +15,23 @@ import ponder  # noqa: F401  takes the repository root off the path
 INTERPRET = not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
 KERNELS = Path(__file__).parent / "kernels"
 
-if INTERPRET:
+PTX = os.environ.get("PONDER_PTX")  # a capability: kernels are compiled for it, and run as PTX
+
+if INTERPRET and not PTX:
     # Triton's own library is built for the interpreter, or not, when it is imported.
     os.environ["TRITON_INTERPRET"] = "1"
     from ponder.tests.interpreter import mend
 
     mend()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if PTX:
+        from ponder.tests.ptx.chip import machine
+
+        chip = machine(int(PTX))
+        chip.__enter__()
+        config.add_cleanup(lambda: chip.__exit__(None, None, None))
 
 
 @pytest.fixture

@@ -1,7 +1,13 @@
-"""Kernels run in Triton's interpreter here , or on the GPU where there is one."""
+"""Kernels run in Triton's interpreter here, or on the GPU where there is one; with PONDER_PTX they
+are compiled, and run on the machine of tests/ptx."""
+
+import os
 
 import pytest
 import torch
+
+if os.environ.get("PONDER_PTX"):  # of no use there: what compiles, and the interpreter's own
+    collect_ignore = ["test_compile.py", "test_compiled.py", "test_interpreter.py"]
 
 
 @pytest.fixture

@@ -7,18 +7,13 @@ launcher that looked at a value on the device, and so waited for it, would fail 
 """
 
 import contextlib
-import importlib
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from unittest.mock import patch
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 
 from ponder import kernels
 from ponder.benchmarks import every_kernel
@@ -26,30 +21,8 @@ from ponder.kernels import _runtime
 from ponder.kernels._attention_tiles import SPECIALIZED_TILES
 from ponder.kernels._runtime import Specialization
 from ponder.models import GPT, GPTConfig, KVCache, Prefix, gpt, layers
+from ponder.tests.ptx.chip import chip
 from ponder.training.plan import shape_of
-
-MODULES = [
-    importlib.import_module(f"ponder.kernels.{path.stem}")
-    for path in Path(kernels.__file__).parent.glob("*.py")
-    if path.stem != "__init__"
-]
-PROCESSORS = 132
-
-
-class Chip:
-    """A driver that Triton takes for one of this capability."""
-
-    def __init__(self, capability: int):
-        self.capability = capability
-
-    def get_current_device(self) -> int:
-        return self.capability  # so that Triton keeps what it knows of chips apart
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.capability, 32)
 
 
 class Nothing:
@@ -79,17 +52,8 @@ def specializations(capability: int) -> Iterator[Specialization]:
         return Nothing()
 
     with contextlib.ExitStack() as stack:
-        replaced = dict(
-            use_triton=lambda x: True,
-            interpreting=lambda: False,
-            capability=lambda device: capability,
-            _processors=lambda device: PROCESSORS,
-        )
-        for name, value in replaced.items():
-            for module in MODULES:
-                if hasattr(module, name):
-                    stack.enter_context(patch.object(module, name, value))
-        stack.enter_context(patch.object(JITFunction, "_do_compile", compiled))
+        seen = chip(capability, compiled, use_triton=lambda x: True, processors=132)
+        stack.enter_context(seen)
         stack.enter_context(patch.object(_runtime, "traced", lambda: False))  # launchers are called
         for module in (layers, gpt):  # a fake weight is of a type that modules would not look into
             stack.enter_context(patch.object(module, "readable", lambda *projections: True))
@@ -97,7 +61,6 @@ def specializations(capability: int) -> Iterator[Specialization]:
         # Triton asks for the address of a fake tensor, which is 0, and PyTorch warns of it.
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
-        driver.set_active(Chip(capability))
         workload()
         if capability == 90:
             tiles = "ponder.kernels._attention_tiles.measured"
