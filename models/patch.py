@@ -248,8 +248,10 @@ def _mlp(module: nn.Module, known: dict) -> type | str | None:
     if isinstance(function, nn.Module) and hooked(function):
         return f"{parts.function} is hooked ({type(function).__name__})"
     activation = _activation(function)
+    if not named and activation in (None, "identity"):  # an attention, with a dropout left out
+        return None
     if activation is None:
-        return f"no kernel has its activation ({type(function).__name__})" if named else None
+        return f"no kernel has its activation ({type(function).__name__})"
     for part in parts.projections:
         if not readable(projection := getattr(module, part)):
             weight = type(_get(projection, "weight"))
