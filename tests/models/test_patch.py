@@ -921,7 +921,8 @@ def test_every_part_says_what_was_found():
     norm = next(p for p in patch(mamba, quiet=True) if p.name == "norm")
     assert norm.kept == {"MambaRMSNormGated computes something else": 2}
     assert (mamba(TOKENS).logits - expected).abs().max() < 1e-4
-    bert = Peer("bert", dict(is_decoder=True)).build()  # with two matrices of ModernBERT's attention
+    bert = Peer("bert", dict(is_decoder=True)).build()
+    # As ModernBERT's attention is, where its dropout is left out.
     bert.attention = nn.Sequential(nn.Linear(64, 192), nn.Linear(64, 64), nn.Identity())
     bert = patch(bert, quiet=True)
     mlp = next(part for part in bert if part.name == "MLP")
