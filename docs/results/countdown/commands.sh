@@ -23,3 +23,13 @@ sweep="ponder sweep --model runs/countdown/model --task countdown:traces=path --
   --search beam dvts rebase mcts --lines 4 16 --width 4 --step task"
 $sweep
 $sweep --resume --verifier runs/countdown/verifier
+
+# verifiers.csv: this one and two that learned less, each on the same 64 samples of the same problems.
+for labels in process value; do
+  ponder train --verifier $labels --data samples:runs/countdown/pool3 --init runs/countdown/model \
+    --context 96 --batch-size 64 --steps 700 --lr 2e-3 --matrix-lr 0.02 --eval-every 0 --save-every 0 \
+    --log-every 40 --out runs/countdown/$labels
+  ponder sweep --model runs/countdown/model --task countdown:traces=path --budgets --samples 16 64 \
+    --problems 400 --precision fp32 --verifier runs/countdown/$labels --out runs/countdown/judged/$labels
+done
+python docs/results/countdown/wrong.py runs/countdown/sweep/sweep/samples.sqlite > wrong.csv
