@@ -77,7 +77,8 @@ class Parts(NamedTuple):
         dropouts = [name for name, m in children.items() if isinstance(m, nn.Dropout)]
         own = [n for n, x in vars(module).items() if callable(x) and n[0] != "_" and n != "forward"]
         functions = [*(children.keys() - matrices - set(dropouts)), *own]
-        if len(matrices) not in (2, 3) or len(functions) != 1 or len(dropouts) > 1:
+        grows = isinstance(module, nn.Sequential)  # what is appended would not be called
+        if grows or len(matrices) not in (2, 3) or len(functions) != 1 or len(dropouts) > 1:
             return None
         return cls(tuple(matrices), functions[0], dropouts[0] if dropouts else None, "", None)
 

@@ -621,6 +621,7 @@ def test_a_plain_mlp_is_replaced_by_what_it_computes(llama):
     torch.manual_seed(0)
     forms = [(form,) for form in FORMS] + [(next(iter(FORMS)), ParallelLinear)]
     patched.model.more = nn.ModuleList([SquareMLP(*form) for form in forms])
+    patched.model.grows = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64))
     plain = copy.deepcopy(patched.model.more)
     mlp = next(part for part in patch(patched, quiet=True) if part.name == "MLP")
     kept = {"SquareMLP computes something else": len(FORMS) - 1}
@@ -635,6 +636,8 @@ def test_a_plain_mlp_is_replaced_by_what_it_computes(llama):
             found.append([y, *torch.autograd.grad(y.square().sum(), to, materialize_grads=True)])
     for expected, ours in zip(found[: len(forms)], found[len(forms) :], strict=True):
         torch.testing.assert_close(ours, expected)
+    patched.model.grows.append(nn.ReLU())
+    assert patched.model.grows(x).min() == 0
     ours = patched.model.more[0].eval()
     assert type(ours) is not SquareMLP
     for given, options in (((x, 1.0), {}), ((), dict(x=x, noise=1.0))):
@@ -922,8 +925,9 @@ def test_every_part_says_what_was_found():
     assert norm.kept == {"MambaRMSNormGated computes something else": 2}
     assert (mamba(TOKENS).logits - expected).abs().max() < 1e-4
     bert = Peer("bert", dict(is_decoder=True)).build()
-    # As ModernBERT's attention is, where its dropout is left out.
-    bert.attention = nn.Sequential(nn.Linear(64, 192), nn.Linear(64, 64), nn.Identity())
+    bert.attention = nn.Module()  # ModernBERT's, where its dropout is left out
+    bert.attention.qkv, bert.attention.out = nn.Linear(64, 192), nn.Linear(64, 64)
+    bert.attention.drop = nn.Identity()
     bert = patch(bert, quiet=True)
     mlp = next(part for part in bert if part.name == "MLP")
     assert str(mlp) == "  MLP        0 replaced; none was found"
