@@ -25,9 +25,9 @@ compile: $(TRITONS:%=.venv/triton-%)
 	for version in $(TRITONS); do echo "Triton $$version"; PYTHONPATH=.venv/triton-$$version \
 	  PONDER_COMPILE=all CHIPS="$(CHIPS)" $(BIN)/python -m pytest -q -n auto tests/kernels/test_compile.py || exit 1; done
 
-# Every test of the kernels, on what Triton compiles for these chips (tests/ptx): hours on two cores.
+# Every test of the kernels, on what Triton compiles for these chips (tests/ptx): an hour for each.
 ptx: .venv/.installed-dev
-	for chip in 80 90; do PONDER_PTX=$$chip $(BIN)/python -m pytest -q -n auto tests/kernels \
+	for chip in 80 90 120; do PONDER_PTX=$$chip $(BIN)/python -m pytest -q -n auto tests/kernels \
 	  || exit 1; done
 
 .venv/triton-%: | .venv/.installed-dev

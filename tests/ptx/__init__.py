@@ -3,7 +3,7 @@
 Triton's interpreter runs a kernel's Python. What a GPU runs is what Triton makes of it: layouts,
 copies by cp.async and TMA, wgmma that reads shared memory while the program goes on, barriers,
 groups of warps with work of their own. `PONDER_PTX=90 python -m pytest tests/kernels` compiles
-every kernel that a test launches for sm_90 (or 80), down to PTX, and runs that.
+every kernel that a test launches for sm_90 (80, 120), down to PTX, and runs that.
 
 The machine is as unkind as PTX allows. Warps run in a random order, as far as barriers let them;
 programs too. An asynchronous copy or product is done at once, at the last moment, or in between;

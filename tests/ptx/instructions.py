@@ -72,6 +72,14 @@ def _integers() -> dict[str, tuple[str, str]]:
     return t
 
 
+def _compared(a: str, b: str) -> dict[str, str]:
+    """Of floating-point numbers: false beside a NaN, but for those that end with u."""
+    nan = f"isnan({a}) || isnan({b})"
+    ordered = {op: f"{a} {sign} {b}" for op, sign in COMPARE.items()}
+    ordered["ne"] = f"{a} < {b} || {a} > {b}"
+    return ordered | {f"{op}u": f"{nan} || {e}" for op, e in ordered.items()} | dict(nan=nan)
+
+
 def _fp32() -> dict[str, tuple[str, str]]:
     t = {}
     for z, f in (("", "({})"), (".ftz", "flushed({})")):  # denormals, in and out
@@ -91,15 +99,17 @@ def _fp32() -> dict[str, tuple[str, str]]:
         for op in ("max", "min"):
             t[f"{op}{z}.f32"] = ("fff", f"{op}imum({a}, {b})")
             t[f"{op}.NaN{z}.f32"] = ("fff", f"isnan(a) || isnan(b) ? NAN : {op}imum({a}, {b})")
-        for op, sign in COMPARE.items():
-            unordered = "isnan(a) || isnan(b)"
-            truth = f"{a} {sign} {b}" if op != "ne" else f"!({unordered}) && {a} != {b}"
-            t[f"setp.{op}{z}.f32"] = ("pff", truth)
-            t[f"setp.{op}u{z}.f32"] = ("pff", f"{unordered} || {a} {sign} {b}")
-        t[f"setp.nan{z}.f32"] = ("pff", "isnan(a) || isnan(b)")
+            t[f"{op}{z}.f32.of3"] = ("ffff", f"{op}imum({op}imum({a}, {b}), {c})")
+        t |= {f"setp.{op}{z}.f32": ("pff", e) for op, e in _compared(a, b).items()}
         for rounding, function in (("rmi", "floorf"), ("rpi", "ceilf"), ("rzi", "truncf")):
             t[f"cvt.{rounding}{z}.f32.f32"] = ("ff", f"{function}({a})")
             t[f"cvt.{rounding}{z}.s32.f32"] = ("if", f"integer({function}({a}))")
+        parts = ("low({})", "high({})")
+        for op, sign in SUM.items():
+            two = (f.format(f"{x.format('a')} {sign} {x.format('b')}") for x in parts)
+            t[f"{op}{z}.f32x2"] = t[f"{op}.rn{z}.f32x2"] = ("UUU", f"pair({', '.join(two)})")
+        two = (f.format(f"fmaf({', '.join(map(x.format, 'abc'))})") for x in parts)
+        t[f"fma.rn{z}.f32x2"] = ("UUUU", f"pair({', '.join(two)})")
     t["mov.f32"], t["selp.f32"] = ("ff", "a"), ("fffp", "c ? a : b")
     t["tanh.approx.f32"] = ("ff", "tanhf(a)")
     t["copysign.f32"] = ("fff", "copysignf(b, a)")
@@ -113,6 +123,7 @@ def _fp64() -> dict[str, tuple[str, str]]:
     for op, sign in (SUM | dict(div="/")).items():
         for rounding in ("", ".rn"):
             t[f"{op}{rounding}.f64"] = ("ddd", f"a {sign} b")
+    t |= {f"setp.{op}.f64": ("pdd", e) for op, e in _compared("a", "b").items()}
     t["fma.rn.f64"], t["mov.f64"] = ("dddd", "fma(a, b, c)"), ("dd", "a")
     t["cvt.f64.f32"], t["cvt.rn.f32.f64"] = ("df", "a"), ("fd", "(float)a")
     for of, k in dict(s32="i", u32="u", s64="I", u64="U").items():
@@ -140,14 +151,16 @@ def _halves() -> dict[str, tuple[str, str]]:
             for rounding in ("", ".rn"):
                 t[f"{op}{rounding}.{kind}"] = ("hhh", of(f"a {sign} b"))
                 t[f"{op}{rounding}.{kind}x2"] = ("uuu", both(f"a {sign} b"))
+        a, b = get.format("a"), get.format("b")
+        t[f"add.rn.f32.{kind}"], t[f"sub.rn.f32.{kind}"] = ("fhf", f"{a} + b"), ("fhf", f"{a} - b")
+        t[f"fma.rn.f32.{kind}"] = ("fhhf", f"fmaf({a}, {b}, c)")
         t[f"fma.rn.{kind}"] = ("hhhh", of("1. * a * b + c"))  # in fp64, where a * b is exact
         t[f"fma.rn.{kind}x2"] = ("uuuu", both("1. * a * b + c"))
+        t |= {f"setp.{op}.{kind}": ("phh", e) for op, e in _compared(a, b).items()}
         for op in ("max", "min"):
-            numbers = f"{get.format('a')}, {get.format('b')}"
-            t[f"{op}.{kind}"] = ("hhh", put.format(f"{op}imum({numbers})"))
+            t[f"{op}.{kind}"] = ("hhh", put.format(f"{op}imum({a}, {b})"))
         for op, sign in COMPARE.items():
             low, high = (get.format(f"({{}} {part})") for part in ("& 0xffff", ">> 16"))
-            t[f"setp.{op}.{kind}"] = ("phh", f"{get.format('a')} {sign} {get.format('b')}")
             t[f"setp.{op}.{kind}x2.low"] = ("puu", f"{low.format('a')} {sign} {low.format('b')}")
             t[f"setp.{op}.{kind}x2.high"] = ("puu", f"{high.format('a')} {sign} {high.format('b')}")
     return t

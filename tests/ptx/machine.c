@@ -97,6 +97,9 @@ static u64 drawn(u64 below) { /* xorshift */
 
 static float as_float(u32 x) { float f; memcpy(&f, &x, 4); return f; }
 static u32 as_bits(float f) { u32 x; memcpy(&x, &f, 4); return x; }
+static float low(u64 x) { return as_float((u32)x); } /* of two numbers in 64 bits */
+static float high(u64 x) { return as_float(x >> 32); }
+static u64 pair(float a, float b) { return (u64)as_bits(b) << 32 | as_bits(a); }
 static float from_bf16(u32 x) { return as_float(x << 16); }
 static u32 to_bf16(float f) {
   u32 x = as_bits(f);

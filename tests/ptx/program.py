@@ -138,6 +138,8 @@ class Program:
                 return found if isinstance(found, list) else [found]
         if name in ("cvt.s64.s32", "cvt.u64.u32") and self._wide(operands[1]):
             name += ".wide"
+        if name.startswith(("max.", "min.")) and len(operands) == 4:
+            name += ".of3"
         kinds = LANE[name][0] if name in LANE else ""
         wide = [kind in "IUd" for kind in kinds]
         given = [
@@ -292,17 +294,17 @@ class Program:
     def _fence(self, match, x):
         return "FENCE_ASYNC", []
 
-    @rule(r"mbarrier\.(init|inval)\.shared::cta\.b64")
+    @rule(r"mbarrier\.(init|inval)\.shared(?:::cta)?\.b64")
     def _mbarrier(self, match, x):
         return f"MBARRIER_{match[1].upper()}", [*self._address(x[0]), *map(self._slot, x[1:])]
 
-    @rule(r"mbarrier\.arrive(\.expect_tx)?\.shared::cta\.b64")
+    @rule(r"mbarrier\.arrive(\.expect_tx)?\.shared(?:::cta)?\.b64")
     def _arrive(self, match, x):
         n = self._slot(x[2] if len(x) > 2 else "1")
         count_and_bytes = [self._number(1), n] if match[1] else [n, self._number(0)]
         return "MBARRIER_ARRIVE", [*self._address(x[1]), *count_and_bytes]
 
-    @rule(r"mbarrier\.try_wait\.parity\.shared::cta\.b64")
+    @rule(r"mbarrier\.try_wait\.parity\.shared(?:::cta)?\.b64")
     def _try_wait(self, match, x):
         return "TRY_WAIT", [self._slot(x[0]), *self._address(x[1]), self._slot(x[2])]
 
