@@ -157,8 +157,13 @@ def _halves() -> dict[str, tuple[str, str]]:
         t[f"fma.rn.{kind}"] = ("hhhh", of("1. * a * b + c"))  # in fp64, where a * b is exact
         t[f"fma.rn.{kind}x2"] = ("uuuu", both("1. * a * b + c"))
         t |= {f"setp.{op}.{kind}": ("phh", e) for op, e in _compared(a, b).items()}
+        t[f"neg.{kind}"], t[f"neg.{kind}x2"] = ("hh", "a ^ 0x8000"), ("uu", "a ^ 0x80008000")
+        t[f"abs.{kind}"], t[f"abs.{kind}x2"] = ("hh", "a & 0x7fff"), ("uu", "a & 0x7fff7fff")
         for op in ("max", "min"):
-            t[f"{op}.{kind}"] = ("hhh", put.format(f"{op}imum({a}, {b})"))
+            one = put.format(f"{op}imum({get}, {get})")
+            high, low = (one.format(f"(a {x})", f"(b {x})") for x in (">> 16", "& 0xffff"))
+            t[f"{op}.{kind}"] = ("hhh", one.format("a", "b"))
+            t[f"{op}.{kind}x2"] = ("uuu", f"{high} << 16 | {low}")
         for op, sign in COMPARE.items():
             low, high = (get.format(f"({{}} {part})") for part in ("& 0xffff", ">> 16"))
             t[f"setp.{op}.{kind}x2.low"] = ("puu", f"{low.format('a')} {sign} {low.format('b')}")
