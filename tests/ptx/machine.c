@@ -27,7 +27,8 @@ typedef int64_t i64;
 enum { LANES = 32, MOST_WARPS = 32, MOST_PENDING = 4096, BARRIERS = 16, GONE = INT32_MAX };
 enum { PUBLISHED = MOST_WARPS + 1 }; /* in `unfenced`: written before a barrier */
 enum { AT_ONCE, LAST_MOMENT, BETWEEN }; /* when what is asynchronous is done */
-enum { PRODUCT, COPY, LOAD, STORE, ADD };
+enum { PRODUCT, COPY, LOAD, STORE, ADD, TENSOR_PRODUCT, TENSOR_COMMIT };
+enum { TENSOR_ROWS = 128, TENSOR_COLUMNS = 512 };
 enum { PRODUCTS, COPIES, STORES, QUEUES }; /* each has groups of its own */
 
 typedef struct {
@@ -39,6 +40,7 @@ typedef struct {
   const Instruction *ins;
   u64 a, b;             /* descriptors of a product; of a bulk copy shared address and tensor map */
   i32 add;              /* of a product: to what is there */
+  u32 d, shape;         /* of a product in tensor memory */
   i32 coords[5];        /* of a bulk copy */
   u32 mbarrier, bytes;
   u8 on[LANES], size, given[LANES];
@@ -73,6 +75,9 @@ static u8 *shared;
 static u8 *unfenced; /* who wrote a byte, by the generic proxy, with no fence after: 1 + a warp */
 static int any_unfenced;
 static Pending *loads;        /* bulk loads under way, of all warps */
+static Pending *issued;       /* to the fifth generation's tensor cores: done in this order */
+static i32 n_issued, n_columns;
+static u32 tensor[TENSOR_ROWS][TENSOR_COLUMNS]; /* their memory; columns are handed out */
 static i32 n_loads, when, arrived[BARRIERS];
 static u32 waiting[BARRIERS]; /* a bit for each warp */
 static u64 random_state;
@@ -300,10 +305,10 @@ static void finish_load(int i) {
 /* Of an operand in shared memory, where its element (row, k) is: in rows of its swizzle along k, or
    along the other side. */
 static u64 element(u64 descriptor, int row, int k, int along_k) {
-  static const u8 widths[] = {16, 128, 64, 32};
+  static const u8 widths[] = {16, 16, 128, 128, 64, 64, 32, 32}; /* Hopper has two bits of these */
   u64 at = (descriptor & 0x3fff) << 4, leading = (descriptor >> 16 & 0x3fff) << 4;
   u64 stride = (descriptor >> 32 & 0x3fff) << 4;
-  int width = widths[descriptor >> 62];
+  int width = widths[descriptor >> 61];
   if (along_k) {
     at += row / 8 * stride + row % 8 * width;
     at += width == 16 ? k / 8 * leading + k % 8 * 2 : k * 2;
@@ -317,9 +322,9 @@ static u64 element(u64 descriptor, int row, int k, int along_k) {
 
 static float half(u32 bits, int bfloat) { return bfloat ? from_bf16(bits) : from_f16(bits); }
 
-static float shared_half(u64 at, const Pending *p) {
-  check_fenced(at, 2, p->ins);
-  return half(*(u16 *)(shared + at), machine.pool[p->ins->first + 1]);
+static float shared_half(u64 at, int bfloat, const Instruction *ins) {
+  check_fenced(at, 2, ins);
+  return half(*(u16 *)(shared + at), bfloat);
 }
 
 /* d += a · bᵀ for a tile of 16 rows, n columns, 16 products; d[j] of a lane are its registers. */
@@ -354,11 +359,55 @@ static void product(const Pending *p, Warp *warp) {
   }
   for (int k = 0; k < 16; k++) {
     for (int row = 0; row < 16 && !o[2]; row++)
-      a[row][k] = shared_half(element(p->a, first + row, k, !o[3]), p);
+      a[row][k] = shared_half(element(p->a, first + row, k, !o[3]), o[1], p->ins);
     for (int column = 0; column < n; column++)
-      b[column][k] = shared_half(element(p->b, column, k, !o[4]), p);
+      b[column][k] = shared_half(element(p->b, column, k, !o[4]), o[1], p->ins);
   }
   multiply(n, a, b, warp, o + 5, p->add);
+}
+
+static u32 *cell(u32 at, int row, int column, const Instruction *ins) {
+  row += at >> 16, column += at & 0xffff;
+  if (row >= TENSOR_ROWS || column >= n_columns) fail(ins, "tensor memory (%d, %d)", row, column);
+  return &tensor[row][column];
+}
+
+/* The fifth generation's: in tensor memory, of the shape that a descriptor tells. */
+static void tensor_product(const Pending *p) {
+  static float a[16], b[256][16];
+  int rows = (p->shape >> 24 & 31) * 16, n = (p->shape >> 17 & 63) * 8;
+  int stored = machine.pool[p->ins->first];
+  int bfloat = p->shape >> 7 & 7, along_m = p->shape >> 15 & 1, along_n = p->shape >> 16 & 1;
+  if ((rows != 64 && rows != 128) || bfloat > 1 || (p->shape >> 4 & 3) != 1)
+    fail(p->ins, "products of the shape 0x%x", p->shape);
+  for (int column = 0; column < n; column++)
+    for (int k = 0; k < 16; k++)
+      b[column][k] = shared_half(element(p->b, column, k, !along_n), bfloat, p->ins);
+  for (int row = 0; row < rows; row++) {
+    int lane = rows == 64 ? row / 16 * 32 + row % 16 : row; /* 64 rows: 16 of each 32 lanes */
+    for (int k = 0; k < 16; k++)
+      a[k] = stored ? half(*cell(p->a, lane, k / 2, p->ins) >> k % 2 * 16 & 0xffff, bfloat)
+                    : shared_half(element(p->a, row, k, !along_m), bfloat, p->ins);
+    for (int column = 0; column < n; column++) {
+      u32 *d = cell(p->d, lane, column, p->ins);
+      double sum = p->add ? as_float(*d) : 0;
+      for (int k = 0; k < 16; k++) sum += (double)a[k] * b[column][k];
+      *d = as_bits((float)sum);
+    }
+  }
+}
+
+static void finish_issued(void) { /* the first */
+  Pending p = issued[0];
+  memmove(issued, issued + 1, --n_issued * sizeof *issued);
+  if (p.kind == TENSOR_PRODUCT) tensor_product(&p);
+  else arrive(mbarrier(p.mbarrier, p.ins), 1, 0, p.ins);
+}
+
+static void issue(const Pending *p) {
+  if (n_issued == MOST_PENDING) fail(p->ins, "too much is under way");
+  issued[n_issued++] = *p;
+  if (when == AT_ONCE) finish_issued();
 }
 
 static void mma(Warp *warp, const i32 *o) { /* bfloat, d (4), a (4), b (2), c (4) */
@@ -531,13 +580,14 @@ static int step(Warp *warp, const Instruction *ins, const u32 *on, int all, int 
     memcpy(SLOT(2), valid, sizeof valid), memcpy(SLOT(1), got, sizeof got);
     return 1;
   }
-  case OP_REDUX: { /* min, max or add; to, of */
-    i32 x = (i32)SLOT(2)[0];
+  case OP_REDUX: { /* min, max or add; of floats; to, of */
+    u32 x = SLOT(3)[0];
     for (int l = 1; l < LANES; l++) {
-      i32 y = (i32)SLOT(2)[l];
-      x = o[0] == 2 ? x + y : (o[0] == 0) == (y < x) ? y : x;
+      u32 y = SLOT(3)[l];
+      if (o[1]) x = as_bits(o[0] ? maximum(as_float(x), as_float(y)) : minimum(as_float(x), as_float(y)));
+      else x = o[0] == 2 ? x + y : (o[0] == 0) == ((i32)y < (i32)x) ? y : x;
     }
-    for (int l = 0; l < LANES; l++) SLOT(1)[l] = x;
+    for (int l = 0; l < LANES; l++) SLOT(2)[l] = x;
     return 1;
   }
   case OP_ELECT: /* the lane's number, whether it is this one */
@@ -604,6 +654,38 @@ static int step(Warp *warp, const Instruction *ins, const u32 *on, int all, int 
       if (o[0] == 0) map->address = value;
       else if (o[0] == 4) map->stride[o[2]] = value;
       else fields[o[0]][o[2]] = value;
+    }
+    return 1;
+  case OP_TENSOR_ALLOC: /* where the address goes, offset, columns */
+    if (!any) return 1;
+    check_shared(SLOT(0)[0] + o[1], 4, ins);
+    memcpy(shared + SLOT(0)[0] + o[1], &n_columns, 4);
+    n_columns += o[2];
+    if (n_columns > TENSOR_COLUMNS) fail(ins, "%d columns of tensor memory", n_columns);
+    return 1;
+  case OP_TENSOR_LD: /* how many, columns to the other half warp's (-1: all have rows), address, offset */
+  case OP_TENSOR_ST:
+    for (int l = 0; l < LANES; l++)
+      for (int i = 0; i < o[0]; i++) {
+        int row = o[1] < 0 ? l : l % 16, column = i + (o[1] < 0 ? 0 : l / 16 * o[1]);
+        u32 *at = cell(SLOT(2)[l] + o[3], row, column, ins);
+        if ((at - tensor[0]) / TENSOR_COLUMNS / LANES != self % 4) fail(ins, "another warp's rows");
+        if (ins->op == OP_TENSOR_LD) SLOT(4 + i)[l] = *at;
+        else *at = SLOT(4 + i)[l];
+      }
+    return 1;
+  case OP_TENSOR_MMA: /* a in tensor memory, d, offset, a, offset, b, shape, add */
+    EACH {
+      Pending p = {.kind = TENSOR_PRODUCT, .ins = ins, .d = SLOT(1)[l] + o[2], .b = WIDE(5)[l]};
+      p.a = o[0] ? SLOT(3)[l] + o[4] : WIDE(3)[l];
+      p.shape = SLOT(6)[l], p.add = SLOT(7)[l] != 0;
+      issue(&p);
+    }
+    return 1;
+  case OP_TENSOR_COMMIT: /* mbarrier, offset */
+    EACH {
+      Pending p = {.kind = TENSOR_COMMIT, .ins = ins, .mbarrier = SLOT(0)[l] + o[1]};
+      issue(&p);
     }
     return 1;
   case OP_TENSORMAP_COPY: /* to, from: by the warp, once */
@@ -675,6 +757,7 @@ static void run_block(int n_warps) {
   memset(shared, 0xff, machine.shared_size); /* NaN */
   memset(unfenced, 0, machine.shared_size), any_unfenced = 0;
   memset(arrived, 0, sizeof arrived), memset(waiting, 0, sizeof waiting);
+  memset(tensor, 0xff, sizeof tensor), n_columns = 0;
   for (int turns = 0;; turns++) {
     int ready[MOST_WARPS], n = 0, spinning = 0, done = 0;
     for (int i = 0; i < n_warps; i++) {
@@ -684,14 +767,16 @@ static void run_block(int n_warps) {
     }
     if (done == n_warps) break;
     if (n > spinning) turns = 0;
-    if (n_loads && (n == spinning || (when == BETWEEN && drawn(4) == 0))) {
-      finish_load(drawn(n_loads));
+    if (n_loads + n_issued && (n == spinning || (when == BETWEEN && drawn(4) == 0))) {
+      if (drawn(n_loads + n_issued) < (u64)n_loads) finish_load(drawn(n_loads));
+      else finish_issued();
       turns = 0;
     }
-    if (turns > 100 * n_warps || (n == 0 && !n_loads)) deadlock(n_warps);
+    if (turns > 100 * n_warps || (n == 0 && n_loads + n_issued == 0)) deadlock(n_warps);
     if (n) run_warp(&warps[ready[drawn(n)]], 1 + drawn(3000));
   }
   while (n_loads) finish_load(0);
+  while (n_issued) finish_issued();
 }
 
 static void start_warps(int n_warps, i64 program) {
@@ -714,13 +799,13 @@ int run(const Machine *given) {
   machine = *given;
   random_state = machine.seed * 0x9E3779B97F4A7C15ull + 1;
   when = drawn(3);
-  n_loads = 0;
+  n_loads = n_issued = 0;
   int n_warps = machine.threads / LANES;
   i64 programs = (i64)machine.grid[0] * machine.grid[1] * machine.grid[2];
   i64 *order = malloc(programs * sizeof *order);
   shared = aligned_alloc(1024, machine.shared_size / 1024 * 1024 + 1024);
   unfenced = malloc(machine.shared_size + 1);
-  loads = malloc(MOST_PENDING * sizeof *loads);
+  loads = malloc(MOST_PENDING * sizeof *loads), issued = malloc(MOST_PENDING * sizeof *issued);
   for (int i = 0; i < n_warps; i++) {
     warps[i].w = aligned_alloc(128, (size_t)machine.n_slots * LANES * 4);
     warps[i].pending = malloc(MOST_PENDING * sizeof *warps[i].pending);
@@ -736,6 +821,6 @@ int run(const Machine *given) {
       run_block(n_warps);
     }
   for (int i = 0; i < n_warps; i++) free(warps[i].w), free(warps[i].pending);
-  free(shared), free(unfenced), free(loads), free(order);
+  free(shared), free(unfenced), free(loads), free(issued), free(order);
   return wrong;
 }

@@ -16,7 +16,8 @@ REGISTER = re.compile(r"%(p|rs|rd|r)\d+$")
 SPECIAL = ["%tid.x", *(f"%{name}.{x}" for name in ("ctaid", "nctaid") for x in "xyz")]
 JUNK = 0  # the slot that nobody reads
 IDLE = (  # what orders that which the machine does in order, or that only ptxas needs
-    r"(wgmma\.fence|setmaxnreg|bar\.warp\.sync|fence\.proxy\.tensormap|fence\.acq_rel|membar).*"
+    r"(wgmma\.fence|setmaxnreg|bar\.warp\.sync|fence\.proxy\.tensormap|fence\.acq_rel|membar|"
+    r"tcgen05\.(wait|fence|dealloc|relinquish)).*"
 )
 TENSORMAP = """global_address rank box_dim global_dim global_stride element_stride elemtype
 interleave_layout swizzle_mode fill_mode""".split()
@@ -278,9 +279,10 @@ class Program:
         mode = ["idx", "bfly", "up", "down"].index(match[1])
         return "SHFL", [mode, self._slot(to), self._slot(valid or "_"), *map(self._slot, x[1:4])]
 
-    @rule(r"redux\.sync\.(min|max|add)\.s32")
+    @rule(r"redux\.sync\.(min|max|add)\.(s32|f32)")
     def _reduce(self, match, x):
-        return "REDUX", [["min", "max", "add"].index(match[1]), *map(self._slot, x[:2])]
+        of = ["min", "max", "add"].index(match[1])
+        return "REDUX", [of, int(match[2] == "f32"), *map(self._slot, x[:2])]
 
     @rule(r"elect\.sync")
     def _elect(self, match, x):
@@ -337,3 +339,25 @@ class Program:
     @rule(r"tensormap\.cp_fenceproxy.*")
     def _tensormap_copy(self, match, x):
         return "TENSORMAP_COPY", [self._address(x[0])[0], self._address(x[1])[0]]
+
+    @rule(r"tcgen05\.alloc\.cta_group::1\.sync\.aligned\.shared::cta\.b32")
+    def _tensor_alloc(self, match, x):
+        return "TENSOR_ALLOC", [*self._address(x[0]), int(x[1])]
+
+    @rule(r"tcgen05\.(ld|st)\.sync\.aligned\.(32x32b|16x32bx2)\.x\d+\.b32")
+    def _tensor_memory(self, match, x):
+        values, rest = (x[0], x[1:]) if match[1] == "ld" else (x[-1], x[:-1])
+        second = int(rest[1]) if match[2] == "16x32bx2" else -1
+        values = [self._slot(v) for v in inner(values)]
+        return f"TENSOR_{match[1]}".upper(), [len(values), second, *self._address(rest[0]), *values]
+
+    @rule(r"tcgen05\.mma\.cta_group::1\.kind::f16")
+    def _tensor_mma(self, match, x):
+        stored = x[1].startswith("[")  # in tensor memory
+        a = self._address(x[1]) if stored else [self._slot(x[1]), 0]
+        pool = [int(stored), *self._address(x[0]), *a, self._slot(x[2], True)]
+        return "TENSOR_MMA", [*pool, self._slot(x[3]), self._slot(x[4])]
+
+    @rule(r"tcgen05\.commit\.cta_group::1\.mbarrier::arrive::one\.shared::cluster\.b64")
+    def _tensor_commit(self, match, x):
+        return "TENSOR_COMMIT", self._address(x[0])
