@@ -27,7 +27,7 @@ compile: $(TRITONS:%=.venv/triton-%)
 
 # Every test of the kernels, on what Triton compiles for these chips (tests/ptx): an hour for each.
 ptx: .venv/.installed-dev
-	for chip in 80 90 120; do PONDER_PTX=$$chip $(BIN)/python -m pytest -q -n auto tests/kernels \
+	for chip in 80 90 100 120; do PONDER_PTX=$$chip $(BIN)/python -m pytest -q -n auto tests/kernels \
 	  || exit 1; done
 
 .venv/triton-%: | .venv/.installed-dev

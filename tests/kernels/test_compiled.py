@@ -19,10 +19,16 @@ FOLDER = Path(__file__).parent
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on the GPU here")
 @pytest.mark.parametrize(
     "capability, part",
-    [("90", "test_ptx.py"), ("80", "test_ptx.py"), ("90", "5/16"), ("80", "20/32")],
+    [
+        ("90", "test_ptx.py"),
+        ("80", "test_ptx.py"),
+        ("90", "5/16"),
+        ("80", "20/32"),
+        ("100", "11/32"),
+    ],
 )
 def test_on_the_machine(capability, part, tmp_path):
-    """The machine's own tests; every 16th of the kernels' for sm_90, every 32nd for sm_80."""
+    """The machine's own tests; every 16th of the kernels' for sm_90, every 32nd for others."""
     changes = dict(PONDER_PTX=capability, TRITON_CACHE_DIR=str(tmp_path))
     path = FOLDER
     if part.endswith(".py"):

@@ -1,9 +1,10 @@
 """Compiled kernels, run without a GPU: PTX by a machine of some hundred instructions.
 
 Triton's interpreter runs a kernel's Python. What a GPU runs is what Triton makes of it: layouts,
-copies by cp.async and TMA, wgmma that reads shared memory while the program goes on, barriers,
-groups of warps with work of their own. `PONDER_PTX=90 python -m pytest tests/kernels` compiles
-every kernel that a test launches for sm_90 (80, 120), down to PTX, and runs that.
+copies by cp.async and TMA, tensor cores that go on reading while the program does, or have a memory
+of their own, barriers, groups of warps with their own work. `PONDER_PTX=90 python -m pytest
+tests/kernels` compiles every kernel that a test launches for sm_90 (80, 100, 120), down to PTX, and
+runs that.
 
 The machine is as unkind as PTX allows. Warps run in a random order, as far as barriers let them;
 programs too. An asynchronous copy or product is done at once, at the last moment, or in between;
