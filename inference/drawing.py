@@ -44,6 +44,7 @@ COLOURS = {
     "right": "#1d7a4d",
     "outvoted": "#d9a441",
     "never": "#c3cad3",
+    "another": "#8a5aa8",
 }
 
 

@@ -150,7 +150,7 @@ def _compare(
     """A line of accuracy against cost for each label, and the frontier of the best rows. "NAME,
     verifier" has NAME's colour; NAME is then dashed. Where colours come again, markers differ."""
     axis, cost, tick = UNITS[unit]
-    names = "vote-4 greedy budget-3 outvoted vote-2 budget-1 muted never vote-1 ink".split()
+    names = "vote-4 greedy budget-3 outvoted vote-2 budget-1 muted another vote-1 ink".split()
     kinds = list(dict.fromkeys(label.removesuffix(VERIFIED) for label in lines))
     for label, rows in lines.items():
         rows = sorted(rows, key=cost)
