@@ -73,8 +73,7 @@ def win_probability(count: int, others: tuple[int, ...], silent: int, k: int) ->
         rivals = [c for c in others if c >= w]
         free = n - count - sum(rivals)  # cannot reach w votes, so they may be drawn at will
         ties = min(len(rivals), rest // w)
-        x, weight = np.polynomial.legendre.leggauss(ties // 2 + 1)
-        z, weight = (x + 1) / 2, weight / 2
+        z, weight = _gauss(ties // 2 + 1)
         ways = np.tile(_binomial(free, rate, rest), (len(z), 1))  # (nodes, drawn so far)
         for c in rivals:
             terms = _binomial(c, rate, w)
@@ -84,6 +83,13 @@ def win_probability(count: int, others: tuple[int, ...], silent: int, k: int) ->
             ways = drawn
         total += _binomial(count, rate, w)[w] * float(weight @ ways[:, rest])
     return total / _binomial(n, rate, k)[k]
+
+
+@lru_cache
+def _gauss(nodes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Places in [0, 1] and weights of Gauss's rule."""
+    x, weight = np.polynomial.legendre.leggauss(nodes)
+    return (x + 1) / 2, weight / 2
 
 
 @lru_cache(maxsize=1 << 12)
@@ -134,6 +140,7 @@ def weighted_vote_at_k(
     """
     n = _samples(correct, k)
     chosen = _subsets(n, k, limit, seed)  # (S, N) bool
+    numbers = chosen.astype(float)
     scores = np.zeros(len(answers))
     codes, shares, counts = tallies(answers, correct)
     for p, code in enumerate(codes):
@@ -145,7 +152,7 @@ def weighted_vote_at_k(
         gives = (code[:, None] == np.arange(several)).astype(float)  # (N, answers)
         logs = log_weights[p] - log_weights[p].max()
         if logs.min() > -600:
-            sums = chosen.astype(float) @ (gives * np.exp(logs)[:, None])  # (S, answers)
+            sums = numbers @ (gives * np.exp(logs)[:, None])  # (S, answers)
         else:  # next to the best of all samples the weights of some subsets vanish
             logs = np.where(chosen & (code >= 0), logs, -np.inf)
             top = logs.max(1, keepdims=True)
