@@ -206,12 +206,13 @@ def _info(arguments: list[str]) -> None:
         print(f"{name:14}{value}")
     for name in kernels.__all__:
         print(f"{name:22}{path()}")
-    from .models.native import compiler, library
+    from .kernels._native import compiler, library
+    from .models.decoder import SOURCE
 
     command = " ".join(compiler() or ())
     way = (
         f"in C, compiled by {command}"
-        if library()
+        if library(SOURCE)
         else "by PyTorch, as there is no C compiler that works"
     )
     print(f"{'sampling on a CPU':22}{way}")

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import _cpu
 from ._runtime import (
     Specialization,
     cdiv,
@@ -344,6 +345,27 @@ def _backward(ctx, dy, dh, *_):
 _norm.register_autograd(_backward, setup_context=_setup_context)
 
 
+class _RMSNormInC(torch.autograd.Function):
+    """y, or (y, h) where there is a residual, of what `_cpu` takes."""
+
+    @staticmethod
+    def forward(ctx, x, weight, residual, eps):
+        y, h, rstd = _cpu.norm(x, weight, residual, eps)
+        ctx.set_materialize_grads(False)
+        ctx.dtype, ctx.has_residual = x.dtype, residual is not None
+        ctx.save_for_backward(h, weight, rstd)
+        return (y, h) if ctx.has_residual else y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dh=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        h, weight, rstd = ctx.saved_tensors
+        dy = torch.zeros_like(h, dtype=ctx.dtype) if dy is None else dy.contiguous()
+        dh = None if dh is None else dh.contiguous()
+        dx, dh, dweight = _cpu.norm_backward(dy, dh, h, weight, rstd)
+        return dx, dweight.to(weight.dtype), dh if ctx.has_residual else None, None
+
+
 class _RMSNormOnCpu(torch.autograd.Function):
     """x / sqrt(mean(x²) + eps) * weight in fp32, with 7 passes over memory in the backward.
 
@@ -395,6 +417,9 @@ def _normalize(
         )
     check_device(name, x, weight=weight, bias=bias, residual=residual)
     if not use_triton(x):
+        if not centered and bias is None and _cpu.takes(x, weight, residual):
+            residual = None if residual is None else residual.contiguous()
+            return _RMSNormInC.apply(x.contiguous(), weight, residual, eps)  # pyright: ignore
         h = x if residual is None else x + residual
         bias = None if bias is None else bias.to(h.dtype)
         learns = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)

@@ -9,18 +9,8 @@
    width, S positions of a cache. Matrices are packed in panels of PANEL outputs, input by input; in
    bf16 two inputs at a time. */
 
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#include "../kernels/vectors.h"
 
-#if defined(__AVX512F__)
-#define LANES 16
-#elif defined(__AVX__)
-#define LANES 8
-#else
-#define LANES 4
-#endif
 #if defined(__AVX512F__) || defined(__aarch64__)
 #define STRIP 8 /* rows whose sums stay in registers: 8 × 2 vectors of 32 */
 #else
@@ -44,14 +34,6 @@
 #define GROUP 4 /* heads that read their keys together */
 #define EACH_HEAD(heads) _Pragma("GCC unroll 4") for (int h = 0; h < GROUP; h++) if (h < heads)
 #define MOST_DIM 256 /* of a head */
-#define INLINE static inline __attribute__((always_inline))
-
-typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef int32_t ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef uint32_t words __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
-typedef double doubles __attribute__((vector_size(8 * LANES)));
-typedef uint16_t bf16;
 
 typedef struct {
   const void *weight; /* packed; fp32, or bf16 in pairs of inputs */
@@ -90,82 +72,6 @@ typedef struct {
 
 enum { RELU, RELU2, GELU, GELU_TANH, SILU, SIGMOID, TANH, IDENTITY };
 enum { STORE, ADD, ACTIVATE, MULTIPLY };
-
-/* ---- vectors */
-
-INLINE vec spread(float x) { return x - (vec){}; }
-
-INLINE float total(vec x) {
-  float half[LANES];
-  memcpy(half, &x, sizeof x);
-  for (int n = LANES / 2; n; n /= 2)
-    for (int i = 0; i < n; i++) half[i] += half[i + n];
-  return half[0];
-}
-
-INLINE vec choose(ints mask, vec a, vec b) {
-  return (vec)(((ints)a & mask) | ((ints)b & ~mask));
-}
-
-/* e^x to 2 units in the last place, 0 below −87; x at most 88. */
-INLINE vec exponential(vec x) {
-  const ints tiny = x < -87.0f, nan = x != x;
-  const vec given = x;
-  x = choose(tiny, spread(0.0f), x);
-  const vec magic = spread(12582912.0f); /* 1.5 · 2²³: adding it rounds to an integer */
-  vec n = x * 1.44269504f + magic;
-  ints exponent = ((ints)n - (ints)magic) << 23;
-  n -= magic;
-  vec r = x - n * 0.693359375f;
-  r = r + n * 2.12194440e-4f;
-  vec y = spread(1.9875691500e-4f);
-  y = y * r + 1.3981999507e-3f;
-  y = y * r + 8.3334519073e-3f;
-  y = y * r + 4.1665795894e-2f;
-  y = y * r + 1.6666665459e-1f;
-  y = y * r + 5.0000001201e-1f;
-  y = y * (r * r) + r + 1.0f;
-  return choose(tiny, spread(0.0f), choose(nan, given, (vec)((ints)y + exponent)));
-}
-
-INLINE vec sigmoid(vec x) {
-  x = choose(x > 87.0f, spread(87.0f), x);
-  return 1.0f / (1.0f + exponential(-choose(x < -87.0f, spread(-87.0f), x)));
-}
-
-INLINE vec widened(halves x) {
-  return (vec)(__builtin_convertvector(x, words) << 16);
-}
-
-INLINE halves narrowed(vec x) { /* to nearest, ties to even */
-  words w = (words)x;
-  words rounded = w + 0x7fff + ((w >> 16) & 1);
-  ints nan = x != x;
-  w = (rounded & ~(words)nan) | ((w | 0x400000) & (words)nan);
-  return __builtin_convertvector(w >> 16, halves);
-}
-
-INLINE bf16 narrowed_one(float x) {
-  uint32_t w;
-  memcpy(&w, &x, 4);
-  if (x != x) return (bf16)(w >> 16 | 0x40);
-  return (bf16)((w + 0x7fff + (w >> 16 & 1)) >> 16);
-}
-
-INLINE float widened_one(bf16 x) {
-  uint32_t w = (uint32_t)x << 16;
-  float y;
-  memcpy(&y, &w, 4);
-  return y;
-}
-
-INLINE float at(const void *x, int64_t i, int half) {
-  return half ? widened_one(((const bf16 *)x)[i]) : ((const float *)x)[i];
-}
-
-INLINE vec load(const void *x, int64_t i, int half) {
-  return half ? widened(*(const halves *)((const bf16 *)x + i)) : *(const vec *)((const float *)x + i);
-}
 
 /* ---- matrix products */
 
@@ -300,11 +206,6 @@ static void whole(const Model *model, const Matrix *m, const void *x, int64_t st
 }
 
 /* ---- norms and rotary positions */
-
-INLINE void put(void *to, int64_t i, float x, int half) {
-  if (half) ((bf16 *)to)[i] = narrowed_one(x);
-  else ((float *)to)[i] = x;
-}
 
 static void narrow(const float *x, int64_t n, bf16 *y) {
   int64_t i = 0;

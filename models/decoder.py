@@ -11,18 +11,20 @@ import time
 from collections.abc import Iterable
 from ctypes import c_float, c_int64, c_void_p
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels import ACTIVATIONS
+from ..kernels._native import library
 from .cache import KVCache
 from .gpt import GPT
 from .layers import LayerNorm, RMSNorm, readable
-from .native import library
 
 DTYPES = torch.float32, torch.bfloat16
+SOURCE = Path(__file__).with_name("decoder.c")
 TELLING = 128 * 2**20  # bytes of fp32 weights: more than a CPU's caches hold
 
 
@@ -33,7 +35,7 @@ def fits(model: Any, dtype: torch.dtype) -> bool:
         return False
     parts = [m for block in model.layers for m in block.modules() if not any(m.children())]
     plain = all(isinstance(m, RMSNorm | LayerNorm) or readable(m) for m in parts)
-    return plain and library() is not None
+    return plain and library(SOURCE) is not None
 
 
 @torch.inference_mode()
@@ -125,7 +127,7 @@ class Decoder:
         head = model.lm_head if head is None else head
         c, self.dtype, self.outputs = model.config, dtype, head.out_features
         self.config = c
-        found = library()
+        found = library(SOURCE)
         assert found is not None
         self.library = found
         self.kept: list[Any] = []  # what C has pointers into

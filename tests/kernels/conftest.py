@@ -6,6 +6,8 @@ import os
 import pytest
 import torch
 
+from ponder.kernels import _cpu
+
 if chip := os.environ.get("PONDER_PTX"):
     # Of no use there: what compiles, the interpreter's own, how a path is chosen; Hopper's kernels.
     collect_ignore = ["test_compile.py", "test_compiled.py", "test_interpreter.py"]
@@ -24,6 +26,25 @@ def path(request, device, monkeypatch) -> str:
         return device
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     return "cpu"
+
+
+def _on_a_cpu(way: str, monkeypatch) -> str:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    if way == "by PyTorch":
+        monkeypatch.setattr(_cpu, "_library", lambda: None)
+    return "cpu"
+
+
+@pytest.fixture(params=["in C", "by PyTorch"])
+def way_on_a_cpu(request, monkeypatch) -> str:
+    """The device of both ways of what is written in C for CPU tensors."""
+    return _on_a_cpu(request.param, monkeypatch)
+
+
+@pytest.fixture(params=["kernel", "in C", "by PyTorch"])
+def way(request, device, monkeypatch) -> str:
+    """The device of all ways to compute that such a function has."""
+    return device if request.param == "kernel" else _on_a_cpu(request.param, monkeypatch)
 
 
 @pytest.fixture(autouse=True)

@@ -161,9 +161,8 @@ def test_non_contiguous_and_empty(norm, device):
 
 
 @NORMS
-def test_on_cpu_tensors(norm, monkeypatch):
-    """PyTorch's own operations, where Triton is not."""
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
+def test_on_cpu_tensors(norm, way_on_a_cpu):
+    """Where Triton is not."""
     x, weight, bias, residual = inputs((3, 40), torch.float32, "cpu")
     for leaves in ([x, weight], [x, weight, bias]):
         check(norm, REFERENCE[norm], leaves, reduction=x.numel())

@@ -29,11 +29,11 @@ def queries_and_keys(shape, dtype, device):
 @pytest.mark.parametrize("per_row", [False, True], ids=["shared", "per_row"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_rotary(shape, dtype, per_row, path):
+def test_rotary(shape, dtype, per_row, way):
     torch.manual_seed(0)
-    q, k = queries_and_keys(shape, dtype, path)
+    q, k = queries_and_keys(shape, dtype, way)
     n_row, _, _, n_token, head_dim = shape
-    cos, sin = angles(*([n_row] if per_row else []), n_token, head_dim // 2, device=path)
+    cos, sin = angles(*([n_row] if per_row else []), n_token, head_dim // 2, device=way)
     check(
         functools.partial(rotary, cos=cos, sin=sin),
         functools.partial(rotary_reference, cos=cos, sin=sin),
@@ -43,8 +43,7 @@ def test_rotary(shape, dtype, per_row, path):
     )
 
 
-def test_bf16_rotates_in_fp32_on_cpu(monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
+def test_bf16_rotates_in_fp32_on_cpu(way_on_a_cpu):
     torch.manual_seed(1)
     q, k = queries_and_keys((2, 4, 2, 7, 16), torch.bfloat16, "cpu")
     cos, sin = angles(7, 8, device="cpu")
@@ -66,22 +65,22 @@ def test_bf16_rotates_in_fp32_on_cpu(monkeypatch):
     ],
     ids=["contiguous", "last", "slice", "strided", "token", "head", "row"],
 )
-def test_any_strides(layout, path):
+def test_any_strides(layout, way):
     torch.manual_seed(2)
-    q, k = (layout(x) for x in queries_and_keys((2, 4, 2, 5, 16), torch.float32, path))
+    q, k = (layout(x) for x in queries_and_keys((2, 4, 2, 5, 16), torch.float32, way))
     before = q.clone(), k.clone()
-    cos, sin = angles(5, 8, device=path)
+    cos, sin = angles(5, 8, device=way)
     torch.testing.assert_close(rotary(q, k, cos, sin), rotary_reference(*before, cos, sin))
     torch.testing.assert_close((q, k), before, rtol=0, atol=0)
 
 
-def test_positions_enter_only_as_differences(path):
+def test_positions_enter_only_as_differences(way):
     """The point of it: the score of a query and a key depends on their distance alone."""
     torch.manual_seed(3)
     n_token, head_dim = 12, 32
-    q, k = torch.randn(2, 1, 1, 1, head_dim, device=path).expand(2, 1, 1, n_token, head_dim)
-    frequency = 100.0 ** -(torch.arange(head_dim // 2, device=path) / (head_dim // 2))
-    theta = torch.arange(n_token, device=path)[:, None] * frequency
+    q, k = torch.randn(2, 1, 1, 1, head_dim, device=way).expand(2, 1, 1, n_token, head_dim)
+    frequency = 100.0 ** -(torch.arange(head_dim // 2, device=way) / (head_dim // 2))
+    theta = torch.arange(n_token, device=way)[:, None] * frequency
     q, k = rotary(q, k, theta.cos(), theta.sin())
     scores = (q @ k.transpose(-1, -2))[0, 0]
     for distance in range(1 - n_token, n_token):
@@ -89,10 +88,10 @@ def test_positions_enter_only_as_differences(path):
         torch.testing.assert_close(same, same[:1].expand_as(same), atol=1e-4, rtol=0)
 
 
-def test_the_rotation_back_undoes_it_and_gradients_have_gradients(path):
+def test_the_rotation_back_undoes_it_and_gradients_have_gradients(way):
     torch.manual_seed(4)
-    q, k = queries_and_keys((1, 2, 1, 5, 16), torch.float32, path)
-    cos, sin = angles(5, 8, device=path)
+    q, k = queries_and_keys((1, 2, 1, 5, 16), torch.float32, way)
+    cos, sin = angles(5, 8, device=way)
     torch.testing.assert_close(rotary(*rotary(q, k, cos, sin), cos, -sin), (q, k))
     q, u = q.clone().requires_grad_(), torch.randn_like(q).requires_grad_()
     y, _ = rotary(q, k, cos, sin)
@@ -102,10 +101,10 @@ def test_the_rotation_back_undoes_it_and_gradients_have_gradients(path):
     torch.testing.assert_close(du, rotary_reference(v, k, cos, sin)[0])
 
 
-def test_empty(path):
-    cos, sin = angles(0, 8, device=path)
+def test_empty(way):
+    cos, sin = angles(0, 8, device=way)
     q, k = rotary(
-        torch.ones(2, 4, 0, 16, device=path), torch.ones(2, 2, 0, 16, device=path), cos, sin
+        torch.ones(2, 4, 0, 16, device=way), torch.ones(2, 2, 0, 16, device=way), cos, sin
     )
     assert (q.shape, k.shape) == ((2, 4, 0, 16), (2, 2, 0, 16))
 

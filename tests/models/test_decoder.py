@@ -1,14 +1,13 @@
 """The decoder in C: the model's own numbers, the same bits in any company, the same tokens."""
 
 import itertools
-import subprocess
 
 import pytest
 import torch
 
 from ponder.inference.engine import LocalEngine
 from ponder.kernels.sample_tokens import sample_tokens_reference, uniform
-from ponder.models import KVCache, native
+from ponder.models import KVCache
 from ponder.models.decoder import Decoder, bf16_pays, fits
 
 from .tiny import gpt
@@ -142,7 +141,7 @@ def test_a_model_whose_weights_are_not_its_own_is_none_for_the_decoder(monkeypat
     assert not engine.native and engine.network() is adapted
     with pytest.raises(ValueError, match="invariant is true; on a CPU it needs a GPT in fp32"):
         LocalEngine(adapted, eos=0, invariant=True)
-    monkeypatch.setattr("ponder.models.decoder.library", lambda: None)  # no compiler
+    monkeypatch.setattr("ponder.models.decoder.library", lambda _: None)  # no compiler
     assert not fits(gpt(), torch.float32)
 
 
@@ -225,60 +224,3 @@ def test_a_row_of_nan_draws_some_token_and_says_so():
     given |= dict(min_p=torch.zeros(2), seeds=torch.arange(2), positions=torch.arange(2))
     tokens, logprobs = Decoder(gpt()).sample_tokens(logits, **given)
     assert 0 <= tokens[0] < 9 and logprobs[0].isnan() and logprobs[1].isfinite()
-
-
-WIDTHS = {
-    "4 lanes": ["-march=x86-64"],
-    "8 lanes": ["-march=haswell"],
-    "16 lanes": ["-march=skylake-avx512"],
-    "16 lanes, bf16 products": ["-march=cooperlake"],
-}
-
-
-@pytest.mark.skipif(native.platform.machine() != "x86_64", reason="names of x86-64 CPUs")
-@pytest.mark.parametrize("width", WIDTHS)
-def test_it_compiles_without_a_warning_for_every_width_of_vectors(width):
-    command = native.compiler()
-    assert command is not None, "the tests need a C compiler"
-    words = [*command, *native.COMMON.split(), *WIDTHS[width], "-fopenmp", "-Wall", "-Wextra"]
-    words += ["-Werror", "-fsyntax-only", str(native.SOURCE)]
-    done = subprocess.run(words, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.fixture
-def anew(monkeypatch, tmp_path):
-    """A process that has not compiled yet, with a cache of its own."""
-    monkeypatch.setenv("PONDER_CACHE", str(tmp_path / "cache"))
-    native.library.cache_clear()
-    yield tmp_path / "cache"
-    native.library.cache_clear()
-
-
-def test_it_is_compiled_once(anew, monkeypatch):
-    assert native.library() is not None
-    [made] = anew.iterdir()
-    native.library.cache_clear()
-    monkeypatch.setattr(native, "_compiled", None)
-    assert native.library() is not None and [*anew.iterdir()] == [made]
-
-
-def test_a_cache_that_is_closed_is_no_obstacle(anew):
-    anew.write_text("a file where the folder would be")
-    assert native.library() is not None
-
-
-def test_without_a_compiler_there_is_none(anew, monkeypatch):
-    monkeypatch.setenv("PATH", str(anew))
-    monkeypatch.setenv("CC", "no-such-compiler")
-    assert native.compiler() is None and native.library() is None
-
-
-def test_a_compiler_that_fails_is_told(anew, monkeypatch, tmp_path):
-    broken = tmp_path / "broken"
-    broken.write_text("#!/bin/sh\necho 'broken: no such header' >&2\nexit 1\n")
-    broken.chmod(0o755)
-    monkeypatch.setenv("CC", str(broken))
-    with pytest.warns(UserWarning, match="without compiled C: broken: no such header$"):
-        assert native.library() is None
-    assert not [*anew.iterdir()]

@@ -1,10 +1,9 @@
-"""Native: the C of this package, compiled at first use by this machine's compiler, for its CPU."""
+"""The C of this package, compiled at first use by this machine's compiler, for its CPU."""
 
 import ctypes
 import hashlib
 import os
 import platform
-import shlex
 import shutil
 import subprocess
 import tempfile
@@ -12,7 +11,7 @@ import warnings
 from functools import cache
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("decoder.c")
+HEADER = Path(__file__).with_name("vectors.h")  # which all of it includes
 # Nothing is rounded otherwise than it is written, but for products that are fused with a sum.
 COMMON = "-O3 -std=gnu11 -ffp-contract=fast -fno-math-errno -fno-trapping-math -shared -fPIC"
 # The first that the compiler takes: Apple's has no OpenMP, and Arm's CPUs another name.
@@ -21,6 +20,8 @@ CHOICES = "-march=native -fopenmp", "-mcpu=native -fopenmp", "-march=native", "-
 
 def compiler() -> list[str] | None:
     """The command of the C compiler: $CC, or cc, gcc or clang; None where there is none."""
+    import shlex  # not before a kernel is called: `import ponder.kernels` is quick
+
     for name in (os.environ.get("CC", ""), "cc", "gcc", "clang"):
         words = shlex.split(name)
         if words and shutil.which(words[0]):
@@ -57,31 +58,34 @@ def _cpu() -> str:
 
 
 @cache
-def library() -> ctypes.CDLL | None:
-    """`decoder.c`, compiled; None where there is no compiler, or with a warning where it failed."""
+def library(source: Path) -> ctypes.CDLL | None:
+    """The file, compiled; None where there is no compiler, or with a warning where it failed."""
     command = compiler()
     if command is None:
         return None
-    text = SOURCE.read_text(), COMMON, CHOICES, command, _said([*command, "--version"]), _cpu()
-    digest = hashlib.sha256(repr(text).encode()).hexdigest()[:16]
+    text = source.read_text(), HEADER.read_text(), COMMON, CHOICES
+    known = *text, command, _said([*command, "--version"]), _cpu()
+    digest = hashlib.sha256(repr(known).encode()).hexdigest()[:16]
     folder = _folder()
-    path = folder / f"decoder-{digest}.so"
+    path = folder / f"{source.stem}-{digest}.so"
     try:
         if not path.exists():
             with tempfile.TemporaryDirectory(dir=folder) as aside:
-                os.replace(_compiled(command, Path(aside) / path.name), path)
+                os.replace(_compiled(command, source, Path(aside) / path.name), path)
         return ctypes.CDLL(str(path))
     except (OSError, subprocess.CalledProcessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip().partition("\n")[0]
-        warnings.warn(f"sampling goes on without compiled C: {reason}", stacklevel=2)
+        warnings.warn(
+            f"{source.name} could not be compiled, PyTorch is used: {reason}", stacklevel=2
+        )
         return None
 
 
-def _compiled(command: list[str], path: Path) -> Path:
+def _compiled(command: list[str], source: Path, path: Path) -> Path:
     """The library at `path`; CalledProcessError of the first choice where none does."""
     tried = []
     for choice in CHOICES:
-        words = [*command, *COMMON.split(), *choice.split(), "-o", str(path), str(SOURCE), "-lm"]
+        words = [*command, *COMMON.split(), *choice.split(), "-o", str(path), str(source), "-lm"]
         tried.append(subprocess.run(words, capture_output=True, text=True, check=False))
         if tried[-1].returncode == 0:
             return path

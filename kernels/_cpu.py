@@ -1,0 +1,154 @@
+"""RMS norm and rotation on CPU tensors, each in one pass over memory: the C of `cpu.c`.
+
+PyTorch has neither on a CPU but as some ten operations. Where there is no C compiler, or something
+looks at the calls (`traced`), the caller takes those.
+"""
+
+import ctypes
+from ctypes import c_float, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ._native import library
+from ._runtime import traced
+
+SOURCE = Path(__file__).with_name("cpu.c")
+DTYPES = torch.float32, torch.bfloat16
+SHARE = 2**14  # numbers that are worth a thread
+PARTS = 32  # sums of the weight's gradient; a fixed number, so that their order never changes
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("x", "residual", "weight", "y", "h", "rstd")),
+        *((name, c_int64) for name in ("rows", "n", "threads")),
+        ("eps", c_float),
+    ]
+
+
+class _NormBackward(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("dy", "dh", "h", "weight", "rstd")),
+        *((name, c_void_p) for name in ("dx", "dx_half", "dweight")),
+        *((name, c_int64) for name in ("rows", "n", "parts", "threads")),
+    ]
+
+
+class _Rotation(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("x", "y", "cos", "sin")),
+        *((name, c_int64) for name in ("batch", "heads", "tokens", "n")),
+        *((name, c_int64) for name in ("x_batch", "x_head", "x_token")),
+        *((name, c_int64) for name in ("y_batch", "y_head", "y_token", "cos_batch")),
+        ("threads", c_int64),
+        ("direction", c_float),
+    ]
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    """The C; None where there is none, or where its one thread stands against PyTorch's many."""
+    found = library(SOURCE)
+    if found is None or not (
+        c_int64.in_dll(found, "has_threads").value or torch.get_num_threads() == 1
+    ):
+        return None
+    return found
+
+
+def takes(*tensors: Tensor | None) -> bool:
+    """Whether the functions here take these tensors; all or some are on a CPU."""
+    given = [x for x in tensors if x is not None]
+    plain = all(
+        type(x) in (Tensor, torch.nn.Parameter) and x.dtype in DTYPES and x.device.type == "cpu"
+        for x in given
+    )
+    return plain and not traced() and _library() is not None
+
+
+def _c() -> ctypes.CDLL:
+    found = _library()
+    assert found is not None, "`takes` was not asked"
+    return found
+
+
+def _threads(x: Tensor) -> int:
+    return max(1, min(torch.get_num_threads(), x.numel() // SHARE))
+
+
+def _half(x: Tensor) -> int:
+    return x.dtype == torch.bfloat16
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def norm(
+    x: Tensor, weight: Tensor, residual: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, h, rstd) of the RMS norm of contiguous x (..., C); h is x where there is no residual."""
+    y = torch.empty_like(x)
+    h = x if residual is None else torch.empty_like(residual)
+    rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    wide = weight.float().contiguous()
+    work = _Norm(
+        x=x.data_ptr(),
+        residual=_pointer(residual),
+        weight=wide.data_ptr(),
+        y=y.data_ptr(),
+        h=h.data_ptr(),
+        rstd=rstd.data_ptr(),
+        rows=rstd.numel(),
+        n=x.shape[-1],
+        threads=_threads(x),
+        eps=eps,
+    )
+    _c().norm(ctypes.byref(work), _half(x), _half(h))
+    return y, h, rstd
+
+
+def norm_backward(
+    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dh, dweight) of contiguous tensors: dx is dh in dy's dtype; dweight is fp32."""
+    n = h.shape[-1]
+    dx = torch.empty_like(h)
+    narrow = dx if h.dtype == dy.dtype else torch.empty_like(dy)
+    partial = rstd.new_zeros(PARTS, n)
+    wide = weight.float().contiguous()
+    work = _NormBackward(
+        dy=dy.data_ptr(),
+        dh=_pointer(dh),
+        h=h.data_ptr(),
+        weight=wide.data_ptr(),
+        rstd=rstd.data_ptr(),
+        dx=dx.data_ptr(),
+        dx_half=None if narrow is dx else narrow.data_ptr(),
+        dweight=partial.data_ptr(),
+        rows=rstd.numel(),
+        n=n,
+        parts=PARTS,
+        threads=_threads(h),
+    )
+    _c().norm_backward(ctypes.byref(work), _half(dy), _half(h))
+    return narrow, dx, partial.sum(0)
+
+
+def rotate(x: Tensor, y: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
+    """y, filled. x, y (B, H, T, D) have unit stride within a head; cos and sin are contiguous."""
+    batch, heads, tokens, dim = x.shape
+    work = _Rotation(
+        *(t.data_ptr() for t in (x, y, cos, sin)),
+        *(batch, heads, tokens, dim // 2),
+        *x.stride()[:3],
+        *y.stride()[:3],
+        cos.stride(0) if cos.dim() == 3 else 0,
+        _threads(x),
+        direction,
+    )
+    _c().rotate(ctypes.byref(work), _half(x))
+    return y

@@ -1,0 +1,151 @@
+/* RMS norm and rotary position embedding on a CPU, in one pass over memory: PyTorch has them there
+   as some ten operations each. `_cpu.py` calls it.
+
+   Numbers are fp32 or bf16, all arithmetic is fp32. The same bits come out whatever the threads. */
+
+#include "vectors.h"
+
+/* In front of a loop: its rounds are dealt out to threads, each with its own copy of the work `a`. */
+#define TEAM _Pragma("omp parallel for num_threads(a.threads) if (a.threads > 1) firstprivate(a)")
+/* What follows for each LANES numbers of n, from i on; the last may be fewer: then not `full`. */
+#define EACH(...) \
+  for (int64_t i = 0; i < n; i += LANES) \
+    if (i + LANES <= n) { enum { full = 1 }; __VA_ARGS__ } \
+    else { enum { full = 0 }; __VA_ARGS__ }
+#define GET(x, half) get(x, i, n, half, full)
+#define SET(x, half, value) set(x, i, n, value, half, full)
+
+INLINE vec get(const void *x, int64_t i, int64_t n, int half, int full) {
+  if (full) return load(x, i, half);
+  vec some = {};
+  for (int j = 0; j < n - i; j++) some[j] = at(x, i + j, half);
+  return some;
+}
+
+INLINE void set(void *x, int64_t i, int64_t n, vec value, int half, int full) {
+  if (full) store(x, i, value, half);
+  else for (int j = 0; j < n - i; j++) put(x, i + j, value[j], half);
+}
+
+/* The numbers from x[i] on. */
+INLINE void *part(const void *x, int64_t i, int half) { return (char *)x + i * (half ? 2 : 4); }
+
+#ifdef _OPENMP
+const int has_threads = 1;
+#else
+const int has_threads = 0;
+#endif
+
+/* ---- h = x + residual, y = h / sqrt(mean(h²) + eps) * weight, of rows of n numbers */
+
+typedef struct {
+  const void *x, *residual; /* the residual may be NULL: h is x, and not written */
+  const float *weight;
+  void *y, *h;
+  float *rstd; /* (rows,) */
+  int64_t rows, n, threads;
+  float eps;
+} Norm;
+
+INLINE void norm_rows(Norm a, int adds, int half, int h_half) {
+  const int64_t n = a.n;
+  TEAM for (int64_t row = 0; row < a.rows; row++) {
+    const void *x = part(a.x, row * n, half);
+    void *y = part(a.y, row * n, half);
+    vec sum = {};
+    if (adds) {
+      const void *residual = part(a.residual, row * n, h_half);
+      void *h = part(a.h, row * n, h_half);
+      EACH(SET(h, h_half, GET(x, half) + GET(residual, h_half));)
+      x = h; /* as it was rounded: y is the norm of what the caller gets back */
+    }
+    EACH(const vec v = GET(x, h_half); sum += v * v;)
+    const float rstd = 1 / sqrtf(total(sum) / (float)n + a.eps);
+    a.rstd[row] = rstd;
+    EACH(SET(y, half, GET(x, h_half) * rstd * GET(a.weight, 0));)
+  }
+}
+
+void norm(const Norm *a, int half, int h_half) {
+  if (!a->residual) half ? norm_rows(*a, 0, 1, 1) : norm_rows(*a, 0, 0, 0);
+  else if (half == h_half) half ? norm_rows(*a, 1, 1, 1) : norm_rows(*a, 1, 0, 0);
+  else norm_rows(*a, 1, 1, 0);
+}
+
+typedef struct {
+  const void *dy, *dh, *h; /* dh may be NULL */
+  const float *weight, *rstd;
+  void *dx, *dx_half; /* in h's dtype, and in dy's where that is another */
+  float *dweight;     /* (parts, n) */
+  int64_t rows, n, parts, threads;
+} NormBackward;
+
+INLINE void norm_backward_rows(NormBackward a, int adds, int half, int h_half) {
+  const int64_t n = a.n;
+  TEAM for (int64_t share = 0; share < a.parts; share++) {
+    float *dweight = a.dweight + share * n;
+    const int64_t last = a.rows * (share + 1) / a.parts;
+    for (int64_t row = a.rows * share / a.parts; row < last; row++) {
+      const void *dy = part(a.dy, row * n, half), *h = part(a.h, row * n, h_half);
+      const void *dh = part(a.dh, row * n, h_half);
+      void *dx = part(a.dx, row * n, h_half), *dx_half = part(a.dx_half, row * n, half);
+      const float rstd = a.rstd[row];
+      vec sum = {};
+      EACH(
+        const vec product = GET(dy, half) * (GET(h, h_half) * rstd);
+        SET(dweight, 0, GET(dweight, 0) + product);
+        sum += product * GET(a.weight, 0);
+      )
+      const float along = rstd * total(sum) / (float)n;
+      EACH(
+        vec value = rstd * (GET(dy, half) * GET(a.weight, 0) - GET(h, h_half) * along);
+        if (adds) value += GET(dh, h_half);
+        SET(dx, h_half, value);
+        if (half != h_half) SET(dx_half, half, value);
+      )
+    }
+  }
+}
+
+void norm_backward(const NormBackward *a, int half, int h_half) {
+  const int adds = a->dh != NULL;
+  if (half != h_half) adds ? norm_backward_rows(*a, 1, 1, 0) : norm_backward_rows(*a, 0, 1, 0);
+  else if (half) adds ? norm_backward_rows(*a, 1, 1, 1) : norm_backward_rows(*a, 0, 1, 1);
+  else adds ? norm_backward_rows(*a, 1, 0, 0) : norm_backward_rows(*a, 0, 0, 0);
+}
+
+/* ---- y = (a cos θ − b sin θ, b cos θ + a sin θ), x = (a, b) the halves of a head */
+
+typedef struct {
+  const void *x;
+  void *y;
+  const float *cos, *sin; /* (T, n), or a table of each row of the batch */
+  int64_t batch, heads, tokens, n; /* n: half a head */
+  int64_t x_batch, x_head, x_token, y_batch, y_head, y_token, cos_batch; /* strides, in numbers */
+  int64_t threads;
+  float direction; /* −1: back again */
+} Rotation;
+
+INLINE void rotate_heads(Rotation a, int half) {
+  const int64_t n = a.n;
+  TEAM for (int64_t place = 0; place < a.batch * a.tokens; place++) {
+    const int64_t row = place / a.tokens, token = place % a.tokens;
+    const float *cos = a.cos + row * a.cos_batch + token * n;
+    const float *sin = a.sin + row * a.cos_batch + token * n;
+    for (int64_t head = 0; head < a.heads; head++) {
+      const void *x = part(a.x, row * a.x_batch + token * a.x_token + head * a.x_head, half);
+      void *y = part(a.y, row * a.y_batch + token * a.y_token + head * a.y_head, half);
+      EACH(
+        const vec first = GET(x, half), second = GET(part(x, n, half), half);
+        const vec c = GET(cos, 0), d = GET(sin, 0) * a.direction;
+        SET(y, half, first * c - second * d);
+        SET(part(y, n, half), half, second * c + first * d);
+      )
+    }
+  }
+}
+
+void rotate(const Rotation *a, int half) {
+  if (half) rotate_heads(*a, 1);
+  else rotate_heads(*a, 0);
+}

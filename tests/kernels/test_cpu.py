@@ -1,0 +1,192 @@
+"""What is written in C for CPU tensors, and how it is compiled."""
+
+import subprocess
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ponder.kernels import _cpu, _native, layer_norm, rms_norm, rotary
+from ponder.kernels._cpu import SOURCE
+from ponder.kernels._native import library
+from ponder.kernels.norm import rms_norm_reference
+from ponder.models import decoder
+
+from .numerics import EPSILON, relative_error
+
+SOURCES = [SOURCE, decoder.SOURCE]
+FP32, BF16 = torch.float32, torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def on_a_cpu(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The functions of `_cpu` that are called, by name, as they come."""
+    seen = []
+    for name in ("norm", "norm_backward", "rotate"):
+        was = getattr(_cpu, name)
+        recorded = lambda *given, was=was, name=name: (seen.append(name), was(*given))[1]  # noqa: E731
+        monkeypatch.setattr(_cpu, name, recorded)
+    return seen
+
+
+# Rows of less than a vector, of vectors and a rest; fewer rows than parts, and more.
+@pytest.mark.parametrize("shape", [(3, 2), (5, 7), (2, 3, 16), (70, 100), (129, 64)], ids=str)
+@pytest.mark.parametrize(
+    "dtype, stream", [(FP32, None), (BF16, None), (FP32, FP32), (BF16, BF16), (BF16, FP32)]
+)
+def test_rms_norm_with_a_residual_stream(shape, dtype, stream, calls):
+    """Against fp64 of what came, as it was rounded; both outputs lead to the loss."""
+    torch.manual_seed(0)
+    x = torch.randn(shape).to(dtype).requires_grad_()
+    weight = torch.randn(shape[-1], requires_grad=True)
+    residual = None if stream is None else torch.randn(shape).to(stream).requires_grad_()
+    leaves = [x, weight] + [residual] * (residual is not None)
+    h = x if residual is None else (x.float() + residual.float()).to(stream)
+    wide = h.detach().double().requires_grad_()
+    weights = weight.detach().double().requires_grad_()
+    truth = rms_norm_reference(wide, weights)
+    found = rms_norm(x, weight, residual=residual)
+    y, stream_out = found if residual is not None else (found, None)
+    upstream, above = torch.randn(shape).to(dtype), torch.randn(shape).to(h.dtype)
+    loss, expected = (y * upstream).sum(), (truth * upstream.double()).sum()
+    if stream_out is not None:
+        assert torch.equal(stream_out, h)
+        loss = loss.float() + (stream_out * above).sum()
+        expected = expected + (wide * above.double()).sum()
+    got = [y, *torch.autograd.grad(loss, leaves)]
+    dwide, dweights = torch.autograd.grad(expected, [wide, weights])
+    assert calls == ["norm", "norm_backward"]
+    assert [g.dtype for g in got] == [dtype, dtype, FP32] + [stream] * (residual is not None)
+    sums = 2 * EPSILON[FP32] * x.numel() ** 0.5
+    for value, true in zip(got, [truth, dwide, dweights, dwide], strict=False):
+        assert relative_error(value, true) <= sums + 2 * EPSILON[value.dtype]
+
+
+def test_the_stream_alone_is_used():
+    x, residual = torch.randn(4, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True)
+    weight = torch.ones(8, requires_grad=True)
+    _, h = rms_norm(x, weight, residual=residual)
+    dx, dresidual, dweight = torch.autograd.grad(h.sum(), [x, residual, weight])
+    assert torch.equal(dx, torch.ones(4, 8)) and torch.equal(dresidual, dx)
+    assert not dweight.any()
+
+
+def test_the_same_bits_whatever_the_threads(monkeypatch):
+    monkeypatch.setattr(_cpu, "SHARE", 1)
+    torch.manual_seed(1)
+    x, residual = torch.randn(2, 67, 48, dtype=BF16), torch.randn(2, 67, 48)
+    weight, q = torch.randn(48, requires_grad=True), torch.randn(2, 3, 67, 16)
+    cos, sin = torch.randn(2, 67, 8)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            given = [t.clone().requires_grad_() for t in (x, residual)]
+            y, h = rms_norm(given[0], weight, residual=given[1])
+            grads = torch.autograd.grad(y.float().square().sum() + h.sum(), [*given, weight])
+            found.append([y, h, *grads, *rotary(q, q, cos, sin)])
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_what_is_no_number_stays_in_its_row(dtype, value):
+    x = torch.randn(3, 40).to(dtype)
+    x[1, 37] = value
+    found, truth = rms_norm(x, torch.ones(40)), rms_norm_reference(x, torch.ones(40))
+    torch.testing.assert_close(found, truth, equal_nan=True)
+    assert found[[0, 2]].isfinite().all() and found[1, 37].isnan()
+
+
+def test_what_looks_at_the_calls_sees_operations(calls):
+    x, weight = torch.randn(4, 8), torch.ones(8)
+    q, cos, sin = torch.randn(1, 2, 3, 8), *torch.randn(2, 3, 4)
+    with FlopCounterMode(display=False):
+        rms_norm(x, weight)
+        rotary(q, q, cos, sin)
+    torch.func.grad(lambda x: rms_norm(x, weight).sum())(x)
+    for other in (x.half(), x.double()):  # nor of what C does not know
+        rms_norm(other, weight)
+    rms_norm(x, weight, weight)
+    layer_norm(x, weight)
+    assert not calls
+
+
+def test_without_threads_it_stands_back_for_pytorchs(monkeypatch):
+    """As Apple's compiler makes it, which has no OpenMP."""
+    monkeypatch.setattr(_native, "CHOICES", tuple(x for x in _native.CHOICES if "openmp" not in x))
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            library.cache_clear(), _cpu._library.cache_clear()
+            torch.set_num_threads(threads)
+            assert _cpu.takes(torch.ones(1)) == (threads == 1)
+    finally:
+        torch.set_num_threads(before)
+        library.cache_clear(), _cpu._library.cache_clear()
+
+
+WIDTHS = {
+    "4 lanes": ["-march=x86-64"],
+    "8 lanes": ["-march=haswell"],
+    "16 lanes": ["-march=skylake-avx512"],
+    "16 lanes, bf16 products": ["-march=cooperlake"],
+}
+
+
+@pytest.mark.skipif(_native.platform.machine() != "x86_64", reason="names of x86-64 CPUs")
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
+def test_it_compiles_without_a_warning_for_every_width_of_vectors(source, width):
+    command = _native.compiler()
+    assert command is not None, "the tests need a C compiler"
+    words = [*command, *_native.COMMON.split(), *WIDTHS[width], "-fopenmp", "-Wall", "-Wextra"]
+    words += ["-Werror", "-fsyntax-only", str(source)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def anew(monkeypatch, tmp_path):
+    """A process that has not compiled yet, with a cache of its own."""
+    monkeypatch.setenv("PONDER_CACHE", str(tmp_path / "cache"))
+    library.cache_clear()
+    yield tmp_path / "cache"
+    library.cache_clear()
+
+
+def test_it_is_compiled_once(anew, monkeypatch):
+    assert library(SOURCE) is not None
+    [made] = anew.iterdir()
+    library.cache_clear()
+    monkeypatch.setattr(_native, "_compiled", None)
+    assert library(SOURCE) is not None and [*anew.iterdir()] == [made]
+
+
+def test_a_cache_that_is_closed_is_no_obstacle(anew):
+    anew.write_text("a file where the folder would be")
+    assert library(SOURCE) is not None
+
+
+def test_without_a_compiler_there_is_none(anew, monkeypatch):
+    monkeypatch.setenv("PATH", str(anew))
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert _native.compiler() is None and library(SOURCE) is None
+
+
+def test_a_compiler_that_fails_is_told(anew, monkeypatch, tmp_path):
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\necho 'broken: no such header' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CC", str(broken))
+    with pytest.warns(UserWarning, match="^cpu.c could not be .*: broken: no such header$"):
+        assert library(SOURCE) is None
+    assert not [*anew.iterdir()]
