@@ -21,6 +21,7 @@ from ponder.models.memory import training_memory
 from ponder.training import TrainConfig
 from ponder.training.devices import device
 from ponder.training.hardware import has_bf16_products
+from ponder.training.memory import keep_memory
 from ponder.training.optimizer import build_optimizer
 from ponder.training.plan import step_seconds
 
@@ -70,6 +71,8 @@ def train(shape: GPTConfig, rows: int, precision: str, optimizer: str, steps: in
 
 def measure(what: str, name: str) -> dict:
     """One case, in this process."""
+    if DEVICE == "cpu":
+        keep_memory()
     fields, rows, precision, optimizer = CASES[name]
     shape = GPTConfig(**fields)
     triton = DEVICE == "cuda"

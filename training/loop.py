@@ -28,7 +28,7 @@ from .config import PRESETS, SHAPE, TrainConfig
 from .data import IGNORE, Batch, Data, load_data
 from .hardware import choose_precision, cpp_compiler, peak_flops
 from .journal import append_rows, forget_after
-from .memory import check_free
+from .memory import check_free, keep_memory
 from .optimizer import Average, build_optimizer
 from .packing import compacted
 from .processes import (
@@ -198,6 +198,8 @@ class _Run:
                 config.precision, device, shape.n_embd, shape.n_inner, rows * config.context
             )
             [precision] = broadcast_object_list([precision])
+        if device.type == "cpu":
+            keep_memory()
         self.precision = precision
         self.accelerator = build_accelerator(config, precision, sharded=sharded)
         self.sharded = self.accelerator.is_fsdp2
