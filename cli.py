@@ -198,23 +198,17 @@ class InfoOptions:
 def _info(arguments: list[str]) -> None:
     _parse(InfoOptions, arguments, prog="ponder info")
     from . import kernels, provenance
-    from .kernels._runtime import path
+    from .kernels._cpu import path
+    from .kernels._native import in_words, library
+    from .models.decoder import SOURCE
 
-    for name, version in provenance.versions().items():
-        print(f"{name:14}{version}")
+    for name, value in provenance.versions().items():
+        print(f"{name:14}{value}")
     for name, value in provenance.machine().items():
         print(f"{name:14}{value}")
     for name in kernels.__all__:
-        print(f"{name:22}{path()}")
-    from .kernels._native import compiler, library
-    from .models.decoder import SOURCE
-
-    command = " ".join(compiler() or ())
-    way = (
-        f"in C, compiled by {command}"
-        if library(SOURCE)
-        else "by PyTorch, as there is no C compiler that works"
-    )
+        print(f"{name:22}{path(name)}")
+    way = in_words() if library(SOURCE) else "by PyTorch, as there is no C compiler that works"
     print(f"{'sampling on a CPU':22}{way}")
 
 

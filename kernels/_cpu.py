@@ -5,17 +5,19 @@ looks at the calls (`traced`), the caller takes those.
 """
 
 import ctypes
-from ctypes import c_float, c_int64, c_void_p
+from ctypes import c_float, c_int, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ._native import library
-from ._runtime import traced
+from . import _runtime
+from ._native import in_words, library
+from ._runtime import traced, use_triton
 
 SOURCE = Path(__file__).with_name("cpu.c")
+FUNCTIONS = "rms_norm", "rotary"
 DTYPES = torch.float32, torch.bfloat16
 SHARE = 2**14  # numbers that are worth a thread
 PARTS = 32  # sums of the weight's gradient; a fixed number, so that their order never changes
@@ -52,11 +54,16 @@ class _Rotation(ctypes.Structure):
 def _library() -> ctypes.CDLL | None:
     """The C; None where there is none, or where its one thread stands against PyTorch's many."""
     found = library(SOURCE)
-    if found is None or not (
-        c_int64.in_dll(found, "has_threads").value or torch.get_num_threads() == 1
-    ):
+    if found is None:
         return None
-    return found
+    has_threads = c_int.in_dll(found, "has_threads").value
+    return found if has_threads or torch.get_num_threads() == 1 else None
+
+
+def path(name: str) -> str:
+    """What calls of a function of `kernels` take on this machine, and why, in words."""
+    on_a_cpu = not torch.cuda.is_available() and not use_triton(torch.empty(0))
+    return in_words() if name in FUNCTIONS and on_a_cpu and _library() else _runtime.path()
 
 
 def takes(*tensors: Tensor | None) -> bool:

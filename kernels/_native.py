@@ -29,6 +29,11 @@ def compiler() -> list[str] | None:
     return None
 
 
+def in_words() -> str:
+    """What `ponder info` says of a function that is in C."""
+    return f"in C, compiled by {' '.join(compiler() or ())}"
+
+
 def _folder() -> Path:
     """Where compiled libraries are kept, as what training computes once is: $PONDER_CACHE, or the
     user's cache folder; a new folder where that is closed."""

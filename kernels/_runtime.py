@@ -118,10 +118,11 @@ def path() -> str:
 
 
 def traced() -> bool:
-    """Whether something other than plain eager PyTorch looks at the calls: a compiler, fake
-    tensors, a FLOP counter, selective checkpointing, a function transform."""
+    """Whether something other than plain eager PyTorch looks at the calls: a compiler, TorchScript,
+    fake tensors, a FLOP counter, selective checkpointing, a function transform."""
     return (
         torch.compiler.is_compiling()
+        or torch._C._is_tracing()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
     )

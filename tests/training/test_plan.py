@@ -1,4 +1,7 @@
+import platform
 import shlex
+import subprocess
+import sys
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -437,3 +440,24 @@ def test_a_copied_shard_is_not_taken_for_one_over_all(launched, shards, monkeypa
     monkeypatch.setenv("FSDP_VERSION", "2")
     monkeypatch.setenv("PARALLELISM_CONFIG_DP_SHARD_SIZE", "4")
     assert shard_count(TrainConfig(), 8) == shards
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of the GNU C library")
+def test_what_a_step_frees_the_next_one_has_without_the_system():
+    """Pages that the system hands out anew, each cleared, in ten rounds of 32 MiB."""
+    code = """
+import resource, torch
+from ponder.training.memory import keep_memory
+def faults(rounds):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(rounds):
+        tensors = [torch.ones(2**20) for _ in range(8)]
+        del tensors
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults(3), print(faults(10))
+keep_memory()
+faults(3), print(faults(10))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    without, kept = map(int, run.stdout.split())
+    assert 10 * kept < without
