@@ -113,7 +113,7 @@ def test_what_looks_at_the_calls_sees_operations(calls):
         rms_norm(x, weight)
         rotary(q, q, cos, sin)
     torch.func.grad(lambda x: rms_norm(x, weight).sum())(x)
-    scripted = torch.jit.trace(lambda x: rms_norm(x, weight), x)
+    scripted = torch.jit.trace(lambda x: rms_norm(x, weight), x, check_trace=False)
     torch.testing.assert_close(scripted(-x), rms_norm_reference(-x, weight))
     for other in (x.half(), x.double()):  # nor of what C does not know
         rms_norm(other, weight)

@@ -444,14 +444,14 @@ def test_a_copied_shard_is_not_taken_for_one_over_all(launched, shards, monkeypa
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of the GNU C library")
 def test_what_a_step_frees_the_next_one_has_without_the_system():
-    """Pages that the system hands out anew, each cleared, in ten rounds of 32 MiB."""
+    """Pages that the system hands out anew, each cleared, in ten rounds of 80 MiB."""
     code = """
 import resource, torch
 from ponder.training.memory import keep_memory
 def faults(rounds):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(rounds):
-        tensors = [torch.ones(2**20) for _ in range(8)]
+        tensors = [torch.ones(10 * 2**20) for _ in range(2)]
         del tensors
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 faults(3), print(faults(10))
