@@ -187,9 +187,11 @@ def trained(store, tmp_path_factory):
 
 
 def test_a_verifier_ranks_solutions_of_problems_that_it_never_saw(trained):
+    """400 problems: of 50 the best of four gained 2 to 18 points, by the seed of the training."""
     verifier = open_verifier(trained.out, on="cpu")
-    problems = tasks.get("last_digit").problems("test", 50, 0)
-    made = solutions("test", 50, 4)
+    n = 400
+    problems = tasks.get("last_digit").problems("test", n, 0)
+    made = solutions("test", n, 4)
     asked = [
         (p.prompt, text, whole)
         for p, row in zip(problems, made, strict=True)
@@ -198,9 +200,10 @@ def test_a_verifier_ranks_solutions_of_problems_that_it_never_saw(trained):
     values = np.array([score.end for score in verifier.score(asked)])
     right = np.array([right for row in made for *_, right in row])
     assert ((values > 0) & (values < 1)).all()
-    assert auc(values, right) > 0.65  # chance: 0.5 ± 0.04
-    best = values.reshape(50, 4).argmax(1)
-    assert right.reshape(50, 4)[np.arange(50), best].mean() > right.mean() + 0.1
+    assert auc(values, right) > 0.7  # five seeds: 0.73 to 0.76; chance: 0.5 ± 0.015
+    best = values.reshape(n, 4).argmax(1)
+    gain = right.reshape(n, 4)[np.arange(n), best].mean() - right.mean()
+    assert gain > 0.05  # five seeds: 0.07 to 0.13; chance: 0 ± 0.022
 
 
 def test_a_run_tells_how_good_its_verifier_is(trained):
