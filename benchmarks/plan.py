@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 
 import torch
 
@@ -77,11 +78,10 @@ def measure(what: str, name: str) -> dict:
     options = dict(rows=rows, precision=precision, optimizer=optimizer)
     train(GPTConfig(vocab_size=16, context=16, n_layer=1), 1, precision, optimizer, 3)
     if what == "time":
-        if not triton:
-            keep_memory()  # as a training does
         hardware = device(torch.cuda.get_device_name() if triton else "cpu")
         planned = sum(step_seconds(shape, hardware, **options).values())
-        seconds = train(shape, rows, precision, optimizer, 9)
+        with nullcontext() if triton else keep_memory():  # as `ponder train` does
+            seconds = train(shape, rows, precision, optimizer, 9)
         return {
             "ms": round(1e3 * seconds, 1),
             "planned_ms": round(1e3 * planned, 1),

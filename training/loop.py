@@ -164,7 +164,7 @@ class _Run:
         held: ExitStack,
         model_folder: Path,
     ):
-        """held: closed when the run is over, it gives back the folder."""
+        """held: closed when the run is over, it gives back the folder and memory."""
         self.config, self.data, self.shape, self.stop = config, data, shape, stop
         processes = process_state()
         self.ranks, self.rank = processes.num_processes, processes.process_index
@@ -199,7 +199,7 @@ class _Run:
             )
             [precision] = broadcast_object_list([precision])
         if device.type == "cpu":
-            keep_memory()
+            held.enter_context(keep_memory())
         self.precision = precision
         self.accelerator = build_accelerator(config, precision, sharded=sharded)
         self.sharded = self.accelerator.is_fsdp2

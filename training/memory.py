@@ -7,6 +7,8 @@ import ctypes
 import math
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,19 +18,31 @@ from ..models import GPTConfig
 from ..models.memory import available, require, training_memory
 from .config import TrainConfig
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of glibc's malloc.h
+LARGE = 2**25  # bytes of a block that glibc never keeps, by itself; it trims from twice as many on
 
 
-def keep_memory() -> None:
+@contextmanager
+def keep_memory() -> Iterator[None]:
     """Have the C library keep what is freed: the next step on a CPU asks for as much again.
 
     glibc gives large blocks back to the system, which then has to clear a page for every 4 KiB of
-    the next step's tensors: a tenth of a step, and more. Other C libraries are left as they are.
+    the next step's tensors: a tenth of a step, and more. At the end it gives all back: who asks
+    then what is free must not count it as taken. Other C libraries are left as they are.
     """
-    if platform.libc_ver()[0] == "glibc":
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, -1)
+    if platform.libc_ver()[0] != "glibc":
+        yield
+        return
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_MAX, 0)
+    libc.mallopt(M_TRIM_THRESHOLD, -1)
+    try:
+        yield
+    finally:
+        libc.mallopt(M_MMAP_MAX, 65536)  # glibc's own number
+        libc.mallopt(M_MMAP_THRESHOLD, LARGE)
+        libc.mallopt(M_TRIM_THRESHOLD, 2 * LARGE)
+        libc.malloc_trim(0)
 
 
 def check_free(

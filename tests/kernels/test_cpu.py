@@ -122,7 +122,7 @@ def test_what_looks_at_the_calls_sees_operations(calls):
     assert not calls
 
 
-def test_without_threads_it_stands_back_for_pytorchs(monkeypatch):
+def test_without_threads_it_stands_back_for_pytorchs(monkeypatch, anew):
     """As Apple's compiler makes it, which has no OpenMP."""
     monkeypatch.setattr(_native, "CHOICES", tuple(x for x in _native.CHOICES if "openmp" not in x))
     before = torch.get_num_threads()

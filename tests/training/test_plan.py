@@ -446,8 +446,10 @@ def test_a_copied_shard_is_not_taken_for_one_over_all(launched, shards, monkeypa
 def test_what_a_step_frees_the_next_one_has_without_the_system():
     """Pages that the system hands out anew, each cleared, in ten rounds of 80 MiB."""
     code = """
-import resource, torch
+import psutil, resource, torch
 from ponder.training.memory import keep_memory
+def resident():
+    return psutil.Process().memory_info().rss
 def faults(rounds):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(rounds):
@@ -455,9 +457,12 @@ def faults(rounds):
         del tensors
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 faults(3), print(faults(10))
-keep_memory()
-faults(3), print(faults(10))
+with keep_memory():
+    faults(3), print(faults(10))
+    kept = resident()
+print(kept - resident())
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    without, kept = map(int, run.stdout.split())
+    without, kept, given_back = map(int, run.stdout.split())
     assert 10 * kept < without
+    assert given_back > 40 * 2**20  # bytes, at the end
