@@ -5,20 +5,18 @@ looks at the calls (`traced`), the caller takes those.
 """
 
 import ctypes
-from ctypes import c_float, c_int, c_int64, c_void_p
-from functools import cache
+from ctypes import c_float, c_int64, c_void_p
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from . import _runtime
-from ._native import in_words, library
+from . import _attention_cpu, _runtime
+from ._native import in_words, known, threaded_library
 from ._runtime import traced, use_triton
 
 SOURCE = Path(__file__).with_name("cpu.c")
-FUNCTIONS = "rms_norm", "rotary"
-DTYPES = torch.float32, torch.bfloat16
+FUNCTIONS = {"rms_norm": SOURCE, "rotary": SOURCE, "attention": _attention_cpu.SOURCE}
 SHARE = 2**14  # numbers that are worth a thread
 PARTS = 32  # sums of the weight's gradient; a fixed number, so that their order never changes
 
@@ -50,34 +48,20 @@ class _Rotation(ctypes.Structure):
     ]
 
 
-@cache
-def _library() -> ctypes.CDLL | None:
-    """The C; None where there is none, or where its one thread stands against PyTorch's many."""
-    found = library(SOURCE)
-    if found is None:
-        return None
-    has_threads = c_int.in_dll(found, "has_threads").value
-    return found if has_threads or torch.get_num_threads() == 1 else None
-
-
 def path(name: str) -> str:
     """What calls of a function of `kernels` take on this machine, and why, in words."""
     on_a_cpu = not torch.cuda.is_available() and not use_triton(torch.empty(0))
-    return in_words() if name in FUNCTIONS and on_a_cpu and _library() else _runtime.path()
+    in_c = on_a_cpu and name in FUNCTIONS and threaded_library(FUNCTIONS[name])
+    return in_words() if in_c else _runtime.path()
 
 
 def takes(*tensors: Tensor | None) -> bool:
-    """Whether the functions here take these tensors; all or some are on a CPU."""
-    given = [x for x in tensors if x is not None]
-    plain = all(
-        type(x) in (Tensor, torch.nn.Parameter) and x.dtype in DTYPES and x.device.type == "cpu"
-        for x in given
-    )
-    return plain and not traced() and _library() is not None
+    """Whether the functions here take these tensors."""
+    return known(*tensors) and not traced() and threaded_library(SOURCE) is not None
 
 
 def _c() -> ctypes.CDLL:
-    found = _library()
+    found = threaded_library(SOURCE)
     assert found is not None, "`takes` was not asked"
     return found
 

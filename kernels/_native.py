@@ -11,11 +11,24 @@ import warnings
 from functools import cache
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 HEADER = Path(__file__).with_name("vectors.h")  # which all of it includes
 # Nothing is rounded otherwise than it is written, but for products that are fused with a sum.
 COMMON = "-O3 -std=gnu11 -ffp-contract=fast -fno-math-errno -fno-trapping-math -shared -fPIC"
 # The first that the compiler takes: Apple's has no OpenMP, and Arm's CPUs another name.
 CHOICES = "-march=native -fopenmp", "-mcpu=native -fopenmp", "-march=native", "-mcpu=native"
+PLAIN = Tensor, torch.nn.Parameter
+DTYPES = torch.float32, torch.bfloat16
+
+
+def known(*tensors: Tensor | None) -> bool:
+    """Whether C reads these, or None: plain tensors on a CPU, in fp32 or bf16."""
+    return all(
+        x is None or type(x) in PLAIN and x.dtype in DTYPES and x.device.type == "cpu"
+        for x in tensors
+    )
 
 
 def compiler() -> list[str] | None:
@@ -60,6 +73,16 @@ def _cpu() -> str:
     return "\n".join(
         sorted({x for x in lines if x.startswith(("flags", "Features", "model name"))})
     )
+
+
+@cache
+def threaded_library(source: Path) -> ctypes.CDLL | None:
+    """`library`, but None where its one thread stands against PyTorch's many."""
+    found = library(source)
+    if found is None:
+        return None
+    has_threads = ctypes.c_int.in_dll(found, "has_threads").value
+    return found if has_threads or torch.get_num_threads() == 1 else None
 
 
 @cache

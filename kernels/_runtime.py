@@ -247,6 +247,18 @@ def unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def empty_like(x: Tensor, head_dim: int | None = None) -> Tensor:
+    """Empty, of x's (B, H, T, D), or another D, in x's layout if a head's numbers lie side by side
+    in that, else contiguous."""
+    if head_dim not in (None, x.shape[-1]):
+        batch, n_heads, length, _ = x.shape
+        if x.transpose(1, 2).is_contiguous():
+            return x.new_empty(batch, length, n_heads, head_dim).transpose(1, 2)
+        return x.new_empty(batch, n_heads, length, head_dim)
+    y = torch.empty_like(x)
+    return y if y.stride(-1) == 1 else torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """That of x in a matrix product, where autocast is on: it leaves fp64 as it is."""
     kind = x.device.type

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._attention_cpu import attention_in_blocks, blocks_pay
+from . import _attention_cpu
 from ._attention_hopper import (
     attention_backward_kv_specialized_kernel,
     attention_backward_q_specialized_kernel,
@@ -52,6 +52,7 @@ from ._runtime import (
     cdiv,
     check_device,
     check_dtype,
+    empty_like,
     grid,
     interpreting,
     operation,
@@ -229,17 +230,6 @@ def _aligned(x: Tensor) -> Tensor:
     return x.clone(memory_format=CONTIGUOUS)
 
 
-def _like(x: Tensor, head_dim: int | None = None) -> Tensor:
-    """Empty, in x's layout if that has the last dimension innermost, else contiguous."""
-    if head_dim not in (None, x.shape[-1]):
-        batch, n_heads, length, _ = x.shape
-        if x.transpose(1, 2).is_contiguous():
-            return x.new_empty(batch, length, n_heads, head_dim).transpose(1, 2)
-        return x.new_empty(batch, n_heads, length, head_dim)
-    y = torch.empty_like(x)
-    return y if y.stride(-1) == 1 else torch.empty_like(x, memory_format=CONTIGUOUS)
-
-
 def _per_query(q: Tensor, past: float | None = None) -> Tensor:
     """A number for each query of each head: (B, Hq, T up to a multiple of ROW) in fp32; `past` is
     what the kernels shall find past the last query."""
@@ -369,7 +359,7 @@ def _attention(
     """(out in q's layout, log-sum-exp to base 2 of `_per_query`); all D are multiples of 16.
 
     deterministic is for the backward."""
-    out = _like(q, v.shape[-1])
+    out = empty_like(q, v.shape[-1])
     lse = _per_query(q, math.inf)
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
     rows = [lse, None if sinks is None else sinks * LOG2_E]
@@ -380,7 +370,7 @@ def _attention(
 
 @_attention.register_fake
 def _(q, k, v, *_):
-    return _like(q, v.shape[-1]), _per_query(q)
+    return empty_like(q, v.shape[-1]), _per_query(q)
 
 
 @operation("ponder::attention_backward")
@@ -406,7 +396,7 @@ def _attention_backward(
     dlse is the gradient of the log-sum-exp to base 2. delta, of `_per_query`, is what every key's
     dp falls by in dscore = p (dp - delta): dout · out - dlse · log2(e).
     """
-    dq, dk, dv = _like(q), _like(k), _like(v)
+    dq, dk, dv = empty_like(q), empty_like(k), empty_like(v)
     delta = _per_query(q, 0.0)  # the first kernel writes it
     dlse = None if dlse is None else (dlse * LOG2_E).contiguous()
     dout, q, k, v, out = (_aligned(x) for x in (dout, q, k, v, out))
@@ -435,7 +425,7 @@ def _attention_backward(
 
 @_attention_backward.register_fake
 def _(dout, dlse, q, k, v, out, lse, *_):
-    return _like(q), _like(k), _like(v), torch.empty_like(lse)
+    return empty_like(q), empty_like(k), empty_like(v), torch.empty_like(lse)
 
 
 def _setup_context(ctx, inputs, output):
@@ -591,8 +581,7 @@ def attention(  # pyright: ignore[reportInconsistentOverload]  (options are spel
     q (B, Hq, T, D); k (B, Hkv, S, D); v (B, Hkv, S, Dv); Hq a multiple of Hkv: query head h reads
     key head h // (Hq / Hkv). fp32 (IEEE products), fp16 or bf16, D and Dv up to 256, any strides,
     any T and S. Returns (B, Hq, T, Dv) in q's dtype and layout. Scores, softmax and sums are fp32;
-    memory grows with T + S, not T × S. (But for bf16 on a CPU, where the scores of up to 640 × 640
-    pairs are bf16: with scores of a standard deviation of 10 the error is 5 times as large.)
+    memory grows with T + S, not T × S.
 
     Query i stands beside key p = i + S - T: the last query is aligned with the last key. It sees
       causal       the keys j <= p;
@@ -648,7 +637,8 @@ def attention(  # pyright: ignore[reportInconsistentOverload]  (options are spel
     segments = _segments(q, k, segment_ids, cu_seqlens)
     if not use_triton(q):
         if not return_lse and softcap is None and sinks is None and alibi_slopes is None:
-            run = attention_in_blocks if blocks_pay(q, k, segments) else _attention_torch
+            in_c = _attention_cpu.takes(q, k, v)
+            run = _attention_cpu.attention_in_c if in_c else _attention_torch
             return run(q, k, v, causal, window, segments, scale)
         return attention_reference(
             q,

@@ -7,34 +7,9 @@
 
 /* In front of a loop: its rounds are dealt out to threads, each with its own copy of the work `a`. */
 #define TEAM _Pragma("omp parallel for num_threads(a.threads) if (a.threads > 1) firstprivate(a)")
-/* What follows for each LANES numbers of n, from i on; the last may be fewer: then not `full`. */
-#define EACH(...) \
-  for (int64_t i = 0; i < n; i += LANES) \
-    if (i + LANES <= n) { enum { full = 1 }; __VA_ARGS__ } \
-    else { enum { full = 0 }; __VA_ARGS__ }
-#define GET(x, half) get(x, i, n, half, full)
-#define SET(x, half, value) set(x, i, n, value, half, full)
-
-INLINE vec get(const void *x, int64_t i, int64_t n, int half, int full) {
-  if (full) return load(x, i, half);
-  vec some = {};
-  for (int j = 0; j < n - i; j++) some[j] = at(x, i + j, half);
-  return some;
-}
-
-INLINE void set(void *x, int64_t i, int64_t n, vec value, int half, int full) {
-  if (full) store(x, i, value, half);
-  else for (int j = 0; j < n - i; j++) put(x, i + j, value[j], half);
-}
 
 /* The numbers from x[i] on. */
 INLINE void *part(const void *x, int64_t i, int half) { return (char *)x + i * (half ? 2 : 4); }
-
-#ifdef _OPENMP
-const int has_threads = 1;
-#else
-const int has_threads = 0;
-#endif
 
 /* ---- h = x + residual, y = h / sqrt(mean(h²) + eps) * weight, of rows of n numbers */
 

@@ -1,5 +1,8 @@
 /* What the C of this package shares: vectors of fp32, and of bf16 that are widened to it. */
 
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -21,6 +24,34 @@ typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2), may_a
 typedef double doubles __attribute__((vector_size(8 * LANES)));
 typedef uint16_t bf16;
 
+#if defined(__clang__)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ints){__VA_ARGS__})
+#endif
+#define EACH_LANE(i) _Pragma("GCC unroll 16") for (int i = 0; i < LANES; i++)
+#if LANES == 16
+#define OF_LANES(f, n) OF_8(f, n, 0), OF_8(f, n, 8)
+#elif LANES == 8
+#define OF_LANES(f, n) OF_8(f, n, 0)
+#else
+#define OF_LANES(f, n) OF_4(f, n, 0)
+#endif
+#define OF_8(f, n, i) OF_4(f, n, i), OF_4(f, n, i + 4)
+#define OF_4(f, n, i) f(n, (i)), f(n, (i + 1)), f(n, (i + 2)), f(n, (i + 3))
+/* Groups of n lanes, of a and b in turn: those before which an even number stands, or the others. */
+#define EVEN(n, i) ((i) & (n) ? LANES + (i) - (n) : (i))
+#define ODD(n, i) ((i) & (n) ? LANES + (i) : (i) + (n))
+#define EVEN_GROUPS(n, a, b) SHUFFLE(a, b, OF_LANES(EVEN, n))
+#define ODD_GROUPS(n, a, b) SHUFFLE(a, b, OF_LANES(ODD, n))
+
+/* Whether the threads that are asked for are there. */
+#ifdef _OPENMP
+const int has_threads = 1;
+#else
+const int has_threads = 0;
+#endif
+
 INLINE vec spread(float x) { return x - (vec){}; }
 
 INLINE float total(vec x) {
@@ -37,12 +68,9 @@ INLINE vec choose(ints mask, vec a, vec b) {
 
 /* e^x to 2 units in the last place, 0 below −87; x at most 88. */
 INLINE vec exponential(vec x) {
-  const ints tiny = x < -87.0f, nan = x != x;
-  const vec given = x;
-  x = choose(tiny, spread(0.0f), x);
   const vec magic = spread(12582912.0f); /* 1.5 · 2²³: adding it rounds to an integer */
   vec n = x * 1.44269504f + magic;
-  ints exponent = ((ints)n - (ints)magic) << 23;
+  const ints power = ((ints)n - (ints)magic + 127) << 23; /* 2ⁿ, as a number's bits */
   n -= magic;
   vec r = x - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
@@ -53,7 +81,7 @@ INLINE vec exponential(vec x) {
   y = y * r + 1.6666665459e-1f;
   y = y * r + 5.0000001201e-1f;
   y = y * (r * r) + r + 1.0f;
-  return choose(tiny, spread(0.0f), choose(nan, given, (vec)((ints)y + exponent)));
+  return (vec)((ints)(y * (vec)power) & ~(x < -87.0f));
 }
 
 INLINE vec sigmoid(vec x) {
@@ -66,11 +94,15 @@ INLINE vec widened(halves x) {
 }
 
 INLINE halves narrowed(vec x) { /* to nearest, ties to even */
+#if defined(__AVX512BF16__)
+  return (halves)_mm512_cvtneps_pbh((__m512)x);
+#else
   words w = (words)x;
   words rounded = w + 0x7fff + ((w >> 16) & 1);
   ints nan = x != x;
   w = (rounded & ~(words)nan) | ((w | 0x400000) & (words)nan);
   return __builtin_convertvector(w >> 16, halves);
+#endif
 }
 
 INLINE bf16 narrowed_one(float x) {
@@ -85,6 +117,16 @@ INLINE float widened_one(bf16 x) {
   float y;
   memcpy(&y, &w, 4);
   return y;
+}
+
+/* acc + the products of two bf16 numbers, as one word, with two others. */
+INLINE vec pairs_added(vec acc, words inputs, words weights) {
+#if defined(__AVX512BF16__)
+  return (vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)inputs, (__m512bh)weights);
+#else
+  acc += (vec)(inputs << 16) * (vec)(weights << 16);
+  return acc + (vec)(inputs & 0xffff0000) * (vec)(weights & 0xffff0000);
+#endif
 }
 
 /* Of x: bf16 numbers where half, else fp32. */
@@ -105,4 +147,24 @@ INLINE vec load(const void *x, int64_t i, int half) {
 INLINE void store(void *x, int64_t i, vec value, int half) {
   if (half) *(halves *)((bf16 *)x + i) = narrowed(value);
   else *(vec *)((float *)x + i) = value;
+}
+
+/* What follows for each LANES numbers of n, from i on; the last may be fewer: then not `full`. */
+#define EACH(...) \
+  for (int64_t i = 0; i < n; i += LANES) \
+    if (i + LANES <= n) { enum { full = 1 }; __VA_ARGS__ } \
+    else { enum { full = 0 }; __VA_ARGS__ }
+#define GET(x, half) get(x, i, n, half, full)
+#define SET(x, half, value) set(x, i, n, value, half, full)
+
+INLINE vec get(const void *x, int64_t i, int64_t n, int half, int full) {
+  if (full) return load(x, i, half);
+  vec some = {};
+  for (int j = 0; j < n - i; j++) some[j] = at(x, i + j, half);
+  return some;
+}
+
+INLINE void set(void *x, int64_t i, int64_t n, vec value, int half, int full) {
+  if (full) store(x, i, value, half);
+  else for (int j = 0; j < n - i; j++) put(x, i + j, value[j], half);
 }

@@ -17,18 +17,9 @@
 #define STRIP 6 /* of 16 */
 #endif
 #define PANEL (2 * LANES)
-#define EACH_LANE _Pragma("GCC unroll 16") for (int i = 0; i < LANES; i++)
 /* Of some that are known to the compiler, at most MOST: unrolled, so that they stay in registers. */
 #define EACH_OF(MOST, some) _Pragma("GCC unroll 8") for (int i = 0; i < MOST; i++) if (i < some)
 
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
-#if defined(__clang__)
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ints){__VA_ARGS__})
-#endif
 /* In front of a loop: its rounds are dealt out to `team` threads. */
 #define TEAM _Pragma("omp parallel for num_threads(team) if (team > 1) schedule(static)")
 #define GROUP 4 /* heads that read their keys together */
@@ -95,16 +86,6 @@ INLINE vec activated(vec x, int64_t activation) {
       for (int i = 0; i < LANES; i++) y[i] = tanhf(x[i]);
   }
   return y;
-}
-
-/* acc + the products of two bf16 numbers, as one word, with two others. */
-INLINE vec pairs_added(vec acc, words inputs, words weights) {
-#if defined(__AVX512BF16__)
-  return (vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)inputs, (__m512bh)weights);
-#else
-  acc += (vec)(inputs << 16) * (vec)(weights << 16);
-  return acc + (vec)(inputs & 0xffff0000) * (vec)(weights & 0xffff0000);
-#endif
 }
 
 /* The sums of n rows of x, `stride` numbers apart, with a panel, over so many words of inputs: a
@@ -261,26 +242,15 @@ static void turn(float *restrict x, const float *restrict cos, const float *rest
 
 /* The sum of each of LANES vectors, in their order. */
 INLINE vec totals(vec a[LANES]) {
-#define FOLD(n, low, high)                                    \
-  _Pragma("GCC unroll 8") for (int i = 0; i < n; i++) a[i] = SHUFFLE(a[i], a[i + n], low) + SHUFFLE(a[i], a[i + n], high);
-#define LIST(...) __VA_ARGS__
+#define FOLD(n) \
+  _Pragma("GCC unroll 8") for (int i = 0; i < n; i++) a[i] = EVEN_GROUPS(n, a[i], a[i + n]) + ODD_GROUPS(n, a[i], a[i + n]);
 #if LANES == 16
-  FOLD(8, LIST(0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),
-       LIST(8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31))
-  FOLD(4, LIST(0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27),
-       LIST(4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31))
-  FOLD(2, LIST(0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29),
-       LIST(2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31))
-  FOLD(1, LIST(0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30),
-       LIST(1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31))
-#elif LANES == 8
-  FOLD(4, LIST(0, 1, 2, 3, 8, 9, 10, 11), LIST(4, 5, 6, 7, 12, 13, 14, 15))
-  FOLD(2, LIST(0, 1, 8, 9, 4, 5, 12, 13), LIST(2, 3, 10, 11, 6, 7, 14, 15))
-  FOLD(1, LIST(0, 8, 2, 10, 4, 12, 6, 14), LIST(1, 9, 3, 11, 5, 13, 7, 15))
-#else
-  FOLD(2, LIST(0, 1, 4, 5), LIST(2, 3, 6, 7))
-  FOLD(1, LIST(0, 4, 2, 6), LIST(1, 5, 3, 7))
+  FOLD(8)
 #endif
+#if LANES >= 8
+  FOLD(4)
+#endif
+  FOLD(2) FOLD(1)
   return a[0];
 }
 
@@ -299,11 +269,11 @@ INLINE void score(const float *q, const uint32_t *pairs, const void *keys, const
     for (int64_t d = 0; d < paired; d += LANES) {
       const words b_q = *(const words *)(pairs + d);
       const uint32_t *from = (const uint32_t *)keys + j * row + d;
-      EACH_LANE acc[i] = pairs_added(acc[i], b_q, *(const words *)(from + i * row));
+      EACH_LANE(i) acc[i] = pairs_added(acc[i], b_q, *(const words *)(from + i * row));
     }
     for (int64_t d = 2 * paired; d < even; d += LANES) {
       const vec b_q = *(const vec *)(q + d);
-      EACH_LANE acc[i] += b_q * load(keys, (j + i) * dim + d, half);
+      EACH_LANE(i) acc[i] += b_q * load(keys, (j + i) * dim + d, half);
     }
     vec sum = totals(acc);
     for (int64_t d = even; d < dim; d++)

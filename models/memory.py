@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 
-from ..kernels._attention_cpu import QUERIES
 from ..kernels.linear_cross_entropy import CHUNK, PLAIN
 from .gpt import GPTConfig
 
@@ -57,26 +56,20 @@ def parameter_count(shape: GPTConfig) -> int:
     return shape.layer_weights + norms + biases * L + tables
 
 
-def layer_activations(shape: GPTConfig, length: int, precision: str, *, triton: bool) -> float:
-    """Bytes a token that one layer keeps for the backward pass, in sequences of `length`."""
+def layer_activations(shape: GPTConfig, precision: str, *, triton: bool) -> float:
+    """Bytes a token that one layer keeps for the backward pass."""
     a = BYTES[precision]
     C, F = shape.n_embd, shape.n_inner
     q, kv = shape.n_head * shape.head_dim, shape.n_kv_head * shape.head_dim
+    # The fp32 stream before each norm, the norms' outputs and statistics; q, k before and after
+    # their norm, v, the attention's output and log-sum-exp.
+    norms = 2 * 4 * C + 2 * a * C + a * (q + kv) * shape.qk_norm
     statistics = 4 * (2 + (shape.n_head + shape.n_kv_head) * shape.qk_norm)
-    if triton:
-        # The fp32 stream before each norm, the norms' outputs; q, k before and after their norm,
-        # v, the attention's output and log-sum-exp; the MLP's pre-activations.
-        before = (q + kv) * shape.qk_norm
-        attention = a * (2 * q + 2 * kv + before) + 4 * shape.n_head
-        return 2 * 4 * C + 2 * a * C + attention + statistics + (2 if shape.gated else 1) * a * F
-    mlp = (4 if shape.gated else 2) * a * F
-    norms = 2 * 4 * C + a * (q + kv) * shape.qk_norm  # what each one got
+    attention = a * (2 * q + 2 * kv) + 4 * shape.n_head
+    if triton:  # the MLP's pre-activations
+        return norms + statistics + attention + (2 if shape.gated else 1) * a * F
     tables = 8 * shape.head_dim  # of the rotary positions, once a row
-    if precision == "fp32":
-        attention = 4 * (2 * q + 2 * kv + shape.n_head)
-    else:  # in 16 bits short sequences keep the attention's weights
-        attention = 2 * (2 * q + 2 * kv) + 2 * shape.n_head * length * (length <= QUERIES)
-    return norms + 2 * a * C + attention + statistics + mlp + tables
+    return norms + statistics + attention + (4 if shape.gated else 2) * a * F + tables
 
 
 def training_memory(
@@ -109,7 +102,7 @@ def training_memory(
         "muon": 4 * M + 8 * (P - M), "adamw": 8 * P, "adam": 8 * P, "momentum": 4 * P, "sgd": 0
     }[optimizer]  # fmt: skip
     casts = 0 if precision == "fp32" else a * (M + V * C)
-    layer = layer_activations(shape, T, precision, triton=triton) * tokens
+    layer = layer_activations(shape, precision, triton=triton) * tokens
     kept = layer + shape.n_layer * 4 * C * tokens if recompute else shape.n_layer * layer
     if triton or tokens * V > PLAIN:
         chunks = math.ceil(

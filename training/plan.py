@@ -216,7 +216,7 @@ def step_seconds(
     # Forward once, backward twice.
     products = (4 if recompute else 3) * shape.flops_per_token(T) * tokens / peak
     # What is kept is written once and read once, and so is a gradient of its size.
-    kept = shape.n_layer * layer_activations(shape, T, precision, triton=hardware.gpu)
+    kept = shape.n_layer * layer_activations(shape, precision, triton=hardware.gpu)
     kept += 0 if hardware.gpu else 4 * shape.vocab_size
     scores = shape.n_layer * shape.n_head * (T + 1) / 2
     kind = "gpu" if hardware.gpu else "cpu"

@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from ponder.kernels import _cpu
+from ponder.kernels import _attention_cpu, _cpu
 
 if chip := os.environ.get("PONDER_PTX"):
     # Of no use there: what compiles, the interpreter's own, how a path is chosen; Hopper's kernels.
@@ -31,7 +31,8 @@ def path(request, device, monkeypatch) -> str:
 def _on_a_cpu(way: str, monkeypatch) -> str:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     if way == "by PyTorch":
-        monkeypatch.setattr(_cpu, "_library", lambda: None)
+        for module in (_cpu, _attention_cpu):
+            monkeypatch.setattr(module, "threaded_library", lambda source: None)
     return "cpu"
 
 

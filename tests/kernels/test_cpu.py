@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ponder.kernels import _cpu, _native, layer_norm, rms_norm, rotary
+from ponder.kernels import _attention_cpu, _cpu, _native, layer_norm, rms_norm, rotary
 from ponder.kernels._cpu import SOURCE
-from ponder.kernels._native import library
+from ponder.kernels._native import library, threaded_library
 from ponder.kernels.norm import rms_norm_reference
 from ponder.models import decoder
 
 from .numerics import EPSILON, relative_error
 
-SOURCES = [SOURCE, decoder.SOURCE]
+SOURCES = [SOURCE, _attention_cpu.SOURCE, decoder.SOURCE]
 FP32, BF16 = torch.float32, torch.bfloat16
 
 
@@ -128,12 +128,12 @@ def test_without_threads_it_stands_back_for_pytorchs(monkeypatch, anew):
     before = torch.get_num_threads()
     try:
         for threads in (1, 2):
-            library.cache_clear(), _cpu._library.cache_clear()
+            library.cache_clear(), threaded_library.cache_clear()
             torch.set_num_threads(threads)
             assert _cpu.takes(torch.ones(1)) == (threads == 1)
     finally:
         torch.set_num_threads(before)
-        library.cache_clear(), _cpu._library.cache_clear()
+        library.cache_clear(), threaded_library.cache_clear()
 
 
 WIDTHS = {

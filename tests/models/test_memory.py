@@ -141,7 +141,7 @@ def test_the_triton_kernels_keep_what_is_counted(gated, precision, monkeypatch):
     # The difference of two layers and one: neither the head nor the first layer's casts. 128
     # positions, for attention's log-sum-exps lie in rows of a multiple of that.
     more = kept(replace(shape, n_layer=2), precision) - kept(shape, precision)
-    assert more == 128 * layer_activations(shape, 128, precision, triton=True)
+    assert more == 128 * layer_activations(shape, precision, triton=True)
 
 
 @pytest.mark.parametrize("shape", [PLAIN, GATED, GPT2, QWEN2])
