@@ -8,28 +8,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ._runtime import jit, tl, traced
-
-
-class _Relu2OnCpu(torch.autograd.Function):
-    """With the slope from what relu gave: half the passes of the square's and relu's own."""
-
-    @staticmethod
-    def forward(ctx, x):
-        positive = F.relu(x)
-        ctx.save_for_backward(positive)
-        return positive * positive
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):  # pyright: ignore[reportIncompatibleMethodOverride]
-        (positive,) = ctx.saved_tensors
-        return (dy * positive).mul_(2)
+from . import _cpu
+from ._runtime import jit, tl
 
 
 def _relu2(x: Tensor) -> Tensor:
-    if x.requires_grad and torch.is_grad_enabled() and x.device.type == "cpu" and not traced():
-        return _Relu2OnCpu.apply(x)  # pyright: ignore[reportReturnType]
     return F.relu(x).square()
 
 
@@ -47,6 +30,31 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "identity": _identity,
 }
+
+
+class _HiddenInC(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up, activation):  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.save_for_backward(gate, up)
+        ctx.activation = activation
+        return _cpu.hidden(gate, up, activation)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):  # pyright: ignore[reportIncompatibleMethodOverride]
+        gate, up = ctx.saved_tensors
+        return *_cpu.hidden_backward(dy.contiguous(), gate, up, ctx.activation), None
+
+
+def activated(activation: str, gate: Tensor, up: Tensor | None = None) -> Tensor:
+    """act(gate), or act(gate) * up: an MLP's hidden activations, by PyTorch or, on a CPU, C."""
+    alike = up is None or up.dtype == gate.dtype and up.shape == gate.shape
+    if activation in _cpu.ACTIVATIONS and alike and _cpu.takes(gate, up):
+        gate, up = gate.contiguous(), None if up is None else up.contiguous()
+        return _HiddenInC.apply(gate, up, activation)  # pyright: ignore[reportReturnType]
+    y = ACTIVATIONS[activation](gate)
+    return y if up is None else y * up
+
 
 # Their derivative follows from their output: a backward needs no pre-activation.
 FROM_OUTPUT = frozenset({"relu", "relu2", "sigmoid", "tanh", "identity"})

@@ -1,7 +1,7 @@
-"""RMS norm and rotation on CPU tensors, each in one pass over memory: the C of `cpu.c`.
+"""Norms, rotation and activations on CPU tensors, each in one pass over memory: the C of `cpu.c`.
 
-PyTorch has neither on a CPU but as some ten operations. Where there is no C compiler, or something
-looks at the calls (`traced`), the caller takes those.
+PyTorch has RMS norm and rotation on a CPU but as some ten operations. Where there is no C compiler,
+or something looks at the calls (`traced`), the caller takes PyTorch's.
 """
 
 import ctypes
@@ -17,6 +17,7 @@ from ._runtime import traced, use_triton
 
 SOURCE = Path(__file__).with_name("cpu.c")
 FUNCTIONS = {"rms_norm": SOURCE, "rotary": SOURCE, "attention": _attention_cpu.SOURCE}
+ACTIVATIONS = {"relu": 0, "relu2": 1, "gelu_tanh": 3, "silu": 4}  # as vectors.h counts them
 SHARE = 2**14  # numbers that are worth a thread
 PARTS = 32  # sums of the weight's gradient; a fixed number, so that their order never changes
 
@@ -34,6 +35,13 @@ class _NormBackward(ctypes.Structure):
         *((name, c_void_p) for name in ("dy", "dh", "h", "weight", "rstd")),
         *((name, c_void_p) for name in ("dx", "dx_half", "dweight")),
         *((name, c_int64) for name in ("rows", "n", "parts", "threads")),
+    ]
+
+
+class _Hidden(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("gate", "up", "dy", "y", "dgate", "dup")),
+        *((name, c_int64) for name in ("count", "threads")),
     ]
 
 
@@ -143,3 +151,35 @@ def rotate(x: Tensor, y: Tensor, cos: Tensor, sin: Tensor, direction: float) -> 
     )
     _c().rotate(ctypes.byref(work), _half(x))
     return y
+
+
+def hidden(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
+    """act(gate) * up of contiguous tensors, or act(gate); activation: one of `ACTIVATIONS`."""
+    y = torch.empty_like(gate)
+    work = _Hidden(
+        gate=gate.data_ptr(),
+        up=_pointer(up),
+        y=y.data_ptr(),
+        count=gate.numel(),
+        threads=_threads(gate),
+    )
+    _c().hidden(ctypes.byref(work), c_int64(ACTIVATIONS[activation]), _half(gate))
+    return y
+
+
+def hidden_backward(
+    dy: Tensor, gate: Tensor, up: Tensor | None, activation: str
+) -> tuple[Tensor, Tensor | None]:
+    """(dgate, dup) of contiguous tensors."""
+    dgate, dup = torch.empty_like(gate), None if up is None else torch.empty_like(up)
+    work = _Hidden(
+        gate=gate.data_ptr(),
+        up=_pointer(up),
+        dy=dy.data_ptr(),
+        dgate=dgate.data_ptr(),
+        dup=_pointer(dup),
+        count=gate.numel(),
+        threads=_threads(gate),
+    )
+    _c().hidden_backward(ctypes.byref(work), c_int64(ACTIVATIONS[activation]), _half(gate))
+    return dgate, dup

@@ -1,5 +1,5 @@
-/* RMS norm and rotary position embedding on a CPU, in one pass over memory: PyTorch has them there
-   as some ten operations each. `_cpu.py` calls it.
+/* RMS norm, rotary position embedding and the activations of an MLP on a CPU, in one pass over memory:
+   PyTorch has the first two there as some ten operations each. `_cpu.py` calls it.
 
    Numbers are fp32 or bf16, all arithmetic is fp32. The same bits come out whatever the threads. */
 
@@ -123,4 +123,92 @@ INLINE void rotate_heads(Rotation a, int half) {
 void rotate(const Rotation *a, int half) {
   if (half) rotate_heads(*a, 1);
   else rotate_heads(*a, 0);
+}
+
+/* ---- y = act(gate) · up, number by number */
+
+#define RUN 1024 /* numbers that a thread takes at a time */
+
+typedef struct {
+  const void *gate, *up, *dy; /* up may be NULL: 1 */
+  void *y, *dgate, *dup;
+  int64_t count, threads;
+} Hidden;
+
+/* act'(x), and act(x) in y; not of GELU and TANH. */
+INLINE vec slope(vec x, int64_t activation, vec *y) {
+  vec s = spread(1.0f), rest, square;
+  *y = x;
+  switch (activation) {
+    case RELU:
+      *y = not_below(x, 0.0f);
+      return choose(x <= 0.0f, spread(0.0f), s);
+    case RELU2:
+      x = not_below(x, 0.0f);
+      *y = x * x;
+      return 2.0f * x;
+    case GELU_TANH:
+      x = not_below(x, -10.0f);
+      square = x * x;
+      rest = exponential(-x * (1.59576912f + 0.07135482f * square));
+      s = 1.0f / (1.0f + rest);
+      *y = x * s;
+      return s + *y * s * rest * (1.59576912f + 0.21406445f * square);
+    case SILU:
+      x = not_below(x, -87.0f);
+      rest = exponential(-x);
+      s = 1.0f / (1.0f + rest);
+      *y = x * s;
+      return s + *y * s * rest;
+  }
+  return s;
+}
+
+INLINE void hidden_runs(Hidden a, int64_t activation, int gated, int half) {
+  TEAM for (int64_t first = 0; first < a.count; first += RUN) {
+    const int64_t n = a.count - first < RUN ? a.count - first : RUN;
+    const void *gate = part(a.gate, first, half), *up = part(a.up, first, half);
+    void *y = part(a.y, first, half);
+    EACH(
+      vec value = activated(GET(gate, half), activation);
+      if (gated) value *= GET(up, half);
+      SET(y, half, value);
+    )
+  }
+}
+
+INLINE void hidden_backward_runs(Hidden a, int64_t activation, int gated, int half) {
+  TEAM for (int64_t first = 0; first < a.count; first += RUN) {
+    const int64_t n = a.count - first < RUN ? a.count - first : RUN;
+    const void *gate = part(a.gate, first, half), *up = part(a.up, first, half);
+    const void *dy = part(a.dy, first, half);
+    void *dgate = part(a.dgate, first, half), *dup = part(a.dup, first, half);
+    EACH(
+      vec y, upstream = GET(dy, half);
+      const vec s = slope(GET(gate, half), activation, &y);
+      if (gated) {
+        SET(dup, half, upstream * y);
+        upstream *= GET(up, half);
+      }
+      SET(dgate, half, upstream * s);
+    )
+  }
+}
+
+/* Each activation compiled by itself. */
+#define BY_ACTIVATION(run)                                                                         \
+  switch (activation) {                                                                            \
+    case RELU: BY_KIND(run, RELU) break;                                                           \
+    case RELU2: BY_KIND(run, RELU2) break;                                                         \
+    case GELU_TANH: BY_KIND(run, GELU_TANH) break;                                                 \
+    case SILU: BY_KIND(run, SILU)                                                                  \
+  }
+#define BY_KIND(run, activation)                                                                   \
+  if (a->up) half ? run(*a, activation, 1, 1) : run(*a, activation, 1, 0);                         \
+  else half ? run(*a, activation, 0, 1) : run(*a, activation, 0, 0);
+
+void hidden(const Hidden *a, int64_t activation, int half) { BY_ACTIVATION(hidden_runs) }
+
+void hidden_backward(const Hidden *a, int64_t activation, int half) {
+  BY_ACTIVATION(hidden_backward_runs)
 }

@@ -30,6 +30,7 @@ from ._activations import (
     FROM_OUTPUT,
     activate,
     activate_with_slope,
+    activated,
     slope_from_output,
 )
 from ._gemm import (
@@ -67,7 +68,7 @@ def mlp_reference(
     b_down: Tensor | None = None,
 ) -> Tensor:
     """The definition of `mlp`, and its path on CPU tensors."""
-    return F.linear(ACTIVATIONS[activation](F.linear(x, w_up, b_up)), w_down, b_down)
+    return F.linear(activated(activation, F.linear(x, w_up, b_up)), w_down, b_down)
 
 
 def gated_mlp_reference(
@@ -81,8 +82,8 @@ def gated_mlp_reference(
     b_down: Tensor | None = None,
 ) -> Tensor:
     """The definition of `gated_mlp`, and its path on CPU tensors."""
-    hidden = ACTIVATIONS[activation](F.linear(x, w_gate, b_gate)) * F.linear(x, w_up, b_up)
-    return F.linear(hidden, w_down, b_down)
+    h = activated(activation, F.linear(x, w_gate, b_gate), F.linear(x, w_up, b_up))
+    return F.linear(h, w_down, b_down)
 
 
 @jit

@@ -84,9 +84,35 @@ INLINE vec exponential(vec x) {
   return (vec)((ints)(y * (vec)power) & ~(x < -87.0f));
 }
 
-INLINE vec sigmoid(vec x) {
-  x = choose(x > 87.0f, spread(87.0f), x);
-  return 1.0f / (1.0f + exponential(-choose(x < -87.0f, spread(-87.0f), x)));
+INLINE vec not_below(vec x, float least) { return choose(x < least, spread(least), x); }
+
+INLINE vec sigmoid(vec x) { return 1.0f / (1.0f + exponential(-not_below(x, -87.0f))); }
+
+/* As `ACTIVATIONS` lists them. */
+enum { RELU, RELU2, GELU, GELU_TANH, SILU, SIGMOID, TANH, IDENTITY };
+
+INLINE vec activated(vec x, int64_t activation) {
+  switch (activation) {
+    case RELU:
+      return not_below(x, 0.0f);
+    case RELU2:
+      x = not_below(x, 0.0f);
+      return x * x;
+    case GELU:
+      for (int i = 0; i < LANES; i++) x[i] = 0.5f * x[i] * (1.0f + erff(x[i] * 0.70710678f));
+      return x;
+    case GELU_TANH:
+      x = not_below(x, -10.0f);
+      return x / (1.0f + exponential(-x * (1.59576912f + 0.07135482f * x * x)));
+    case SILU:
+      x = not_below(x, -87.0f);
+      return x / (1.0f + exponential(-x));
+    case SIGMOID:
+      return sigmoid(x);
+    case TANH:
+      for (int i = 0; i < LANES; i++) x[i] = tanhf(x[i]);
+  }
+  return x;
 }
 
 INLINE vec widened(halves x) {

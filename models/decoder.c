@@ -61,32 +61,9 @@ typedef struct {
   int64_t threads;
 } Pass;
 
-enum { RELU, RELU2, GELU, GELU_TANH, SILU, SIGMOID, TANH, IDENTITY };
 enum { STORE, ADD, ACTIVATE, MULTIPLY };
 
 /* ---- matrix products */
-
-INLINE vec activated(vec x, int64_t activation) {
-  vec y = x;
-  switch (activation) {
-    case RELU: case RELU2:
-      y = choose(x > 0.0f, x, x * 0.0f);
-      if (activation == RELU2) y *= y;
-      return y;
-    case GELU:
-      for (int i = 0; i < LANES; i++) y[i] = 0.5f * x[i] * (1.0f + erff(x[i] * 0.70710678f));
-      return y;
-    case GELU_TANH:
-      return x * sigmoid(x * (1.59576912f + 0.07135482f * x * x));
-    case SILU:
-      return x * sigmoid(x);
-    case SIGMOID:
-      return sigmoid(x);
-    case TANH:
-      for (int i = 0; i < LANES; i++) y[i] = tanhf(x[i]);
-  }
-  return y;
-}
 
 /* The sums of n rows of x, `stride` numbers apart, with a panel, over so many words of inputs: a
    word is a number, or two in bf16. Meanwhile what follows is asked for, `ahead`, so many bytes a

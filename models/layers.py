@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import (
-    ACTIVATIONS,
     attention,
     gated_mlp,
     layer_norm,
@@ -23,6 +22,7 @@ from ..kernels import (
     rms_norm,
     rotary,
 )
+from ..kernels._activations import activated
 from .cache import LayerCache
 
 
@@ -246,7 +246,7 @@ class GatedMLP(nn.Module):
         """x (..., C) → (..., C)."""
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
         if not readable(gate, up, down):
-            return down(ACTIVATIONS[self.activation](gate(x)) * up(x))
+            return down(activated(self.activation, gate(x), up(x)))
         return gated_mlp(
             x,
             gate.weight,
@@ -272,7 +272,7 @@ class MLP(nn.Module):
         """x (..., C) → (..., C)."""
         up, down = self.up_proj, self.down_proj
         if not readable(up, down):
-            return down(ACTIVATIONS[self.activation](up(x)))
+            return down(activated(self.activation, up(x)))
         return mlp(
             x, up.weight, down.weight, activation=self.activation, b_up=up.bias, b_down=down.bias
         )

@@ -69,7 +69,7 @@ def layer_activations(shape: GPTConfig, precision: str, *, triton: bool) -> floa
     if triton:  # the MLP's pre-activations
         return norms + statistics + attention + (2 if shape.gated else 1) * a * F
     tables = 8 * shape.head_dim  # of the rotary positions, once a row
-    return norms + statistics + attention + (4 if shape.gated else 2) * a * F + tables
+    return norms + statistics + attention + (3 if shape.gated else 2) * a * F + tables
 
 
 def training_memory(

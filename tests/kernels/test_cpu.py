@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ponder.kernels import _attention_cpu, _cpu, _native, layer_norm, rms_norm, rotary
+from ponder.kernels._activations import activated
 from ponder.kernels._cpu import SOURCE
 from ponder.kernels._native import library, threaded_library
 from ponder.kernels.norm import rms_norm_reference
@@ -27,7 +28,7 @@ def on_a_cpu(monkeypatch):
 def calls(monkeypatch):
     """The functions of `_cpu` that are called, by name, as they come."""
     seen = []
-    for name in ("norm", "norm_backward", "rotate"):
+    for name in ("norm", "norm_backward", "rotate", "hidden", "hidden_backward"):
         was = getattr(_cpu, name)
         recorded = lambda *given, was=was, name=name: (seen.append(name), was(*given))[1]  # noqa: E731
         monkeypatch.setattr(_cpu, name, recorded)
@@ -76,6 +77,47 @@ def test_the_stream_alone_is_used():
     assert not dweight.any()
 
 
+# Less than a vector, several runs of them and a rest.
+@pytest.mark.parametrize("shape", [(3,), (5, 1, 700)], ids=str)
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("activation", _cpu.ACTIVATIONS)
+def test_activations(activation, gated, dtype, shape, calls, monkeypatch):
+    """Against fp64: a few units in the last place, where PyTorch's own have some more."""
+    monkeypatch.setattr(_cpu, "SHARE", 1)
+    torch.manual_seed(0)
+    leaves = [(3 * torch.randn(shape)).to(dtype).requires_grad_() for _ in range(1 + gated)]
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    upstream = torch.randn(shape).to(dtype)
+    found, truth = activated(activation, *leaves), activated(activation, *wide)
+    got = [found, *torch.autograd.grad(found, leaves, upstream)]
+    true = [truth, *torch.autograd.grad(truth, wide, upstream.double())]
+    assert calls == ["hidden", "hidden_backward"]
+    for value, exact in zip(got, true, strict=True):
+        assert value.dtype == dtype
+        assert relative_error(value, exact) < EPSILON[dtype] + 3 * EPSILON[FP32]
+
+
+@pytest.mark.parametrize("activation", _cpu.ACTIVATIONS)
+def test_activations_at_the_ends(activation):
+    """Zero, not a remnant times a large number; what is no number stays one."""
+    x = torch.tensor([-torch.inf, -1e38, -1e4, -90.0, 0.0, 90.0, torch.inf, torch.nan])
+    y = activated(activation, x.requires_grad_())
+    assert torch.equal(y[5:6], x[5:6] ** (2 if activation == "relu2" else 1))
+    assert (y[:5].abs() < 2e-36).all() and y[6] == torch.inf and y[7].isnan()
+    (slope,) = torch.autograd.grad(y[:6].sum(), x)
+    assert (slope[:4].abs() < 2e-36).all() and slope[5] == (180 if activation == "relu2" else 1)
+
+
+def test_an_activation_keeps_what_it_got_and_no_more():
+    """Of a gated one gate and up, not the activation between."""
+    kept = []
+    gate, up = torch.randn(2, 5, 16, requires_grad=True).unbind()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        activated("silu", gate, up)
+    assert [x.data_ptr() for x in kept] == [gate.data_ptr(), up.data_ptr()]
+
+
 def test_the_same_bits_whatever_the_threads(monkeypatch):
     monkeypatch.setattr(_cpu, "SHARE", 1)
     torch.manual_seed(1)
@@ -89,7 +131,8 @@ def test_the_same_bits_whatever_the_threads(monkeypatch):
             given = [t.clone().requires_grad_() for t in (x, residual)]
             y, h = rms_norm(given[0], weight, residual=given[1])
             grads = torch.autograd.grad(y.float().square().sum() + h.sum(), [*given, weight])
-            found.append([y, h, *grads, *rotary(q, q, cos, sin)])
+            gate, up = torch.randn(2, 3000, generator=torch.Generator().manual_seed(2))
+            found.append([y, h, *grads, *rotary(q, q, cos, sin), activated("silu", gate, up)])
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
@@ -112,13 +155,18 @@ def test_what_looks_at_the_calls_sees_operations(calls):
     with FlopCounterMode(display=False):
         rms_norm(x, weight)
         rotary(q, q, cos, sin)
+        activated("silu", x, x)
     torch.func.grad(lambda x: rms_norm(x, weight).sum())(x)
     scripted = torch.jit.trace(lambda x: rms_norm(x, weight), x, check_trace=False)
     torch.testing.assert_close(scripted(-x), rms_norm_reference(-x, weight))
     for other in (x.half(), x.double()):  # nor of what C does not know
         rms_norm(other, weight)
+        activated("silu", other)
     rms_norm(x, weight, weight)
     layer_norm(x, weight)
+    activated("gelu", x, x)
+    activated("silu", x, x.bfloat16())
+    activated("silu", x, weight)
     assert not calls
 
 

@@ -71,7 +71,7 @@ class Live(TorchDispatchMode):
 def unseen(monkeypatch):
     """Under a dispatch mode, as `Live` is one, norms, activations and attention are made of
     PyTorch's pieces, for whoever looks at them; a training run's keep less."""
-    for module in ("norm", "_activations", "_attention_cpu"):
+    for module in ("norm", "_cpu", "_attention_cpu"):
         monkeypatch.setattr(f"ponder.kernels.{module}.traced", lambda: False)
 
 
