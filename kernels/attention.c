@@ -1,14 +1,14 @@
-/* Attention on a CPU, forward and backward: Dao 2023, "FlashAttention-2", where the lanes of a vector
+/* Attention on a CPU, forward and backward: Dao 2023, "FlashAttention-2", where a vector's lanes
    are queries. `_attention_cpu.py` calls it.
 
    A block of queries meets the keys a block at a time, and what it computes of them stays in the
-   cache; blocks out of its sight are not visited. Numbers are fp32 or bf16, products of bf16 numbers
-   are summed in fp32, softmax and sums are fp32. The same bits come out whatever the threads.
+   cache; blocks out of its sight are not visited. Numbers are fp32 or bf16, scores, softmax and all
+   sums fp32. The same bits come out whatever the threads.
 
-   A word is one fp32 number, or two bf16 numbers that are summed together: of one row, side by side,
-   or of two rows, one below the other. Scores and their gradients lie turned, keys × queries.
+   A word is one fp32 number, or two bf16 numbers that are summed together: of one row, side by
+   side, or of two rows, one below the other. Scores and their gradients lie turned, keys × queries.
 
-   Shapes: B batch, H query heads, G key-value heads, T queries, S keys, D and Dv head dimensions. */
+   Shapes: B batch, H query heads, G key-value heads, T queries, S keys, D, Dv head dimensions. */
 
 #include "vectors.h"
 
@@ -65,15 +65,30 @@ typedef struct {
 
 /* ---- products of words */
 
+typedef struct {
+  float *at; /* words, with another type */
+  int64_t row; /* words from one row to the next */
+} Sheet;
+
+typedef struct {
+  const char *data;
+  int64_t row, rows, dim; /* row: bytes from one to the next */
+} Rows;
+
+/* What lies from there on. */
+INLINE Sheet from(Sheet x, int64_t row, int64_t column) {
+  return (Sheet){x.at + row * x.row + column, x.row};
+}
+
 /* c (rows, vectors · LANES) = or += a (rows, k words) · b (k words, vectors · LANES). */
-INLINE void tile(const int rows, const int vectors, float *c, int64_t c_row, const char *a,
-                 int64_t a_row, const float *b, int64_t b_row, int64_t k, int adds, int half) {
+INLINE void tile(const int rows, const int vectors, Sheet c, const char *a, int64_t a_row, Sheet b,
+                 int64_t k, int adds, int half) {
   vec sum[8][4];
   EACH_OF(rows, i) EACH_OF(vectors, v)
-    sum[i][v] = adds ? load(c, i * c_row + v * LANES, 0) : (vec){};
+    sum[i][v] = adds ? load(c.at, i * c.row + v * LANES, 0) : (vec){};
   for (int64_t n = 0; n < k; n++) {
     vec others[4];
-    EACH_OF(vectors, v) others[v] = load(b, n * b_row + v * LANES, 0);
+    EACH_OF(vectors, v) others[v] = load(b.at, n * b.row + v * LANES, 0);
     EACH_OF(rows, i) {
       uint32_t word;
       memcpy(&word, a + i * a_row + 4 * n, 4);
@@ -83,13 +98,14 @@ INLINE void tile(const int rows, const int vectors, float *c, int64_t c_row, con
         else sum[i][v] += (vec)all * others[v];
     }
   }
-  EACH_OF(rows, i) EACH_OF(vectors, v) store(c, i * c_row + v * LANES, sum[i][v], 0);
+  EACH_OF(rows, i) EACH_OF(vectors, v) store(c.at, i * c.row + v * LANES, sum[i][v], 0);
 }
 
-INLINE void product_of(float *c, int64_t c_row, int64_t m, int64_t n, const void *a, int64_t a_row,
-                       const float *b, int64_t b_row, int64_t k, int adds, int half) {
-#define STRIP(rows, vectors) for (; i + rows <= m; i += rows) \
-    tile(rows, vectors, c + i * c_row + j, c_row, (const char *)a + i * a_row, a_row, b + j, b_row, k, adds, half);
+INLINE void product_of(Sheet c, int64_t n, Rows a, Sheet b, int64_t k, int adds, int half) {
+#define STRIP(rows_, vectors)                                                        \
+  for (; i + rows_ <= a.rows; i += rows_)                                            \
+    tile(rows_, vectors, from(c, i, j), a.data + i * a.row, a.row, from(b, 0, j), k, \
+         adds, half);
   for (int64_t j = 0, i; j < n;) {
     i = 0;
     if (n - j >= WIDE * LANES) { STRIP(4, WIDE) STRIP(1, WIDE) j += WIDE * LANES; }
@@ -99,31 +115,42 @@ INLINE void product_of(float *c, int64_t c_row, int64_t m, int64_t n, const void
 #undef STRIP
 }
 
-static void product_of_halves(float *c, int64_t c_row, int64_t m, int64_t n, const void *a,
-                              int64_t a_row, const float *b, int64_t b_row, int64_t k, int adds) {
-  product_of(c, c_row, m, n, a, a_row, b, b_row, k, adds, 1);
+static void product_of_halves(Sheet c, int64_t n, Rows a, Sheet b, int64_t k, int adds) {
+  product_of(c, n, a, b, k, adds, 1);
 }
 
-static void product_of_floats(float *c, int64_t c_row, int64_t m, int64_t n, const void *a,
-                              int64_t a_row, const float *b, int64_t b_row, int64_t k, int adds) {
-  product_of(c, c_row, m, n, a, a_row, b, b_row, k, adds, 0);
+static void product_of_floats(Sheet c, int64_t n, Rows a, Sheet b, int64_t k, int adds) {
+  product_of(c, n, a, b, k, adds, 0);
 }
 
-/* c (m, n) = or += a · b, summed over k words; rows of a are a_row bytes apart, of the others so many
-   words. n is of whole vectors. */
-#define product(half, ...) ((half) ? product_of_halves(__VA_ARGS__) : product_of_floats(__VA_ARGS__))
+/* c (rows of a, n) = or += a · b, summed over k words; n is of whole vectors. */
+INLINE void product(Sheet c, int64_t n, Rows a, Sheet b, int64_t k, int adds, int half) {
+  if (half) product_of_halves(c, n, a, b, k, adds);
+  else product_of_floats(c, n, a, b, k, adds);
+}
 
 /* ---- rows as operands: what is past their last is 0 */
 
-typedef struct {
-  const char *data;
-  int64_t row, rows, dim; /* row: bytes from one to the next */
-} Rows;
-
-INLINE Rows rows_of(View x, int64_t b, int64_t head, int64_t first, int64_t n, int64_t dim, int half) {
+INLINE Rows rows_of(View x, int64_t b, int64_t head, int64_t rows, int64_t dim, int half) {
   const int size = half ? 2 : 4;
-  const char *data = (const char *)x.data + size * (b * x.batch + head * x.head + first * x.token);
-  return (Rows){data, size * x.token, n, dim};
+  const char *data = (const char *)x.data + size * (b * x.batch + head * x.head);
+  return (Rows){data, size * x.token, rows, dim};
+}
+
+/* Of a sheet of words. */
+INLINE Rows words_in(Sheet x, int64_t rows) {
+  return (Rows){(const char *)x.at, 4 * x.row, rows, 0};
+}
+
+/* Of a sheet of numbers, from the `first` of each row on; those in bf16 lie closer. */
+INLINE Rows numbers_in(Sheet x, int64_t rows, int64_t first, int half) {
+  const int size = half ? 2 : 4;
+  return (Rows){(const char *)x.at + first * size, size * x.row, rows, 0};
+}
+
+/* n of the rows, from `first` on. */
+INLINE Rows some(Rows x, int64_t first, int64_t n) {
+  return (Rows){x.data + first * x.row, x.row, n, x.dim};
 }
 
 /* Words i … i + LANES - 1 of a row, each of numbers side by side. */
@@ -148,64 +175,67 @@ INLINE vec below(Rows x, int64_t row, int64_t i, int half) {
 }
 
 /* (dim words, n): lanes are rows; n is of whole vectors. */
-INLINE void turn_beside(float *to, int64_t to_row, Rows x, int64_t n, int half) {
+INLINE void turn_beside(Sheet to, Rows x, int64_t n, int half) {
   for (int64_t i = 0; i < x.dim / OF(half); i += LANES)
     for (int64_t row = 0; row < n; row += LANES) {
       vec block[LANES];
       EACH_LANE(l) block[l] = beside(x, row + l, i, half);
       turn(block);
-      EACH_LANE(l) store(to, (i + l) * to_row + row, block[l], 0);
+      EACH_LANE(l) store(to.at, (i + l) * to.row + row, block[l], 0);
     }
 }
 
 /* (dim, rows in words): what is summed over the rows. */
-INLINE void turn_below(float *to, int64_t to_row, Rows x, int half) {
+INLINE void turn_below(Sheet to, Rows x, int half) {
   for (int64_t i = 0; i < x.dim; i += LANES)
     for (int64_t row = 0; row * OF(half) < x.rows; row += LANES) {
       vec block[LANES];
       EACH_LANE(l) block[l] = below(x, (row + l) * OF(half), i, half);
       turn(block);
-      EACH_LANE(l) store(to, (i + l) * to_row + row, block[l], 0);
+      EACH_LANE(l) store(to.at, (i + l) * to.row + row, block[l], 0);
     }
 }
 
 /* (n rows in words, dim): lanes are numbers of a row. */
-INLINE void copy_below(float *to, int64_t to_row, Rows x, int64_t n, int half) {
+INLINE void copy_below(Sheet to, Rows x, int64_t n, int half) {
   for (int64_t row = 0; row * OF(half) < n; row++)
     for (int64_t i = 0; i < x.dim; i += LANES)
-      store(to, row * to_row + i, below(x, row * OF(half), i, half), 0);
+      store(to.at, row * to.row + i, below(x, row * OF(half), i, half), 0);
 }
 
-/* x = from (dim, queries), turned back, each query's row times its factor. */
-INLINE void turn_back(Rows x, const float *from, const float *factors, int half) {
-  const int64_t n = x.dim;
+/* Numbers i … of a row of x. */
+INLINE void put_row(Rows x, int64_t row, int64_t i, vec value, int half) {
+  set((char *)x.data + row * x.row, i, x.dim, value, half, i + LANES <= x.dim);
+}
+
+/* x = from (dim, rows), turned back, each row times its factor. */
+INLINE void turn_back(Rows x, Sheet from, const float *factors, int half) {
   for (int64_t row = 0; row < x.rows; row += LANES)
-    for (int64_t i = 0; i < n; i += LANES) {
+    for (int64_t i = 0; i < x.dim; i += LANES) {
       vec block[LANES];
-      EACH_LANE(l) block[l] = load(from, (i + l) * QUERIES + row, 0);
+      EACH_LANE(l) block[l] = load(from.at, (i + l) * from.row + row, 0);
       turn(block);
       for (int64_t l = 0; l < LANES && row + l < x.rows; l++)
-        set((char *)x.data + (row + l) * x.row, i, n, block[l] * factors[row + l], half, i + LANES <= n);
+        put_row(x, row + l, i, block[l] * factors[row + l], half);
     }
 }
 
 /* x = from (rows, dim) times the factor. */
-INLINE void put_rows(Rows x, const float *from, int64_t from_row, float factor, int half) {
-  const int64_t n = x.dim;
+INLINE void put_rows(Rows x, Sheet from, float factor, int half) {
   for (int64_t row = 0; row < x.rows; row++)
-    for (int64_t i = 0; i < n; i += LANES)
-      set((char *)x.data + row * x.row, i, n, load(from, row * from_row + i, 0) * factor, half, i + LANES <= n);
+    for (int64_t i = 0; i < x.dim; i += LANES)
+      put_row(x, row, i, load(from.at, row * from.row + i, 0) * factor, half);
 }
 
 /* ---- a block of queries and a block of keys */
 
 typedef struct {
-  int64_t first, n, lanes; /* queries; of whole vectors */
+  int64_t b, first, n, lanes; /* queries; of whole vectors */
   int64_t ids[QUERIES];
 } Block;
 
 INLINE Block block_of(const Attention *a, int64_t b, int64_t first) {
-  Block block = {.first = first, .n = a->queries - first};
+  Block block = {.b = b, .first = first, .n = a->queries - first};
   if (block.n > QUERIES) block.n = QUERIES;
   block.lanes = whole(block.n);
   for (int64_t i = 0; a->query_ids && i < QUERIES; i++)
@@ -236,141 +266,158 @@ INLINE int64_t first_lane(const Attention *a, const Block *block, int64_t key) {
 }
 
 /* The scores (n, queries) of n keys from `key` on, scaled; -inf where a query does not see. */
-INLINE void scores_of(const Attention *a, const Block *block, int64_t b, Rows k, int64_t key, int64_t n,
-                      const float *q, float *scores, int half) {
-  const int64_t lane = first_lane(a, block, key), lanes = block->lanes - lane;
-  product(half, scores + lane, QUERIES, n, lanes, k.data + key * k.row, k.row, q + lane, QUERIES,
-          a->dim / OF(half), 0);
+INLINE void scores_of(const Attention *a, const Block *block, Rows k, int64_t key, int64_t n,
+                      Sheet q, Sheet scores, int half) {
+  const int64_t lane = first_lane(a, block, key);
+  product(from(scores, 0, lane), block->lanes - lane, some(k, key, n), from(q, 0, lane),
+          a->dim / OF(half), 0, half);
   const int64_t first = block->first + a->offset, last = first + block->n - 1;
   const int hides = key + n - 1 > first || key <= last - a->width || a->query_ids != NULL;
   for (int64_t j = 0; j < n; j++)
     for (int64_t i = lane; i < block->lanes; i += LANES) {
-      vec score = load(scores, j * QUERIES + i, 0) * a->scale;
+      vec score = load(scores.at, j * QUERIES + i, 0) * a->scale;
       if (hides) {
         const ints ahead = (int32_t)(key + j - first - i) - counted();
         ints hidden = (ahead > 0) | (ahead <= -(int32_t)a->width);
         if (a->query_ids) {
-          const int64_t id = a->key_ids[b * a->keys + key + j];
+          const int64_t id = a->key_ids[block->b * a->keys + key + j];
           EACH_LANE(l) hidden[l] |= -(block->ids[i + l] != id);
         }
         score = choose(hidden, spread(-INFINITY), score);
       }
-      store(scores, j * QUERIES + i, score, 0);
+      store(scores.at, j * QUERIES + i, score, 0);
     }
 }
 
-/* Of a round's threads each has its own. */
+/* What a thread works in; T', S': the queries and the keys of a block. */
 typedef struct {
-  float *q, *scores, *weights, *sums;     /* (D, T'), (S', T'), (S', T'), (Dv, T'): T', S' of a block */
-  float *values, *keys;                   /* (Dv, S), (D, S) in words */
-  float *dout, *q_rows, *dout_rows;       /* (Dv, T'), (T', D), (T', Dv) */
-  float *dweights, *narrow, *dnarrow;     /* (S', T') */
-  float *dq, *dk, *dv, *end;              /* (D, T'), (S, D), (S, Dv) */
+  Sheet q, scores, weights;            /* (D, T'), (S', T'), (S', T') */
+  Sheet sums, values;                  /* (Dv, T'), (Dv, S) */
+  Sheet dout, q_rows, dout_rows, keys; /* (Dv, T'), (T', D), (T', Dv), (D, S) */
+  Sheet dweights, narrow, dnarrow;     /* (S', T') */
+  Sheet dq, dk, dv;                    /* (D, T'), (S, D), (S, Dv) */
+  float *end;
 } Room;
 
-INLINE float *taken(float **room, int64_t rows, int64_t columns) {
-  float *found = *room;
-  *room += whole(rows) * whole(columns);
+INLINE Sheet taken(Room *room, int64_t rows, int64_t columns) {
+  const Sheet found = {room->end, whole(columns)};
+  room->end += whole(rows) * found.row;
   return found;
 }
 
-INLINE Room room_in(const Attention *a, float *room, int backward) {
-  Room r = {.q = taken(&room, a->dim, QUERIES)};
-  r.scores = taken(&room, KEYS, QUERIES), r.weights = taken(&room, KEYS, QUERIES);
+INLINE Room room_in(const Attention *a, float *from, int backward) {
+  Room r = {.end = from};
+  r.q = taken(&r, a->dim, QUERIES);
+  r.scores = taken(&r, KEYS, QUERIES);
+  r.weights = taken(&r, KEYS, QUERIES);
   if (!backward) {
-    r.sums = taken(&room, a->v_dim, QUERIES), r.values = taken(&room, a->v_dim, a->keys);
-  } else {
-    r.keys = taken(&room, a->dim, a->keys), r.dout = taken(&room, a->v_dim, QUERIES);
-    r.q_rows = taken(&room, QUERIES, a->dim), r.dout_rows = taken(&room, QUERIES, a->v_dim);
-    r.dweights = taken(&room, KEYS, QUERIES), r.narrow = taken(&room, KEYS, QUERIES);
-    r.dnarrow = taken(&room, KEYS, QUERIES), r.dq = taken(&room, a->dim, QUERIES);
-    r.dk = taken(&room, a->keys, a->dim), r.dv = taken(&room, a->keys, a->v_dim);
+    r.sums = taken(&r, a->v_dim, QUERIES);
+    r.values = taken(&r, a->v_dim, a->keys);
+    return r;
   }
-  r.end = room;
+  r.dout = taken(&r, a->v_dim, QUERIES);
+  r.q_rows = taken(&r, QUERIES, a->dim);
+  r.dout_rows = taken(&r, QUERIES, a->v_dim);
+  r.keys = taken(&r, a->dim, a->keys);
+  r.dweights = taken(&r, KEYS, QUERIES);
+  r.narrow = taken(&r, KEYS, QUERIES);
+  r.dnarrow = taken(&r, KEYS, QUERIES);
+  r.dq = taken(&r, a->dim, QUERIES);
+  r.dk = taken(&r, a->keys, a->dim);
+  r.dv = taken(&r, a->keys, a->v_dim);
   return r;
 }
 
-/* Numbers that a thread needs. */
+/* Its numbers. */
 int64_t room(const Attention *a, int backward) {
   float any;
   return room_in(a, &any, backward).end - &any;
 }
 
-/* Two rows of numbers as one of words, or the one. */
-INLINE void put_below(float *to, int64_t row, int64_t i, vec first, vec second, int half) {
+/* Two rows of numbers as one of words, or the first. */
+INLINE void put_below(Sheet to, int64_t row, int64_t i, vec first, vec second, int half) {
   if (half) {
     const words low = __builtin_convertvector(narrowed(first), words);
     first = (vec)(low | __builtin_convertvector(narrowed(second), words) << 16);
   }
-  store(to, row / OF(half) * QUERIES + i, first, 0);
+  store(to.at, row / OF(half) * to.row + i, first, 0);
 }
 
 /* ---- out, lse */
 
-INLINE void forward_head(const Attention *a, Room r, int64_t unit, int half) {
-  const int64_t b = unit / a->heads, head = unit % a->heads, group = head / (a->heads / a->kv_heads);
-  const Rows k = rows_of(a->k, b, group, 0, a->keys, a->dim, half);
-  const int64_t v_row = whole(a->keys);
-  turn_below(r.values, v_row, rows_of(a->v, b, group, 0, a->keys, a->v_dim, half), half);
-  for (int64_t i = 0; i < a->queries; i += QUERIES) {
-    const Block block = block_of(a, b, i);
-    const int64_t first = first_key(a, &block), last = last_key(a, &block);
-    turn_beside(r.q, QUERIES, rows_of(a->q, b, head, i, block.n, a->dim, half), block.lanes, half);
-    vec most[VECTORS], total[VECTORS];
-    for (int v = 0; v < VECTORS; v++) most[v] = spread(-1e30f), total[v] = (vec){};
-    if (blind(a, &block)) memset(r.sums, 0, 4 * whole(a->v_dim) * QUERIES);
-    for (int64_t key = first; key < last; key += KEYS) {
-      const int64_t n = last - key < KEYS ? last - key : KEYS, lane = first_lane(a, &block, key);
-      scores_of(a, &block, b, k, key, n, r.q, r.scores, half);
-      for (int64_t x = lane; x < block.lanes; x += LANES) {
-        const float *scores = r.scores + x;
-        const vec before = most[x / LANES];
-        vec now = before;
-        for (int64_t j = 0; j < n; j++) now = larger(now, load(scores, j * QUERIES, 0));
-        const vec kept = exponential(before - now);
-        vec sum = total[x / LANES] * kept;
-        for (int64_t j = 0; j < n; j += OF(half)) {
-          const vec one = exponential(load(scores, j * QUERIES, 0) - now);
-          vec other = {};
-          if (half && j + 1 < n) other = exponential(load(scores, (j + 1) * QUERIES, 0) - now);
-          sum += one + other;
-          put_below(r.weights, j, x, one, other, half);
-        }
-        for (int64_t d = 0; key > first && d < a->v_dim; d++)
-          store(r.sums, d * QUERIES + x, load(r.sums, d * QUERIES + x, 0) * kept, 0);
-        most[x / LANES] = now, total[x / LANES] = sum;
-      }
-      product(half, r.sums + lane, QUERIES, a->v_dim, block.lanes - lane, r.values + key / OF(half), 4 * v_row,
-              r.weights + lane, QUERIES, (n + OF(half) - 1) / OF(half), key > first);
-    }
-    float factors[QUERIES];
-    for (int64_t n = 0; n < block.n; n++) {
-      const float sum = total[n / LANES][n % LANES];
-      const int none = sum == 0;
-      factors[n] = none ? 0 : 1 / sum;
-      a->lse[unit * a->queries + i + n] = none ? 0 : most[n / LANES][n % LANES] + logf(sum);
-    }
-    turn_back(rows_of(a->out, b, head, i, block.n, a->v_dim, half), r.sums, factors, half);
+/* Of the lanes from `lane` on, n keys' scores become weights; the sums so far are scaled to the new
+   largest score. */
+INLINE void weigh(const Room *r, int64_t lane, int64_t n, int64_t v_dim, vec *most, vec *total,
+                  int half) {
+  const float *scores = r->scores.at + lane;
+  vec now = *most;
+  for (int64_t j = 0; j < n; j++) now = larger(now, load(scores, j * QUERIES, 0));
+  const vec kept = exponential(*most - now);
+  vec sum = *total * kept;
+  for (int64_t j = 0; j < n; j += OF(half)) {
+    const vec one = exponential(load(scores, j * QUERIES, 0) - now);
+    vec other = {};
+    if (half && j + 1 < n) other = exponential(load(scores, (j + 1) * QUERIES, 0) - now);
+    sum += one + other;
+    put_below(r->weights, j, lane, one, other, half);
   }
+  for (int64_t d = 0; d < v_dim; d++) {
+    float *x = r->sums.at + d * QUERIES + lane;
+    store(x, 0, load(x, 0, 0) * kept, 0);
+  }
+  *most = now, *total = sum;
+}
+
+INLINE void forward_block(const Attention *a, Room r, int64_t b, int64_t head, int64_t i,
+                          int half) {
+  const Rows k = rows_of(a->k, b, head / (a->heads / a->kv_heads), a->keys, a->dim, half);
+  const Rows q = rows_of(a->q, b, head, a->queries, a->dim, half);
+  const Rows out = rows_of(a->out, b, head, a->queries, a->v_dim, half);
+  const Block block = block_of(a, b, i);
+  const int64_t first = first_key(a, &block), last = last_key(a, &block);
+  vec most[VECTORS], total[VECTORS];
+  for (int v = 0; v < VECTORS; v++) most[v] = spread(-1e30f), total[v] = (vec){};
+  if (blind(a, &block)) memset(r.sums.at, 0, 4 * whole(a->v_dim) * QUERIES);
+  turn_beside(r.q, some(q, i, block.n), block.lanes, half);
+  for (int64_t key = first; key < last; key += KEYS) {
+    const int64_t n = last - key < KEYS ? last - key : KEYS, lane = first_lane(a, &block, key);
+    const int adds = key > first;
+    scores_of(a, &block, k, key, n, r.q, r.scores, half);
+    for (int64_t x = lane; x < block.lanes; x += LANES)
+      weigh(&r, x, n, adds ? a->v_dim : 0, &most[x / LANES], &total[x / LANES], half);
+    const Rows values = words_in(from(r.values, 0, key / OF(half)), a->v_dim);
+    product(from(r.sums, 0, lane), block.lanes - lane, values, from(r.weights, 0, lane),
+            (n + OF(half) - 1) / OF(half), adds, half);
+  }
+  float factors[QUERIES], *lse = a->lse + (b * a->heads + head) * a->queries + i;
+  for (int64_t n = 0; n < block.n; n++) {
+    const float sum = total[n / LANES][n % LANES];
+    factors[n] = sum == 0 ? 0 : 1 / sum;
+    lse[n] = sum == 0 ? 0 : most[n / LANES][n % LANES] + logf(sum);
+  }
+  turn_back(some(out, i, block.n), r.sums, factors, half);
+}
+
+INLINE void forward_head(const Attention *a, Room r, int64_t unit, int half) {
+  const int64_t b = unit / a->heads, head = unit % a->heads;
+  const Rows v = rows_of(a->v, b, head / (a->heads / a->kv_heads), a->keys, a->v_dim, half);
+  turn_below(r.values, v, half);
+  for (int64_t i = 0; i < a->queries; i += QUERIES) forward_block(a, r, b, head, i, half);
 }
 
 /* ---- dq, dk, dv */
 
-INLINE void backward_block(const Attention *a, Room r, int64_t b, int64_t head, int64_t i, int half) {
+INLINE void backward_block(const Attention *a, Room r, int64_t b, int64_t head, int64_t i,
+                           int half) {
   const int64_t group = head / (a->heads / a->kv_heads);
-  const Rows k = rows_of(a->k, b, group, 0, a->keys, a->dim, half);
-  const Rows v = rows_of(a->v, b, group, 0, a->keys, a->v_dim, half);
-  const int64_t dim = whole(a->dim), v_dim = whole(a->v_dim), k_row = whole(a->keys);
+  const Rows k = rows_of(a->k, b, group, a->keys, a->dim, half);
+  const Rows v = rows_of(a->v, b, group, a->keys, a->v_dim, half);
   const Block block = block_of(a, b, i);
+  const Rows q = some(rows_of(a->q, b, head, a->queries, a->dim, half), i, block.n);
+  const Rows out = some(rows_of(a->out, b, head, a->queries, a->v_dim, half), i, block.n);
+  const Rows dout = some(rows_of(a->dout, b, head, a->queries, a->v_dim, half), i, block.n);
+  const Rows dq = some(rows_of(a->dq, b, head, a->queries, a->dim, half), i, block.n);
   const int64_t first = first_key(a, &block), last = last_key(a, &block);
-  const Rows q = rows_of(a->q, b, head, i, block.n, a->dim, half);
-  const Rows dout = rows_of(a->dout, b, head, i, block.n, a->v_dim, half);
-  const Rows out = rows_of(a->out, b, head, i, block.n, a->v_dim, half);
-  turn_beside(r.q, QUERIES, q, block.lanes, half);
-  turn_beside(r.dout, QUERIES, dout, block.lanes, half);
-  copy_below(r.q_rows, dim, q, block.lanes, half);
-  copy_below(r.dout_rows, v_dim, dout, block.lanes, half);
-  if (blind(a, &block)) memset(r.dq, 0, 4 * dim * QUERIES);
   float lse[QUERIES] = {}, delta[QUERIES] = {}, factors[QUERIES];
   for (int64_t j = 0; j < block.n; j++) {
     const int64_t n = a->v_dim;
@@ -381,59 +428,62 @@ INLINE void backward_block(const Attention *a, Room r, int64_t b, int64_t head, 
     lse[j] = a->lse[(b * a->heads + head) * a->queries + i + j];
     factors[j] = a->scale;
   }
+  if (blind(a, &block)) memset(r.dq.at, 0, 4 * whole(a->dim) * QUERIES);
+  turn_beside(r.q, q, block.lanes, half);
+  turn_beside(r.dout, dout, block.lanes, half);
+  copy_below(r.q_rows, q, block.lanes, half);
+  copy_below(r.dout_rows, dout, block.lanes, half);
   for (int64_t key = first; key < last; key += KEYS) {
     const int64_t n = last - key < KEYS ? last - key : KEYS, lane = first_lane(a, &block, key);
-    const int64_t lanes = block.lanes - lane;
-    scores_of(a, &block, b, k, key, n, r.q, r.scores, half);
-    product(half, r.dweights + lane, QUERIES, n, lanes, v.data + key * v.row, v.row, r.dout + lane, QUERIES,
-            a->v_dim / OF(half), 0);
+    const int64_t lanes = block.lanes - lane, words = lanes / OF(half), above = lane / OF(half);
+    scores_of(a, &block, k, key, n, r.q, r.scores, half);
+    product(from(r.dweights, 0, lane), lanes, some(v, key, n), from(r.dout, 0, lane),
+            a->v_dim / OF(half), 0, half);
     for (int64_t x = lane; x < block.lanes; x += LANES) {
       const vec log = load(lse, x, 0), mean = load(delta, x, 0);
       vec before = {};
       for (int64_t j = 0; j < n; j++) {
         const int64_t place = j * QUERIES + x;
-        const vec weight = exponential(load(r.scores, place, 0) - log);
-        const vec dscore = weight * (load(r.dweights, place, 0) - mean);
-        store(r.narrow, place, weight, half);
-        store(r.dnarrow, place, dscore, half);
+        const vec weight = exponential(load(r.scores.at, place, 0) - log);
+        const vec dscore = weight * (load(r.dweights.at, place, 0) - mean);
+        store(r.narrow.at, place, weight, half);
+        store(r.dnarrow.at, place, dscore, half);
         if (!half || j % 2) put_below(r.weights, j, x, half ? before : dscore, dscore, half);
         else if (j == n - 1) put_below(r.weights, j, x, dscore, (vec){}, half);
         before = dscore;
       }
     }
-    const int64_t size = half ? 2 : 4, row = QUERIES * size, words = lanes / OF(half);
-    const int64_t above = lane / OF(half);
-    product(half, r.dv + key * v_dim, v_dim, n, v_dim, (char *)r.narrow + lane * size, row,
-            r.dout_rows + above * v_dim, v_dim, words, 1);
-    product(half, r.dk + key * dim, dim, n, dim, (char *)r.dnarrow + lane * size, row,
-            r.q_rows + above * dim, dim, words, 1);
-    product(half, r.dq + lane, QUERIES, a->dim, lanes, r.keys + key / OF(half), 4 * k_row, r.weights + lane,
-            QUERIES, (n + OF(half) - 1) / OF(half), key > first);
+    product(from(r.dv, key, 0), r.dv.row, numbers_in(r.narrow, n, lane, half),
+            from(r.dout_rows, above, 0), words, 1, half);
+    product(from(r.dk, key, 0), r.dk.row, numbers_in(r.dnarrow, n, lane, half),
+            from(r.q_rows, above, 0), words, 1, half);
+    const Rows keys = words_in(from(r.keys, 0, key / OF(half)), a->dim);
+    product(from(r.dq, 0, lane), lanes, keys, from(r.weights, 0, lane),
+            (n + OF(half) - 1) / OF(half), key > first, half);
   }
-  turn_back(rows_of(a->dq, b, head, i, block.n, a->dim, half), r.dq, factors, half);
+  turn_back(dq, r.dq, factors, half);
 }
 
 INLINE void backward_group(const Attention *a, Room r, int64_t unit, int half) {
   const int64_t b = unit / a->kv_heads, group = unit % a->kv_heads, heads = a->heads / a->kv_heads;
-  const int64_t dim = whole(a->dim), v_dim = whole(a->v_dim);
-  turn_below(r.keys, whole(a->keys), rows_of(a->k, b, group, 0, a->keys, a->dim, half), half);
-  memset(r.dk, 0, 4 * a->keys * dim);
-  memset(r.dv, 0, 4 * a->keys * v_dim);
+  turn_below(r.keys, rows_of(a->k, b, group, a->keys, a->dim, half), half);
+  memset(r.dk.at, 0, 4 * a->keys * r.dk.row);
+  memset(r.dv.at, 0, 4 * a->keys * r.dv.row);
   for (int64_t head = group * heads; head < (group + 1) * heads; head++)
     for (int64_t i = 0; i < a->queries; i += QUERIES) backward_block(a, r, b, head, i, half);
-  put_rows(rows_of(a->dk, b, group, 0, a->keys, a->dim, half), r.dk, dim, a->scale, half);
-  put_rows(rows_of(a->dv, b, group, 0, a->keys, a->v_dim, half), r.dv, v_dim, 1, half);
+  put_rows(rows_of(a->dk, b, group, a->keys, a->dim, half), r.dk, a->scale, half);
+  put_rows(rows_of(a->dv, b, group, a->keys, a->v_dim, half), r.dv, 1, half);
 }
 
 /* ---- what is called: a thread takes some heads, or, backward, key-value heads, side by side */
 
-#define DEAL(units, backward, call)                                                                \
-  const int64_t size = room(&a, backward), n_units = units;                                        \
-  _Pragma("omp parallel for num_threads(a.threads) if (a.threads > 1)")                            \
-  for (int64_t thread = 0; thread < a.threads; thread++) {                                    \
-    const Room r = room_in(&a, a.room + thread * size, backward);                                  \
-    const int64_t last = n_units * (thread + 1) / a.threads;                                       \
-    for (int64_t unit = n_units * thread / a.threads; unit < last; unit++) call;                   \
+#define DEAL(units, backward, call)                                                          \
+  const int64_t size = room(&a, backward), n_units = units;                                  \
+  _Pragma("omp parallel for num_threads(a.threads) if (a.threads > 1)")                      \
+  for (int64_t thread = 0; thread < a.threads; thread++) {                                   \
+    const Room r = room_in(&a, a.room + thread * size, backward);                            \
+    const int64_t last = n_units * (thread + 1) / a.threads;                                 \
+    for (int64_t unit = n_units * thread / a.threads; unit < last; unit++) call;             \
   }
 
 void attention(const Attention *given, int half) {

@@ -1,11 +1,11 @@
-/* RMS norm, rotary position embedding and the activations of an MLP on a CPU, in one pass over memory:
-   PyTorch has the first two there as some ten operations each. `_cpu.py` calls it.
+/* RMS norm, rotary position embedding and the activations of an MLP on a CPU, each in one pass over
+   memory: PyTorch has the first two there as some ten operations. `_cpu.py` calls it.
 
    Numbers are fp32 or bf16, all arithmetic is fp32. The same bits come out whatever the threads. */
 
 #include "vectors.h"
 
-/* In front of a loop: its rounds are dealt out to threads, each with its own copy of the work `a`. */
+/* Before a loop: its rounds are dealt out to threads, each with its own copy of the work `a`. */
 #define TEAM _Pragma("omp parallel for num_threads(a.threads) if (a.threads > 1) firstprivate(a)")
 
 /* The numbers from x[i] on. */

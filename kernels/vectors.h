@@ -39,7 +39,7 @@ typedef uint16_t bf16;
 #endif
 #define OF_8(f, n, i) OF_4(f, n, i), OF_4(f, n, i + 4)
 #define OF_4(f, n, i) f(n, (i)), f(n, (i + 1)), f(n, (i + 2)), f(n, (i + 3))
-/* Groups of n lanes, of a and b in turn: those before which an even number stands, or the others. */
+/* Groups of n lanes, of a and b in turn: those before which an even number stands, or an odd. */
 #define EVEN(n, i) ((i) & (n) ? LANES + (i) - (n) : (i))
 #define ODD(n, i) ((i) & (n) ? LANES + (i) : (i) + (n))
 #define EVEN_GROUPS(n, a, b) SHUFFLE(a, b, OF_LANES(EVEN, n))
@@ -167,7 +167,8 @@ INLINE void put(void *x, int64_t i, float value, int half) {
 }
 
 INLINE vec load(const void *x, int64_t i, int half) {
-  return half ? widened(*(const halves *)((const bf16 *)x + i)) : *(const vec *)((const float *)x + i);
+  if (half) return widened(*(const halves *)((const bf16 *)x + i));
+  return *(const vec *)((const float *)x + i);
 }
 
 INLINE void store(void *x, int64_t i, vec value, int half) {

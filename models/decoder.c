@@ -219,8 +219,9 @@ static void turn(float *restrict x, const float *restrict cos, const float *rest
 
 /* The sum of each of LANES vectors, in their order. */
 INLINE vec totals(vec a[LANES]) {
-#define FOLD(n) \
-  _Pragma("GCC unroll 8") for (int i = 0; i < n; i++) a[i] = EVEN_GROUPS(n, a[i], a[i + n]) + ODD_GROUPS(n, a[i], a[i + n]);
+#define FOLD(n)                                           \
+  _Pragma("GCC unroll 8") for (int i = 0; i < n; i++)     \
+    a[i] = EVEN_GROUPS(n, a[i], a[i + n]) + ODD_GROUPS(n, a[i], a[i + n]);
 #if LANES == 16
   FOLD(8)
 #endif
