@@ -27,11 +27,12 @@ Precision = Literal["bf16", "fp16", "fp32"]
 HIDDEN = 0.7  # the share of the backward pass behind which gradients can travel
 NEWTON_SCHULZ = 5  # iterations of Muon
 SMALL = 0.8  # of what large products reach, Muon's do
-# Bytes that a step moves for each byte that is kept for the backward pass, and for each score of
-# the attention: a GPU's kernels write and read once, twice over; a CPU's are fitted to measured
-# steps (benchmarks/NOTES.md).
-PASSES = {"gpu": 4, "cpu": 20}
-SCORE = {"gpu": 0, "cpu": 150}
+# Bytes that a step moves for each byte that is kept for the backward pass: a GPU's kernels write
+# and read once, twice over; a CPU's, by precision, are fitted to measured steps, as are its bytes
+# for each score of the attention and the seconds that a layer's calls take (benchmarks/NOTES.md).
+PASSES = {"gpu": 4, "fp32": 11.5, "bf16": 16.5, "fp16": 16.5}
+CPU_SCORE = 30
+CPU_CALLS = 3e-3
 CPU_SAMPLING = 0.75  # of a CPU's peak, prompts and decoding reach (benchmarks/results/sampling.csv)
 LAUNCHES = 0.02  # seconds of a GPU's step below which launching its kernels is no small part
 BUSY = 1.25  # programs that want a core, for each core, beyond which a CPU was measured too slow
@@ -218,9 +219,9 @@ def step_seconds(
     # What is kept is written once and read once, and so is a gradient of its size.
     kept = shape.n_layer * layer_activations(shape, precision, triton=hardware.gpu)
     kept += 0 if hardware.gpu else 4 * shape.vocab_size
-    scores = shape.n_layer * shape.n_head * (T + 1) / 2
-    kind = "gpu" if hardware.gpu else "cpu"
-    streams = (PASSES[kind] * kept + SCORE[kind] * scores) * tokens / stream
+    moved = PASSES["gpu" if hardware.gpu else precision] * kept
+    moved += 0 if hardware.gpu else CPU_SCORE * shape.n_layer * shape.n_head * (T + 1) / 2
+    streams = moved * tokens / stream
     # Weights, gradients and states, read and written; the clipping's norm; the casts.
     states = {
         "muon": 28 * (P - M) + 20 * M, "adamw": 28 * P, "adam": 28 * P, "momentum": 20 * P,
@@ -232,6 +233,8 @@ def step_seconds(
         rate = max(hardware.peak.get("bf16", hardware.peak[precision]), hardware.peak["fp32"])
         update += _newton_schulz(shape) / (rate * hardware.matrix_efficiency * SMALL)
     parts = {"matrix products": products, "memory": streams, "update": update}
+    if not hardware.gpu:
+        parts["calls"] = CPU_CALLS * shape.n_layer * accumulation
     if devices > 1:
         inside = min(devices, hardware.per_node)
         speed = hardware.link if devices <= hardware.per_node else hardware.network

@@ -18,8 +18,9 @@ from ponder.training.hardware import PRECISION, peak_flops
 from ponder.training.loop import model_config
 from ponder.training.memory import check_fits
 from ponder.training.plan import (
+    CPU_CALLS,
+    CPU_SCORE,
     MODELS,
-    SCORE,
     PlanConfig,
     _plan_sweep,
     plan,
@@ -271,7 +272,12 @@ def test_a_cpus_step_pays_for_each_score():
     )
     scores = 2048 * 12 * 12 * (1024 - 256) / 2  # tokens, layers, heads, more keys on average
     moved = (long["memory"] - short["memory"]) * 1e11 * cpu.stream_efficiency
-    assert moved == pytest.approx(SCORE["cpu"] * scores)
+    assert moved == pytest.approx(CPU_SCORE * scores)
+    assert short["calls"] == long["calls"] == 12 * CPU_CALLS
+    split = step_seconds(MODELS["124m"], cpu, rows=1, accumulation=8, precision="fp32")
+    assert split["calls"] == 8 * long["calls"] and "calls" not in step_seconds(
+        MODELS["124m"], device("h100"), rows=1
+    )
 
 
 def test_time_grows_with_what_it_is_made_of():
