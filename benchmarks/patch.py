@@ -4,10 +4,11 @@
 
 Each family has random weights. The parity columns (fp32) hold the largest difference of a logit,
 and of a gradient (relative, by tensor), to the model with eager attention on a padded batch.
-On a CUDA GPU a training step (forward, backward; bf16 autocast around fp32 weights, 4 x 1024
-tokens) of a model of GPT-2's size is timed for all three in one process, in turns; elsewhere those
-columns stay empty. Rows go to benchmarks/results/patch.csv, and the table in docs/patch.md is drawn
-from it (`--table` prints it).
+A training step (forward, backward; bf16 autocast around fp32 weights) is timed for all three in one
+process, in turns: on a GPU of a model of GPT-2's size and 4 x 1024 tokens, with the memory that it
+takes beside the weights; on a CPU of 4 layers, 256 wide, and 4 x 256 tokens, in fp32 where the CPU
+has no products in bf16, and without Liger, which needs a GPU. Rows go to
+benchmarks/results/patch.csv, and the table in docs/patch.md is drawn from it (`--table` prints it).
 """
 
 import argparse
@@ -15,15 +16,17 @@ import copy
 import csv
 import statistics
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ponder.benchmarks.measure import RESULTS, machine, merge
+from ponder.benchmarks.measure import DEVICE, RESULTS, machine, merge
 from ponder.models import patch
+from ponder.training.hardware import has_bf16_products
 
 TABLE = RESULTS / "patch.csv"
 COLUMNS = (
@@ -31,6 +34,8 @@ COLUMNS = (
     *("logit_error", "gradient_error", "ms_p50", "peak_mib"),
     *("gpu", "torch", "transformers", "commit", "date"),
 )
+SIZE = (768, 12, 32000, 1024) if DEVICE == "cuda" else (256, 4, 2000, 256)
+"""Width, layers, vocabulary and context of what is timed."""
 GEMMA = dict(query_pre_attn_scalar=64, layer_types=["sliding_attention", "full_attention"] * 6)
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -54,10 +59,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 def build(kind: str, *, small: bool) -> Any:
     """A model of the family with random weights: two layers and few numbers for parity's sake, or
-    twelve of GPT-2's size."""
+    of the size that is timed."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    width, layers, vocabulary = (96, 2, 500) if small else (768, 12, 32000)
+    width, layers, vocabulary = (96, 2, 500) if small else SIZE[:3]
     ends = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
     shape: dict[str, Any] = dict(
         vocab_size=vocabulary,
@@ -72,8 +77,8 @@ def build(kind: str, *, small: bool) -> Any:
     changes = dict(FAMILIES[kind])
     if small and changes.get("sliding_window"):
         changes["sliding_window"] = 16
-    if small and "layer_types" in changes:
-        changes["layer_types"] = changes["layer_types"][:2]
+    if "layer_types" in changes:
+        changes["layer_types"] = changes["layer_types"][:layers]
     if kind == "gpt2":
         heads = shape["num_attention_heads"]
         shape = dict(vocab_size=vocabulary, n_embd=width, n_layer=layers, n_head=heads)
@@ -142,19 +147,21 @@ def own_names(model: Any, names: dict[str, Any]) -> Iterator[None]:
 
 
 def times(kind: str, implementations: list[str], steps: int) -> dict[str, dict[str, str]]:
-    """Milliseconds of a training step, and the most memory beside the weights, on the GPU."""
+    """Milliseconds of a training step, and on a GPU the most memory beside the weights."""
     found: dict[str, dict[str, str]] = {}
     models: dict[str, tuple[Any, dict[str, Any]]] = {}
-    tokens = torch.randint(0, 32000, (4, 1024), device="cuda")
+    *_, vocabulary, context = SIZE
+    tokens = torch.randint(0, vocabulary, (4, context), device=DEVICE)
+    bf16 = has_bf16_products(torch.device(DEVICE))
 
     def step(model: Any) -> None:
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=bf16):
             loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()
         model.zero_grad()
 
     for name in implementations:
-        model, names = build(kind, small=False).cuda().train(), {}
+        model, names = build(kind, small=False).to(DEVICE).train(), {}
         try:
             with own_names(model, names):
                 apply(name, model)
@@ -168,21 +175,30 @@ def times(kind: str, implementations: list[str], steps: int) -> dict[str, dict[s
     milliseconds: dict[str, list[float]] = {name: [] for name in models}
     for i in range(steps + 3):
         for name, (model, names) in models.items():
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             with own_names(model, names):
-                start.record()
-                step(model)
-                end.record()
-            torch.cuda.synchronize()
+                elapsed, found[name] = timed(lambda m=model: step(m))
             if i >= 3:
-                milliseconds[name].append(start.elapsed_time(end))
-            peak = (torch.cuda.max_memory_allocated() - before) / 2**20
-            found[name] = dict(peak_mib=f"{peak:.0f}")
+                milliseconds[name].append(elapsed)
     for name, values in milliseconds.items():
         found[name]["ms_p50"] = f"{statistics.median(values):.2f}"
     return found
+
+
+def timed(step: Callable[[], None]) -> tuple[float, dict[str, str]]:
+    """Milliseconds of a step, and on a GPU the column of its memory."""
+    if DEVICE == "cpu":
+        begin = time.perf_counter()
+        step()
+        return 1e3 * (time.perf_counter() - begin), {}
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    step()
+    end.record()
+    torch.cuda.synchronize()
+    peak = (torch.cuda.max_memory_allocated() - before) / 2**20
+    return start.elapsed_time(end), dict(peak_mib=f"{peak:.0f}")
 
 
 def liger_knows(kind: str) -> bool:
@@ -230,22 +246,15 @@ def main() -> None:
         return print(table())
     import transformers
 
-    gpu = torch.cuda.is_available()
-    facts = dict(
-        gpu=torch.cuda.get_device_name() if gpu else "CPU",
-        torch=torch.__version__,
-        transformers=transformers.__version__,
-        commit=machine()["commit"],
-        date=machine()["date"],
-    )
+    facts = {name: machine()[name] for name in ("gpu", "torch", "commit", "date")}
+    facts["transformers"] = transformers.__version__
     for kind in FAMILIES:
-        implementations = ["ponder", "transformers"] if gpu else ["ponder"]
-        if gpu and liger_knows(kind):
+        implementations = ["ponder", "transformers"]
+        if DEVICE == "cuda" and liger_knows(kind):
             implementations.append("liger")
-        found = parity(kind, "cuda" if gpu else "cpu")
-        measured = times(kind, implementations, options.steps) if gpu else {"ponder": {}}
+        found = parity(kind, DEVICE)
         rows = []
-        for name, figures in measured.items():
+        for name, figures in times(kind, implementations, options.steps).items():
             own = found if name == "ponder" else {}
             rows.append(dict(model=kind, implementation=name) | own | figures | facts)
         print(rows, flush=True)

@@ -276,6 +276,13 @@ def test_a_gradient_of_a_patched_model_that_is_no_number_shows(monkeypatch):
     assert patch.parity("llama", "cpu")["gradient_error"] == "nan"
 
 
+def test_patched_models_are_timed_beside_their_own(monkeypatch):
+    monkeypatch.setattr(patch, "SIZE", (256, 1, 50, 8))
+    found = patch.times("llama", ["ponder", "transformers"], steps=2)
+    assert list(found) == ["ponder", "transformers"]
+    assert all(float(row["ms_p50"]) > 0 for row in found.values())
+
+
 def test_the_table_of_patched_models_is_of_the_newest_machine(tmp_path, monkeypatch):
     monkeypatch.setattr(patch, "TABLE", tmp_path / "patch.csv")
 
