@@ -2,6 +2,8 @@
 
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#include <arm_neon.h>
 #endif
 #include <math.h>
 #include <stdint.h>
@@ -122,6 +124,8 @@ INLINE vec widened(halves x) {
 INLINE halves narrowed(vec x) { /* to nearest, ties to even */
 #if defined(__AVX512BF16__)
   return (halves)_mm512_cvtneps_pbh((__m512)x);
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+  return (halves)vcvt_bf16_f32((float32x4_t)x);
 #else
   words w = (words)x;
   words rounded = w + 0x7fff + ((w >> 16) & 1);
@@ -149,6 +153,8 @@ INLINE float widened_one(bf16 x) {
 INLINE vec pairs_added(vec acc, words inputs, words weights) {
 #if defined(__AVX512BF16__)
   return (vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)inputs, (__m512bh)weights);
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+  return (vec)vbfdotq_f32((float32x4_t)acc, (bfloat16x8_t)inputs, (bfloat16x8_t)weights);
 #else
   acc += (vec)(inputs << 16) * (vec)(weights << 16);
   return acc + (vec)(inputs & 0xffff0000) * (vec)(weights & 0xffff0000);
