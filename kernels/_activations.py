@@ -35,9 +35,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class _HiddenInC(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up, activation):  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.save_for_backward(gate, up)
         ctx.activation = activation
-        return _cpu.hidden(gate, up, activation)
+        y = _cpu.hidden(gate, up, activation)
+        # What follows keeps y, so that keeping it costs nothing.
+        ctx.save_for_backward(y if up is None and activation in _cpu.FROM_OUTPUT else gate, up)
+        return y
 
     @staticmethod
     @once_differentiable

@@ -18,6 +18,7 @@ from ._runtime import traced, use_triton
 SOURCE = Path(__file__).with_name("cpu.c")
 FUNCTIONS = {"rms_norm": SOURCE, "rotary": SOURCE, "attention": _attention_cpu.SOURCE}
 ACTIVATIONS = {"relu": 0, "relu2": 1, "gelu_tanh": 3, "silu": 4}  # as vectors.h counts them
+FROM_OUTPUT = {"relu": 0, "relu2": 8}  # whose slope follows from what they gave
 SHARE = 2**14  # numbers that are worth a thread
 PARTS = 32  # sums of the weight's gradient; a fixed number, so that their order never changes
 
@@ -170,7 +171,8 @@ def hidden(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
 def hidden_backward(
     dy: Tensor, gate: Tensor, up: Tensor | None, activation: str
 ) -> tuple[Tensor, Tensor | None]:
-    """(dgate, dup) of contiguous tensors."""
+    """(dgate, dup) of contiguous tensors; gate of one of FROM_OUTPUT, without `up`, is act(gate)."""
+    codes = FROM_OUTPUT if up is None and activation in FROM_OUTPUT else ACTIVATIONS
     dgate, dup = torch.empty_like(gate), None if up is None else torch.empty_like(up)
     work = _Hidden(
         gate=gate.data_ptr(),
@@ -181,5 +183,5 @@ def hidden_backward(
         count=gate.numel(),
         threads=_threads(gate),
     )
-    _c().hidden_backward(ctypes.byref(work), c_int64(ACTIVATIONS[activation]), _half(gate))
+    _c().hidden_backward(ctypes.byref(work), c_int64(codes[activation]), _half(gate))
     return dgate, dup

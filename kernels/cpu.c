@@ -135,6 +135,8 @@ typedef struct {
   int64_t count, threads;
 } Hidden;
 
+enum { RELU2_OUTPUT = IDENTITY + 1 }; /* the slope is to come from what relu² gave */
+
 /* act'(x), and act(x) in y; not of GELU and TANH. */
 INLINE vec slope(vec x, int64_t activation, vec *y) {
   vec s = spread(1.0f), rest, square;
@@ -147,6 +149,9 @@ INLINE vec slope(vec x, int64_t activation, vec *y) {
       x = not_below(x, 0.0f);
       *y = x * x;
       return 2.0f * x;
+    case RELU2_OUTPUT:
+      EACH_LANE(i) s[i] = 2.0f * sqrtf(x[i]);
+      return s;
     case GELU_TANH:
       x = not_below(x, -10.0f);
       square = x * x;
@@ -200,6 +205,7 @@ INLINE void hidden_backward_runs(Hidden a, int64_t activation, int gated, int ha
   switch (activation) {                                                                            \
     case RELU: BY_KIND(run, RELU) break;                                                           \
     case RELU2: BY_KIND(run, RELU2) break;                                                         \
+    case RELU2_OUTPUT: BY_KIND(run, RELU2_OUTPUT) break;                                           \
     case GELU_TANH: BY_KIND(run, GELU_TANH) break;                                                 \
     case SILU: BY_KIND(run, SILU)                                                                  \
   }

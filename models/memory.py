@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from ..kernels._cpu import FROM_OUTPUT
 from ..kernels.linear_cross_entropy import CHUNK, PLAIN
 from .gpt import GPTConfig
 
@@ -69,7 +70,8 @@ def layer_activations(shape: GPTConfig, precision: str, *, triton: bool) -> floa
     if triton:  # the MLP's pre-activations
         return norms + statistics + attention + (2 if shape.gated else 1) * a * F
     tables = 8 * shape.head_dim  # of the rotary positions, once a row
-    return norms + statistics + attention + (3 if shape.gated else 2) * a * F + tables
+    hidden = 3 if shape.gated else 1 if shape.activation in FROM_OUTPUT else 2
+    return norms + statistics + attention + hidden * a * F + tables
 
 
 def training_memory(
@@ -118,7 +120,8 @@ def training_memory(
     if triton:
         one = tokens * ((3 if shape.gated else 2) * a * shape.n_inner + 3 * 4 * C)
     else:
-        one = tokens * ((2 if shape.gated else 1) * a * shape.n_inner + 4 * C) - head
+        inside = 2 if shape.gated or shape.activation in FROM_OUTPUT else 1
+        one = tokens * (inside * a * shape.n_inner + 4 * C) - head
     gradients = 4 * P / shards
     backward = {
         "gradients": gradients if accumulation > 1 else max(0.0, gradients - activations),

@@ -110,12 +110,14 @@ def test_activations_at_the_ends(activation):
 
 
 def test_an_activation_keeps_what_it_got_and_no_more():
-    """Of a gated one gate and up, not the activation between."""
+    """Of a gated one gate and up, not the activation between; of relu² what it gave, which the
+    product that follows keeps too."""
     kept = []
     gate, up = torch.randn(2, 5, 16, requires_grad=True).unbind()
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         activated("silu", gate, up)
-    assert [x.data_ptr() for x in kept] == [gate.data_ptr(), up.data_ptr()]
+        y = activated("relu2", gate)
+    assert [x.data_ptr() for x in kept] == [x.data_ptr() for x in (gate, up, y)]
 
 
 def test_the_same_bits_whatever_the_threads(monkeypatch):
