@@ -30,9 +30,9 @@ SMALL = 0.8  # of what large products reach, Muon's do
 # Bytes that a step moves for each byte that is kept for the backward pass: a GPU's kernels write
 # and read once, twice over; a CPU's, by precision, are fitted to measured steps, as are its bytes
 # for each score of the attention and the seconds that a layer's calls take (benchmarks/NOTES.md).
-PASSES = {"gpu": 4, "fp32": 11.5, "bf16": 16.5, "fp16": 16.5}
-CPU_SCORE = 30
-CPU_CALLS = 3e-3
+PASSES = {"gpu": 4, "fp32": 14, "bf16": 17.5, "fp16": 17.5}
+CPU_SCORE = 35
+CPU_CALLS = 2.5e-3
 CPU_SAMPLING = 0.75  # of a CPU's peak, prompts and decoding reach (benchmarks/results/sampling.csv)
 LAUNCHES = 0.02  # seconds of a GPU's step below which launching its kernels is no small part
 BUSY = 1.25  # programs that want a core, for each core, beyond which a CPU was measured too slow
