@@ -171,7 +171,7 @@ def hidden(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
 def hidden_backward(
     dy: Tensor, gate: Tensor, up: Tensor | None, activation: str
 ) -> tuple[Tensor, Tensor | None]:
-    """(dgate, dup) of contiguous tensors; of one of FROM_OUTPUT, without `up`, gate is act(gate)."""
+    """(dgate, dup) of contiguous tensors; of FROM_OUTPUT, without `up`, gate is act(gate)."""
     codes = FROM_OUTPUT if up is None and activation in FROM_OUTPUT else ACTIVATIONS
     dgate, dup = torch.empty_like(gate), None if up is None else torch.empty_like(up)
     work = _Hidden(
