@@ -1,4 +1,4 @@
-"""Fused operations with hand-written Triton kernels; on CPU tensors, PyTorch's best operations."""
+"""Fused operations with hand-written Triton kernels; on CPU tensors, PyTorch's best, or C."""
 
 from ._activations import ACTIVATIONS as ACTIVATIONS  # by name, for models
 from ._runtime import use_triton as use_triton  # likewise: what pays with a kernel alone

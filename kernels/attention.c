@@ -66,7 +66,7 @@ typedef struct {
 /* ---- products of words */
 
 typedef struct {
-  float *at; /* words, with another type */
+  float *at; /* fp32 numbers, or words of two in bf16 */
   int64_t row; /* words from one row to the next */
 } Sheet;
 
@@ -376,7 +376,7 @@ INLINE void forward_block(const Attention *a, Room r, int64_t b, int64_t head, i
   const Block block = block_of(a, b, i);
   const int64_t first = first_key(a, &block), last = last_key(a, &block);
   vec most[VECTORS], total[VECTORS];
-  for (int v = 0; v < VECTORS; v++) most[v] = spread(-1e30f), total[v] = (vec){};
+  for (int v = 0; v < VECTORS; v++) most[v] = spread(-FLT_MAX), total[v] = (vec){};
   if (blind(a, &block)) memset(r.sums.at, 0, 4 * whole(a->v_dim) * QUERIES);
   turn_beside(r.q, some(q, i, block.n), block.lanes, half);
   for (int64_t key = first; key < last; key += KEYS) {

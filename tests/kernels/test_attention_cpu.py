@@ -121,6 +121,18 @@ def test_large_scores_in_bf16():
     assert relative_error(attention(q * 30, k, v), truth) < 2 * EPSILON[BF16]
 
 
+def test_scores_near_the_lowest_number():
+    """They are scores like any other: the softmax is of what they differ by."""
+    q, k, v = qkv(1, 1, 1, 40, 40, 2, FP32, "cpu")
+    q, k = torch.full_like(q, 1e18), torch.full_like(k, -1e18)
+    k[0, 0, 3] *= 1 - 1e-6
+    inputs = [x.double() for x in (q, k, v)]
+    assert attention_reference(*inputs)[0, 0, 1].isclose(v[0, 0, :2].mean(0).double()).all()
+    torch.testing.assert_close(
+        attention(q, k, v, scale=0.5), attention_reference(q, k, v, scale=0.5)
+    )
+
+
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_is_no_number_stays_with_its_query(dtype, value):
@@ -136,7 +148,6 @@ def test_any_layout(layout, calls):
     if layout == "positions first":
         q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
     elif layout == "fused":
-        q, k, v = torch.stack((q, k, v), 2).transpose(1, 3).unbind(2)
         q, k, v = (x.transpose(1, 2) for x in torch.randn(2, 140, 3, 4, 16).unbind(2))
     elif layout == "strided":
         q, k, v = (x.mT.contiguous().mT for x in (q, k, v))
