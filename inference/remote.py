@@ -200,7 +200,10 @@ class RemoteSpeaker:
                     under_way += 1
                 if not under_way:
                     break
-                result = done.get()
+                try:  # not for ever: a signal that a worker's thread got waits for this one to move
+                    result = done.get(timeout=1)
+                except queue.Empty:
+                    continue
                 under_way -= 1
                 if isinstance(result, Completion):
                     failed_in_a_row, arrived = 0, True

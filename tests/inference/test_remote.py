@@ -7,6 +7,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections import Counter
@@ -337,6 +338,21 @@ def test_sigterm_ends_a_sweep_as_ctrl_c_does(tmp_path):
         process = subprocess.Popen([sys.executable, "-c", code, *words.split()])
         assert process.wait(60) == 130
     assert 0 < len(stored(tmp_path)) <= 20
+
+
+def test_a_signal_that_another_thread_gets_interrupts_too(server):
+    """As the system may have it; the answer is not waited for, which would be asked for again."""
+
+    def fault(n: int) -> str:
+        if n == 0:
+            signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+        return "late"
+
+    server.fault = fault
+    speaker = RemoteSpeaker(server.url, ServerOptions(concurrency=1, timeout=8, retries=2))
+    with pytest.raises(KeyboardInterrupt):
+        next(speaker.generate([ask()]))
+    assert len(server.requests) == 1
 
 
 def test_a_prompt_that_is_refused_stops_no_other(no_report, tmp_path):
