@@ -181,11 +181,14 @@ class Groups:
         self._fit()
         places = [row for group in self.rows for row in group]
         places += [None] * (prefix.groups * prefix.width - len(places))
-        prefix.order.copy_(torch.tensor([row or 0 for row in places]))
-        prefix.taken.copy_(torch.tensor([int(row is not None) for row in places]))
-        prefix.place.copy_(torch.tensor(self.place))
         lengths = self.lengths + [0] * (prefix.groups - len(self.lengths))
-        prefix.lengths.copy_(torch.tensor(lengths))
+        for told, known in (
+            (prefix.order, [row or 0 for row in places]),
+            (prefix.taken, [int(row is not None) for row in places]),
+            (prefix.place, self.place),
+            (prefix.lengths, lengths),
+        ):
+            told.copy_(torch.tensor(known, device="cpu"))
         for block, pairs in self.copies.items():
             copy_rows(block, prefix, pairs)
         self.copies.clear()

@@ -43,7 +43,7 @@ class Slots:
         self.free = list(range(rows))[::-1]  # adjacent rows for adjacent requests
         self.steps = 0
         self.integers = torch.zeros(6, rows, dtype=torch.int64, device=device)
-        self.numbers = torch.zeros(4, rows, device=device)
+        self.numbers = torch.zeros(4, rows, dtype=torch.float32, device=device)
         # token: the next one to feed; count: tokens of the completion so far; most: max_tokens.
         self.token, self.length, self.count, self.most, self.seed, self.top_k = self.integers
         self.temperature, self.top_p, self.min_p, self.logprob = self.numbers
@@ -85,8 +85,8 @@ class Slots:
         self._fit(self.engine.steps_per_look)
         device = self.engine.device
         index = torch.tensor(rows, device=device)
-        self.integers.index_copy_(1, index, torch.tensor(integers, device=device).t())
-        self.numbers.index_copy_(1, index, torch.tensor(numbers, device=device).t())
+        for told, known in ((self.integers, integers), (self.numbers, numbers)):
+            told.index_copy_(1, index, told.new_tensor(known).t())
         self.forcing.start(index, [request.params for request in batch])
         self.done.index_fill_(0, index, False)
         if most >= self.tokens.shape[1]:
@@ -117,7 +117,7 @@ class Slots:
     def _step(self) -> None:
         rows = None  # all of them
         if self.engine.native and self.free:
-            rows = torch.tensor(sorted(self.running))
+            rows = torch.tensor(sorted(self.running), device=self.engine.device)
         given = self.token, self.temperature, self.top_k, self.top_p, self.min_p, self.seed
         given = *given, self.count
         if rows is not None:

@@ -107,7 +107,7 @@ def _run(
     c = threaded_library(SOURCE)
     assert c is not None, "`takes` was not asked"
     c.room.restype = c_int64
-    room = torch.empty(work.threads * c.room(ctypes.byref(work), backward), dtype=torch.float32)
+    room = lse.new_empty(work.threads * c.room(ctypes.byref(work), backward))
     work.room = room.data_ptr()
     getattr(c, name)(ctypes.byref(work), tensors["q"].dtype == torch.bfloat16)
 

@@ -47,17 +47,17 @@ def in_words() -> str:
     return f"in C, compiled by {' '.join(compiler() or ())}"
 
 
-def _folder() -> Path:
+def _folder() -> Path | None:
     """Where compiled libraries are kept, as what training computes once is: $PONDER_CACHE, or the
-    user's cache folder; a new folder where that is closed."""
-    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = Path(os.environ.get("PONDER_CACHE") or user / "ponder")
+    user's cache folder; None where that is closed, or nobody's."""
     try:
+        given, user = (os.environ.get(name) for name in ("PONDER_CACHE", "XDG_CACHE_HOME"))
+        folder = Path(given or Path(user or Path.home() / ".cache") / "ponder")
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return folder
-    except OSError:
-        return Path(tempfile.mkdtemp(prefix="ponder-"))
+    except (OSError, RuntimeError):  # RuntimeError: the user has no home
+        return None
 
 
 def _said(words: list[str]) -> str:
@@ -94,13 +94,16 @@ def library(source: Path) -> ctypes.CDLL | None:
     text = source.read_text(), HEADER.read_text(), COMMON, CHOICES
     known = *text, command, _said([*command, "--version"]), _cpu()
     digest = hashlib.sha256(repr(known).encode()).hexdigest()[:16]
-    folder = _folder()
-    path = folder / f"{source.stem}-{digest}.so"
+    name, folder = f"{source.stem}-{digest}.so", _folder()
     try:
-        if not path.exists():
-            with tempfile.TemporaryDirectory(dir=folder) as aside:
-                os.replace(_compiled(command, source, Path(aside) / path.name), path)
-        return ctypes.CDLL(str(path))
+        if folder is not None and (folder / name).exists():
+            return ctypes.CDLL(str(folder / name))
+        with tempfile.TemporaryDirectory(prefix="ponder-", dir=folder) as aside:
+            path = _compiled(command, source, Path(aside) / name)
+            found = ctypes.CDLL(str(path))
+            if folder is not None:
+                os.replace(path, folder / name)
+            return found
     except (OSError, subprocess.CalledProcessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip().partition("\n")[0]
         warnings.warn(

@@ -628,6 +628,8 @@ def attention(  # pyright: ignore[reportInconsistentOverload]  (options are spel
         raise ValueError(
             f"attention: q has {n_heads} heads; they must be a multiple of k's {k.shape[1]}"
         )
+    if not head_dim:
+        raise ValueError(f"attention: {shapes}; q and k must have a head dimension of 1 or more")
     check_device("attention", q, k=k, v=v)
     q, k, v = autocast(q, k, v)  # pyright: ignore[reportAssignmentType]
     if not q.dtype == k.dtype == v.dtype:

@@ -458,6 +458,8 @@ def check_targets(
     """
     shape, device = logits.shape[:-1], logits.device
     check_reduction(name, reduction)
+    if not n_classes:
+        raise ValueError(f"{name}: there are 0 classes; there must be 1 or more")
     if targets.shape != shape:
         raise ValueError(
             f"{name}: targets are {tuple(targets.shape)}; it must be {tuple(shape)}, one a row"

@@ -418,6 +418,7 @@ def _check_options(
     n_kv_head: int,
     window: int | None,
     softcap: float | None,
+    scale: float | None,
     sinks: Tensor | None,
     prefix: tuple[Tensor, Tensor] | None,
     prefix_lengths: Tensor | None,
@@ -425,8 +426,9 @@ def _check_options(
     n_row, n_head, _, head_dim = q.shape
     if window is not None and window < 1:
         raise ValueError(f"decode_attention: window is {window}; it must be 1 position or more")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"decode_attention: softcap is {softcap}; it must be above 0")
+    for name, x in (("softcap", softcap), ("scale", scale)):
+        if x is not None and not 0 < x < math.inf:
+            raise ValueError(f"decode_attention: {name} is {x}; it must be a positive number")
     if sinks is not None and (sinks.shape != (n_head,) or not sinks.is_floating_point()):
         raise ValueError(
             f"decode_attention: sinks is {tuple(sinks.shape)} {sinks.dtype}; it must be "
@@ -511,7 +513,7 @@ def decode_attention(
     )
     prefix = None if k_prefix is None or v_prefix is None else (k_prefix, v_prefix)
     _check(q, k_cache, v_cache, lengths, block_table)
-    _check_options(q, k_cache.shape[1], window, softcap, sinks, prefix, prefix_lengths)
+    _check_options(q, k_cache.shape[1], window, softcap, scale, sinks, prefix, prefix_lengths)
     check_device(
         "decode_attention",
         q,

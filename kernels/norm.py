@@ -401,6 +401,8 @@ def _normalize(
     residual: Tensor | None,
     centered: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
+    if not x.dim():
+        raise ValueError(f"{name}: x is a single number; it must have 1 dimension or more")
     for label, t in (("weight", weight), ("bias", bias)):
         if t is not None and t.shape != x.shape[-1:]:
             raise ValueError(

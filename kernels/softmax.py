@@ -190,17 +190,18 @@ def softmax(x: Tensor, dim: int = -1) -> Tensor:
     interpretation of feedforward classification network outputs"; the online sum: Milakov and
     Gimelshein 2018, algorithm 3.
     """
-    if not -x.dim() <= dim < x.dim():
+    n_dims = max(1, x.dim())  # a single number is a row of one
+    if not -n_dims <= dim < n_dims:
         raise ValueError(
-            f"softmax: dim is {dim}; x of shape {tuple(x.shape)} needs at least {-x.dim()} and "
-            f"less than {x.dim()}"
+            f"softmax: dim is {dim}; x of shape {tuple(x.shape)} needs at least {-n_dims} and "
+            f"less than {n_dims}"
         )
     if not x.is_floating_point():
         raise ValueError(f"softmax: x is {x.dtype}; it must be a floating dtype")
     if not use_triton(x):
         return torch.softmax(x, dim)
     check_dtype("softmax", "x", x.dtype)
-    if x.numel() == 0:
+    if x.numel() == 0 or x.dim() == 0:
         return torch.softmax(x, dim)
     moved = x.movedim(dim, -1)
     rows = moved.reshape(-1, moved.shape[-1])

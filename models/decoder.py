@@ -20,21 +20,23 @@ from torch import Tensor, nn
 from ..kernels import ACTIVATIONS
 from ..kernels._native import library
 from .cache import KVCache
-from .gpt import GPT
-from .layers import LayerNorm, RMSNorm, readable
+from .gpt import GPT, Block
+from .layers import MLP, Attention, GatedMLP, LayerNorm, RMSNorm, Rotary, hooked, readable
 
 DTYPES = torch.float32, torch.bfloat16
+# What a GPT is made of, besides Linear.
+OWN = Block, Attention, GatedMLP, MLP, RMSNorm, LayerNorm, Rotary, nn.Embedding, nn.ModuleList
 SOURCE = Path(__file__).with_name("decoder.c")
 TELLING = 128 * 2**20  # bytes of fp32 weights: more than a CPU's caches hold
 
 
 def fits(model: Any, dtype: torch.dtype) -> bool:
     """Whether a Decoder can be made of the model: a GPT itself, no class of one's own, with nothing
-    put into its layers (adapters, hooks), in fp32 or bf16, on a machine with a C compiler."""
+    put into it (adapters, hooks), in fp32 or bf16, on a machine with a C compiler."""
     if type(model) is not GPT or dtype not in DTYPES:
         return False
-    parts = [m for block in model.layers for m in block.modules() if not any(m.children())]
-    plain = all(isinstance(m, RMSNorm | LayerNorm) or readable(m) for m in parts)
+    parts = [m for part in model.children() if part is not model.loss for m in part.modules()]
+    plain = all(type(m) in OWN and not hooked(m) or readable(m) for m in parts)
     return plain and library(SOURCE) is not None
 
 
@@ -174,7 +176,7 @@ class Decoder:
     def hidden(self, tokens: Tensor, cache: KVCache, rows: Tensor | None = None) -> Tensor:
         """tokens (B, T) → (B, T, C), as `GPT.hidden`, before the final norm. rows (B,), int64:
         which of the cache's they are; None: all."""
-        hidden = torch.empty(*tokens.shape, self.config.n_embd)
+        hidden = cache.keys.new_empty(*tokens.shape, self.config.n_embd, dtype=torch.float32)
         self._pass(tokens, cache, rows, hidden)
         return hidden
 
@@ -186,8 +188,13 @@ class Decoder:
         self, tokens: Tensor, cache: KVCache, rows: Tensor | None, hidden: Tensor | None
     ) -> None:
         B, T = tokens.shape
-        tokens = tokens.contiguous()
-        rows = torch.arange(B) if rows is None else rows
+        if cache.keys.dtype != self.dtype or rows is None and len(cache.lengths) != B:
+            raise ValueError(
+                f"the cache holds {len(cache.lengths)} rows of {cache.keys.dtype}; "
+                f"this pass is of {B} in {self.dtype}"
+            )
+        tokens = tokens.long().contiguous()
+        rows = torch.arange(B, device=tokens.device) if rows is None else rows
         length = torch.zeros_like(cache.lengths) if cache.empty else cache.lengths.contiguous()
         work = Pass(
             sequences=B,
@@ -215,7 +222,7 @@ class Decoder:
         """hidden (..., C) → what the head gives, (..., V) in fp32, the final norm included."""
         hidden = hidden.contiguous()
         rows = hidden.numel() // self.config.n_embd
-        logits = torch.empty(*hidden.shape[:-1], self.outputs)
+        logits = hidden.new_empty(*hidden.shape[:-1], self.outputs)
         self._checked(
             self.library.logits(
                 ctypes.byref(self.model),
@@ -240,7 +247,7 @@ class Decoder:
     ) -> tuple[Tensor, Tensor]:
         """`kernels.sample_tokens` of logits (B, V) and parameters (B,), which are not looked at."""
         rows, n = logits.shape
-        tokens, logprobs = torch.empty(rows, dtype=torch.int64), torch.empty(rows)
+        tokens, logprobs = seeds.new_empty(rows), logits.new_empty(rows)
         held = dict(logits=logits, temperature=temperature, top_p=top_p, min_p=min_p, top_k=top_k)
         held |= dict(seed=seeds, position=positions, token=tokens, logprob=logprobs)
         held = {name: x.contiguous() for name, x in held.items()}
@@ -280,7 +287,7 @@ class Decoder:
         bias = None
         if any(linear.bias is not None for linear in linears):
             given = [
-                torch.zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
+                linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
                 for linear in linears
             ]
             bias = self._floats(nn.functional.pad(torch.cat(given).float(), (0, -rows % panel)))

@@ -257,10 +257,13 @@ class GPT(nn.Module):
         segment_ids (B, T), int32 or int64: a token attends to those of its own segment alone (a
         document of several packed in a row). With a cache, row b's tokens take the positions from
         `cache.lengths[b]` on; its capacity must hold them, and the caller then adds to `lengths`.
-        ValueError where T is more than the context, or segments are given with a cache.
+        ValueError where T is more than the context, or where a cache is given with segments, or
+        where gradients are wanted, which what it holds has none of.
         """
         if cache is not None and segment_ids is not None:
             raise ValueError("segment_ids are given with a cache, whose rows are of one segment")
+        if cache is not None and torch.is_grad_enabled():
+            raise ValueError("a cache holds no gradients: give it under torch.no_grad()")
         T = tokens.shape[1]
         positions = None
         if cache is None or cache.empty:

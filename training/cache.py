@@ -16,7 +16,12 @@ def cache_root() -> Path:
     """$PONDER_CACHE, or `ponder` in the user's cache folder. It can be deleted at any time."""
     if folder := os.environ.get("PONDER_CACHE"):
         return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ponder"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ponder"
+    except RuntimeError:  # in a container, say, whose user has no name
+        raise ValueError(
+            "there is no home to keep a cache in; PONDER_CACHE can name a folder"
+        ) from None
 
 
 def digest(value: Any) -> str:

@@ -258,6 +258,7 @@ def test_opcheck(device):
         (dict(q=torch.ones(2, 4, 5, 16).half()), "q is torch.float16, k torch.float32"),
         (dict(scale=-1.0), "scale is -1.0; it must be a positive number"),
         (dict(scale=float("nan")), "scale is nan"),
+        (dict(q=torch.ones(2, 4, 5, 0), k=torch.ones(2, 2, 7, 0)), "a head dimension of 1 or more"),
     ],
 )
 def test_unsupported_input_is_named(change, message, device):

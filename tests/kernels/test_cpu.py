@@ -1,6 +1,7 @@
 """What is written in C for CPU tensors, and how it is compiled."""
 
 import subprocess
+import tempfile
 
 import pytest
 import torch
@@ -224,8 +225,22 @@ def test_it_is_compiled_once(anew, monkeypatch):
     assert library(SOURCE) is not None and [*anew.iterdir()] == [made]
 
 
-def test_a_cache_that_is_closed_is_no_obstacle(anew):
+def test_a_cache_that_is_closed_is_no_obstacle(anew, monkeypatch, tmp_path):
     anew.write_text("a file where the folder would be")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert library(SOURCE) is not None
+    assert [*tmp_path.iterdir()] == [anew]  # nothing is left behind
+
+
+def test_a_user_without_a_home_is_no_obstacle(anew, monkeypatch):
+    def nobody():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(_native.Path, "home", nobody)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert library(SOURCE) is not None and [*anew.iterdir()]
+    library.cache_clear()
+    monkeypatch.delenv("PONDER_CACHE")
     assert library(SOURCE) is not None
 
 

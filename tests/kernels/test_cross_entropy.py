@@ -213,6 +213,8 @@ def test_unsupported_input_is_named(device):
         cross_entropy(logits, targets, reduction="avg")
     with pytest.raises(ValueError, match=r"targets are \(2,\).*\(3,\)"):
         cross_entropy(logits, targets[:2])
+    with pytest.raises(ValueError, match="there are 0 classes"):
+        cross_entropy(logits[:, :0], targets)
     with pytest.raises(ValueError, match="targets are torch.float32.*integers"):
         cross_entropy(logits, targets.float())
     for option, value in [

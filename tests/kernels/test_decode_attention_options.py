@@ -221,7 +221,9 @@ def test_unsupported_input_is_named(device):
             decode_attention(q, k, v, lengths, **options)
 
     wrong("window is 0; it must be 1", window=0)
-    wrong("softcap is -1.0; it must be above 0", softcap=-1.0)
+    wrong("softcap is -1.0; it must be a positive number", softcap=-1.0)
+    wrong("softcap is inf", softcap=float("inf"))
+    wrong("scale is nan", scale=float("nan"))
     wrong(r"sinks is \(2,\) .*\(4,\), floating", sinks=torch.zeros(2, device=device))
     wrong(r"sinks is \(4,\) torch.int64", sinks=torch.zeros(4, dtype=torch.long, device=device))
     wrong("prefix_lengths is given; it needs a prefix", prefix_lengths=lengths[:3])

@@ -187,6 +187,8 @@ def test_unsupported_input_is_named(norm, device):
     x = torch.randn(2, 8, device=device)
     weight = torch.ones(8, device=device)
     name = norm.__name__
+    with pytest.raises(ValueError, match=f"{name}: x is a single number"):
+        norm(x[0, 0], weight[0])
     with pytest.raises(ValueError, match=rf"{name}: weight has shape \(7,\).*needs \(8,\)"):
         norm(x, weight[:7])
     with pytest.raises(ValueError, match=rf"{name}: bias has shape \(1, 8\).*needs \(8,\)"):

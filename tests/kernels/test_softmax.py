@@ -93,6 +93,10 @@ def test_unsupported_input_is_named(path):
         softmax(x.long())
 
 
+def test_a_single_number_is_a_row_of_one(path):
+    assert softmax(torch.tensor(3.0, device=path)) == 1.0
+
+
 def test_opcheck(device):
     x = torch.randn(3, 40, device=device)[:, :37].requires_grad_()
     torch.library.opcheck(torch.ops.ponder.softmax.default, (x,))

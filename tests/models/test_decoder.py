@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from ponder.inference.engine import LocalEngine
+from ponder.inference.engine import LocalEngine, Request, SamplingParams
 from ponder.kernels.sample_tokens import sample_tokens_reference, uniform
 from ponder.models import KVCache
 from ponder.models.decoder import Decoder, bf16_pays, fits
@@ -130,6 +130,61 @@ def test_what_lies_outside_is_refused():
     cache.lengths += torch.tensor([3, 128])
     with pytest.raises(ValueError, match="longer than the cache or the context"):
         decoder.hidden(torch.tensor([[1], [1]]), cache)
+    for wrong in (KVCache(model.config, 1, 32), KVCache(model.config, 2, 32, dtype=torch.bfloat16)):
+        with pytest.raises(ValueError, match="the cache holds .*; this pass is of 2 in .*float32"):
+            decoder.hidden(torch.tensor([[1], [1]]), wrong)
+
+
+def test_integers_of_any_kind_are_tokens():
+    decoder, tokens = Decoder(gpt()), torch.tensor([[1, 2, 3]])
+    found = [
+        decoder.hidden(tokens.to(dtype), KVCache(decoder.config, 1, 32))
+        for dtype in (torch.int64, torch.int32)
+    ]
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, torch.device("meta")])
+def test_defaults_of_torch_change_no_sample(default):
+    model = gpt(attention_bias=True, qkv_bias=False)
+    params = SamplingParams(max_tokens=9)
+    requests = [Request((1, 2, 3), params, 0, i) for i in range(5)]
+
+    def drawn(slots):
+        engine = LocalEngine(model, slots=slots, eos=0)
+        assert engine.native
+        return sorted((s.request.index, s.tokens, s.logprob) for s in engine.generate(requests))
+
+    expected = drawn(3)
+    if isinstance(default, torch.device):
+        with default:
+            assert drawn(3) == expected
+        return
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        assert drawn(3) == expected
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize(
+    "part", ["layers.1.mlp.up_proj", "layers.0", "layers.1.self_attn", "norm", "embed_tokens"]
+)
+def test_a_model_that_something_looks_into_is_none_for_the_decoder(part):
+    model = gpt()
+    model.get_submodule(part).register_forward_hook(lambda module, args, y: None)
+    assert not fits(model, torch.float32)
+
+
+def test_a_head_that_is_adapted_is_none_for_the_decoder():
+    model = gpt()
+
+    class Adapted(torch.nn.Linear):
+        pass
+
+    model.lm_head.__class__ = Adapted
+    assert not fits(model, torch.float32)
 
 
 def test_a_model_whose_weights_are_not_its_own_is_none_for_the_decoder(monkeypatch):

@@ -221,6 +221,11 @@ def test_segments_are_not_for_a_cache():
         GPT(TINY).hidden(tokens, KVCache(TINY, 1, 8), tokens)
 
 
+def test_gradients_are_not_for_a_cache():
+    with pytest.raises(ValueError, match="a cache holds no gradients: .*no_grad"):
+        GPT(TINY).hidden(torch.zeros(1, 4, dtype=torch.long), KVCache(TINY, 1, 8))
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_grown_vocabulary_says_what_it_said(tied):
     torch.manual_seed(0)
