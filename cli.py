@@ -52,6 +52,12 @@ def _parse(options: type, arguments: list[str], **settings: Any) -> Any:
     return tyro.cli(options, args=arguments, **settings)
 
 
+def _tell(what: str, place: Path) -> None:
+    """Where something is; one of the processes that share a run says it."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"{what}: {place}")
+
+
 @dataclass(frozen=True)
 class DemoOptions:
     """Train a small reasoning model on two CPU cores or a GPU, and show what thinking buys. One
@@ -86,7 +92,7 @@ def _train(arguments: list[str]) -> None:
     config.check()
     from .training.loop import train
 
-    print(f"model: {train(config)}")
+    _tell("model", train(config))
 
 
 def _sweep(arguments: list[str]) -> None:
@@ -96,9 +102,7 @@ def _sweep(arguments: list[str]) -> None:
     config.check()
     from .inference.sweep import sweep
 
-    page = sweep(config)
-    if int(os.environ.get("RANK", 0)) == 0:  # one of the processes that share it tells
-        print(f"report: {page}")
+    _tell("report", sweep(config))
 
 
 @dataclass(frozen=True)
@@ -126,21 +130,21 @@ def _report(arguments: list[str]) -> None:
         return
     from .provenance import read_run
 
-    for folder in options.folders:
-        runs = read_run(folder)
-        if "train" in runs:
-            from .training.report import write_training_report
+    [folder] = options.folders
+    runs = read_run(folder)
+    if "train" in runs:
+        from .training.report import write_training_report
 
-            print(f"training: {write_training_report(folder)}")
-        if "scale" in runs:
-            law = folder / "scaling" / "scaling.png"
-            if not law.is_file():
-                raise ValueError(f"{folder} has no law yet; go on with ponder scale --resume")
-            print(f"law: {law}")
-        if "sweep" in runs or not {"train", "scale"} & {*runs}:
-            from .inference.sweep import redraw
+        print(f"training: {write_training_report(folder)}")
+    if "scale" in runs:
+        law = folder / "scaling" / "scaling.png"
+        if not law.is_file():
+            raise ValueError(f"{folder} has no law yet; go on with ponder scale --resume")
+        print(f"law: {law}")
+    if "sweep" in runs or not {"train", "scale"} & {*runs}:
+        from .inference.sweep import redraw
 
-            print(f"report: {redraw(folder)}")
+        print(f"report: {redraw(folder)}")
 
 
 def _generate(arguments: list[str]) -> None:
@@ -170,7 +174,7 @@ def _scale(arguments: list[str]) -> None:
     config.check()
     from .training.ladder import scale
 
-    print(f"law: {scale(config)}")
+    _tell("law", scale(config))
 
 
 def _plan(arguments: list[str]) -> None:

@@ -91,7 +91,7 @@ def library(source: Path) -> ctypes.CDLL | None:
     command = compiler()
     if command is None:
         return None
-    text = source.read_text(), HEADER.read_text(), COMMON, CHOICES
+    text = *(file.read_text(encoding="utf-8") for file in (source, HEADER)), COMMON, CHOICES
     known = *text, command, _said([*command, "--version"]), _cpu()
     digest = hashlib.sha256(repr(known).encode()).hexdigest()[:16]
     name, folder = f"{source.stem}-{digest}.so", _folder()

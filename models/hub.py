@@ -151,6 +151,11 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     file = _folder(path, ["tokenizer.json"]) / "tokenizer.json"
     if not file.is_file():
         raise ValueError(f"there is no {file}")
+    return read_tokenizer(file)
+
+
+def read_tokenizer(file: Path) -> Tokenizer:
+    """Of a tokenizer.json; ValueError where it is none."""
     try:
         return Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises nothing narrower

@@ -18,8 +18,9 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     """The rows; none where there is no file, and a last line that lacks its end is left out."""
     if not file.exists():
         return []
-    # str.splitlines would also cut at what a model may write, as U+2028.
-    whole = file.read_text(encoding="utf-8").split("\n")[:-1]
+    # Bytes, as the last line may end inside a character; and splitlines would also cut at what a
+    # model may write, as U+2028.
+    whole = file.read_bytes().split(b"\n")[:-1]
     rows = []
     for number, line in enumerate(whole, 1):
         try:

@@ -247,14 +247,18 @@ def scale(config: ScaleConfig) -> Path:
         if config.data == "stdlib":
             _write_stdlib(config.out / "text.txt")
 
-    main_alone(begin)
     main = process_state().is_main_process
     plan = [rung_config(config, size, count) for size in config.sizes for count in config.tokens]
     plan.sort(key=lambda c: _parameters(c) * c.steps)
     last = None
     if config.held_out:
         last = rung_config(config, config.held_out, config.held_out_tokens)
-    _say_passes(max([*plan, *([last] if last else [])], key=lambda c: c.steps), main)
+    longest = max([*plan, *([last] if last else [])], key=lambda c: c.steps)
+    if config.data != "stdlib":  # a mistake in it is told before the folder is taken
+        _say_passes(longest, main)
+    main_alone(begin)
+    if config.data == "stdlib":
+        _say_passes(longest, main)
     rungs = []
     for number, run in enumerate(plan, 1):
         print(f"run {number} of {len(plan)}: {run.out.name}", flush=True)
@@ -298,7 +302,7 @@ def _parameters(config: TrainConfig) -> int:
 def _train_rung(config: TrainConfig, *, held_out: bool = False) -> "Rung":
     """The run as it is on disk where it is finished, else trained."""
     from ..models import load_config
-    from .loop import Diverged, train
+    from .loop import KNOWS_NOTHING, Diverged, train
     from .scaling_report import Rung
 
     rung = Rung(config.out.name, config.n_layer, config.n_embd, _parameters(config), held_out)
@@ -307,7 +311,7 @@ def _train_rung(config: TrainConfig, *, held_out: bool = False) -> "Rung":
         try:
             train(config)
         except Diverged as error:
-            failed.write_text(f"{error}\n")
+            failed.write_text(f"{error}\n", encoding="utf-8")
             print(f"{rung.name} diverged: {error}; delete {config.out} to try it again", flush=True)
         else:
             if not _finished(config):
@@ -315,7 +319,7 @@ def _train_rung(config: TrainConfig, *, held_out: bool = False) -> "Rung":
     if failed.exists():
         return replace(rung, status="diverged")
     row, shape = _last_row(config), load_config(config.out)
-    if row["val_loss"] > math.log(shape.vocab_size):  # worse than guessing
+    if row["val_loss"] > KNOWS_NOTHING * math.log(shape.vocab_size):
         return replace(rung, status="diverged", val_loss=row["val_loss"])
     return replace(
         rung,

@@ -2,6 +2,7 @@
 
 import math
 import signal
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -98,8 +99,14 @@ def _taken_up(config: TrainConfig, data: Data, shape: GPTConfig) -> GPTConfig:
     return replace(shape, vocab_size=max(shape.vocab_size, words.size))
 
 
+# Of ln V, the loss of a guess: what is not below knows nothing. Weights that overflowed give logits
+# of 0, and ln V as it was rounded.
+KNOWS_NOTHING = 0.9999
+
+
 class Stop:
-    """Set by SIGTERM and by the first Ctrl-C; the loop then saves and ends.
+    """Set by SIGTERM and by the first Ctrl-C; the loop then saves and ends. (Python hears signals
+    in its main thread alone: in another one there is none to set it.)
 
     A second Ctrl-C interrupts, but not within two seconds: launchers send on to their processes
     what a terminal or Slurm has sent these already.
@@ -109,7 +116,9 @@ class Stop:
         self.asked, self.since = False, 0.0
 
     def __enter__(self):
-        self.before = {s: signal.signal(s, self) for s in (signal.SIGTERM, signal.SIGINT)}
+        heard = threading.current_thread() is threading.main_thread()
+        signals = (signal.SIGTERM, signal.SIGINT) if heard else ()
+        self.before = {s: signal.signal(s, self) for s in signals}
         return self
 
     def __call__(self, number, frame):
@@ -131,6 +140,7 @@ def train(config: TrainConfig, *, model_folder: Path | None = None) -> Path:
     samples.jsonl and checkpoints/. ValueError for a configuration that cannot be, and where the
     disk is full; `Diverged`, a ValueError too, where the loss stops being finite.
     """
+    config = replace(config, out=Path(config.out))
     config.check()
     check_trackers(config.trackers)
     given = hub.load_config(config.init) if config.init else None
@@ -292,8 +302,8 @@ class _Run:
 
     def go(self) -> Path:
         config = self.config
-        if self.main:
-            note(self.out, "train", {"precision": self.precision})  # what auto came to
+        # What auto came to.
+        self._write(lambda: note(self.out, "train", {"precision": self.precision}))
         if self.step == config.steps and main_alone(self._model_is_gone):
             self._save()
         with ExitStack() as stack:
@@ -424,14 +434,23 @@ class _Run:
         self.first_bad = torch.where(fine, self.first_bad, bad)
 
     def _check_finite(self) -> None:
+        """Before anything is told or kept of a step."""
         bad = int(self.first_bad)
+        if bad > self.config.steps and self._weights_are_bad():
+            bad = self.step
         if bad <= self.config.steps:
             kept = "the last good checkpoint is kept"
             raise Diverged(
-                f"the loss or its gradient at step {bad} is not finite; "
+                f"the loss, its gradient or a weight at step {bad} is not finite; "
                 f"{kept if self.checkpoints.steps() else 'nothing was saved yet'}; "
                 "try a lower lr or matrix_lr, or another precision"
             )
+
+    def _weights_are_bad(self) -> bool:
+        """Whether the last update left one that is not finite, of which no loss knows yet."""
+        parts = (p.to_local() if isinstance(p, DTensor) else p for p in self.raw.parameters())
+        bad = torch.stack([(~p.detach().isfinite()).any() for p in parts]).sum()
+        return bool(self._total(bad.float()))
 
     def _shown(self) -> AbstractContextManager[None]:
         """The weights that are evaluated and saved as the model: the averaged ones, if any."""
@@ -508,9 +527,9 @@ class _Run:
             self._sample()
         if self.step == self.config.steps and not self.config.verifier:
             guessing = math.log(self.shape.vocab_size)
-            if row["val_loss"] > guessing:
+            if row["val_loss"] > KNOWS_NOTHING * guessing:
                 self.view.say(
-                    f"warning: the validation loss, {row['val_loss']:.4g}, is above that of "
+                    f"warning: the validation loss, {row['val_loss']:.4g}, is not below that of "
                     f"guessing, ln {self.shape.vocab_size} = {guessing:.4g}: the training diverged "
                     "or hardly began; try a lower lr and matrix_lr, or more steps"
                 )

@@ -14,6 +14,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DistributedType,
     FullyShardedDataParallelPlugin,
+    GradientAccumulationPlugin,
     ProjectConfiguration,
     broadcast_object_list,
 )
@@ -107,6 +108,8 @@ def build_accelerator(config: TrainConfig, precision: str, *, sharded: bool) -> 
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),
         mixed_precision="no" if precision == "fp32" else precision,
+        # The loop accumulates by itself; else accelerate takes a number from the environment.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         fsdp_plugin=plugin,
         log_with=list(config.trackers) or None,
         project_config=ProjectConfiguration(folder, logging_dir=folder),

@@ -192,15 +192,12 @@ def _learned(kind: str, corpora: Sequence["Corpus"], thinks: bool) -> Tokenizer:
         return {}
 
     folder, _ = cached("tokenizer", [kind, thinks, *(c.identity for c in corpora)], learn)
-    return Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return hub.read_tokenizer(folder / "tokenizer.json")
 
 
 def _read(kind: str, thinks: bool) -> Vocabulary:
     file = _file(kind)
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # tokenizers raises nothing narrower
-        raise ValueError(f"{file} is not a tokenizer: {hub.first_line(error)}") from None
+    tokenizer = hub.read_tokenizer(file)
     # Both may be set in a tokenizer.json, and would cut or fill what is encoded.
     tokenizer.no_truncation()
     tokenizer.no_padding()

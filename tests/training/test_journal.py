@@ -22,6 +22,9 @@ def test_rows_come_back_whatever_a_model_wrote(tmp_path):
     with open(file, "a", encoding="utf-8") as cut:
         cut.write(json.dumps(rows[3])[:20])
     assert read_rows(file) == rows[:3]
+    with open(file, "ab") as cut:  # inside a character, as a full disk does
+        cut.write("思".encode()[:2])
+    assert read_rows(file) == rows[:3]
     assert read_rows(tmp_path / "none.jsonl") == []
 
 
@@ -34,6 +37,7 @@ def test_any_text_is_one_row(tmp_path_factory, text):
 
 def test_a_damaged_row_is_named(tmp_path):
     file = tmp_path / "metrics.jsonl"
-    file.write_text('{"step": 1}\nstep 2\n')
-    with pytest.raises(ValueError, match="metrics.jsonl line 2 is not JSON; mend or delete it"):
-        read_rows(file)
+    for wrong in (b"step 2\n", b'{"text": "\xe5\xa4"}\n'):
+        file.write_bytes(b'{"step": 1}\n' + wrong)
+        with pytest.raises(ValueError, match="metrics.jsonl line 2 is not JSON; mend or delete it"):
+            read_rows(file)

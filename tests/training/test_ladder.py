@@ -57,6 +57,12 @@ def test_a_ladder_says_how_often_its_text_is_seen(ladder, tmp_path, capsys):
     assert "1x16_1920, makes 6.1 passes over the text: beyond 4, repeated tokens teach less" in said
 
 
+def test_a_mistake_in_the_data_takes_no_folder(ladder, tmp_path):
+    with pytest.raises(ValueError, match="there is no text file none.txt"):
+        scale(replace(ladder, data="text:none.txt", out=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 def table(config):
     return list(csv.DictReader((config.out / "scaling" / "runs.csv").open()))
 

@@ -249,7 +249,11 @@ def test_a_model_that_ends_worse_than_guessing_is_told(config, capsys):
     config, folder = config
     train(replace(config, out=folder.mktemp("wild"), lr=1000, samples=0, steps=8, clip=0))
     [line] = [x for x in capsys.readouterr().out.splitlines() if x.startswith("warning")]
-    assert "is above that of guessing, ln 18 = 2.89: the training diverged" in line
+    assert "is not below that of guessing, ln 18 = 2.89: the training diverged" in line
+    # Weights that overflow give logits of 0, whose loss is ln 18 as it was rounded.
+    dead = dict(optimizer="sgd", lr=1e6, precision="fp32")
+    train(replace(config, out=folder.mktemp("dead"), **dead, samples=0, steps=8))
+    assert "is not below that of guessing" in capsys.readouterr().out
     train(replace(config, out=folder.mktemp("tame"), samples=0, steps=8))
     assert "warning" not in capsys.readouterr().out
 
@@ -299,7 +303,7 @@ def test_accumulation_gives_the_same_update(config):
         assert a == pytest.approx(b, rel=1e-5)
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("what", ["loss", "gradient", "weight"])
 def test_what_is_not_finite_is_named_and_the_checkpoint_kept(config, monkeypatch, what):
     config, folder = config
     out = folder.mktemp("diverged")
@@ -311,7 +315,11 @@ def test_what_is_not_finite_is_named_and_the_checkpoint_kept(config, monkeypatch
         if self.step == 3 and what == "loss":
             with torch.no_grad():
                 self.raw.norm.weight.fill_(float("nan"))
-        return update(self, batch)
+        done = update(self, batch)
+        if self.step == 3 and what == "weight":  # of a step that is saved, before any loss knows
+            with torch.no_grad():
+                self.raw.norm.weight[0] = float("inf")
+        return done
 
     def poisoned_gradient(self):
         # The loss of this step is fine, and it is one that is saved.

@@ -156,6 +156,13 @@ def test_four_processes_go_on_from_shards_of_two(two):
     compare(sharded, two / "one_averaged")
 
 
+def test_accumulation_in_the_environment_changes_nothing(one, monkeypatch, tmp_path):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    out = tmp_path / "run"
+    train(preset("tiny", out=str(out), **settings("plain", one)))  # a path in words will do
+    compare(out, one / "one_plain")
+
+
 def test_the_first_fsdp_is_refused(one, monkeypatch, tmp_path):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "1")
