@@ -66,20 +66,13 @@ def build(dtype: torch.dtype, folder: str | None = None) -> tuple[GPT, torch.nn.
     else:
         model = GPT.from_pretrained(folder, dtype=torch.float32, device=DEVICE)
         peer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(DEVICE)
-    with torch.no_grad():
-        for one in (model, peer):  # <eos> is rare, as in the middle of a thought
-            one.lm_head.weight[eos_of(model)] = 0.0
     return model.eval(), peer.to(dtype).eval()
-
-
-def eos_of(model: GPT) -> int:
-    return model.config.vocab_size - 1
 
 
 @cache
 def engine_of(model: GPT, slots: int, dtype: torch.dtype) -> LocalEngine:
     """Made in the first call, whose memory is counted and whose time is not."""
-    return LocalEngine(model, slots=slots, eos=eos_of(model), dtype=dtype, device=DEVICE)
+    return LocalEngine(model, slots=slots, eos=(), dtype=dtype, device=DEVICE)
 
 
 def least_bytes(c: GPTConfig, batch: int, prompts: int, itemsize: int) -> float:
@@ -112,16 +105,16 @@ def peak_mib(work: Callable[[], object]) -> float | str:
     return round((kib("VmHWM") - before) / 1024, 1)
 
 
-def _peers(
-    peer, prompts: torch.Tensor, eos: int, compiled: bool
-) -> dict[str, Callable[[], object]]:
-    shared = dict(do_sample=True, temperature=1.0, top_k=0, eos_token_id=eos, pad_token_id=eos)
-    shared |= dict(max_new_tokens=NEW, min_new_tokens=NEW)
+def _peers(peer, prompts: torch.Tensor, compiled: bool) -> dict[str, Callable[[], object]]:
+    """Of no end: every sample has as many tokens."""
+    shared: Any = dict(do_sample=True, temperature=1.0, top_k=0, max_new_tokens=NEW)
+    shared |= dict(eos_token_id=-1, pad_token_id=0)
 
     def generate(**more) -> None:
         mask = torch.ones_like(prompts)
-        peer.generate(prompts, attention_mask=mask, use_cache=True, **shared, **more)
+        found = peer.generate(prompts, attention_mask=mask, use_cache=True, **shared, **more)
         synchronize()
+        _check_count(found[:, PROMPT:].numel(), prompts)
 
     def static() -> None:
         generate(cache_implementation="static", disable_compile=True)
@@ -139,16 +132,19 @@ def _peers(
     def generate_batch() -> None:
         if DEVICE == "cuda":  # it takes its cache from what no allocator holds
             torch.cuda.empty_cache()
-        config = GenerationConfig(**(shared | dict(min_new_tokens=None, eos_token_id=-1)))
+        config = GenerationConfig(**shared)
         found = peer.generate_batch(prompts.tolist(), generation_config=config)
         synchronize()
-        count = sum(len(output.generated_tokens) for output in found.values())
-        if count != prompts.shape[0] * NEW:
-            raise RuntimeError(f"{count} tokens of {prompts.shape[0] * NEW}")
+        _check_count(sum(len(output.generated_tokens) for output in found.values()), prompts)
 
     name = "generate static compiled" if compiled else "generate static"
     static_peer = compiled_static if compiled else static
     return {"generate": generate, name: static_peer, "generate_batch": generate_batch}
+
+
+def _check_count(tokens: int, prompts: torch.Tensor) -> None:
+    if tokens != len(prompts) * NEW:
+        raise RuntimeError(f"{tokens} tokens of {len(prompts) * NEW}")
 
 
 @cache
@@ -209,19 +205,16 @@ def _run(
     error, allowed = error_of(model, peer), 1e-5 if dtype == torch.float32 else 5e-2
     if not error <= allowed:
         raise RuntimeError(f"the two models differ by {error:.2e}, allowed {allowed:.2e}")
-    eos = eos_of(model)
-    prompts = torch.randint(eos, (batch // each, PROMPT), device=DEVICE)
-    prompts = prompts.repeat_interleave(each, 0)
-    counted: list[int] = []
+    prompts = prompts_of(model, batch, each)
 
     def ours() -> None:
-        counted.append(sample(model, prompts, dtype))
+        sample(model, prompts, dtype)
         synchronize()
 
     case = case_of(batch, each, folder)
     label = f"{case}, {name}"
     works: dict[str, Callable[[], object]] = {"ponder": ours}
-    for peer_name, work in _peers(peer, prompts, eos, compiled).items():
+    for peer_name, work in _peers(peer, prompts, compiled).items():
         if peer_name.removesuffix(" compiled") not in peers:
             continue
         works[f"transformers {peer_name}"] = work
@@ -244,8 +237,6 @@ def _run(
             slowest = max(slowest, first * ("compiled" not in who))
     repeats = max(1, min(9, int(30 / slowest)))
     times = milliseconds(works, repeats=repeats, warmup=0)
-    # A sample that drew <eos> ended early: ours is judged by the tokens that it did draw.
-    tokens = dict.fromkeys(works, batch * NEW) | {"ponder": round(statistics.mean(counted))}
     measured: list[Row] = []
     nbytes = least_bytes(model.config, batch, batch // each, dtype.itemsize)
     for who in works:
@@ -255,31 +246,34 @@ def _run(
         more |= dict(error=f"{error:.3e}" if who == "ponder" else "")
         if who != "ponder" or "generate_batch" not in peers:  # its row is of the first round
             measured.append(row("sampling", case, name, who, times[who], **more))
-        rate, own = tokens[who] / seconds, tokens["ponder"] / statistics.median(times["ponder"])
-        ratio = 1e3 * own / rate
+        ratio = 1e3 * seconds / statistics.median(times["ponder"])
         print(
-            f"{label}: {who:35} {rate:9,.0f} tokens/s, ponder's {ratio:5.2f}×, "
+            f"{label}: {who:35} {batch * NEW / seconds:9,.0f} tokens/s, ponder's {ratio:5.2f}×, "
             f"{more['roofline']:.1%} of the bandwidth, {more['peak_mib']} MiB",
             flush=True,
         )
     return measured
 
 
-def sample(model: GPT, prompts: torch.Tensor, dtype: torch.dtype) -> int:
-    """Draw a sample of each of our prompts; how many tokens they have together."""
+def prompts_of(model: GPT, batch: int, each: int) -> torch.Tensor:
+    prompts = torch.randint(model.config.vocab_size, (batch // each, PROMPT), device=DEVICE)
+    return prompts.repeat_interleave(each, 0)
+
+
+def sample(model: GPT, prompts: torch.Tensor, dtype: torch.dtype) -> None:
+    """Draw a sample of each of our prompts."""
     engine = engine_of(model, len(prompts), dtype)
     params = SamplingParams(temperature=1.0, max_tokens=NEW)
     rows = [tuple(prompt) for prompt in prompts.tolist()]
     requests = (Request(prompt, params, 0, i) for i, prompt in enumerate(rows))
-    return sum(len(sample.tokens) for sample in engine.generate(requests))
+    _check_count(sum(len(sample.tokens) for sample in engine.generate(requests)), prompts)
 
 
 def profile(batch: int, each: int, name: str, folder: str | None) -> None:
     """Where our time goes, by operation; on a CPU in one thread, as others are not looked at."""
     torch.set_num_threads(1)
     model, _ = build(DTYPES[name], folder)
-    prompts = torch.randint(eos_of(model), (batch // each, PROMPT), device=DEVICE)
-    prompts = prompts.repeat_interleave(each, 0)
+    prompts = prompts_of(model, batch, each)
     table(f"{case_of(batch, each, folder)}, {name}", lambda: sample(model, prompts, DTYPES[name]))
 
 
