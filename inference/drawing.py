@@ -21,7 +21,7 @@ from matplotlib.ticker import (
     NullLocator,
 )
 
-from ..figures import STYLE
+from ..figures import BLUES, GREEN, GRID, INK, MUTED, RED, STYLE
 from .evaluation import Result
 from .page import spread
 
@@ -29,17 +29,14 @@ from .page import spread
 # the figures follow the reader's light or dark theme. No two are equal.
 COLOURS = {
     "paper": "#ffffff",
-    "ink": "#1c2530",
-    "muted": "#66717f",
-    "grid": "#e4e7eb",
-    "greedy": "#c2562d",
-    "vote-1": "#a9c3dd",
-    "vote-2": "#6f9cc9",
-    "vote-3": "#3b74ad",
-    "vote-4": "#164a7f",
+    "ink": INK,
+    "muted": MUTED,
+    "grid": GRID,
+    "greedy": RED,
+    **{f"vote-{i + 1}": blue for i, blue in enumerate(BLUES[::2])},
     "budget-1": "#a5cdb9",
     "budget-2": "#5fa587",
-    "budget-3": "#2f7d60",
+    "budget-3": GREEN,
     "budget-4": "#0d5340",
     "right": "#1d7a4d",
     "outvoted": "#d9a441",
@@ -167,8 +164,13 @@ def finish(axes: Axes, guess: float, columns: int, title: str = "") -> None:
     top = next((top for top in (0.1, 0.2, 0.4, 0.6, 0.8) if max(drawn, guess) < top), 1.0)
     axes.set_ylim(0, 1.03 * top)
     axes.yaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
+    shares(axes, "Accuracy", columns, title)
+
+
+def shares(axes: Axes, label: str, columns: int, title: str) -> None:
+    """A vertical axis in per cent, and the legend."""
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.0f} %"))
-    axes.set_ylabel("Accuracy")
+    axes.set_ylabel(label)
     axes.grid(axis="x", visible=False)
     axes.tick_params(length=3)
     legend(axes, columns, title)

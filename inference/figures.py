@@ -19,6 +19,7 @@ from .drawing import (
     picture,
     samples_axis,
     shades,
+    shares,
     staircase,
 )
 from .evaluation import Result
@@ -188,11 +189,7 @@ def draw_coverage(axes: Axes, rows: Sequence[dict[str, Any]], title: str = "") -
     )
     samples_axis(axes, rows[0]["k"])
     axes.set_ylim(0, 1.03)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.0f} %"))
-    axes.set_ylabel("Coverage (pass@k)")
-    axes.grid(axis="x", visible=False)
-    axes.tick_params(length=3)
-    legend(axes, 3, title)
+    shares(axes, "Coverage (pass@k)", 3, title)
 
 
 def draw_exchange(axes: Axes, lines: Sequence[Line], columns: int = 2, title: str = "") -> None:

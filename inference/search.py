@@ -296,7 +296,7 @@ class BeamSearch:
 
 
 @dataclass(frozen=True)
-class DiverseTreeSearch:
+class DiverseTreeSearch(BeamSearch):
     """Beam search in independent subtrees, each keeping its one best line, so that one early
     favourite cannot take all beams.
 
@@ -304,12 +304,7 @@ class DiverseTreeSearch:
     with Open Models" (DVTS).
     """
 
-    beams: int = 8
-    width: int = 4
     name: str = "dvts"
-
-    def __post_init__(self):
-        _check(self.name, self.beams, self.width)
 
     def search(self, prompt: Tokens, steps: Steps, judge: Judge | None) -> Search:
         ledger = _Ledger(prompt, steps, judge)

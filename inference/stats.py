@@ -102,9 +102,14 @@ def pareto(
     cost, value (M,); returns (M,) bool, False where either is NaN.
     """
     c, v = np.asarray(cost, dtype=np.float64), np.asarray(value, dtype=np.float64)
-    richer = (c <= c[:, None] * (1 + slack)) & (v > v[:, None])
+    richer = (c <= c[:, None]) & (v > v[:, None])
     cheaper = (c < c[:, None]) & (v >= v[:, None])
-    return ~(richer | cheaper).any(1) & np.isfinite(c) & np.isfinite(v)
+    best = ~(richer | cheaper).any(1) & np.isfinite(c) & np.isfinite(v)
+    limit = np.inf  # from the dearest down: only what stays itself may take another's place
+    for i in sorted(np.flatnonzero(best), key=lambda i: -c[i]):
+        best[i] = c[i] == limit or c[i] * (1 + slack) < limit
+        limit = c[i] if best[i] else limit
+    return best
 
 
 def guess_accuracy(answers: Sequence[str]) -> float:

@@ -98,28 +98,22 @@ class Strategy(ABC):
         """Its scores and draws with (at most) k samples of each problem."""
 
 
-class Greedy(Strategy):
-    """The most likely token at every step: one answer, always the same."""
-
-    name = "greedy"
-
-    def sizes(self, pool: Pool, samples: Sequence[int]) -> list[int]:
-        return [1] if pool.temperature == 0 else []
-
-    def run(self, pool: Pool, k: int) -> Choice:
-        return evenly(pool, pool.correct.mean(1), 1)
-
-
 class Sampling(Strategy):
     """One sample at a temperature; its accuracy is the mean over all the stored ones."""
 
     name = "sampling"
 
     def sizes(self, pool: Pool, samples: Sequence[int]) -> list[int]:
-        return [1] if pool.temperature > 0 else []
+        return [1] if (pool.temperature > 0) == (self.name == "sampling") else []
 
     def run(self, pool: Pool, k: int) -> Choice:
         return evenly(pool, pool.correct.mean(1), 1)
+
+
+class Greedy(Sampling):
+    """The most likely token at every step: one answer, always the same."""
+
+    name = "greedy"
 
 
 class SelfConsistency(Strategy):

@@ -114,11 +114,16 @@ class GPTConfig:
         return cls(**known)
 
     @property
+    def matrices(self) -> list[tuple[int, int]]:
+        """The shapes of a layer's matrices: q, k, v, o, then the MLP's."""
+        C, F = self.n_embd, self.n_inner
+        q, kv = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
+        return [(q, C), (kv, C), (kv, C), (C, q), *[(F, C)] * (1 + self.gated), (C, F)]
+
+    @property
     def layer_weights(self) -> int:
         """Weights in the matrices of all layers, embedding and head left out."""
-        heads = 2 * (self.n_head + self.n_kv_head) * self.head_dim
-        inner = (3 if self.gated else 2) * self.n_inner
-        return self.n_layer * self.n_embd * (heads + inner)
+        return self.n_layer * sum(a * b for a, b in self.matrices)
 
     def flops_per_token(self, length: int) -> float:
         """FLOPs of a forward pass over `length` tokens, divided by them; causal, masked half free.

@@ -9,6 +9,7 @@ what is free (`available`) before they start.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -181,10 +182,7 @@ def sampling_memory(
 def _stacked(shape: GPTConfig, most: int) -> int:
     """Elements of the largest batch of matrices of one shape that Muon works on, where those of up
     to `most` elements are one."""
-    C, F = shape.n_embd, shape.n_inner
-    q, kv = shape.n_head * shape.head_dim, shape.n_kv_head * shape.head_dim
-    matrices = [(q, C), (kv, C), (kv, C), (C, q), (C, F)] + [(F, C)] * (1 + shape.gated)
-    alike = {size: matrices.count(size) * shape.n_layer for size in matrices}
+    alike = {size: n * shape.n_layer for size, n in Counter(shape.matrices).items()}
     return max(a * b * max(1, min(n, most // (a * b))) for (a, b), n in alike.items())
 
 

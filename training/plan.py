@@ -252,10 +252,7 @@ def step_seconds(
 
 def _newton_schulz(shape: GPTConfig) -> float:
     """FLOPs of Muon's orthogonalization of every matrix: n ≥ m, 4 n m² + 2 m³ an iteration."""
-    C, F = shape.n_embd, shape.n_inner
-    q, kv = shape.n_head * shape.head_dim, shape.n_kv_head * shape.head_dim
-    matrices = [(q, C)] * 2 + [(kv, C)] * 2 + [(F, C)] * (3 if shape.gated else 2)
-    each = sum(4 * max(s) * min(s) ** 2 + 2 * min(s) ** 3 for s in matrices)
+    each = sum(4 * max(s) * min(s) ** 2 + 2 * min(s) ** 3 for s in shape.matrices)
     return NEWTON_SCHULZ * shape.n_layer * each
 
 
