@@ -56,8 +56,9 @@ def _problem(
     curves: Curves, store: Store, pool: Pool, problems: dict[int, StoredProblem], place: int
 ) -> dict[str, Any]:
     index = int(pool.problems[place])
-    records = store.records(index, budget=pool.budget, params=pool.params, seed=pool.seed)
-    records = records[: pool.samples]
+    stored = store.records(index, budget=pool.budget, params=pool.params, seed=pool.seed)
+    numbers = set(pool.numbers[place].tolist())
+    records = [record for record in stored if record.key.sample in numbers]
     tally: dict[str | None, dict[str, Any]] = {}
     for r in records:
         entry = tally.setdefault(r.answer, dict(answer=r.answer, votes=0, right=r.correct))

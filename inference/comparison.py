@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .curves import UNITS, frontier
+from .curves import UNITS
 from .drawing import picture, svg, wide_and_narrow
-from .evaluation import Result, mark_pareto, unit_of
+from .evaluation import Result, frontier, mark_pareto, unit_of
 from .exchange import Duel, Line, duels, equal_accuracy
 from .figures import draw_exchange, draw_models, draw_policy
 from .findings import Policies, json_of, policies, row_of

@@ -12,6 +12,7 @@ LARGEST = (1 << 31) - 1  # of a count
 LARGEST_SEED = (1 << 63) - 1
 MOST_PROBLEMS = 100_000  # they are drawn before the first sample, without a word for up to a minute
 SAMPLES, PROBLEMS = (1, 4, 16), 500  # where a sweep names none
+LARGEST_CONCURRENCY = 4096  # requests, each of which has a thread
 LONGEST_TIMEOUT = 1e6  # seconds, eleven days
 
 
@@ -217,7 +218,7 @@ def common_faults(config: "SweepConfig | GenerateConfig") -> list[str]:
         faults.append("model is empty; give a folder, an id on the Hub, or a server's URL")
     server = config.server
     faults += outside("max_tokens", config.max_tokens, 1) + outside("slots", config.slots, 1)
-    faults += outside("server.concurrency", server.concurrency, 1, math.inf)
+    faults += outside("server.concurrency", server.concurrency, 1, LARGEST_CONCURRENCY)
     faults += outside("server.retries", server.retries, 0, math.inf)
     if not 0 < server.timeout <= LONGEST_TIMEOUT:
         faults.append(

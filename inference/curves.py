@@ -5,9 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from . import stats
 from .drawing import shades
-from .evaluation import SLACK, Result
+from .evaluation import Result
 from .page import budget_order, duration, human, spread
 from .store import Pool, Store, without_extend
 
@@ -103,10 +102,3 @@ class Curves:
         if len(self.votes) < 2 or 1 not in self.votes:
             return None
         return self.votes[max(self.votes)][-1], self.votes[1][-1]
-
-
-def frontier(rows: Sequence[Result], cost: Callable[[Result], float]) -> list[Result]:
-    """The rows that no other one beats, as `evaluation.mark_pareto` has it, in a unit of choice."""
-    costs = [math.nan if r.oracle else cost(r) for r in rows]
-    best = stats.pareto(costs, [r.accuracy for r in rows], slack=SLACK)
-    return [r for r, b in zip(rows, best, strict=True) if b]

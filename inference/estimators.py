@@ -20,6 +20,7 @@ SUBSETS = 2000
 # Orders of all problems together: their chance moves a mean over problems by less than 0.0025 (one
 # standard deviation, at worst), where 500 problems have an interval of ten times that.
 ORDERS = 50_000
+PLACES = 1 << 23  # of samples in all orders of a problem, so that thousands of samples fit
 
 
 def pass_at_k(correct: np.ndarray, k: int) -> np.ndarray:
@@ -218,11 +219,12 @@ def stop_early(
 ) -> Stopped:
     """A rule that draws samples one by one, at most k, and may stop: its accuracy and its draws.
 
-    The mean over all N! orders where P N! is at most `limit`, else over limit / P orders (100 at
-    least) drawn with `seed`. Raises ValueError unless 1 <= k <= N.
+    The mean over all N! orders where P N! is at most `limit`, else over limit / P orders (fewer of
+    thousands of samples, and 100 at least) drawn with `seed`. Raises ValueError unless 1 <= k <= N.
     """
     n = _samples(correct, k)
-    orders = _orders(n, max(100, limit // max(1, len(answers))), seed)  # (O, N)
+    each = min(limit // max(1, len(answers)), PLACES // n)
+    orders = _orders(n, max(100, each), seed)  # (O, N)
     position = orders.argsort(1)  # (O, N): when sample i comes
     scores, drawn = np.zeros(len(answers)), np.zeros(answers.shape)
     step = max(1, CHUNK // orders.size)

@@ -1,6 +1,6 @@
 """Every strategy on every setting of a store, and its searches: the rows of results.csv."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from .search_table import parse_search, searched
 from .store import Setting, Store, parse_params
 from .strategies import STRATEGIES, Outcome, spend
 
+WHOLE = 0.9  # of the problems that the fullest row has: rows of fewer may be of the easy ones
 SLACK = 0.02  # costs that differ by less count as equal: a few tokens more or less are chance
 
 
@@ -167,15 +168,19 @@ _guess = lru_cache(maxsize=64)(stats.guess_accuracy)  # most rows are of the sam
 
 
 def mark_pareto(results: Sequence[Result]) -> list[Result]:
-    """The results with `pareto` set on those that no other one beats, costs within
-    SLACK counting as equal; oracles do not compete."""
+    """The results with `pareto` set on those of the `frontier`."""
     flops = unit_of(results) == "FLOPs"
-    costs = [
-        np.nan if r.oracle else r.flops_per_problem if flops else r.tokens_per_problem
-        for r in results
-    ]
-    frontier = stats.pareto(costs, [r.accuracy for r in results], slack=SLACK)
-    return [replace(r, pareto=bool(best)) for r, best in zip(results, frontier, strict=True)]
+    best = frontier(results, lambda r: r.flops_per_problem if flops else r.tokens_per_problem)
+    return [replace(r, pareto=any(r is b for b in best)) for r in results]
+
+
+def frontier(results: Sequence[Result], cost: Callable[[Result], float]) -> list[Result]:
+    """The rows that no other one beats, costs within SLACK counting as equal. Oracles do not
+    compete, nor do rows that lack more than a tenth of the problems."""
+    most = max((r.problems for r in results), default=0)
+    costs = [np.nan if r.oracle or r.problems < WHOLE * most else cost(r) for r in results]
+    best = stats.pareto(costs, [r.accuracy for r in results], slack=SLACK)
+    return [r for r, is_best in zip(results, best, strict=True) if is_best]
 
 
 def paired_difference(a: Result, b: Result) -> stats.Interval | None:

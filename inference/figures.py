@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from .curves import UNITS, Curves, frontier
+from .curves import UNITS, Curves
 from .drawing import (
     COLOURS,
     cost_axis,
@@ -22,7 +22,7 @@ from .drawing import (
     shares,
     staircase,
 )
-from .evaluation import Result
+from .evaluation import Result, frontier
 from .exchange import Line
 from .findings import Policies
 from .page import WORDS, human, problems_text, short_budget, spread, visible, vote_text, way_text

@@ -393,19 +393,20 @@ class _Alike:
     ignore the temperature, or answer from a cache."""
 
     def __init__(self):
-        self.first: dict[Any, int] = {}
+        self.first: dict[Any, tuple[int, int]] = {}
         self.pairs = self.same = 0
 
     def see(self, completion: Completion) -> None:
         params = completion.ask.params
         if params.temperature:
-            text = hash(completion.text)
-            first = self.first.setdefault((completion.ask.prompt, params.budget), text)
-            self.pairs += 1
-            self.same += text == first
+            ask, text = completion.ask, hash(completion.text)
+            first, index = self.first.setdefault((ask.prompt, params.budget), (text, ask.index))
+            if ask.index != index:  # else it is the first one, or that of a problem of one prompt
+                self.pairs += 1
+                self.same += text == first
 
     def all(self) -> bool:
-        return self.same == self.pairs >= len(self.first) + ENOUGH_PAIRS
+        return self.same == self.pairs >= ENOUGH_PAIRS
 
 
 class _Clock:

@@ -89,12 +89,15 @@ def scores_of(store: Store, pool: Pool, verifier: str) -> Scores | None:
         " AND params = ? AND seed = ? AND ifnull(budget, -1) = ?",
         *(verifier, pool.params, pool.seed, -1 if pool.budget is None else pool.budget),
     )
-    place = {int(problem): i for i, problem in enumerate(pool.problems)}
+    place = {
+        (int(problem), sample): (i, j)
+        for i, problem in enumerate(pool.problems)
+        for j, sample in enumerate(pool.numbers[i].tolist())
+    }
     table = np.full((5, len(pool.problems), pool.samples), np.nan)
     known = np.zeros(table.shape[1:], dtype=bool)
     for problem, sample, *values in rows:
-        i = place.get(problem)
-        if i is not None and sample < pool.samples:
-            table[:, i, sample] = [np.nan if value is None else value for value in values]
-            known[i, sample] = True
+        if (at := place.get((problem, sample))) is not None:
+            table[:, *at] = [np.nan if value is None else value for value in values]
+            known[at] = True
     return Scores(verifier, *table) if known.all() else None

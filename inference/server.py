@@ -155,7 +155,7 @@ class Server:
                     return chunks
                 raise Failed("broken off (no [DONE])")
         except urllib.error.HTTPError as error:
-            raise self._refusal(error) from None
+            raise self._refusal(error, deadline) from None
         except TimeoutError:
             raise Failed("timed out") from None
         except urllib.error.URLError as error:
@@ -184,7 +184,7 @@ class Server:
                 return text[:-n], text[-n:]
         return text, ""
 
-    def _refusal(self, error: urllib.error.HTTPError) -> Exception:
+    def _refusal(self, error: urllib.error.HTTPError, deadline: float) -> Exception:
         """Failed where the status may pass, else the one sentence."""
         status = error.code
         if status in (401, 403):
@@ -197,7 +197,7 @@ class Server:
         if 300 <= status < 400:
             return ValueError(f"{self.url} sends its visitors elsewhere (HTTP {status})")
         try:
-            said = _complaint(self.cleaned(_json(error.read(1 << 16))))
+            said = _complaint(self.cleaned(_json(b"".join(_blocks(error, deadline)))))
         except (Failed, OSError, http.client.HTTPException, RecursionError):
             said = ""
         said = " ".join(printable(said).split())[:300]
@@ -214,7 +214,7 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def _blocks(response: http.client.HTTPResponse, deadline: float) -> Iterator[bytes]:
+def _blocks(response: Any, deadline: float) -> Iterator[bytes]:
     """The bytes of an answer, as they come; Failed for one that is late, endless or cut short."""
     size, whole = 0, response.length
     while whole is None or size < whole:

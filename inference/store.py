@@ -153,9 +153,10 @@ class Setting:
 class Pool:
     """All samples of one setting as arrays: P problems, N samples of each.
 
-    problems, difficulty, prompt_tokens (P,); answers (P, N) are positions in `answer_texts`, -1
-    where a sample gave none; texts (P, N) int, equal where two completions are; correct (P, N)
-    bool; sampled_tokens, forced_tokens, think_tokens, logprob, seconds (P, N).
+    problems, difficulty, prompt_tokens (P,); numbers (P, N), those of the samples in the store;
+    answers (P, N) are positions in `answer_texts`, -1 where a sample gave none; texts (P, N) int,
+    equal where two completions are; correct (P, N) bool; sampled_tokens, forced_tokens,
+    think_tokens, logprob, seconds (P, N).
     """
 
     budget: int | None
@@ -164,6 +165,7 @@ class Pool:
     problems: np.ndarray
     difficulty: np.ndarray
     prompt_tokens: np.ndarray
+    numbers: np.ndarray
     answers: np.ndarray
     answer_texts: tuple[str, ...]
     texts: np.ndarray
@@ -448,28 +450,24 @@ class Store:
     def pool(
         self, *, budget: int | None, params: str, seed: int, samples: int | None = None
     ) -> Pool:
-        """The first `samples` samples (None: the most of any problem) of a setting as arrays.
+        """The first `samples` samples of each problem of a setting as arrays; None: `_even`.
 
-        Problems that do not have them all yet are left out: `Pool.problems` tells which are in.
+        Problems that have fewer are left out: `Pool.problems` tells which are in.
         """
-        where = "params = ? AND seed = ? AND ifnull(budget, -1) = ?"
-        setting = (params, seed, -1 if budget is None else budget)
-        if samples is None:
-            query = f"SELECT max(sample) + 1 FROM sample WHERE {where}"
-            samples = int(self._db.execute(query, setting).fetchone()[0] or 1)
         self._db.create_function("text_hash", 1, hash)  # a text is not read to be kept
         rows = self._db.execute(
             "SELECT problem, prompt_tokens, answer, correct, sampled_tokens, forced_tokens,"
-            " think_tokens, logprob, seconds, text_hash(text)"
-            f" FROM sample WHERE {where} AND sample < ?"
+            " think_tokens, logprob, seconds, text_hash(text), sample"
+            " FROM sample WHERE params = ? AND seed = ? AND ifnull(budget, -1) = ?"
             " ORDER BY problem, sample",
-            (*setting, samples),
+            (params, seed, -1 if budget is None else budget),
         ).fetchall()
-        columns = list(zip(*rows, strict=True)) if rows else [()] * 10
+        columns = list(zip(*rows, strict=True)) if rows else [()] * 11
         ids, first, counts = np.unique(
             np.array(columns[0], dtype=np.int64), return_index=True, return_counts=True
         )
-        complete = counts == samples
+        samples = _even(counts) if samples is None else samples
+        complete = counts >= samples
         index = first[complete, None] + np.arange(samples)  # (P, N) rows of the result
 
         def array(i: int, dtype: type) -> np.ndarray:
@@ -486,6 +484,7 @@ class Store:
             problems=ids[complete],
             difficulty=np.array([difficulty[i] for i in ids[complete]], dtype=np.int64),
             prompt_tokens=array(1, np.int64)[:, 0],
+            numbers=array(10, np.int64),
             answers=codes[index],
             answer_texts=texts,
             texts=array(9, np.int64),
@@ -518,6 +517,17 @@ class Store:
             (params, seed, -1 if budget is None else budget, problem),
         )
         return [Record(Key(*row[:5]), row[5], row[6], bool(row[7]), *row[8:]) for row in rows]
+
+
+def _even(counts: np.ndarray) -> int:
+    """Of problems with so many samples (P,), the number N that tells most of the model where those
+    with fewer are left out: the variance of an accuracy is about in proportion to (1 + 1/N) / P. So
+    a sweep that lacks some samples, or is growing, loses few problems, or none."""
+    return max(
+        map(int, np.unique(counts)),
+        key=lambda n: (np.count_nonzero(counts >= n) * n / (n + 1), n),
+        default=1,
+    )
 
 
 def storable(text: str) -> str:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from .. import tasks
 from ..models import GPTConfig
-from ..provenance import alone_in, note, open_run, read_run
+from ..provenance import alone_in, note, open_run, read_run, write_aside
 from . import Unfinished, search_table
 from .comparison import write_comparison
 from .config import LARGEST, PROBLEMS, SAMPLES, SweepConfig, growing, grown
@@ -154,12 +154,20 @@ def _claim(config: SweepConfig, held: ExitStack) -> Opened:
     """Open the sweep and take its folder, until `held` is let go; ValueError where it holds
     another one."""
     run = read_run(config.out).get("sweep", {}) if (config.out / "run.json").exists() else {}
-    before = run.get("configuration", {})
+    before = _earlier(config, run.get("configuration", {}))
     opened = _open(config, before, run.get("most_new_tokens"))
     opened.folder.mkdir(parents=True, exist_ok=True)
     held.enter_context(alone_in(opened.folder))
-    grows = growing(config, before)
+    grows, told = growing(config, before), config.out / "run.json"
+    text = told.read_text(encoding="utf-8") if told.exists() else None
     open_run(config.out, "sweep", opened.identity(), resume=config.resume, grows=grows)
+    try:
+        with opened.store() as store:
+            store.add_problems(opened.problems)
+    except ValueError:  # the task's problems are not what they were: the folder is as it was
+        if text is not None:
+            write_aside(told, text)
+        raise
     facts: dict[str, Any] = {}
     if opened.most <= LARGEST:  # which longer prompts that come later must not change
         facts["most_new_tokens"] = opened.most
@@ -177,9 +185,31 @@ def _claim(config: SweepConfig, held: ExitStack) -> Opened:
             for name, whole in more.items()
         )
         print(f"ponder: {config.out} has {counts}: what was asked before counts", file=sys.stderr)
+    if twins := len(opened.problems) - len({problem.prompt for problem in opened.problems}):
+        print(
+            f"ponder: {twins} of the {len(opened.problems)} problems have the prompt of another, "
+            "and with it its samples: the intervals take them for problems of their own",
+            file=sys.stderr,
+        )
     with opened.store() as store:
         merge(opened.folder, store)  # what a killed run left
     return opened
+
+
+def _earlier(config: SweepConfig, before: dict[str, Any]) -> dict[str, Any]:
+    """The configuration in run.json without what was asked for and not begun, where less is asked
+    for now."""
+    path = config.out / "sweep" / "samples.sqlite"
+    if not before or not path.exists():
+        return before
+    with Store(path, identity=None) as store:
+        [(samples, problems)] = store.rows("SELECT max(sample) + 1, max(problem) + 1 FROM sample")
+    if config.samples:
+        most = max(samples or 0, *config.samples)
+        before = before | {"samples": [k for k in before.get("samples", ()) if k <= most]}
+    if config.problems:
+        before = before | {"problems": min(before.get("problems", 1), problems or 1)}
+    return before
 
 
 def _open(config: SweepConfig, before: Mapping[str, Any], most: int | None) -> Opened:
@@ -191,7 +221,7 @@ def _open(config: SweepConfig, before: Mapping[str, Any], most: int | None) -> O
         problems = tasks.at_most(task, config.split, PROBLEMS, config.seed)
         config = replace(config, problems=len(problems))
     else:
-        problems = task.problems(config.split, config.problems, config.seed)
+        problems = tasks.problems_of(task, config.split, config.problems, config.seed)
     prompts = [problem.prompt for problem in problems]
     verifier = open_verifier(config.verifier) if config.verifier else None
     speaker = open_speaker(

@@ -90,12 +90,32 @@ class TooFew(ValueError):
         self.held = held
 
 
-def at_most(task: Task, split: str, count: int, seed: int) -> list[Problem]:
-    """`problems`, or all that there are where the task says by `TooFew` that it holds fewer."""
+def problems_of(task: Task, split: str, count: int, seed: int) -> list[Problem]:
+    """`task.problems`, looked at; ValueError, naming the task, where they are none."""
     try:
-        return task.problems(split, count, seed)
+        found = task.problems(split, count, seed)
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{task.name}: problems() failed ({_said(error)})") from error
+    if not isinstance(found, list) or not found:
+        raise ValueError(f"{task.name}: problems() gives {found!r}; it must be a list of problems")
+    for p in found:
+        texts = isinstance(getattr(p, "prompt", None), str) and isinstance(p.answer, str)
+        if not texts or type(p.difficulty) is not int or abs(p.difficulty) >= 1 << 63:
+            raise ValueError(
+                f"{task.name}: problems() gives {p!r}; prompt and answer must be text, and "
+                "difficulty a whole number of at most 63 bits"
+            )
+    return found
+
+
+def at_most(task: Task, split: str, count: int, seed: int) -> list[Problem]:
+    """`problems_of`, of all that there are where the task says by `TooFew` that it holds fewer."""
+    try:
+        return problems_of(task, split, count, seed)
     except TooFew as few:
-        return task.problems(split, max(1, few.held), seed)
+        return problems_of(task, split, max(1, few.held), seed)
 
 
 def judge(task: Task, problem: Problem, text: str) -> tuple[str | None, bool]:
@@ -105,12 +125,19 @@ def judge(task: Task, problem: Problem, text: str) -> tuple[str | None, bool]:
     that breaks is a fault to mend, not a wrong answer.
     """
     try:
-        return task.answer(text), bool(task.verify(problem, text))
+        given, right = task.answer(text), bool(task.verify(problem, text))
+        if not isinstance(given, str | None):
+            raise TypeError(f"answer() gives {given!r}, which is neither text nor None")
+        return given, right
     except Exception as error:
         raise ValueError(
             f"{task.name}: its verifier failed on {text[:80]!r} for the problem "
-            f"{problem.prompt[:80]!r} ({type(error).__name__}: {error})"
+            f"{problem.prompt[:80]!r} ({_said(error)})"
         ) from error
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def check_ask(task: str, split: str, count: int) -> None:
@@ -301,7 +328,7 @@ def _own(file: str, kind: str) -> type[Any]:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise ValueError(f"{file} does not run ({type(error).__name__}: {error})") from error
+        raise ValueError(f"{file} does not run ({_said(error)})") from error
     found = getattr(module, kind, None)
     if not isinstance(found, type):
         classes = [n for n, c in vars(module).items() if getattr(c, "__module__", "") == spec.name]

@@ -21,7 +21,8 @@ _POWER = re.compile(
     r"\s*(?:\\times|\\cdot|[×·*])\s*10\s*\^\s*(?:\{\s*([-−+]?\d\d?)\s*\}|(\d))", re.ASCII
 )
 _PART = re.compile(r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}", re.ASCII)
-_SAID = re.compile(r"\banswer *(?:is|:|=)[ \t]*:?\s*([^\n]+)", re.IGNORECASE)
+# Marks of Markdown may stand between.
+_SAID = re.compile(r"\banswer[ *_]*(?:is\b|:|=)[ \t*_]*:?\s*([^\n]+)", re.IGNORECASE)
 _SPACE = re.compile(r"\\[,;:! ]|~|\\q?quad\b|\s+")
 _WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
 _WORD = re.compile(r"[^\W\d_]{3,}(?:-[^\W\d_]+)*")  # as a product of letters east would be seat
@@ -61,7 +62,7 @@ def _extract(text: str) -> tuple[str | None, bool]:
     elif (boxed := last_boxed(final)) is not None:
         answer = boxed
     elif said := _SAID.findall(final):
-        answer = said[-1]
+        answer = said[-1].rstrip().removesuffix("**")
     else:
         answer, announced = final.splitlines()[-1], False
     answer = answer.strip()

@@ -10,6 +10,7 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ponder.inference import estimators
 from ponder.inference.estimators import (
     best_of_at_k,
     beta_rule,
@@ -266,6 +267,22 @@ def test_sampled_orders_are_seeded_and_near_the_truth():
     assert (drawn.scores == again.scores).all() and (drawn.drawn == again.drawn).all()
     for a, b in zip(drawn, exact, strict=True):
         assert np.abs(a - b).max() < 5 * 0.5 / np.sqrt(400)
+
+
+def test_thousands_of_samples_take_fewer_orders(monkeypatch):
+    answers = np.random.default_rng(4).integers(0, 3, size=(1, 40))
+    many = stop_early(answers, answers == 1, 9, beta_rule(0.85))
+    drawn, orders = [], estimators._orders
+    monkeypatch.setattr(
+        estimators, "_orders", lambda n, limit, seed: drawn.append(limit) or orders(n, limit, seed)
+    )
+    monkeypatch.setattr(estimators, "PLACES", 40 * 900)
+    few = stop_early(answers, answers == 1, 9, beta_rule(0.85))
+    assert drawn == [900]
+    assert abs(few.scores - many.scores).max() < 5 * 0.5 / np.sqrt(900)
+    monkeypatch.setattr(estimators, "PLACES", 40)
+    stop_early(answers, answers == 1, 9, beta_rule(0.85))
+    assert drawn == [900, 100]
 
 
 def test_blocks_of_problems_do_not_mix(monkeypatch):

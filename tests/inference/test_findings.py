@@ -143,6 +143,6 @@ def test_a_server_that_says_that_nothing_was_used(tmp_path):
 def test_a_sweep_stopped_while_it_grew_tells_how_many_problems_its_rows_are_of(
     tmp_path, no_figures
 ):
-    store = make_store(tmp_path / "s", ["aaab", "ab", "aa"], greedy="aba")
+    store = make_store(tmp_path / "s", ["aaab", "ab", "aa", ""], greedy="abaa")
     page = write_report(tmp_path / "out", evaluate(store), store).read_text()
-    assert "1 to 3 problems of the" in page
+    assert "3 to 4 problems of the" in page

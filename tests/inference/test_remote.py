@@ -11,6 +11,7 @@ import threading
 import time
 import warnings
 from collections import Counter
+from contextlib import suppress
 from dataclasses import replace
 from email.utils import formatdate
 from pathlib import Path
@@ -728,7 +729,9 @@ def test_a_server_that_does_not_sample_is_noticed(server, monkeypatch):
         monkeypatch.setattr("ponder.inference.remote.stream_key", lambda *_: 7)
         list(speaker.generate(cold))
         list(speaker.generate(asks[:28]))  # too few to tell
-    with pytest.warns(UserWarning, match="same text each time, 30 times, .* not to sample"):
+        # Problems with one prompt ask for one sample.
+        list(speaker.generate([replace(a, prompt="1=", index=0) for a in asks]))
+    with pytest.warns(UserWarning, match="same text each time, 25 times, .* not to sample"):
         list(speaker.generate(asks))
 
 
@@ -756,6 +759,28 @@ def test_what_a_failing_server_says_is_told(server, status):
     assert not list(speaker.generate([ask()]))
     assert speaker.failures == Counter([rf"HTTP {status}: no such thing\x1b[31m"])
     assert len(server.requests) == 2
+
+
+def test_a_refusal_that_never_ends_is_late(server):
+    over, ended = threading.Event(), threading.Event()
+
+    def drip(handler, *_, **__):
+        handler.send_response(503)
+        handler.send_header("Content-Length", "10000")
+        handler.over()
+        handler.end_headers()
+        with suppress(OSError):
+            for _ in range(1000):
+                handler.wfile.write(b" ")
+                if over.wait(0.05):
+                    return
+        ended.set()
+
+    speaker = RemoteSpeaker(server.url, ServerOptions(retries=0, timeout=0.2))
+    server.send = drip
+    assert not list(speaker.generate([ask()]))
+    assert speaker.failures == Counter(["HTTP 503"]) and not ended.is_set()
+    over.set()
 
 
 def test_a_thought_that_never_ends_is_cut(server, tokenizer):

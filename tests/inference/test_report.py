@@ -3,6 +3,7 @@ import io
 import json
 import random
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -13,9 +14,9 @@ from PIL import Image
 
 import ponder
 from ponder import cli
-from ponder.inference.curves import Curves, frontier
+from ponder.inference.curves import Curves
 from ponder.inference.drawing import cost_axis, finish, legend
-from ponder.inference.evaluation import evaluate
+from ponder.inference.evaluation import evaluate, frontier
 from ponder.inference.figures import draw_compute, png
 from ponder.inference.page import WORDS, duration, human, points, visible
 from ponder.inference.report import COLUMNS, csv_text, write_report
@@ -241,6 +242,15 @@ def test_every_figure_is_a_vector_file_of_its_own(written):
         assert (figure.attrib["width"], figure.attrib["height"]) == (f"{width}pt", f"{height}pt")
         assert "var(" not in text  # a page's colours, which no other file has
         assert "best guess" in text or name in ("coverage", "outcomes")
+
+
+def test_rows_of_few_problems_are_not_on_the_frontier(tmp_path):
+    store = store_of_answers(tmp_path / "s", ["aaaa"] * 20, greedy="a" * 20, budget=2)
+    results = evaluate(store, shape=SMALL)
+    easy = replace(results[0], problems=15, accuracy=1.0, flops_per_problem=1.0)
+    assert easy not in frontier([*results, easy], lambda r: r.flops_per_problem)
+    nearly = replace(easy, problems=18)
+    assert nearly in frontier([*results, nearly], lambda r: r.flops_per_problem)
 
 
 def test_the_frontier_names_strategies_that_have_no_line(tmp_path):

@@ -100,6 +100,14 @@ def test_pareto_keeps_what_nothing_beats(points):
         assert best == (not beaten)
 
 
+def test_pareto_measures_slack_from_what_stays():
+    cost, value = [100.0, 101.5, 103.0, 104.0], [0.80, 0.81, 0.82, 0.83]
+    # Each is within 2 % of the next, but the second not of the last, which stays.
+    assert pareto(cost[1:3], value[1:3], slack=0.02).tolist() == [False, True]
+    assert pareto(cost, value, slack=0.02).tolist() == [False, True, False, True]
+    assert pareto([1.0, 1.0, 2.0], [0.5, 0.5, 0.5], slack=0.02).tolist() == [True, True, False]
+
+
 def test_pareto_leaves_unknown_costs_out():
     assert pareto([np.nan, 1, 2], [1.0, 0.5, 0.5]).tolist() == [False, True, False]
 

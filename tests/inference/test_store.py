@@ -118,7 +118,9 @@ def test_pool(tmp_path):
         np.testing.assert_allclose(pool.seconds, [[p + s / 10 for s in range(3)] for p in range(3)])
         assert pool.prompt_tokens.tolist() == [5, 5, 5] and pool.temperature == 1.0
 
-        assert store.pool(budget=None, params=HOT, seed=0).problems.tolist() == [1]
+        assert store.pool(budget=None, params=HOT, seed=0, samples=4).problems.tolist() == [1]
+        # A growth that has only begun takes no problem away.
+        assert store.pool(budget=None, params=HOT, seed=0).correct.shape == (3, 3)
         assert store.pool(budget=0, params=HOT, seed=0, samples=2).correct.shape == (3, 2)
         assert store.pool(budget=7, params=HOT, seed=0).correct.shape == (0, 1)
         found = [(s.budget, s.problems, s.samples) for s in store.settings()]

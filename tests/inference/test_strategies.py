@@ -158,8 +158,10 @@ def test_a_new_strategy_is_a_class_and_an_entry(tmp_path, monkeypatch):
 def test_incomplete_stores(tmp_path):
     store = make_store(tmp_path / "s", ["aaaa", "ab"], greedy="a")
     rows = by_name(evaluate(store))
-    assert rows["self-consistency", 4].problems == 1
+    assert rows["self-consistency", 2].problems == 2 and ("self-consistency", 4) not in rows
     assert rows["greedy", 1].problems == 1
+    store = make_store(tmp_path / "more", ["aaaa"] * 6 + ["ab"], greedy="a")
+    assert by_name(evaluate(store))["self-consistency", 4].problems == 6
 
 
 def test_paired_difference_uses_the_problems_that_both_hold(tmp_path):

@@ -26,6 +26,7 @@ from ponder.inference.local import LocalSpeaker
 from ponder.inference.sweep import _keep, own_budgets, redraw, sweep
 from ponder.models import hub
 from ponder.provenance import alone_in
+from ponder.tasks.last_digit import LastDigit
 
 
 @pytest.fixture(scope="module")
@@ -378,6 +379,53 @@ def test_a_sweep_that_is_asked_for_less_keeps_all_and_says_so(swept, config, no_
     assert kept(config.out)["configuration"] == kept(swept.out)["configuration"]
     said = "has samples 1 3, budgets 0 2, problems 6: what was asked before counts"
     assert said in capsys.readouterr().err
+
+
+def test_a_growth_that_has_not_begun_can_be_taken_back(config, no_figures, monkeypatch):
+    small = replace(config, problems=7, samples=(1,), budgets=())
+    sweep(small)
+    before, drawn = kept(config.out)["configuration"], samples(config.out)
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ponder.inference.sweep._draw", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            sweep(replace(small, samples=(4000,), problems=8, resume=True))
+    asked = kept(config.out)["configuration"]
+    assert asked["samples"] == [1, 4000] and asked["problems"] == 8
+    sweep(replace(small, resume=True))
+    assert kept(config.out)["configuration"] == before and samples(config.out) == drawn
+
+
+def test_problems_that_are_not_what_they_were_leave_the_folder_as_it_was(config, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from pathlib import Path\n\n"
+        "from ponder.tasks.last_digit import LastDigit\n\n\n"
+        "class Mine(LastDigit):\n    name = 'mine'\n\n"
+        "    def problems(self, split, count, seed):\n"
+        f"        return super().problems(split, count, int(Path({str(tmp_path / 'seed')!r})"
+        ".read_text()))\n"
+    )
+    mine = replace(config, task=f"{file}:Mine", samples=(1,), budgets=())
+    (tmp_path / "seed").write_text("1")
+    sweep(mine)
+    before = kept(config.out)["configuration"]
+    (tmp_path / "seed").write_text("2")
+    with pytest.raises(ValueError, match="problem 0 is .* in the store and .* in this run"):
+        sweep(replace(mine, problems=9, resume=True))
+    assert kept(config.out)["configuration"] == before
+    (tmp_path / "seed").write_text("1")
+    sweep(replace(mine, resume=True))
+
+
+def test_problems_of_one_prompt_are_told(config, monkeypatch, no_figures, capsys):
+    own = LastDigit.problems
+    monkeypatch.setattr(LastDigit, "problems", lambda *given: own(*given)[:2] * 3)
+    sweep(replace(config, samples=(1,), budgets=()))
+    assert "4 of the 6 problems have the prompt of another" in capsys.readouterr().err
 
 
 def test_longer_prompts_that_come_later_do_not_shorten_samples(config, no_figures):

@@ -143,6 +143,9 @@ def test_formulas_with_math_verify():
         ("The answer is 18 = 9*2", "18"),
         ("The answer is 9*2 = 18 dollars", "18"),
         ("Answer is 18, not 20", "18"),
+        ("**Answer**: 42\n\nI hope this helps with your 3 questions!", "42"),
+        ("**Final Answer:** 42\n\nLet me know if you need 3 more!", "42"),
+        ("The answer isn't 7. It is 12", "12"),
         ("the answer is x = 5", "5"),
         (r"so \boxed{18\text{ dollars for 3 days}}", "18"),
         ("#### 1,234", "1234"),
@@ -153,6 +156,11 @@ def test_formulas_with_math_verify():
 )
 def test_the_number_that_is_announced_is_the_answer(text, given):
     assert extract_number(text) == given
+
+
+def test_marks_around_an_answer_are_none_of_it():
+    assert answers.extract("so\n**Answer: x^2 + 1**") == "x^2 + 1"
+    assert answers.extract("the answer is **west**") == "west"
 
 
 @pytest.mark.parametrize(

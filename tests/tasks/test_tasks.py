@@ -1,6 +1,7 @@
 """What holds for every task."""
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -357,11 +358,36 @@ def test_a_verifier_that_raises_is_named(task, monkeypatch):
     def broken(self, problem, text):
         raise KeyError("gone")
 
-    monkeypatch.setattr(type(task), "verify", broken)
-    with pytest.raises(
-        ValueError, match=rf"{task.name}: its verifier failed on .*KeyError: 'gone'"
-    ):
+    with monkeypatch.context() as patch:
+        patch.setattr(type(task), "verify", broken)
+        with pytest.raises(
+            ValueError, match=rf"{task.name}: its verifier failed on .*KeyError: 'gone'"
+        ):
+            tasks.judge(task, problem, right)
+    monkeypatch.setattr(type(task), "answer", lambda *_: 7)
+    with pytest.raises(ValueError, match=rf"{task.name}: .*answer\(\) gives 7, which is neither"):
         tasks.judge(task, problem, right)
+
+
+def test_problems_that_are_none_are_named(monkeypatch):
+    task, fine = tasks.get("last_digit"), tasks.get("last_digit").problems("test", 2, 0)
+    assert tasks.problems_of(task, "test", 2, 0) == fine
+
+    def gone(*_):
+        raise KeyError("gone")
+
+    for wrong, message in [
+        (lambda *_: [], r"problems\(\) gives \[\]; it must be a list of problems"),
+        (lambda *_: iter(fine), "it must be a list of problems"),
+        (lambda *_: ["1+2="], "gives '1.2='; prompt and answer must be text"),
+        (lambda *_: [replace(fine[0], answer=3)], "prompt and answer must be text"),
+        (lambda *_: [replace(fine[0], difficulty="hard")], "difficulty a whole number"),
+        (lambda *_: [replace(fine[0], difficulty=10**30)], "of at most 63 bits"),
+        (gone, r"last_digit: problems\(\) failed \(KeyError: 'gone'\)"),
+    ]:
+        monkeypatch.setattr(type(task), "problems", wrong)
+        with pytest.raises(ValueError, match=message):
+            tasks.problems_of(task, "test", 2, 0)
 
 
 def test_a_slip_is_no_trace_and_neither_holds_the_cue(task):
