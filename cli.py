@@ -124,7 +124,7 @@ def _report(arguments: list[str]) -> None:
     if not options.folders:
         raise ValueError("give a folder that a ponder command left, or several to compare them")
     if len(options.folders) > 1:
-        from .inference.sweep import compare
+        from .inference.redraw import compare
 
         print(f"comparison: {compare(options.folders, options.out)}")
         return
@@ -142,7 +142,7 @@ def _report(arguments: list[str]) -> None:
             raise ValueError(f"{folder} has no law yet; go on with ponder scale --resume")
         print(f"law: {law}")
     if "sweep" in runs or not {"train", "scale"} & {*runs}:
-        from .inference.sweep import redraw
+        from .inference.redraw import redraw
 
         print(f"report: {redraw(folder)}")
 

@@ -31,6 +31,11 @@ def on_files(files, config):
     return files
 
 
+def on_page_markdown(markdown, **_):
+    """Links lead to the tour's Python files, which are there without a build; here to its pages."""
+    return re.sub(r"\((tour/\w+)\.py\)", r"(\1.md)", markdown)
+
+
 def cells(text: str):
     """(is it prose, its text) of each cell of a percent file."""
     for cell in re.split(r"^# %%", text, flags=re.MULTILINE)[1:]:

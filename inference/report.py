@@ -224,3 +224,25 @@ def made(run: Mapping[str, Any]) -> list[tuple[str, str]]:
         return "none" if value is None else str(value)
 
     return [(name, text(value)) for name, value in run.items()]
+
+
+def summary(results: Sequence[Result]) -> str:
+    """How accurate unlimited thinking was: a greedy answer, one sample and the largest vote, with
+    their 95 % intervals, and the best fixed guess; lines of text, of which the first is a title."""
+    found = {
+        (r.strategy, r.samples): r for r in results if r.think_budget is None and not r.setting
+    }
+    largest = max((k for name, k in found if name == "self-consistency"), default=0)
+    named = {
+        "greedy": found.get(("greedy", 1)),
+        "one sample": found.get(("sampling", 1)),
+        vote_text(largest): found.get(("self-consistency", largest)),
+    }
+    rows = {name: r for name, r in named.items() if r is not None}
+    first = next(iter(rows.values()), results[0])
+    lines = [f"{first.task}, {first.problems:,} problems, unlimited thinking, 95 % intervals:"]
+    for name, r in rows.items():
+        interval = f"{100 * r.ci_low:5.1f} to {100 * r.ci_high:.1f} %"
+        part = "" if r.problems == first.problems else f"   {r.problems:,} problems"
+        lines.append(f"  {name:12}{percent(r.accuracy):>8}   {interval}{part}")
+    return "\n".join([*lines, f"  {'fixed guess':12}{percent(first.guess_accuracy):>8}"])

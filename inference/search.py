@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from ..models import GPTConfig
-from . import cost
+from ..models.flops import prefill_flops, sample_flops
 from .engine import Engine, Request, Sample, SamplingParams
 
 Tokens = tuple[int, ...]
@@ -72,8 +72,8 @@ class Found:
 
     def flops(self, shape: GPTConfig) -> int:
         """Operations of the model, what it read several times counted as often."""
-        return sum(cost.prefill_flops(shape, n) for n in self.read) + sum(
-            cost.sample_flops(shape, start, n) for start, n in self.drawn
+        return sum(prefill_flops(shape, n) for n in self.read) + sum(
+            sample_flops(shape, start, n) for start, n in self.drawn
         )
 
 

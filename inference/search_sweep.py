@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 
 from .. import tasks
+from ..models.flops import verifier_flops
 from ..models.verifier import step_ends
-from . import cost
 from .config import SweepConfig
 from .engine import SamplingParams
 from .local import LocalSpeaker
@@ -44,7 +44,7 @@ def judging(verifier: Scorer | None, speaker: LocalSpeaker) -> Judging:
     return Judging(
         name=verifier.hash,
         judge=verifier.judge(speaker.tokenizer),
-        flops=lambda tokens: int(cost.verifier_flops(verifier.shape, tokens)),
+        flops=lambda tokens: int(verifier_flops(verifier.shape, tokens)),
     )
 
 

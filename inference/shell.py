@@ -8,7 +8,8 @@ import sys
 import time
 from collections.abc import Sequence
 
-from . import Unfinished, cost
+from ..models.flops import prefill_flops, sample_flops
+from . import Unfinished
 from .chat import THINK, THINK_END, printable
 from .config import GenerateConfig
 from .speaker import Ask, Completion, Speaker, open_speaker, sampling
@@ -103,9 +104,9 @@ def _costs(completions: Sequence[Completion], speaker: Speaker, seconds: float) 
     flops = "FLOPs unknown"
     shape = speaker.shape
     if shape is not None:
-        total = sum(cost.prefill_flops(shape, n) for n in prompts.values())
+        total = sum(prefill_flops(shape, n) for n in prompts.values())
         total += sum(
-            cost.sample_flops(shape, c.prompt_tokens, c.sampled_tokens + c.forced_tokens)
+            sample_flops(shape, c.prompt_tokens, c.sampled_tokens + c.forced_tokens)
             for c in completions
         )
         flops = f"{total:.3g} FLOPs"

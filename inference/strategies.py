@@ -13,7 +13,8 @@ from typing import ClassVar, Literal, NamedTuple
 import numpy as np
 
 from ..models import GPTConfig
-from . import cost, estimators
+from ..models.flops import prefill_flops, sample_flops
+from . import estimators
 from .store import Pool, parse_params
 
 
@@ -57,8 +58,8 @@ def spend(pool: Pool, choice: Choice, shape: GPTConfig | None) -> Outcome:
     flops = np.full(len(pool.problems), np.nan)
     if shape is not None:
         new_tokens = pool.sampled_tokens + pool.forced_tokens
-        decode = cost.sample_flops(shape, pool.prompt_tokens[:, None], new_tokens)
-        flops = cost.prefill_flops(shape, pool.prompt_tokens) + (choice.drawn * decode).sum(1)
+        decode = sample_flops(shape, pool.prompt_tokens[:, None], new_tokens)
+        flops = prefill_flops(shape, pool.prompt_tokens) + (choice.drawn * decode).sum(1)
     judge_flops, seconds = np.zeros(len(flops)), pool.seconds
     if choice.verified and pool.scores is not None:
         judge_flops = (choice.drawn * pool.scores.flops).sum(1)

@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -17,16 +17,12 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from .. import tasks
-from ..models import GPTConfig
 from ..provenance import alone_in, note, open_run, read_run, write_aside
 from . import Unfinished, search_table
-from .comparison import write_comparison
 from .config import LARGEST, PROBLEMS, SAMPLES, SweepConfig, growing, grown
 from .engine import SamplingParams
-from .evaluation import Result, evaluate
-from .exchange import training_flops
-from .page import percent, vote_text
-from .report import write_report
+from .evaluation import evaluate
+from .report import summary, write_report
 from .scores import score
 from .search_sweep import Searches
 from .server import Refused
@@ -395,81 +391,3 @@ def _finish(opened: Opened) -> tuple[int, str]:
             write_report(page.parent, results, store, run=read_run(config.out)["sweep"])
             print(summary(results))
     return lacking, str(page)
-
-
-def summary(results: Sequence[Result]) -> str:
-    """How accurate unlimited thinking was: a greedy answer, one sample and the largest vote, with
-    their 95 % intervals, and the best fixed guess; lines of text, of which the first is a title."""
-    found = {
-        (r.strategy, r.samples): r for r in results if r.think_budget is None and not r.setting
-    }
-    largest = max((k for name, k in found if name == "self-consistency"), default=0)
-    named = {
-        "greedy": found.get(("greedy", 1)),
-        "one sample": found.get(("sampling", 1)),
-        vote_text(largest): found.get(("self-consistency", largest)),
-    }
-    rows = {name: r for name, r in named.items() if r is not None}
-    first = next(iter(rows.values()), results[0])
-    lines = [f"{first.task}, {first.problems:,} problems, unlimited thinking, 95 % intervals:"]
-    for name, r in rows.items():
-        interval = f"{100 * r.ci_low:5.1f} to {100 * r.ci_high:.1f} %"
-        part = "" if r.problems == first.problems else f"   {r.problems:,} problems"
-        lines.append(f"  {name:12}{percent(r.accuracy):>8}   {interval}{part}")
-    return "\n".join([*lines, f"  {'fixed guess':12}{percent(first.guess_accuracy):>8}"])
-
-
-def redraw(folder: Path) -> Path:
-    """Write the report of a sweep again from its stored samples, print its summary; returns its
-    page. ValueError for a folder that holds no sweep."""
-    with _stored(folder) as (run, store, results):
-        page = write_report(folder / "report", results, store, run=run)
-    print(summary(results))
-    return page
-
-
-def compare(folders: Sequence[Path], out: Path) -> Path:
-    """Write a comparison of several sweeps, each of another model; returns its page.
-
-    A model is called as its sweep's folder is, or by the folder's path where two are called the
-    same. ValueError for a folder that holds no sweep.
-    """
-    names = [folder.resolve().name for folder in folders]
-    if len(set(names)) < len(names):
-        names = [str(folder) for folder in folders]
-    with ExitStack() as stack:
-        sweeps = [stack.enter_context(_stored(f, n)) for f, n in zip(folders, names, strict=True)]
-        runs, stores, results = zip(*sweeps, strict=True)
-        taken = [training_flops(run["configuration"]["model"]) for run in runs]
-        training = {name: flops for name, flops in zip(names, taken, strict=True) if flops}
-        return write_comparison(
-            out, results, stores, training=training if len(training) == len(names) else None
-        )
-
-
-@contextmanager
-def _stored(
-    folder: Path, name: str | None = None
-) -> Iterator[tuple[dict[str, Any], Store, list[Result]]]:
-    """A sweep's entry in run.json, its store, and what its samples say; name: its model's, where
-    several are compared."""
-    runs = read_run(folder)
-    if "sweep" not in runs:
-        only = "" if name is None else ", and only sweeps are compared"
-        raise ValueError(f"{folder} holds no sweep{only}; its run.json knows {', '.join(runs)}")
-    configuration = runs["sweep"]["configuration"]
-    if lacking := [key for key in ("model", "samples", "seed") if key not in configuration]:
-        raise ValueError(
-            f"the sweep in {folder / 'run.json'} lacks {', '.join(lacking)} of its configuration; "
-            "the same `ponder sweep` again writes it, and samples nothing anew"
-        )
-    shape = runs["sweep"].get("shape")
-    with Store(folder / "sweep" / "samples.sqlite", identity=None) as store:
-        results = evaluate(
-            store,
-            shape=shape and GPTConfig.of(shape),
-            samples=configuration["samples"],
-            seed=configuration["seed"],
-            model=name or configuration["model"],
-        )
-        yield runs["sweep"], store, results

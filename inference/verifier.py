@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..models import KVCache, hub
 from ..models.decoder import Decoder, fits
+from ..models.flops import verifier_flops
 from ..models.verifier import (
     Verifier,
     encode_solutions,
@@ -19,7 +20,6 @@ from ..models.verifier import (
     places_of_steps,
     step_ends,
 )
-from . import cost
 from .chat import THINK, THINK_END
 from .prompts import LENGTH_STEP, round_up
 from .speaker import device, model_hash
@@ -100,7 +100,7 @@ class Scorer:
             end=end if self.reading.end else None,
             last=steps[-1] if told else None,
             least=min(steps) if told else None,
-            flops=cost.verifier_flops(self.shape, len(tokens)),
+            flops=verifier_flops(self.shape, len(tokens)),
             seconds=seconds,
         )
 

@@ -16,8 +16,8 @@ from ._native import in_words, known, threaded_library
 from ._runtime import traced, use_triton
 
 SOURCE = Path(__file__).with_name("cpu.c")
-FUNCTIONS = dict.fromkeys(("rms_norm", "rotary", "gated_mlp", "mlp"), SOURCE)
-FUNCTIONS["attention"] = _attention_cpu.SOURCE
+FUNCTIONS = {"rms_norm": SOURCE, "rotary": SOURCE, "gated_mlp": SOURCE, "mlp": SOURCE}
+FUNCTIONS |= {"attention": _attention_cpu.SOURCE}
 ACTIVATIONS = {"relu": 0, "relu2": 1, "gelu_tanh": 3, "silu": 4}  # as vectors.h counts them
 FROM_OUTPUT = {"relu": 0, "relu2": 8}  # whose slope follows from what they gave
 SHARE = 2**14  # numbers that are worth a thread

@@ -153,6 +153,4 @@ def test_links_between_pages_lead_somewhere():
         for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", prose):
             if "://" in target:
                 continue
-            path = page.parent / target
-            tour = path.with_suffix(".py")  # built from the Python file
-            assert path.exists() or tour.is_file(), f"{page.name} links to {target}"
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"

@@ -4,9 +4,14 @@ import functools
 import os
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..models.memory import GIB
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -81,39 +86,43 @@ def load() -> float:
     return os.getloadavg()[0] / (os.cpu_count() or 1) if hasattr(os, "getloadavg") else 0.0
 
 
+def _least(work: Callable[[], object], seconds: float) -> float:
+    """The fastest in so many seconds: whatever else the machine does only adds."""
+    times, begin = [], time.perf_counter()
+    while len(times) < 3 or time.perf_counter() - begin < seconds:
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def products_on_cpu(dtype: "torch.dtype") -> float:
+    """FLOP/s of products of 1024 × 1024, in half a second. Some CPUs need seconds for one in bf16,
+    and a small one tells it; but beside other programs a small one may take long in any dtype."""
+    import torch
+
+    small, large = (torch.randn(n, n, dtype=dtype, device="cpu") for n in (256, 1024))
+    if dtype == torch.bfloat16:
+        slow = 2 * 256**3 / _least(lambda: small @ small, 0.1)
+        if slow < 2e9:
+            return slow
+    return 2 * 1024**3 / _least(lambda: large @ large, 0.5)
+
+
 @functools.cache
 def this_cpu() -> Device:
-    """This machine without a GPU, measured in seconds: products of 1024 × 1024, and a copy."""
+    """This machine without a GPU, measured in seconds: products and a copy."""
     import torch
 
     from ..provenance import machine
 
-    def least(work, seconds: float) -> float:
-        """The fastest in so many seconds: whatever else the machine does only adds."""
-        times, begin = [], time.perf_counter()
-        while len(times) < 3 or time.perf_counter() - begin < seconds:
-            start = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    def products(dtype: torch.dtype) -> float:
-        """FLOP/s. Some CPUs need seconds for a large product in bf16, and a small one tells it; but
-        beside other programs a small one may take long in any dtype."""
-        small, large = (torch.randn(n, n, dtype=dtype) for n in (256, 1024))
-        if dtype == torch.bfloat16:
-            slow = 2 * 256**3 / least(lambda: small @ small, 0.1)
-            if slow < 2e9:
-                return slow
-        return 2 * 1024**3 / least(lambda: large @ large, 0.5)
-
     peak = {"fp32": 0.0, "bf16": 0.0}
     for _ in range(2):  # a process that has just begun may be slow for a while
         for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-            peak[name] = max(peak[name], products(dtype))
-    x = torch.empty(2**24)
+            peak[name] = max(peak[name], products_on_cpu(dtype))
+    x = torch.empty(2**24, dtype=torch.float32, device="cpu")
     y = torch.empty_like(x)
-    bandwidth = 2 * 4 * len(x) / least(lambda: y.copy_(x), 0.5)
+    bandwidth = 2 * 4 * len(x) / _least(lambda: y.copy_(x), 0.5)
     facts = machine()
     return Device(
         name=f"{facts['processor']}, {facts['cores']} cores",

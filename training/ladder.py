@@ -250,10 +250,10 @@ def scale(config: ScaleConfig) -> Path:
     main = process_state().is_main_process
     plan = [rung_config(config, size, count) for size in config.sizes for count in config.tokens]
     plan.sort(key=lambda c: _parameters(c) * c.steps)
-    last = None
+    last, longest = None, max(plan, key=lambda c: c.steps)
     if config.held_out:
         last = rung_config(config, config.held_out, config.held_out_tokens)
-    longest = max([*plan, *([last] if last else [])], key=lambda c: c.steps)
+        longest = max(longest, last, key=lambda c: c.steps)
     if config.data != "stdlib":  # a mistake in it is told before the folder is taken
         _say_passes(longest, main)
     main_alone(begin)

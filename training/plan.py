@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from ..models.flops import decode_flops, prefill_flops
 from ..models.gpt import GPTConfig
 from ..models.memory import (
     BYTES,
@@ -444,17 +445,13 @@ def _plan_sweep(config: PlanConfig, shape: GPTConfig, hardware: Device) -> Plan:
     position = 2 * shape.n_layer * shape.n_kv_head * shape.head_dim * a
     cache = position * (slots * new / 2 + prompt * slots / min(each, slots))
     reads = (a * parameter_count(shape) + cache) / stream
-    # A token's attention, over the positions that it sees on average.
-    attention = 4 * shape.n_layer * shape.n_head * shape.head_dim * (prompt + new / 2)
-    flops = slots * (shape.flops_per_token(1) + attention)
+    flops = slots * decode_flops(shape, prompt, new) / new
     rate = hardware.peak[config.precision] * hardware.matrix_efficiency
     rate *= 1 if hardware.gpu else CPU_SAMPLING
     steps = rounds * new
     # A GPU reads while it computes; a CPU's threads do one and then the other.
     step = max(reads, flops / rate) if hardware.gpu else reads + flops / rate
-    # A prompt is read once for all its samples, and asks for the head at its end alone.
-    head = 2 * shape.n_embd * shape.vocab_size
-    read = samples / each * (prompt * (shape.flops_per_token(prompt) - head) + head)
+    read = samples / each * prefill_flops(shape, prompt)  # once for all samples of a prompt
     return Plan(
         config,
         shape,

@@ -9,7 +9,7 @@ from ponder.inference.evaluation import evaluate
 from ponder.inference.figures import draw_models
 from ponder.inference.page import visible
 
-from .test_cost import SMALL
+from ..models.test_flops import SMALL
 from .test_report import HOSTILE, Page
 from .test_strategies import make_store
 

@@ -13,8 +13,8 @@ from ponder.models import hub
 from ponder.training import preset
 from ponder.training.loop import train
 
+from ..models.test_flops import SMALL
 from .test_comparison import two_models
-from .test_cost import SMALL
 from .test_report import Page
 from .test_strategies import make_store
 

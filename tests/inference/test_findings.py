@@ -6,15 +6,15 @@ import sqlite3
 import numpy as np
 import pytest
 
-from ponder.inference import cost
 from ponder.inference.browser import problem_groups
 from ponder.inference.curves import Curves
 from ponder.inference.evaluation import evaluate
 from ponder.inference.findings import control_rows, coverage_rows, outcome_shares, policies, ways
 from ponder.inference.report import write_report
 from ponder.inference.stats import guess_coverage
+from ponder.models.flops import prefill_flops
 
-from .test_cost import SMALL
+from ..models.test_flops import SMALL
 from .test_report import make_store as make_run
 from .test_strategies import make_store
 
@@ -101,7 +101,7 @@ def test_policies_are_over_what_competes(tmp_path):
     assert last.accuracy.mean == 1
     chosen = [(found.ways[w].strategy, found.ways[w].think_budget) for w in last.choice]
     assert chosen == [("greedy", 2)] * 2 + [("greedy", 8)] * 2
-    dear = np.mean([cost.prefill_flops(SMALL, 10 + i) for i in range(20)])
+    dear = np.mean([prefill_flops(SMALL, 10 + i) for i in range(20)])
     assert dear < last.cost < found.overall[-1].cost
     assert found.overall[-1].accuracy.mean == 1
     assert found.table[0].choice != found.table[-1].choice == last.choice

@@ -24,10 +24,11 @@ from ponder.inference import Unfinished, remote
 from ponder.inference import server as server_module
 from ponder.inference.config import GenerateConfig, ServerOptions, SweepConfig
 from ponder.inference.engine import SamplingParams
+from ponder.inference.redraw import redraw
 from ponder.inference.remote import RemoteSpeaker
 from ponder.inference.shell import generate
 from ponder.inference.speaker import Ask
-from ponder.inference.sweep import redraw, sweep
+from ponder.inference.sweep import sweep
 
 from .mock_server import TOKENIZER, MockServer, continuation
 

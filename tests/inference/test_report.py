@@ -23,7 +23,7 @@ from ponder.inference.report import COLUMNS, csv_text, write_report
 from ponder.inference.store import Key, Record, Store, StoredProblem
 from ponder.inference.strategies import STRATEGIES
 
-from .test_cost import SMALL
+from ..models.test_flops import SMALL
 from .test_strategies import make_store as store_of_answers
 
 HOSTILE = [

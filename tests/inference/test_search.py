@@ -6,7 +6,6 @@ from itertools import product
 import numpy as np
 import pytest
 
-from ponder.inference import cost
 from ponder.inference.engine import LocalEngine, Sample, SamplingParams
 from ponder.inference.search import (
     SEARCHES,
@@ -20,8 +19,9 @@ from ponder.inference.search import (
     run,
     stream,
 )
+from ponder.models.flops import decode_flops, prefill_flops
 
-from .test_cost import SMALL
+from ..models.test_flops import SMALL
 from .test_engine import Mock, random_table
 
 EOS, THINK_END, DEPTH = 99, 98, 3
@@ -204,9 +204,9 @@ def test_costs_count_what_is_read_again():
     assert found.read == (n, n + 1, n + 2) and found.prompt_tokens == 3 * n + 3
     assert found.drawn == ((n, 1), (n, 1), (n + 1, 1), (n + 1, 1), (n + 2, 2), (n + 2, 2))
     assert found.judged == (n + 1, n + 1, n + 2, n + 2, n + 4, n + 4)
-    by_hand = sum(cost.prefill_flops(SMALL, length) for length in (n, n + 1, n + 2))
+    by_hand = sum(prefill_flops(SMALL, length) for length in (n, n + 1, n + 2))
     # A sample's last token is not fed; of the last step's two the first is.
-    assert found.flops(SMALL) == by_hand + 2 * cost.decode_flops(SMALL, n + 2, 1)
+    assert found.flops(SMALL) == by_hand + 2 * decode_flops(SMALL, n + 2, 1)
 
 
 def test_a_line_that_is_asked_twice_is_read_once():

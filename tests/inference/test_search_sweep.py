@@ -22,13 +22,14 @@ from ponder.inference.curves import Curves
 from ponder.inference.engine import SamplingParams
 from ponder.inference.evaluation import evaluate
 from ponder.inference.findings import search_rows
+from ponder.inference.redraw import redraw
 from ponder.inference.report import csv_text
 from ponder.inference.search_sweep import Judging, Searches
 from ponder.inference.search_table import Line, Searched
 from ponder.inference.speaker import open_speaker
 from ponder.inference.store import Store
 from ponder.inference.strategies import Outcome
-from ponder.inference.sweep import redraw, sweep
+from ponder.inference.sweep import sweep
 from ponder.tasks.last_digit import LastDigit
 
 SEARCHES = ("beam", "dvts", "rebase", "mcts", "revise")
@@ -102,10 +103,11 @@ def test_rows_stand_beside_those_of_samples(swept):
 def no_report(monkeypatch):
     """Figures take seconds; `results` is what they would have been drawn of."""
     drawn = []
-    monkeypatch.setattr(
-        "ponder.inference.sweep.write_report",
-        lambda folder, results, store, run: drawn.append(results),
-    )
+    for module in ("sweep", "redraw"):
+        monkeypatch.setattr(
+            f"ponder.inference.{module}.write_report",
+            lambda folder, results, store, run: drawn.append(results),
+        )
     return drawn
 
 

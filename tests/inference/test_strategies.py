@@ -3,12 +3,12 @@ from math import comb, isnan
 import numpy as np
 import pytest
 
-from ponder.inference import cost
 from ponder.inference.evaluation import evaluate, paired_difference
 from ponder.inference.store import Key, Record, Store, StoredProblem
 from ponder.inference.strategies import STRATEGIES, Choice, evenly
+from ponder.models.flops import decode_flops, prefill_flops
 
-from .test_cost import SMALL
+from ..models.test_flops import SMALL
 
 COLD, HOT = "temperature=0.0", "temperature=1.0"
 
@@ -74,8 +74,8 @@ def test_scores_and_costs_of_the_plain_strategies(tmp_path):
     assert vote.seconds_per_problem == 1.0 and vote.drawn == 2
     expected = np.mean(
         [
-            cost.prefill_flops(shape, p)
-            + 2 * np.mean([cost.decode_flops(shape, p, n) for n in mean_new])  # n + 1 - 1 fed
+            prefill_flops(shape, p)
+            + 2 * np.mean([decode_flops(shape, p, n) for n in mean_new])  # n + 1 - 1 fed
             for p in (10, 11, 12)
         ]
     )
@@ -109,7 +109,7 @@ def test_stopping_pays_for_what_it_drew(tmp_path):
     # One text of probability 0.61 leaves too little for any other answer.
     assert rows["certain-mode", 6].drawn == pytest.approx(1)
     flops = [rows[n, 6].flops_per_problem for n in ("self-consistency", "early-stopping")]
-    prompt = cost.prefill_flops(SMALL, 10)
+    prompt = prefill_flops(SMALL, 10)
     assert (flops[1] - prompt) / (flops[0] - prompt) == pytest.approx(4 / 6)
 
 

@@ -23,7 +23,8 @@ from ponder import tasks
 from ponder.inference import Unfinished
 from ponder.inference.config import SearchOptions, SweepConfig, growing, grown
 from ponder.inference.local import LocalSpeaker
-from ponder.inference.sweep import _keep, own_budgets, redraw, sweep
+from ponder.inference.redraw import redraw
+from ponder.inference.sweep import _keep, own_budgets, sweep
 from ponder.models import hub
 from ponder.provenance import alone_in
 from ponder.tasks.last_digit import LastDigit

@@ -15,19 +15,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ponder import tasks
 from ponder.inference import scores
 from ponder.inference.config import SweepConfig
-from ponder.inference.cost import verifier_flops
 from ponder.inference.evaluation import evaluate
 from ponder.inference.local import LocalSpeaker
+from ponder.inference.redraw import redraw
 from ponder.inference.scores import Scores, score, scores_of
 from ponder.inference.strategies import STRATEGIES, spend
-from ponder.inference.sweep import redraw, sweep
+from ponder.inference.sweep import sweep
 from ponder.inference.verifier import Scorer, open_verifier
 from ponder.models import GPTConfig, hub
+from ponder.models.flops import verifier_flops
 from ponder.models.verifier import Reading, save_verifier
 from ponder.training.tokenizer import character_tokenizer
 
+from ..models.test_flops import SMALL, counted, masked_away
 from ..models.test_verifier import random_verifier
-from .test_cost import SMALL, counted, masked_away
 from .test_strategies import HOT, by_name, make_store
 
 WORDS = character_tokenizer("0123456789;=ab")

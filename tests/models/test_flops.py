@@ -6,8 +6,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ponder.inference.cost import decode_flops, prefill_flops, sample_flops
 from ponder.models import GPTConfig
+from ponder.models.flops import decode_flops, prefill_flops, sample_flops
 
 SMALL = GPTConfig(
     vocab_size=33, n_layer=3, n_head=4, n_kv_head=2, head_dim=16, n_embd=48, n_inner=80

@@ -14,7 +14,7 @@ Token counts are ints or integer arrays; sums over positions are exact.
 
 from typing import Any, TypeAlias
 
-from ..models import GPTConfig
+from .gpt import GPTConfig
 
 Count: TypeAlias = Any  # an int or an integer array
 
