@@ -17,7 +17,7 @@ from ._runtime import traced, use_triton
 
 SOURCE = Path(__file__).with_name("cpu.c")
 FUNCTIONS = {"rms_norm": SOURCE, "rotary": SOURCE, "attention": _attention_cpu.SOURCE}
-PARTS = "gated_mlp", "mlp"  # of which the activations are here
+MLPS = "gated_mlp", "mlp"  # of which the activations are here
 ACTIVATIONS = {"relu": 0, "relu2": 1, "gelu_tanh": 3, "silu": 4}  # as vectors.h counts them
 FROM_OUTPUT = {"relu": 0, "relu2": 8}  # whose slope follows from what they gave
 SHARE = 2**14  # numbers that are worth a thread
@@ -60,11 +60,11 @@ class _Rotation(ctypes.Structure):
 
 def path(name: str) -> str:
     """What calls of a function of `kernels` take on this machine, and why, in words."""
-    source = SOURCE if name in PARTS else FUNCTIONS.get(name)
+    source = SOURCE if name in MLPS else FUNCTIONS.get(name)
     on_a_cpu = not torch.cuda.is_available() and not use_triton(torch.empty(0, device="cpu"))
     if source is None or not on_a_cpu or not threaded_library(source):
         return _runtime.path()
-    return f"PyTorch's products, activations {in_words()}" if name in PARTS else in_words()
+    return f"PyTorch's products, activations {in_words()}" if name in MLPS else in_words()
 
 
 def takes(*tensors: Tensor | None) -> bool:
