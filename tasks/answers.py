@@ -5,7 +5,7 @@ import re
 import threading
 from fractions import Fraction
 
-from . import final_text
+from .task import final_text
 
 # A sign, but no hyphen between numbers; thousands' commas; a fraction, a mixed number, a power of
 # ten. What stands behind ^ is an exponent.

@@ -17,7 +17,7 @@ from itertools import combinations_with_replacement
 from math import prod
 from typing import Literal, NamedTuple
 
-from . import Problem, WorkedTask, check_range, final_text
+from .task import Problem, WorkedTask, check_range, final_text
 
 State = tuple[int, ...]  # the numbers in hand, ascending
 _TOKEN = re.compile(r"[ \t\r\n]*([1-9][0-9]{0,8}|[-+*/()])")  # 9 digits: more is out of reach

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from . import PATIENCE, Problem, TooFew, check_ask, final_text, split_of
+from .task import PATIENCE, Problem, TooFew, check_ask, final_text, split_of
 
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 ENDLESS = 1 << 30  # entries are made when they are asked for

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
 
-from . import Problem, WorkedTask, check_range, final_text
+from .task import Problem, WorkedTask, check_range, final_text
 
 DIGITS = "0123456789"
 # Multiplying by 3, 7 or 9 permutes the digits, as adding and subtracting do, so every chain's

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Literal
 
-from . import Problem, WorkedTask, check_range, final_text
+from .task import Problem, WorkedTask, check_range, final_text
 
 
 def _reversed(number: int) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import permutations, product
 from operator import itemgetter
 
-from . import Problem, WorkedTask, check_range, final_text
+from .task import Problem, WorkedTask, check_range, final_text
 
 LETTERS = "abcde"
 _PERMUTATIONS = ["".join(digits) for digits in permutations("12345")]

@@ -14,7 +14,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from . import Problem, TooFew, answers, check_ask, check_budget, split_of
+from . import answers
+from .task import Problem, TooFew, check_ask, check_budget, split_of
 
 FORMATS = (".jsonl", ".json", ".parquet")
 CALCULATOR = re.compile(r"<<[^<>]*>>")

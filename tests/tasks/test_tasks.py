@@ -56,7 +56,7 @@ def test_splits_cover_a_small_space_without_overlap(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_held_out_split_can_be_used_up(name, monkeypatch):
-    monkeypatch.setattr(tasks, "PATIENCE", 2_000)
+    monkeypatch.setattr("ponder.tasks.task.PATIENCE", 2_000)
     task = tasks.get(name, **SMALL[name][0])
     train = {task.prompt(statement) for statement in task.every()}
     space = len(train)
@@ -75,7 +75,7 @@ def test_a_held_out_split_can_be_used_up(name, monkeypatch):
 
 
 def test_at_most_gives_all_that_a_split_holds(monkeypatch):
-    monkeypatch.setattr(tasks, "PATIENCE", 200)
+    monkeypatch.setattr("ponder.tasks.task.PATIENCE", 200)
     task = tasks.get("multiply", digits=(2, 2))
     held = sum(tasks.split_of(task.key(s)) == "val" for s in task.every())
     given = tasks.at_most(task, "val", 1024, 3)

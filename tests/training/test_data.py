@@ -300,7 +300,7 @@ def test_retries_keep_to_the_context_and_to_tasks_that_know_some(tmp_path, monke
 def test_a_task_that_holds_out_few_problems_is_validated_on_them(tmp_path, monkeypatch):
     """369 of two digits: it used to end, after the last step, for want of 1,024."""
     config = preset("tiny", data="task:multiply:digits=2-2", out=tmp_path)
-    monkeypatch.setattr(tasks, "PATIENCE", 200)
+    monkeypatch.setattr("ponder.tasks.task.PATIENCE", 200)
     batches = [*load_data(config).validation()]
     assert sum(len(batch.tokens) for batch in batches) == 369
     assert all((batch.targets != IGNORE).any(1).all() for batch in batches)
