@@ -84,7 +84,7 @@ plt.show()
 # %% [markdown]
 # Greedy decoding takes the most probable token each time, a sample draws one by its probability.
 # Longer thinking pays most here, as each step of the chain needs the one before it. Samples pay
-# once a single one is right often enough: then the vote turns 85 % into 99.8 %. (Greedy decoding is
+# once a single one is right often enough: then the vote turns 88 % into 100 %. (Greedy decoding is
 # there too, for a sixth of the compute. [Other tasks](../inference_time_compute.md) say when a vote
 # gains on it.)
 #
