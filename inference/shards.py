@@ -140,9 +140,11 @@ def merge(folder: Path, store: Store) -> None:
     """Move the samples of every shard's store in the folder into `store`.
 
     A shard's file goes when its samples are safely in; those of a run that was killed, by however
-    many processes, are merged when it goes on.
+    many processes, are merged when it goes on. Other files, as a user's copy, are left alone.
     """
     for path in sorted(folder.glob("samples-*.sqlite")):
+        if not path.stem.removeprefix("samples-").isdecimal():
+            continue
         store.merge(path)
         for name in (path.name, f"{path.name}-wal", f"{path.name}-shm"):
             (folder / name).unlink(missing_ok=True)
