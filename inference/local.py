@@ -26,18 +26,8 @@ from .chat import (
     thoughtful,
 )
 from .engine import LocalEngine, Request, Sample, SamplingParams
-from .speaker import (
-    DTYPE,
-    Ask,
-    Completion,
-    Watch,
-    device,
-    halved,
-    local_folder,
-    model_hash,
-    out_of_memory,
-    room,
-)
+from .machine import device, halved, local_folder, model_hash, out_of_memory
+from .speaker import DTYPE, Ask, Completion, Watch, room
 
 
 class LocalSpeaker:

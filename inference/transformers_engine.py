@@ -33,18 +33,8 @@ from .chat import (
 )
 from .engine import stream_key
 from .forcing import NEVER, Forcing
-from .speaker import (
-    DTYPE,
-    Ask,
-    Completion,
-    Watch,
-    device,
-    halved,
-    local_folder,
-    model_hash,
-    out_of_memory,
-    room,
-)
+from .machine import device, halved, local_folder, model_hash, out_of_memory
+from .speaker import DTYPE, Ask, Completion, Watch, room
 
 
 class TransformersSpeaker:

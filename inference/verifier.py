@@ -21,8 +21,8 @@ from ..models.verifier import (
     step_ends,
 )
 from .chat import THINK, THINK_END
+from .machine import device, model_hash
 from .prompts import LENGTH_STEP, round_up
-from .speaker import device, model_hash
 
 if TYPE_CHECKING:
     from .search import Judge

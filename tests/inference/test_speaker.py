@@ -10,8 +10,9 @@ from tokenizers.processors import TemplateProcessing
 from ponder import tasks
 from ponder.inference.engine import LocalEngine, SamplingParams
 from ponder.inference.local import LocalSpeaker
+from ponder.inference.machine import out_of_memory
 from ponder.inference.slots import Slots
-from ponder.inference.speaker import Ask, out_of_memory
+from ponder.inference.speaker import Ask
 from ponder.training.tokenizer import character_tokenizer
 
 from .conftest import save_random

@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, decoders, models
 from ponder.inference.config import SweepConfig
 from ponder.inference.engine import SamplingParams
 from ponder.inference.local import LocalSpeaker
-from ponder.inference.speaker import Ask, model_hash
+from ponder.inference.machine import model_hash
+from ponder.inference.speaker import Ask
 from ponder.inference.sweep import sweep
 from ponder.inference.transformers_engine import TransformersSpeaker
 from ponder.training.tokenizer import character_tokenizer

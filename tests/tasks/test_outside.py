@@ -99,7 +99,8 @@ def test_a_file_may_hold_line_separators_of_unicode(tmp_path):
 
 
 def test_parquet(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow comes with datasets")
+    pytest.importorskip("pyarrow", reason="pyarrow comes with datasets")
+    import pyarrow
     import pyarrow.parquet
 
     pyarrow.parquet.write_table(
