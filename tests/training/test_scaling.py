@@ -124,7 +124,7 @@ def test_an_irreducible_loss_of_0_is_not_given_as_a_bare_number():
 
 
 def test_a_constant_known_to_a_factor_of_ten_is_not_given_as_a_number():
-    """The committed ladder: β is known to a third or so, and B = b · D^β to a factor of sixty."""
+    """The committed ladder: β is known to a fifth or so, and B = b · D^β to a factor of twenty."""
     table = Path(ponder.__file__).parent / "docs/results/scaling_cpu/runs.csv"
     runs = [r for r in csv.DictReader(table.open()) if r["held_out"] == "False"]
     columns = [[float(r[c]) for r in runs] for c in ("parameters", "tokens", "val_loss")]
