@@ -97,7 +97,8 @@ def pareto(
     cost: Sequence[float] | np.ndarray, value: Sequence[float] | np.ndarray, *, slack: float = 0.0
 ) -> np.ndarray:
     """Which points no other one beats: by more value at no more cost, or less cost at no less
-    value. A cost that is higher by the share `slack` still counts as no more, where value is won.
+    value. A cost that is higher by the share `slack` still counts as no more, where value is won
+    by a point that itself stays.
 
     cost, value (M,); returns (M,) bool, False where either is NaN.
     """

@@ -319,7 +319,7 @@ def _train_rung(config: TrainConfig, *, held_out: bool = False) -> "Rung":
     if failed.exists():
         return replace(rung, status="diverged")
     row, shape = _last_row(config), load_config(config.out)
-    if row["val_loss"] > KNOWS_NOTHING * math.log(shape.vocab_size):
+    if not row["val_loss"] < KNOWS_NOTHING * math.log(shape.vocab_size):  # NaN too
         return replace(rung, status="diverged", val_loss=row["val_loss"])
     return replace(
         rung,

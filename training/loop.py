@@ -527,7 +527,7 @@ class _Run:
             self._sample()
         if self.step == self.config.steps and not self.config.verifier:
             guessing = math.log(self.shape.vocab_size)
-            if row["val_loss"] > KNOWS_NOTHING * guessing:
+            if not row["val_loss"] < KNOWS_NOTHING * guessing:  # NaN too
                 self.view.say(
                     f"warning: the validation loss, {row['val_loss']:.4g}, is not below that of "
                     f"guessing, ln {self.shape.vocab_size} = {guessing:.4g}: the training diverged "
