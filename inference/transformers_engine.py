@@ -58,6 +58,8 @@ class TransformersSpeaker:
     ):
         from transformers import AutoModelForCausalLM
 
+        from ..models.auto import CACHE
+
         self.device, self.slots = device(), slots
         if precision == "auto":
             precision = "fp32" if self.device == "cpu" else "bf16"
@@ -79,6 +81,7 @@ class TransformersSpeaker:
             check_text(cue, "cue")
             self.cue = tuple(self.chat.tokenizer.encode(cue, add_special_tokens=False))
             check_cue(cue, self.cue, self.ends.tolist(), self.think_end)
+        self._cache = CACHE
         self._keeps_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         self.shape = known_shape(path)
         self.identity = {
@@ -185,8 +188,8 @@ class TransformersSpeaker:
                 screen.show(columns, count)
             if done.all():
                 break
-            out = self.model(input_ids=token[:, None], past_key_values=cache, use_cache=True)
-            logits, cache = out.logits[:, -1], out.past_key_values
+            out = self.model(input_ids=token[:, None], use_cache=True, **{self._cache: cache})
+            logits, cache = out.logits[:, -1], out[self._cache]
 
         drawn = torch.stack(columns, 1)[: len(asks)].tolist()
         seconds = (time.perf_counter() - start) / len(asks)
@@ -203,14 +206,14 @@ class TransformersSpeaker:
         tokens = torch.tensor([prompt], device=self.device)
         last = {"logits_to_keep": 1} if self._keeps_logits else {}
         out = self.model(input_ids=tokens, use_cache=True, **last)
-        cache = out.past_key_values
+        cache = out.get(self._cache)
         if cache is None:
             raise ValueError(
                 f"the model of {self.chat.path} keeps no cache; samples of it cannot be drawn"
             )
         if not hasattr(cache, "batch_repeat_interleave"):
             out = self.model(input_ids=tokens.expand(rows, -1), use_cache=True, **last)
-            return out.logits[:, -1], out.past_key_values
+            return out.logits[:, -1], out[self._cache]
         cache.batch_repeat_interleave(rows)
         return out.logits[:, -1].repeat(rows, 1), cache
 

@@ -1,5 +1,7 @@
 """GPT behind Transformers' Auto classes, for model_type "ponder" (see `hub.register`)."""
 
+from dataclasses import fields
+
 import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
@@ -10,6 +12,10 @@ from .cache import KVCache, LayerCache
 from .config_json import from_fields
 from .gpt import GPT
 from .layers import Rotary
+
+# What a model's cache is called in its calls and answers: Transformers 5.24 renamed it.
+_NAMES = {field.name for field in fields(CausalLMOutputWithPast)}
+CACHE = "cache" if "cache" in _NAMES else "past_key_values"
 
 
 class PonderConfig(PretrainedConfig):
@@ -83,23 +89,27 @@ class PonderForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         return_dict: bool = True,
+        *,
+        cache: DynamicCache | None = None,
     ) -> CausalLMOutputWithPast:
         """input_ids (B, T) → logits (B, T, V); the last `logits_to_keep` of them where given.
 
         position_ids are those of unpadded rows: 0, 1, … after what the cache holds; use_cache
-        begins a cache where none is given. Raises ValueError for an attention_mask with zeros, for
+        begins a cache where none is given; it is `cache` or, before Transformers 5.24,
+        `past_key_values`. Raises ValueError for an attention_mask with zeros, for
         more tokens than the context, and for a cache that gives more keys than there are tokens.
         """
         if attention_mask is not None and not attention_mask.all():
             raise ValueError("attention_mask has zeros; a ponder model takes rows of equal length")
-        c, cache, length = self.model.config, None, input_ids.shape[1]
-        if past_key_values is None and use_cache:
-            past_key_values = DynamicCache()
-        if past_key_values is not None:
-            cache = _Past(past_key_values, input_ids, c.n_layer)
-            length += past_key_values.get_seq_length()
+        c, past, length = self.model.config, None, input_ids.shape[1]
+        cache = past_key_values if cache is None else cache
+        if cache is None and use_cache:
+            cache = DynamicCache()
+        if cache is not None:
+            past = _Past(cache, input_ids, c.n_layer)
+            length += past.length
         if length > c.context:
             raise ValueError(f"{length} tokens are more than the model's context of {c.context}")
-        hidden = self.model.hidden(input_ids, cache)
+        hidden = self.model.hidden(input_ids, past)
         logits = self.lm_head(hidden[:, -logits_to_keep:]).float()
-        return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+        return CausalLMOutputWithPast(logits=logits, **{CACHE: cache})

@@ -16,7 +16,7 @@ import types
 import weakref
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -370,11 +370,10 @@ def _fused(theirs: Callable) -> Callable:
         )
         if count is not None:
             loss = loss / (count.to(loss.device) if isinstance(count, Tensor) else count)
-        kept = ["past_key_values", "hidden_states", "attentions"]
         kind = outputs.CausalLMOutputWithPast
         if hasattr(out, "cross_attentions"):  # GPT-2's
-            kept, kind = [*kept, "cross_attentions"], outputs.CausalLMOutputWithCrossAttentions
-        return kind(loss=loss, **{name: getattr(out, name) for name in kept})
+            kind = outputs.CausalLMOutputWithCrossAttentions
+        return kind(loss=loss, **{f.name: getattr(out, f.name) for f in fields(kind)[2:]})
 
     return forward
 

@@ -18,6 +18,7 @@ from ponder.inference.machine import model_hash
 from ponder.inference.speaker import Ask
 from ponder.inference.sweep import sweep
 from ponder.inference.transformers_engine import TransformersSpeaker
+from ponder.models.auto import CACHE
 from ponder.training.tokenizer import character_tokenizer
 
 from .conftest import save_random
@@ -72,7 +73,7 @@ def test_a_model_that_only_ponder_has_is_sampled_alike(tmp_path):
 
     forward = theirs.model.forward
     theirs.model.forward = lambda *args, **options: replace(
-        forward(*args, **options), past_key_values=None
+        forward(*args, **options), **{CACHE: None}
     )
     with pytest.raises(ValueError, match="keeps no cache; samples of it cannot be drawn"):
         list(theirs.generate(drawn))
