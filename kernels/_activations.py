@@ -5,11 +5,10 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from . import _cpu
-from ._runtime import jit, tl
+from ._runtime import jit, only_once, tl
 
 
 def _relu2(x: Tensor) -> Tensor:
@@ -42,7 +41,7 @@ class _HiddenInC(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @only_once
     def backward(ctx, dy):  # pyright: ignore[reportIncompatibleMethodOverride]
         gate, up = ctx.saved_tensors
         return *_cpu.hidden_backward(dy.contiguous(), gate, up, ctx.activation), None

@@ -21,7 +21,6 @@ from torch._C._functorch import TransformType
 from torch._compile import _disable_dynamo
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch._library.autograd import make_autograd_impl
-from torch.autograd.function import once_differentiable
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -150,6 +149,25 @@ def _refuse_forward_mode(name: str) -> None:
             raise NotImplementedError(f"{name} has no forward-mode derivative (torch.func.jvp)")
 
 
+def only_once(backward: Callable) -> Callable:
+    """A decorator of backward passes: RuntimeError where they are to be differentiated again.
+
+    Not PyTorch's `once_differentiable`, whose error hangs on the incoming gradients: no path leads
+    from it to the inputs, so that `torch.autograd.grad` never meets it, and drops the term.
+    """
+
+    @functools.wraps(backward)
+    def run(ctx, *gradients):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "ponder's kernels have no second derivative, which create_graph=True asks for; "
+                "take PyTorch's own operations there"
+            )
+        return backward(ctx, *gradients)
+
+    return run
+
+
 _libraries: dict[str, torch.library.Library] = {}  # an op is there as long as its library
 
 
@@ -202,6 +220,7 @@ class Operation:
         self, backward: Callable, *, setup_context: Callable, twice: bool = False
     ) -> None:
         """As custom_op's; twice: the backward itself consists of operations with gradients."""
+        backward = backward if twice else only_once(backward)
         self._backward_fn, self._setup_context_fn = backward, setup_context
 
         # Not a setup_context of its own: PyTorch then binds the arguments anew, for 15 µs a call.
@@ -210,8 +229,6 @@ class Operation:
             setup_context(ctx, args, output)
             return output
 
-        if not twice:  # a second derivative would silently be dropped
-            backward = once_differentiable(backward)
         members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         self.apply = type(self.launch.__name__, (torch.autograd.Function,), members).apply
 

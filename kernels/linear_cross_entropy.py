@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ._runtime import (
     TRITON_TYPE,
@@ -371,7 +370,6 @@ def _setup_losses(ctx, inputs, output):
     ctx.rest = inputs[4:]
 
 
-@once_differentiable
 def _backward_losses(ctx, upstream):
     x, weight, bias, targets = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
@@ -396,7 +394,6 @@ def _setup_total(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-@once_differentiable
 def _backward_total(ctx, upstream, *_):
     """The gradients of the sum, times the upstream gradient; they are kept as they were."""
     scaled: list[Tensor | None] = [None] * 3

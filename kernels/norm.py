@@ -16,7 +16,6 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import _cpu
 from ._runtime import (
@@ -26,6 +25,7 @@ from ._runtime import (
     check_dtype,
     jit,
     next_power_of_2,
+    only_once,
     operation,
     tl,
     traced,
@@ -357,7 +357,7 @@ class _RMSNormInC(torch.autograd.Function):
         return (y, h) if ctx.has_residual else y
 
     @staticmethod
-    @once_differentiable
+    @only_once
     def backward(ctx, dy, dh=None):  # pyright: ignore[reportIncompatibleMethodOverride]
         h, weight, rstd = ctx.saved_tensors
         dy = torch.zeros_like(h, dtype=ctx.dtype) if dy is None else dy.contiguous()
@@ -381,7 +381,7 @@ class _RMSNormOnCpu(torch.autograd.Function):
         return (h * rstd).mul_(weight).to(x.dtype)
 
     @staticmethod
-    @once_differentiable
+    @only_once
     def backward(ctx, dy):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, rstd = ctx.saved_tensors
         h, dy = x.to(rstd.dtype), dy.to(rstd.dtype)

@@ -182,8 +182,13 @@ class KVCache:
 
     def views(self, positions: Tensor | None, count: int) -> list[LayerCache]:
         """Each layer's part in a pass of `count` tokens at `positions` (B, T); None: an empty
-        cache's first ones."""
-        index = None
+        cache's first ones. ValueError where they have no room (rows that are not empty are looked
+        at on a CPU alone, where it costs nothing)."""
+        index, last = None, count
+        if positions is not None and self.lengths.is_cpu and len(self.lengths):
+            last += int(self.lengths.max())
+        if last > self.capacity:
+            raise ValueError(f"the cache has room for {self.capacity} tokens a row, not for {last}")
         if positions is not None:
             own = self.lengths[:, None] + torch.arange(count, device=positions.device)
             heads = torch.arange(self.keys[0, :, :, 0, 0].numel(), device=positions.device)

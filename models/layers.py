@@ -163,16 +163,19 @@ class Rotary(nn.Module):
         self.cos, self.sin = angle.cos().float().to(device), angle.sin().float().to(device)
 
     def _apply(self, fn, recurse=True):
-        """As nn.Module's, but `model.to(torch.bfloat16)` leaves the tables fp32."""
+        """As nn.Module's, but `model.to(torch.bfloat16)` leaves the tables fp32, and `to_empty`,
+        which a model of the meta device is given memory by, computes them: no checkpoint does."""
         tables = self.cos, self.sin
         super()._apply(fn, recurse)
-        if self.cos.dtype != torch.float32:
+        if tables[0].is_meta and not self.cos.is_meta:
+            self.reset()
+        elif self.cos.dtype != torch.float32:
             self.cos, self.sin = (table.to(self.cos.device) for table in tables)
         return self
 
     def forward(self, positions: Tensor | int) -> tuple[Tensor, Tensor]:
         """The rows of `positions` (B, T), or of the first so many positions."""
-        index = slice(positions) if isinstance(positions, int) else positions
+        index = positions if isinstance(positions, Tensor) else slice(positions)
         return self.cos[index], self.sin[index]
 
 

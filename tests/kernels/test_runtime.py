@@ -42,9 +42,14 @@ def test_a_tracer_sees_the_op_and_eager_calls_do_without(device, monkeypatch):
 def test_a_second_derivative_is_refused(device):
     x = torch.randn(3, 16, device=device, requires_grad=True)
     weight = torch.randn(16, device=device)
-    (first,) = torch.autograd.grad(rms_norm(x, weight).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable|differentiate twice"):
-        first.sum().backward()
+    y = rms_norm(x, weight)
+    for loss in (
+        y.square().sum(),
+        y.sum(),
+    ):  # the gradient of y is one to be differentiated, or not
+        with pytest.raises(RuntimeError, match="no second derivative, which create_graph=True"):
+            torch.autograd.grad(loss, x, create_graph=True, retain_graph=True)
+    torch.autograd.grad(y.sum(), x)
 
 
 def _calls_with_one_argument_elsewhere():
@@ -89,11 +94,8 @@ def test_a_tensor_on_another_device_is_named(fn, args, options, place, name, dev
 def test_nor_where_the_calls_are_traced(device):
     x = torch.randn(3, 16, device=device, requires_grad=True)
     weight = torch.randn(16, device=device)
-    with Seen() as seen:
-        (first,) = torch.autograd.grad(rms_norm(x, weight).square().sum(), x, create_graph=True)
-        assert "ponder.norm_backward.default" in seen.names
-        with pytest.raises(RuntimeError, match="no autograd formula was registered"):
-            first.sum().backward()
+    with Seen(), pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(rms_norm(x, weight).sum(), x, create_graph=True)
 
 
 def test_a_forward_mode_derivative_is_refused(device):

@@ -226,6 +226,27 @@ def test_gradients_are_not_for_a_cache():
         GPT(TINY).hidden(torch.zeros(1, 4, dtype=torch.long), KVCache(TINY, 1, 8))
 
 
+@torch.no_grad()
+def test_a_cache_is_not_written_past_its_end():
+    model, cache = GPT(TINY), KVCache(TINY, 2, 8)
+    full = "the cache has room for 8 tokens a row, not for 9"
+    with pytest.raises(ValueError, match=full):
+        model.hidden(torch.zeros(2, 9, dtype=torch.long), cache)
+    model.hidden(torch.zeros(2, 8, dtype=torch.long), cache)
+    cache.lengths.copy_(torch.tensor([8, 3]))
+    with pytest.raises(ValueError, match=full):  # its keys would be those of the next row
+        model.hidden(torch.zeros(2, 1, dtype=torch.long), cache)
+
+
+def test_a_model_made_without_memory_has_its_rotary_tables():
+    model = GPT(TINY)
+    with torch.device("meta"):
+        empty = GPT(TINY)
+    empty.to_empty(device="cpu").load_state_dict(model.state_dict())
+    tokens = torch.arange(12).view(2, 6)
+    assert empty(tokens).equal(model(tokens))
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_grown_vocabulary_says_what_it_said(tied):
     torch.manual_seed(0)
