@@ -271,23 +271,36 @@ def _rotary(module: nn.Module, known: dict) -> type | str | None:
     old, forward = type(module), type(module).forward
     if not isinstance(forward, types.FunctionType):
         return None
-    if "apply_rotary_pos_emb" not in forward.__code__.co_names:
+    innermost = inspect.unwrap(forward)
+    if "apply_rotary_pos_emb" not in innermost.__code__.co_names:
         return None
-    if _turning(forward.__globals__["apply_rotary_pos_emb"]) is None:
+    if _turning(innermost.__globals__["apply_rotary_pos_emb"]) is None:
         return f"{old.__name__} turns by other pairs"
-    return _class("rotary", old) if "forward" not in vars(module) else "its forward is replaced"
+    if "forward" in vars(module) or _turned(forward) is None:
+        return "its forward is replaced"
+    return _class("rotary", old)
 
 
-def _turned(forward: types.FunctionType) -> types.FunctionType:
-    """The same code with our apply_rotary_pos_emb. Without a name the compiler does not take the
-    scope for the file's own."""
-    scope = {name: x for name, x in forward.__globals__.items() if name != "__name__"}
-    scope["apply_rotary_pos_emb"] = _turning(scope["apply_rotary_pos_emb"])
-    turned = types.FunctionType(
-        forward.__code__, scope, forward.__name__, forward.__defaults__, forward.__closure__
+def _turned(forward: types.FunctionType) -> types.FunctionType | None:
+    """The same code with our apply_rotary_pos_emb, in the same decorators; None where one of them
+    holds what it decorates in another way than by its closure."""
+    scope, cells = forward.__globals__, forward.__closure__
+    inner = getattr(forward, "__wrapped__", None)
+    if inner is None:
+        # Without a name the compiler does not take the scope for the file's own.
+        scope = {name: x for name, x in scope.items() if name != "__name__"}
+        scope["apply_rotary_pos_emb"] = _turning(scope["apply_rotary_pos_emb"])
+    else:
+        held, turned = [cell.cell_contents is inner for cell in cells or ()], _turned(inner)
+        if turned is None or sum(held) != 1:
+            return None
+        inner = types.CellType(turned)
+        cells = tuple(inner if h else cell for h, cell in zip(held, cells or (), strict=True))
+    made = types.FunctionType(
+        forward.__code__, scope, forward.__name__, forward.__defaults__, cells
     )
-    turned.__kwdefaults__ = forward.__kwdefaults__
-    return turned
+    made.__kwdefaults__ = forward.__kwdefaults__
+    return made
 
 
 _KINDS: dict[str, Callable] = dict(rotary=_rotary, norm=_norm, mlp=_mlp)
