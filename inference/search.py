@@ -341,7 +341,7 @@ class Rebase:
         while True:
             ended += [line for line in lines if line.ended]
             alive = [line for line in lines if not line.ended]
-            if not alive or len(ended) >= self.beams:
+            if not alive:
                 return ledger.found(ended)
             shares = self.shares([line.value for line in alive], self.beams - len(ended))
             lines = yield from ledger.grow(

@@ -370,6 +370,17 @@ def test_each_prompt_is_prefilled_once():
     assert real == sorted(prompts)
 
 
+def test_what_fills_a_block_is_not_read_twice():
+    """Prompts further ahead, of which some are ready because others wait for them, too."""
+    model = Mock()
+    engine = LocalEngine(model, slots=8, eos=EOS)
+    prompts = [(i, 3) for i in range(1, 10)]
+    asked = [*prompts, *prompts[:7]]  # the ninth has a block to itself
+    requests = [Request(p, SamplingParams(max_tokens=5), 0, i) for i, p in enumerate(asked)]
+    assert len(list(engine.generate(requests))) == len(asked)
+    assert sorted(tuple(row[:2]) for row in model.prefilled if any(row)) == prompts
+
+
 def test_prefilled_blocks_have_a_shape_that_their_width_decides():
     """However many prompts wait: else a prompt's numbers could depend on its companions."""
     model = Mock(vocabulary=21, table=random_table(21))
@@ -378,6 +389,18 @@ def test_prefilled_blocks_have_a_shape_that_their_width_decides():
     for some in (requests, requests[:1], requests[::7]):
         list(engine.generate(some))
     assert len(dict(model.blocks)) == len(model.blocks) >= 2
+
+
+@pytest.mark.parametrize("context, length", [(40, 35), (200, 150)])
+def test_a_prompt_that_is_no_multiple_of_a_block_or_longer_than_one(context, length, way, device):
+    model = gpt(device, context=context)
+    engine = LocalEngine(model, slots=8, eos=EOS)
+    prompt = (3, 4, 5, 6, 7) * (length // 5)
+    (sample,) = engine.generate([Request(prompt, SamplingParams(0.0, max_tokens=5), 0, 0)])
+    sequence = torch.tensor([prompt + sample.tokens], device=device)
+    with torch.no_grad():
+        wanted = model(sequence)[0, length - 1 : -1].argmax(-1)
+    assert sample.tokens == tuple(wanted.tolist())
 
 
 def test_requests_are_read_as_they_are_needed():
@@ -434,6 +457,15 @@ def test_seconds_share_out_the_time():
     elapsed = time.perf_counter() - start
     assert min(seconds) > 0
     assert 0.3 * elapsed <= sum(seconds) <= elapsed
+
+    class Slow(Mock):
+        def hidden(self, tokens, cache):
+            time.sleep(0.2 * cache.empty)
+            return super().hidden(tokens, cache)
+
+    asked = [Request((3,), SamplingParams(max_tokens=2), 0, i) for i in range(2)]
+    seconds = [s.seconds for s in LocalEngine(Slow(), slots=8, eos=EOS).generate(asked)]
+    assert min(seconds) > 0.1  # each pays half of what their prompt took
 
 
 def test_the_caller_is_outside_inference_mode():

@@ -108,6 +108,8 @@ def test_ties_are_shared_and_the_silent_do_not_vote():
     # A verifier that looks at more than the answer: half of those that say 1 are right.
     correct = np.array([[True, False, True, True]])
     assert maj_at_k(np.array([[1, 1, 2, 2]]), correct, 4).tolist() == [0.75]
+    # One that is right by its text and gives no answer has no vote.
+    assert maj_at_k(np.array([[-1, -1, 2]]), np.array([[True, True, False]]), 3).tolist() == [0]
 
 
 @given(POOLS, st.data())
@@ -120,7 +122,7 @@ def test_a_weighted_vote_is_the_mean_over_all_subsets(answers, data):
     truth = mean_over_subsets(
         n, k, lambda c: share_of_right(codes[0, c], [exp(logs[i]) for i in c], right)
     )
-    for shift in (0, -2000):  # logarithms of weights: a common factor changes nothing
+    for shift in (0, -2000, 2000):  # logarithms of weights: a common factor changes nothing
         got = weighted_vote_at_k(codes, codes == right, np.array([logs]) + shift, k)
         np.testing.assert_allclose(got, [truth], atol=1e-9)
     equal = weighted_vote_at_k(codes, codes == right, np.zeros((1, n)), k)
@@ -133,6 +135,15 @@ def test_weights_that_vanish_beside_the_best_still_decide_without_it():
     scores = weighted_vote_at_k(answers, answers == 1, logs, 3)
     # Of the four subsets of three only the one without sample 0 can be won by answer 1.
     assert scores.tolist() == [0.25]
+    silent = np.array([[-1, 1, 1, 2]])  # the best of all gives no answer
+    assert weighted_vote_at_k(silent, silent == 1, logs, 4).tolist() == [1]
+
+
+def test_sums_that_differ_by_their_rounding_tie():
+    answers = np.array([[0, 0, 1]])
+    logs = np.log([[0.1, 0.2, 0.3]])  # 0.1 + 0.2 is not 0.3 in floating point
+    for shift in np.linspace(0, 1, 9):
+        assert weighted_vote_at_k(answers, answers == 0, logs + shift, 3).tolist() == [0.5]
 
 
 def test_sampled_subsets_are_seeded_and_near_the_truth():
@@ -257,6 +268,13 @@ def test_the_certain_rule_against_all_orders(pool, data):
     np.testing.assert_allclose(got.drawn, [draws / len(orders)], atol=1e-11)
 
 
+def test_what_is_unseen_may_be_the_runner_up_s():
+    """0.45 beats the 0.15 that are unseen, and not those with the runner-up's 0.4."""
+    texts, logprob = np.array([[0, 1, 0]]), np.log([[0.45, 0.4, 0.45]])
+    got = stop_early(texts, texts == 0, 3, certain_rule(texts, logprob))
+    assert got.drawn.tolist() == [[1, 1, 1]] and got.scores.tolist() == [1]
+
+
 def test_sampled_orders_are_seeded_and_near_the_truth():
     rng = np.random.default_rng(2)
     answers = rng.integers(-1, 3, size=(3, 6))
@@ -302,6 +320,8 @@ def test_the_leaders_of_every_prefix():
     assert leader.tolist() == [[-1, 3, 3, 1, 1, 1, 3]]
     assert votes.tolist() == [[0, 1, 1, 2, 2, 2, 3]]
     assert second.tolist() == [[0, 0, 1, 1, 1, 2, 2]]
+    # A third answer that comes last does not stand in for the second.
+    assert leaders(np.array([[0, 0, 0, 1, 1, 2]]))[2].tolist() == [[0, 0, 0, 1, 2, 2]]
 
 
 @pytest.mark.parametrize("k", [0, 4])

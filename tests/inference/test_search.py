@@ -1,5 +1,7 @@
 """Searches on a tree whose every value is known: the engine's i-th child of a line is token i."""
 
+import math
+from collections import Counter
 from dataclasses import replace
 from itertools import product
 
@@ -54,6 +56,21 @@ class Tree:
             )
 
 
+class Ragged(Tree):
+    """Every third child of a line ends it, so that some lines end long before others."""
+
+    @staticmethod
+    def ends(line):
+        return line[-1] % 3 == 2 or len(line) == DEPTH + 1
+
+    def generate(self, requests):
+        for request in requests:
+            done = self.ends((*request.prompt[len(PROMPT) :], request.index))
+            tokens = (request.index, EOS) if done else (request.index,)
+            finish = "stop" if done else "length"
+            yield Sample(request, tokens, len(tokens), 0, -1.0, finish, 0.5)
+
+
 def value(line):
     """Some number in [0, 1] for a line of tokens, <eos> aside."""
     line = tuple(t for t in line if t != EOS)
@@ -87,6 +104,19 @@ def test_beam_search_keeps_the_best():
     # Four of six are dropped after each of the first two steps; the last six are all finished.
     assert found.pruned_tokens == 8
     assert found.seconds == drawn * 0.5 and found.best.logprob == -3
+
+
+@pytest.mark.parametrize("beams, width", [(6, 3), (8, 2), (12, 4), (12, 1)])
+def test_a_line_that_has_ended_keeps_its_place_and_is_not_grown(beams, width):
+    lines, ended_early = [(i,) for i in range(beams)], False
+    while not all(map(Ragged.ends, lines)):
+        kept = sorted(lines, key=lambda line: -value(line))[: beams // width]
+        lines = [line for line in kept if Ragged.ends(line)]
+        ended_early |= 0 < len(lines) < len(kept)
+        lines += [(*line, i) for line in kept if not Ragged.ends(line) for i in range(width)]
+    assert ended_early
+    found = found_by(BeamSearch(beams=beams, width=width), Ragged())
+    assert [f.tokens[:-1] for f in found.finished] == lines
 
 
 def test_subtrees_keep_their_own_best():
@@ -124,9 +154,25 @@ def test_rebase_divides_by_value():
     assert len(found.judged) == 30
 
 
-def test_tree_search_with_enough_expansions_finds_the_best_of_all():
+def test_lines_that_end_take_their_share_of_rebase_with_them():
+    rebase, ended, sampled = Rebase(beams=10), [], 0
+    lines = [(i,) for i in range(10)]
+    while lines:
+        sampled += len(lines)
+        ended += [line for line in lines if Ragged.ends(line)]
+        alive = [line for line in lines if not Ragged.ends(line)]
+        shares = rebase.shares([value(x) for x in alive], 10 - len(ended)) if alive else []
+        lines = [(*line, i) for line, n in zip(alive, shares, strict=True) for i in range(n)]
+    assert len({len(line) for line in ended}) > 1
+    found = found_by(rebase, Ragged())
+    assert [f.tokens[:-1] for f in found.finished] == ended and len(ended) == 10
+    assert len(found.judged) == sampled < 10 * (DEPTH + 1)
+
+
+@pytest.mark.parametrize("expansions", [7, 20])  # 1 + 2 + 4 inner nodes, or more than there are
+def test_tree_search_with_enough_expansions_finds_the_best_of_all(expansions):
     every = product(range(2), repeat=DEPTH)
-    found = found_by(TreeSearch(expansions=7, width=2))  # 1 + 2 + 4 inner nodes
+    found = found_by(TreeSearch(expansions=expansions, width=2))
     assert len(found.finished) == 8 and found.pruned_tokens == 0
     assert found.best.tokens[:-1] == max(every, key=value)
 
@@ -143,6 +189,45 @@ def test_tree_search_spends_where_values_are_high():
     grown = [r.prompt[len(PROMPT)] for r in tree.requests if len(r.prompt) > len(PROMPT)]
     assert grown.count(0) > 0.8 * len(grown)
     assert found.best.tokens[0] == 0 and found.best.ended
+
+
+@pytest.mark.parametrize("expansions, depth, exploration", [(12, 4, 0.5), (12, 4, 0.1), (8, 6, 1)])
+def test_tree_search_grows_the_leaf_of_the_highest_bound(expansions, depth, exploration):
+    """Kocsis and Szepesvári's, by hand; then the best child of each is followed to its end."""
+    visits, total, grown = Counter(), Counter(), []
+
+    def children(line):
+        return [(*line, i) for i in range(2)]
+
+    def closed(line):
+        return len(line) == depth or line in grown and all(map(closed, children(line)))
+
+    def bound(line):
+        spread = math.sqrt(math.log(visits[line[:-1]]) / visits[line])
+        return total[line] / visits[line] + exploration * spread
+
+    for _ in range(expansions):
+        leaf = ()
+        while leaf in grown:
+            leaf = max((c for c in children(leaf) if not closed(c)), key=bound)
+        grown.append(leaf)
+        for child in children(leaf):
+            visits.update(child[:n] for n in range(len(child) + 1))
+            total.update({child[:n]: value(child) for n in range(len(child) + 1)})
+    line, expanded = (), grown[:]
+    while len(line) < depth:
+        grown += [] if line in expanded else [line]
+        line = max(children(line), key=value)
+    tree = Tree(depth)
+    searcher = TreeSearch(expansions=expansions, width=2, exploration=exploration)
+    found = found_by(searcher, tree)
+    assert [r.prompt[len(PROMPT) :] for r in tree.requests[::2]] == grown
+    assert (*line, EOS) in [f.tokens for f in found.finished]
+
+
+def test_of_equal_lines_the_first_is_the_best():
+    (found,) = run(Tree(), [BeamSearch(4, 2).search(PROMPT, STEPS, lambda _, x: [0.5] * len(x))])
+    assert len(found.finished) == 4 and found.best == found.finished[0]
 
 
 def test_a_little_tree_search_still_ends_its_line():
@@ -193,6 +278,9 @@ def test_shapes_that_cannot_be_are_named(beams, width):
     for kind in (BeamSearch, DiverseTreeSearch):
         with pytest.raises(ValueError, match=f"{beams} beams of width {width}; the beams must be"):
             kind(beams=beams, width=width)
+    for name in SEARCHES:
+        with pytest.raises(ValueError, match=f"{name}: 0 beams of width .; the beams must be"):
+            SEARCHES[name](0, 1)
     with pytest.raises(ValueError, match="a step of 0 tokens"):
         Steps(SamplingParams(), 0, 0)
 
@@ -266,6 +354,8 @@ def test_revision_ends_where_there_is_no_room():
     assert [r.params.max_tokens for r in requests] == [7, 4, 1]
     assert found.finished[-1].tokens == (50, 40, 41, 51, 40, 41, 52)  # a thought that never closed
     assert len(found.finished) == 3
+    found, requests = revised(9, most=6)  # two attempts and two cues fill it to the last token
+    assert [r.params.max_tokens for r in requests] == [6, 3] and len(found.finished) == 2
 
 
 def test_a_stream_begins_searches_as_there_is_room():

@@ -68,6 +68,21 @@ def test_every_row_finds_its_prompt(data, width):
                 assert (x[0, group, 0, :n] == prompt[0] + 1).all()
 
 
+def test_samples_of_a_prompt_share_the_time_of_its_reading(monkeypatch):
+    clock = iter([0.0, 6.0])
+    monkeypatch.setattr("ponder.inference.engine.fits", lambda *_: False)
+    monkeypatch.setattr("ponder.inference.prompts.time.perf_counter", lambda: next(clock))
+    engine = LocalEngine(gpt(), slots=8, eos=EOS)
+    prompts = Prompts(engine, engine.network())
+    known = [(2, 3), (2, 3), (4, 5), (5,) * 40]  # two of one block, and one of twice its width
+    asked = [Request(p, SamplingParams(max_tokens=2), 0, i) for i, p in enumerate(known)]
+    for prompt in known:
+        prompts.expect(prompt)
+    prompts.prefill(asked, [])
+    assert [prompts.take(prompt)[1] for prompt in known] == pytest.approx([0.5, 0.5, 1, 4])
+    assert not prompts.ready and not prompts.owed and not prompts.waiting  # nobody needs them
+
+
 def test_full_groups_hold_as_many_rows_as_they_have_places():
     groups = Groups(Prefix(GPTConfig(99, 64, 1, 1, 1, 16), 32, 32, 4))
     block = KVCache(GPTConfig(99, 64, 1, 1, 1, 16), 1, 32)

@@ -77,8 +77,8 @@ def test_pairing_sees_what_two_intervals_cannot():
 def test_the_interval_of_what_is_always_right_or_never():
     assert accuracy(np.ones(500)) == (1, pytest.approx(0.0250 ** (1 / 500)), 1)
     assert accuracy(np.zeros(20)) == (0, 0, pytest.approx(0.168433, abs=1e-5))  # of a table
-    some = np.array([1.0, 0.0, 0.5, 1.0])
-    assert accuracy(some) == bootstrap(some)
+    for some in ([1.0, 0.0, 0.5, 1.0], [0.5, 0.52, 0.54, 0.51]):
+        assert accuracy(np.array(some)) == bootstrap(np.array(some))
 
 
 def test_a_difference_that_never_varies_is_no_certainty():
@@ -108,8 +108,9 @@ def test_pareto_measures_slack_from_what_stays():
     assert pareto([1.0, 1.0, 2.0], [0.5, 0.5, 0.5], slack=0.02).tolist() == [True, True, False]
 
 
-def test_pareto_leaves_unknown_costs_out():
+def test_pareto_leaves_what_is_unknown_out():
     assert pareto([np.nan, 1, 2], [1.0, 0.5, 0.5]).tolist() == [False, True, False]
+    assert pareto([1, 2], [np.nan, 0.5]).tolist() == [False, True]
 
 
 def test_guess_accuracy_is_no_hindsight():
@@ -118,6 +119,7 @@ def test_guess_accuracy_is_no_hindsight():
     words = [str(draw.randrange(120)) for _ in range(500)]
     assert guess_accuracy(words) < 0.013 < max(map(words.count, words)) / 500
     assert np.isnan(guess_accuracy(["", ""])) and guess_accuracy(["", "", "a", "a"]) <= 0.5
+    assert guess_accuracy(["", "", "", "a"]) == 0  # what is not known is no guess
     with pytest.raises(ValueError, match="at least one problem"):
         guess_accuracy([])
 
@@ -172,4 +174,6 @@ def test_budget_control_by_hand():
     slopes = [0.3 / 10, 0.2 / 30, -0.1 / 20]
     assert got.control == pytest.approx(2.5 / 3) and got.performance == 0.5
     assert got.scaling == pytest.approx(np.mean(slopes))
+    turned = budget_control([0.5, 1, 1], [40, 10, 20], [0.4, 0.2, 0.5])
+    assert turned.scaling == pytest.approx(got.scaling) and turned.performance == 0.5
     assert np.isnan(budget_control([1, 1], [5, 5], [0.1, 0.9]).scaling)

@@ -67,9 +67,12 @@ def test_what_is_stored_comes_back(tmp_path):
 
 def test_a_lone_surrogate_does_not_lose_the_batch(tmp_path):
     with Store(tmp_path / "s.sqlite", identity=IDENTITY) as store:
-        store.add_problems([Problem("1+2=", "3")])
-        store.add([record(text="a\ud800b")])
-        assert store.records(0, budget=8, params=HOT, seed=0)[0].text == "a?b"
+        for _ in range(2):  # what is stored is what a run that goes on is compared with
+            store.add_problems([Problem("1+2=\ud800", "3\ud800")])
+        store.add([record(text="a\ud800b", answer="\ud800")])
+        (kept,) = store.records(0, budget=8, params=HOT, seed=0)
+        assert (kept.text, kept.answer) == ("a?b", "?")
+        assert (store.problems()[0].prompt, store.problems()[0].answer) == ("1+2=?", "3?")
 
 
 @given(
@@ -129,7 +132,11 @@ def test_pool(tmp_path):
 
 @pytest.mark.parametrize(
     "changed, named",
-    [({"model": "sha256:bb"}, "aa.*bb"), ({"task": "countdown"}, "last_digit.*countdown")],
+    [
+        ({"model": "sha256:bb"}, "aa.*bb"),
+        ({"task": "countdown"}, "last_digit.*countdown"),
+        ({"split": "val"}, "split None; this run has split 'val'"),
+    ],
 )
 def test_a_store_of_another_model_or_task_is_refused_and_kept(tmp_path, changed, named):
     path = tmp_path / "s.sqlite"
@@ -147,6 +154,9 @@ def test_another_problem_under_the_same_index_is_refused(tmp_path):
         store.add_problems([Problem(f"{a}+{b}=", str(a + b)) for a, b in ((1, 2), (2, 2), (2, 3))])
         with pytest.raises(ValueError, match=r"problem 1 is '2\+2=' in the store and '9\+9='"):
             store.add_problems([Problem("1+2=", "3"), Problem("9+9=", "8"), Problem("0+0=", "0")])
+        for other in (Problem("1+2=", "4"), Problem("1+2=", "3", 2)):
+            with pytest.raises(ValueError, match="problem 0 is"):
+                store.add_problems([other])
         assert [p.prompt for p in store.problems().values()] == ["1+2=", "2+2=", "2+3="]
 
 
@@ -219,6 +229,11 @@ for batch in range(1_000_000):
     store.add(Record(k, "x" * 1000, "3", True, 5, 8, 1, 6, -0.25, "stop", 0.5) for k in keys)
     print(batch, flush=True)
 """
+
+
+def test_a_store_is_read_while_it_is_written(tmp_path):
+    with Store(tmp_path / "s.sqlite", identity=IDENTITY) as store:
+        assert store.rows("PRAGMA journal_mode") == [("wal",)]
 
 
 def test_a_killed_writer_loses_at_most_its_batch(tmp_path):
@@ -297,6 +312,7 @@ def test_params_text_is_canonical():
     assert params_text(sampling(temperature=0, top_k=5)) == "temperature=0.0"
     full = params_text(sampling(temperature=0.1 + 0.2, top_k=40, top_p=0.95, min_p=0.05))
     assert full == "temperature=0.30000000000000004 top_k=40 top_p=0.95 min_p=0.05"
+    assert params_text(sampling(top_k=1)) == "temperature=1.0 top_k=1"
     drawn_out = params_text(sampling(temperature=0, top_k=5, extend=2))
     assert drawn_out == "temperature=0.0 extend=2"
     assert without_extend(drawn_out) == "temperature=0.0" and without_extend(full) == full
@@ -337,5 +353,13 @@ def test_a_store_of_something_else_is_not_merged(tmp_path):
             other.add([record(0, 99, 0)])
         with pytest.raises(ValueError, match=r"problem 0 is '9\+9=' there and '0\+1=' in"):
             store.merge(tmp_path / "problem.sqlite")
+        for name, other in (
+            ("answer", Problem("0+1=", "2", 0)),
+            ("level", Problem("0+1=", "1", 9)),
+        ):
+            with Store(tmp_path / name, identity=IDENTITY) as shard:
+                shard.add_problems([other])
+            with pytest.raises(ValueError, match="problem 0 is .* they are not of one sweep"):
+                store.merge(tmp_path / name)
         assert len(store) == 2 * 2 * 3
         assert store.pool(budget=None, params=HOT, seed=0).samples == 3  # it still works

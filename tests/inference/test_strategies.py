@@ -1,11 +1,14 @@
+from dataclasses import replace
 from math import comb, isnan
 
 import numpy as np
 import pytest
 
-from ponder.inference.evaluation import evaluate, paired_difference
+from ponder.inference import search_table
+from ponder.inference.evaluation import evaluate, mark_pareto, paired_difference
+from ponder.inference.search_table import Line, SearchKey, SearchRecord
 from ponder.inference.store import Key, Record, Store, StoredProblem
-from ponder.inference.strategies import STRATEGIES, Choice, evenly
+from ponder.inference.strategies import STRATEGIES, Choice, evenly, mean_log_probability
 from ponder.models.flops import decode_flops, prefill_flops
 
 from ..models.test_flops import SMALL
@@ -66,11 +69,13 @@ def test_scores_and_costs_of_the_plain_strategies(tmp_path):
     np.testing.assert_allclose(pairs.scores, [(1 + 4 / 2) / 6, 0, (2 + 1 / 2) / 6])
     np.testing.assert_allclose(rows["pass@k", 2].scores, [5 / 6, 0, 1 - comb(3, 2) / comb(4, 2)])
     assert rows["pass@k", 4].accuracy == pytest.approx(2 / 3)
+    assert len(evaluate(store, samples=[4, 2, 4], strategies=["pass@k"])) == 2
 
     vote = rows["self-consistency", 2]
     mean_new = [4, 5, 6, 7]
     assert vote.prompt_tokens == 11  # once, not once per sample
     assert vote.sampled_tokens == 2 * np.mean(mean_new) and vote.forced_tokens == 2
+    assert vote.outcome.tokens.tolist() == [10 + 13, 11 + 13, 12 + 13]
     assert vote.seconds_per_problem == 1.0 and vote.drawn == 2
     expected = np.mean(
         [
@@ -96,6 +101,10 @@ def test_confidence_decides_weighted_votes_and_the_best_of_n(tmp_path):
     assert rows["confidence-vote", 3].accuracy == 1
     assert rows["best-of-n", 3].accuracy == 1
     assert all(rows[name, 3].sampled_tokens == 15 for name in ("probability-vote", "best-of-n"))
+    pool = store.pool(budget=8, params=HOT, seed=0)
+    assert mean_log_probability(pool).tolist() == [[-0.4 / 4, -4.0 / 5, -4.2 / 6]]  # none forced
+    silent = replace(pool, logprob=0 * pool.logprob, sampled_tokens=0 * pool.sampled_tokens)
+    assert mean_log_probability(silent).tolist() == [[0, 0, 0]]
 
 
 def test_stopping_pays_for_what_it_drew(tmp_path):
@@ -106,6 +115,10 @@ def test_stopping_pays_for_what_it_drew(tmp_path):
         assert rows[name, 6].drawn == pytest.approx(4) and rows[name, 6].samples == 6
         assert rows[name, 6].seconds_per_problem == pytest.approx(4 * 0.5)
         assert rows[name, 6].sampled_tokens == pytest.approx(4 * np.mean([4, 5, 6, 7, 8, 9]))
+    # With fewer samples they cannot stop early: they would be the plain vote.
+    pool = store.pool(budget=8, params=HOT, seed=0)
+    for name in ("adaptive-consistency", "early-stopping"):
+        assert STRATEGIES[name].sizes(pool, [2, 4, 5, 6]) == [5, 6]
     # One text of probability 0.61 leaves too little for any other answer.
     assert rows["certain-mode", 6].drawn == pytest.approx(1)
     flops = [rows[n, 6].flops_per_problem for n in ("self-consistency", "early-stopping")]
@@ -122,6 +135,8 @@ def test_strategies_leave_out_what_the_pool_does_not_hold(tmp_path):
     cold = make_store(tmp_path / "b", ["aabbaa"], greedy="a", hot="temperature=0.7")
     rows = by_name(evaluate(cold, samples=[6]))
     assert ("best-of-n", 6) in rows and ("certain-mode", 6) not in rows
+    greedy = make_store(tmp_path / "c", ["aabbaa"], greedy="a", hot=COLD)
+    assert list(by_name(evaluate(greedy, samples=[1, 6]))) == [("greedy", 1)]
 
 
 def test_pareto_marks_what_competes(tmp_path):
@@ -132,6 +147,44 @@ def test_pareto_marks_what_competes(tmp_path):
     assert not rows["self-consistency", 4].pareto  # as right as greedy, for four times as much
     assert rows["pass@k", 4].accuracy > rows["greedy", 1].accuracy
     assert not rows["pass@k", 4].pareto  # an oracle does not compete
+
+
+def test_what_costs_about_as_much_or_lacks_problems_is_no_step_of_the_frontier(tmp_path):
+    [row] = evaluate(make_store(tmp_path / "s", ["a"], greedy="a"), strategies=["greedy"])
+    row = replace(row, sampled_tokens=0.0, forced_tokens=0.0, problems=100)
+
+    def marked(*changes):
+        return [r.pareto for r in mark_pareto([replace(row, **c) for c in changes])]
+
+    worse = dict(accuracy=0.5, prompt_tokens=1000.0)
+    assert marked(worse, dict(accuracy=0.6, prompt_tokens=1019.0)) == [False, True]
+    assert marked(worse, dict(accuracy=0.6, prompt_tokens=1030.0)) == [True, True]
+    for problems, counts in ((89, False), (90, True)):
+        few = worse | dict(accuracy=1.0, problems=problems)
+        assert marked(worse, few) == [not counts, counts]
+    # Where one row's FLOPs are unknown, all are compared by their tokens.
+    cheap = dict(flops_per_problem=1.0, prompt_tokens=9.0)
+    assert marked(cheap, dict(flops_per_problem=np.nan, prompt_tokens=5.0)) == [False, True]
+    assert marked(cheap, dict(flops_per_problem=2.0, prompt_tokens=5.0)) == [True, False]
+
+
+def test_a_search_is_a_row_of_its_best_line_and_one_of_their_vote(tmp_path):
+    store = make_store(tmp_path / "s", ["aa"], greedy="a", seed=5)
+    lines = Line("b", False, 0.9), Line("a", True, 0.6), Line("a", True, 0.5)
+    kind = "beam lines={} width=1 step=4 judge=confidence"
+    three = SearchRecord(
+        SearchKey(0, kind.format(3), HOT, 5), "b", lines, 10, 9, 1, 4, 100.0, 20.0, 0.5
+    )
+    one = replace(three, key=SearchKey(0, kind.format(1), HOT, 5), lines=lines[1:2])
+    other_seed = replace(three, key=SearchKey(0, kind.format(3), HOT, 0), lines=lines[1:])
+    search_table.add(store, [three, one, other_seed])
+    names = ["beam", "beam-vote"]
+    found = {(r.strategy, r.samples): r for r in evaluate(store, strategies=names)}
+    accuracies = {key: row.accuracy for key, row in found.items()}
+    assert accuracies == {("beam", 1): 1, ("beam", 3): 0, ("beam-vote", 3): 1}
+    row = found["beam-vote", 3]
+    assert (row.flops_per_problem, row.judge_flops_per_problem, row.pruned_tokens) == (120, 20, 4)
+    assert [r.strategy for r in evaluate(store, strategies=["beam-vote"])] == ["beam-vote"]
 
 
 def test_a_new_strategy_is_a_class_and_an_entry(tmp_path, monkeypatch):
@@ -162,6 +215,11 @@ def test_incomplete_stores(tmp_path):
     assert rows["greedy", 1].problems == 1
     store = make_store(tmp_path / "more", ["aaaa"] * 6 + ["ab"], greedy="a")
     assert by_name(evaluate(store))["self-consistency", 4].problems == 6
+    store = make_store(tmp_path / "guess", ["aa"] * 4, greedy="aa")
+    with store.transaction() as db:
+        db.execute("UPDATE problem SET answer = 'b' WHERE id > 1")
+    rows = by_name(evaluate(store))  # the best guess is for the problems of the row
+    assert rows["greedy", 1].guess_accuracy == 1 > rows["sampling", 1].guess_accuracy
 
 
 def test_paired_difference_uses_the_problems_that_both_hold(tmp_path):
@@ -171,6 +229,8 @@ def test_paired_difference_uses_the_problems_that_both_hold(tmp_path):
     assert difference.mean == 0
     difference = paired_difference(rows["self-consistency", 4], rows["sampling", 1])
     assert difference.mean == pytest.approx((0.25 + 0 + 0.25) / 3)
+    last = replace(rows["greedy", 1], ids=np.array([1, 2]))  # right, wrong; samples: 0, 0.75
+    assert paired_difference(last, rows["sampling", 1]).mean == pytest.approx((1 - 0.75) / 2)
 
 
 def test_bad_requests_are_named(tmp_path):

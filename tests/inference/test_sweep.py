@@ -24,7 +24,7 @@ from ponder.inference import Unfinished
 from ponder.inference.config import SearchOptions, SweepConfig, growing, grown
 from ponder.inference.local import LocalSpeaker
 from ponder.inference.redraw import redraw
-from ponder.inference.sweep import _keep, own_budgets, sweep
+from ponder.inference.sweep import _cue, _keep, _terminable, own_budgets, sweep
 from ponder.models import hub
 from ponder.provenance import alone_in
 from ponder.tasks.last_digit import LastDigit
@@ -196,6 +196,22 @@ def test_samples_that_cannot_be_kept_end_the_sweep(monkeypatch):
         _keep(count(), nullcontext, add, tqdm(disable=True))  # type: ignore[arg-type]
 
 
+def test_a_sweep_ends_at_sigterm_as_at_ctrl_c_and_no_longer():
+    before, ran = signal.getsignal(signal.SIGTERM), []
+    with pytest.raises(KeyboardInterrupt), _terminable():
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+    def elsewhere():  # where Python lets no handler be set
+        with _terminable():
+            ran.append(signal.getsignal(signal.SIGTERM) is before)
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert ran == [True]
+
+
 def test_a_folder_where_a_sweep_is_at_work_is_left_alone(swept, config, no_figures):
     shutil.copytree(swept.out, config.out)
     with alone_in(config.out / "sweep"):
@@ -226,6 +242,14 @@ def test_a_resumed_sweep_keeps_the_precision_that_was_measured(config, monkeypat
     assert samples(config.out / "other") != before
     with pytest.raises(ValueError, match="precision 'bf16' .now 'fp32'."):
         sweep(replace(config, precision="fp32", resume=True))
+
+
+def test_a_sweep_that_was_killed_before_it_had_a_store_goes_on(swept, config, no_figures):
+    shutil.copytree(swept.out, config.out)
+    for file in (config.out / "sweep").glob("samples.sqlite*"):
+        file.unlink()
+    sweep(replace(config, resume=True))
+    assert samples(config.out) == samples(swept.out)
 
 
 def test_another_model_or_task_is_refused_and_nothing_is_lost(swept, config, model, tmp_path):
@@ -336,6 +360,14 @@ def test_a_task_without_chains_of_thought_wants_budgets_named():
         own_budgets(task, task.problems("test", 20, 0), len, most=3)
 
 
+def test_a_thought_is_taken_up_again_with_the_cue_that_is_given_or_the_task_s():
+    config, task = SweepConfig("m"), LastDigit()
+    assert _cue(config, task) is None
+    revising = replace(config, searches=SearchOptions(("beam", "revise")))
+    for asked in (revising, replace(config, extend=(1,))):
+        assert (_cue(asked, task), _cue(replace(asked, cue="So"), task)) == ("=", "So")
+
+
 def test_a_sweep_goes_on_with_the_budgets_it_began_with(swept, config, no_figures):
     shutil.copytree(swept.out, config.out)
     sweep(replace(config, budgets=None, resume=True))
@@ -361,6 +393,8 @@ def test_a_sweep_grows_into_the_larger_one(config, no_figures):
     at_once = replace(whole, out=config.out / "at_once", budgets=(2, 0))
     sweep(at_once)
     assert set(before) < set(samples(whole.out)) and samples(whole.out) == samples(at_once.out)
+    # What is drawn out is not cut, too.
+    assert {row[1] for row in samples(whole.out) if "extend=1" in row[2]} == {None}
     assert rows(whole.out) == rows(at_once.out)
     assert {row["problems"] for row in rows(whole.out)} == {"12"}
     configuration = kept(whole.out)["configuration"]

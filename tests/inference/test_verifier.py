@@ -191,6 +191,10 @@ def test_a_verifier_chooses_and_weighs(tmp_path):
     assert STRATEGIES["worst-step-best-of-n"].sizes(judged, [4]) == []
     assert STRATEGIES["verifier-vote"].sizes(judged, [1, 4, 9]) == [4]
     assert STRATEGIES["verifier-vote"].sizes(pool, [4]) == []
+    # A vote's weights are the values themselves, and a value of 0 is one.
+    doubted = replace(pool, scores=replace(given, end=np.array([[0.9, 0.0, 0.5, 0.45]])))
+    assert STRATEGIES["verifier-vote"].sizes(doubted, [4]) == [4]
+    assert STRATEGIES["verifier-vote"].run(doubted, 4).scores.tolist() == [0]  # 0.9 against 0.95
 
     chosen, plain = (spend(judged, run(name, 2), SMALL) for name in ("verifier-vote", "best-of-n"))
     assert chosen.judge_flops.tolist() == [50.0] and plain.judge_flops.tolist() == [0]  # 2 of 25

@@ -7,7 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ponder.models import GPTConfig
-from ponder.models.flops import decode_flops, prefill_flops, sample_flops
+from ponder.models.flops import decode_flops, prefill_flops, sample_flops, verifier_flops
 
 SMALL = GPTConfig(
     vocab_size=33, n_layer=3, n_head=4, n_kv_head=2, head_dim=16, n_embd=48, n_inner=80
@@ -118,6 +118,12 @@ def test_a_sample_feeds_all_its_tokens_but_the_last():
     # Prefill and decode count the same layers; only the head differs.
     head = 2 * shape.n_embd * shape.vocab_size
     assert prefill_flops(shape, 9) - head == decode_flops(shape, 0, 9) - 9 * head
+
+
+def test_a_verifier_has_a_number_for_every_token_in_the_place_of_the_head():
+    shape = SMALL
+    head = 2 * shape.n_embd * shape.vocab_size
+    assert verifier_flops(shape, 9) == prefill_flops(shape, 9) - head + 9 * 2 * shape.n_embd
 
 
 def test_arrays_count_as_numbers_do():

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from ponder.models import GPT, GPTConfig, KVCache, hub, load, load_config, load_tokenizer, save
+from ponder.models.config_json import from_fields, model_type
 from ponder.models.layers import RopeScaling
 from ponder.training.tokenizer import SPECIAL, bpe_tokenizer, character_tokenizer
 
@@ -551,6 +552,12 @@ STRETCH = dict(low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_
         (dict(mlp_bias=True), "mlp_bias is true, which a GPT does not express"),
         (dict(attention_dropout=0.1), "attention_dropout is 0.1"),
         (dict(is_causal=False), "is_causal is false, which a GPT does not express"),
+        (dict(scale_attn_weights=False), "scale_attn_weights is false, which a GPT does not"),
+        (dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx is true"),
+        (dict(attention_chunk_size=8), "attention_chunk_size is 8"),
+        (dict(add_cross_attention=True), "add_cross_attention is true"),
+        (dict(num_local_experts=4), "num_local_experts is 4"),
+        (dict(compression_config=dict(bits=4)), 'compression_config is {"bits": 4}'),
         (dict(use_sliding_window=True, sliding_window=32), "use_sliding_window is true"),
         (dict(model_type="llama", sliding_window=32), "sliding_window is 32"),
         (dict(layer_types=["full_attention", "sliding_attention"]), "layer_types holds 'sliding"),
@@ -594,6 +601,45 @@ def test_silent_fields_take_transformers_defaults(tmp_path):
         peer, tokens = AutoModelForCausalLM.from_pretrained(tmp_path / name), torch.arange(9)[None]
         with torch.no_grad():
             assert (load(tmp_path / name)(tokens) - peer(tokens).logits).abs().max() < 1e-4
+
+
+SIZES = dict(hidden_size=512, num_hidden_layers=9, num_attention_heads=32, intermediate_size=64)
+GPT2_SIZES = dict(n_embd=512, n_layer=9, n_head=32)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "smollm3", "gpt2"])
+def test_what_a_config_leaves_open_is_what_transformers_says_of_its_type(kind):
+    said = dict(vocab_size=99, pad_token_id=0) | (GPT2_SIZES if kind == "gpt2" else SIZES)
+    said |= {"n_positions" if kind == "gpt2" else "max_position_embeddings": 64}
+    theirs = AutoConfig.for_model(kind, **said).to_dict()
+    assert from_fields(dict(model_type=kind) | said) == from_fields(theirs)
+
+
+QWEN2 = dict(qk_norm=False, qkv_bias=True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "changes"),
+    [
+        *((GPT2, dict(n_kv_head=2)), (GPT2, dict(head_dim=24)), (GPT2, dict(mlp_bias=False))),
+        *((GPT2, dict(attention_bias=False)), (GPT2, dict(gated=True)), (GPT2, dict(norm="rms"))),
+        *(({}, dict(mlp_bias=True)), ({}, dict(nope_layers=(0,))), ({}, dict(qkv_bias=True))),
+        *((QWEN2, dict(head_dim=24)), (QWEN2, dict(mlp_bias=True))),
+        (QWEN2, dict(nope_layers=(0,))),
+    ],
+)
+def test_what_one_field_takes_out_of_a_standard_type_is_ponder_s(fields, changes):
+    shape = dict(n_layer=2, n_head=4, n_kv_head=2, head_dim=16, n_embd=64, n_inner=96) | fields
+    assert model_type(GPTConfig(99, 64, **shape)) != "ponder"
+    assert model_type(GPTConfig(99, 64, **shape | changes)) == "ponder"
+
+
+def test_a_rotary_scaling_by_either_of_its_names():
+    fields = dict(model_type="llama", vocab_size=99, max_position_embeddings=64) | SIZES
+    old = dict(type="llama3", factor=8.0) | STRETCH
+    found = from_fields(fields | dict(rope_scaling=old, rope_theta=500000.0))
+    assert found == from_fields(fields | dict(rope_parameters=LLAMA3 | STRETCH))
+    assert found.rope_scaling is not None and found.rope_theta == 500000
 
 
 def test_missing_files(tmp_path, folder):

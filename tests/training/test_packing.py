@@ -124,10 +124,24 @@ def test_cuts_differ_by_epoch_and_every_length_is_drawn():
         tokens = rows.batch(every, shorten, np.full(len(rows), epoch)).tokens
         lengths.append([row.index(END) - row.index(THINK) - 1 for row in tokens.tolist()])
     assert lengths[0] != lengths[1]
+    # A row is cut alike whatever stands beside it, and otherwise with another seed.
+    part = rows.batch(every[300:], shorten, np.full(100, 1)).tokens
+    assert torch.equal(part, tokens[300:])
+    other = Shorten(THINK, END, 0.5, len(rows.start), seed=1)
+    assert not torch.equal(rows.batch(every, other, np.full(len(rows), 1)).tokens, tokens)
     counts = np.bincount(lengths[0])
     assert len(counts) == 5
     # Half are whole, the other half is of any of the five lengths.
     assert 200 < counts[4] < 280 and (counts[:4] > 20).all()
+
+
+def test_the_first_of_several_thoughts_is_the_one_that_is_cut():
+    text = [10, THINK, 20, 21, 22, END, 11, THINK, 23, 24, END, 12]
+    rows = packed([len(text)] * 40, 11, tokens=np.array(text * 40))
+    shorten = Shorten(THINK, END, 0.0, len(rows.start), seed=0)
+    batch = rows.batch(np.arange(40), shorten, np.zeros(40, dtype=np.int64))
+    found = {tuple(t for t in row if t) for row in batch.tokens.tolist()}
+    assert found == {(10, THINK, *text[2 : 2 + n], *text[5:-1]) for n in range(4)}
 
 
 def runs(batch: Batch, lengths) -> list:
