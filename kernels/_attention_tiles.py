@@ -1,7 +1,6 @@
 """How the attention kernels cut their work, by kernel, chip, number type and head dimension."""
 
 import functools
-from collections.abc import Collection
 from dataclasses import dataclass
 
 from ._runtime import next_power_of_2, tiles_file
@@ -143,7 +142,7 @@ def block_d(head_dim: int) -> int:
 
 
 def choose(
-    kernel: str, head_dim: int, dtype: str, capability: int, options: Collection[str]
+    kernel: str, head_dim: int, dtype: str, capability: int, options: tuple[str, ...]
 ) -> Tiles | None:
     """The tiles of a kernel that is asked for these options; those beyond OPTIONS only say that
     tiles found without any do not serve. None of "backward": it takes two passes."""
@@ -151,6 +150,14 @@ def choose(
     chip, found = measured()
     if chip == capability and dtype != "fp32" and not options and (kernel, block) in found:
         return found[kernel, block]
+    return _from_tables(kernel, head_dim, dtype, capability, options)
+
+
+@functools.cache
+def _from_tables(
+    kernel: str, head_dim: int, dtype: str, capability: int, options: tuple[str, ...]
+) -> Tiles | None:
+    block = block_d(head_dim)
     if kernel == "backward":
         return None
     if kernel == "delta":

@@ -85,11 +85,16 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def _new_enough(index: int | None) -> bool:
-    """Whether that GPU is one of those which Triton, and the kernels' tiles, are made for."""
+@functools.cache
+def _supported(index: int | None) -> bool:
     if not torch.cuda.is_available() or torch.version.hip is not None:
         return True  # a fake tensor's; one of AMD's
     return capability(torch.device("cuda", index or 0)) >= 80
+
+
+def _new_enough(index: int | None) -> bool:
+    """Whether that GPU is one of those which Triton, and the kernels' tiles, are made for."""
+    return _supported(index)
 
 
 _new_enough._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result, which takes
@@ -211,7 +216,7 @@ class Operation:
 
     def __call__(self, *args):
         if not traced():
-            return self.apply(*args)
+            return self.apply(*args) if torch.is_grad_enabled() else self.launch(*args)
         if not torch.compiler.is_compiling():
             _refuse_forward_mode(self.name)
         return self.op(*args)
@@ -230,7 +235,10 @@ class Operation:
             return output
 
         members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-        self.apply = type(self.launch.__name__, (torch.autograd.Function,), members).apply
+        kind = type(self.launch.__name__, (torch.autograd.Function,), members)
+        # Past what Function's own does for function transforms, of which there is none here: an
+        # argument of attention's at a time, 10 µs a call.
+        self.apply = super(torch.autograd.Function, kind).apply  # pyright: ignore
 
 
 def operation(name: str) -> Callable[[Callable], Operation]:

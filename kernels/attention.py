@@ -11,11 +11,11 @@ Milakov and Gimelshein 2018, "Online normalizer calculation for softmax"; Dao 20
 Shapes: B batch, Hq query heads, Hkv key/value heads, T queries, S keys, D head dimension.
 """
 
+import functools
 import inspect
 import math
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, overload
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -122,14 +122,16 @@ def _masks(head_dim: int, dtype: str) -> bool:
     return head_dim != block_d(head_dim) or dtype == "fp32"  # fp32: slow enough for one variant
 
 
+@functools.cache
 def _constants(
     name: str, head_dim: int, head_dim_v: int, dtype: str, tiles: Tiles
-) -> dict[str, Any]:
+) -> Mapping[str, Any]:
     # The interpreter has no reduction by TMA.
     own = dict(TMA=not interpreting()) if name == "backward" else {}
     if name in ("forward", "backward_kv") and not tiles.specialized:
         own = dict(LATE=tiles.late)
-    return own | dict(
+    return dict(
+        **own,
         MASK_D=_masks(head_dim, dtype),
         MASK_DV=_masks(head_dim_v, dtype),
         BLOCK_T=tiles.block_t,
@@ -162,14 +164,14 @@ def _specialization(
     head_dim_v: int | None = None,
     tiles: Tiles | None = None,
 ) -> Specialization:
-    tiles = tiles or choose(name, max(head_dim, head_dim_v or 0), dtype, capability, options)
+    tiles = tiles or choose(name, max(head_dim, head_dim_v or 0), dtype, capability, tuple(options))
     assert tiles, f"no tiles for {name}"
     kernel = _kernel(name, tiles)
     unused = {x for option, xs in OPTIONS.items() if option not in options for x in xs}
     if head_dim_v is None:
         unused.add("head_dim_v")
     signature = {}
-    constants = _constants(name, head_dim, head_dim_v or head_dim, dtype, tiles)
+    constants = dict(_constants(name, head_dim, head_dim_v or head_dim, dtype, tiles))
     for argument in inspect.signature(kernel.fn).parameters:
         if argument in unused:
             constants[argument] = None
@@ -241,18 +243,17 @@ def _per_query(q: Tensor, past: float | None = None) -> Tensor:
     return numbers
 
 
-def _strides(x: Tensor) -> tuple[int, ...]:
+def _strides(x: Tensor) -> list[int]:
     """Of all dimensions but the last; 0 where there is one entry, whose stride means nothing."""
-    sizes_strides = zip(x.shape[:-1], x.stride()[:-1], strict=True)
-    return tuple(stride if size > 1 else 0 for size, stride in sizes_strides)
+    *strides, _ = [s if n > 1 else 0 for n, s in zip(x.shape, x.stride(), strict=True)]
+    return strides
 
 
 def _expanded(x: Tensor) -> bool:
     return any(size > 1 and not stride for size, stride in zip(x.shape, x.stride(), strict=True))
 
 
-@dataclass(frozen=True)
-class Scores:
+class Scores(NamedTuple):
     """How a query and a key make a score, and which keys a query sees."""
 
     slopes: Tensor | None  # (Hq,)
@@ -262,19 +263,13 @@ class Scores:
     window: int | None
     softcap: float | None
     scale: float
-
     sinks: Tensor | None = None
 
     @property
-    def options(self) -> list[str]:
-        values = dict(
-            alibi=self.slopes,
-            segments=self.q_spans,
-            window=self.window,
-            softcap=self.softcap,
-            sinks=self.sinks,
-        )
-        return [name for name, value in values.items() if value is not None]
+    def options(self) -> tuple[str, ...]:
+        values = self.slopes, self.q_spans, self.window, self.softcap, self.sinks
+        names = "alibi", "segments", "window", "softcap", "sinks"
+        return tuple(n for n, v in zip(names, values, strict=True) if v is not None)
 
 
 Shapes = tuple[Tensor, Tensor, Tensor]  # q, k and v, whose sizes are meant
@@ -284,7 +279,7 @@ def _tiles(name: str, like: Shapes, scores: Scores) -> Tiles | None:
     q, _, v = like
     asked = scores.options
     if q.shape[3] != v.shape[3]:
-        asked = [*asked, "unequal"]
+        asked += ("unequal",)
     widest = max(q.shape[3], v.shape[3])
     return choose(name, widest, TRITON_TYPE[q.dtype], capability(q.device), asked)
 
@@ -518,6 +513,10 @@ def _check_integers(name: str, x: Tensor, q: Tensor) -> None:
         )
 
 
+def _shapes(q: Tensor, k: Tensor, v: Tensor) -> str:
+    return f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+
+
 def _check_per_head(name: str, x: Tensor | None, q: Tensor) -> None:
     if x is None:
         return
@@ -615,21 +614,24 @@ def attention(  # pyright: ignore[reportInconsistentOverload]  (options are spel
     Xiao et al. 2023, "Efficient Streaming Language Models with Attention Sinks", as learned logits
     in OpenAI 2025, "gpt-oss"; Press et al. 2021, "ALiBi".
     """
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if not q.ndim == k.ndim == v.ndim == 4:
-        raise ValueError(f"attention: {shapes}; each must have 4 dimensions, (B, H, T, D)")
-    batch, n_heads, _, head_dim = q.shape
+        raise ValueError(
+            f"attention: {_shapes(q, k, v)}; each must have 4 dimensions, (B, H, T, D)"
+        )
+    batch, n_heads, n_queries, head_dim = q.shape
     if k.shape[:3] != v.shape[:3] or k.shape[0] != batch or k.shape[3] != head_dim:
         raise ValueError(
-            f"attention: {shapes}; k and v must be alike but for v's head dimension, with q's "
-            f"batch {batch}, and k with q's head dimension {head_dim}"
+            f"attention: {_shapes(q, k, v)}; k and v must be alike but for v's head dimension, "
+            f"with q's batch {batch}, and k with q's head dimension {head_dim}"
         )
     if k.shape[1] == 0 or n_heads == 0 or n_heads % k.shape[1]:
         raise ValueError(
             f"attention: q has {n_heads} heads; they must be a multiple of k's {k.shape[1]}"
         )
     if not head_dim:
-        raise ValueError(f"attention: {shapes}; q and k must have a head dimension of 1 or more")
+        raise ValueError(
+            f"attention: {_shapes(q, k, v)}; q and k must have a head dimension of 1 or more"
+        )
     check_device("attention", q, k=k, v=v)
     q, k, v = autocast(q, k, v)  # pyright: ignore[reportAssignmentType]
     if not q.dtype == k.dtype == v.dtype:
@@ -662,13 +664,13 @@ def attention(  # pyright: ignore[reportInconsistentOverload]  (options are spel
             f"attention: the head dimension is {max(head_dim, head_dim_v)}; at most {MAX_HEAD_DIM}"
         )
     # So that every row is aligned; other head dimensions are padded in the kernel.
-    q, k, v = (F.pad(x, (0, -x.shape[3] % 16)) if x.shape[3] % 16 else x for x in (q, k, v))
+    if head_dim % 16 or head_dim_v % 16:
+        q, k, v = (F.pad(x, (0, -x.shape[3] % 16)) for x in (q, k, v))
     sinks, slopes = (x if x is None else x.float() for x in (sinks, alibi_slopes))
     tables = None, None
     if segments is not None:
         tables = spans(segments) if cu_seqlens is None else packed_spans(cu_seqlens, segments)
     rules = causal, window, softcap, scale, deterministic
-    n_queries = q.shape[2]
     out, lse = _attention(q, k, v, sinks, slopes, *tables, *rules)
-    out = out[..., :head_dim_v]
+    out = out[..., :head_dim_v] if head_dim_v % 16 else out
     return (out, lse[..., :n_queries] * LN_2) if return_lse else out

@@ -9,7 +9,8 @@ normalizer calculation for softmax", algorithm 3), then the quotients are writte
 Shapes: N rows (all dimensions but the one that is normalized, flattened), C columns.
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -105,7 +106,8 @@ def _softmax_backward_kernel(
             tl.store(dx_ptr + o_row + o_col, (b_y * (b_dy - total)).to(dtype), mask=m_col)
 
 
-def _launch_options(n_cols: int) -> dict[str, int | bool]:
+@functools.cache
+def _launch_options(n_cols: int) -> Mapping[str, int | bool]:
     block_c = min(MAX_WHOLE, max(256, next_power_of_2(n_cols)))
     return dict(WHOLE=n_cols <= MAX_WHOLE, BLOCK_C=block_c, num_warps=max(1, block_c // 1024))
 
@@ -121,7 +123,7 @@ def specializations(capability: int) -> Iterator[Specialization]:
             range(8, MAX_WHOLE.bit_length()) if dtype == "fp32" else (8, MAX_WHOLE.bit_length() - 1)
         )
         for n_cols in [1 << i for i in widths] + [MAX_WHOLE + 1]:
-            constexprs = _launch_options(n_cols)
+            constexprs = dict(_launch_options(n_cols))
             num_warps = constexprs.pop("num_warps")
             x = f"*{dtype}:16"
             yield Specialization(
@@ -203,7 +205,8 @@ def softmax(x: Tensor, dim: int = -1) -> Tensor:
     check_dtype("softmax", "x", x.dtype)
     if x.numel() == 0 or x.dim() == 0:
         return torch.softmax(x, dim)
-    moved = x.movedim(dim, -1)
-    rows = moved.reshape(-1, moved.shape[-1])
+    if dim % x.dim() != x.dim() - 1:
+        return softmax(x.movedim(dim, -1)).movedim(-1, dim)
+    rows = x.reshape(-1, x.shape[-1])
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    return _softmax(rows).view(moved.shape).movedim(-1, dim)
+    return _softmax(rows).view(x.shape)

@@ -1,6 +1,7 @@
 """GPT behind Transformers' Auto classes, for model_type "ponder" (see `hub.register`)."""
 
 from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,4 +113,5 @@ class PonderForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"{length} tokens are more than the model's context of {c.context}")
         hidden = self.model.hidden(input_ids, past)
         logits = self.lm_head(hidden[:, -logits_to_keep:]).float()
-        return CausalLMOutputWithPast(logits=logits, **{CACHE: cache})
+        named: dict[str, Any] = {CACHE: cache}
+        return CausalLMOutputWithPast(logits=logits, **named)
