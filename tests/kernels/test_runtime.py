@@ -132,8 +132,11 @@ def test_old_gpus_take_pytorch_and_amd_s_are_no_hopper(capability, hip, triton, 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
-    _runtime.capability.cache_clear()
+    caches = _runtime.capability, _runtime._supported
+    for cache in caches:
+        cache.cache_clear()
     tensor = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
     assert _runtime.use_triton(tensor) == (triton and _runtime.triton_installed())
     assert (_runtime.capability(torch.device("cuda", 0)) in (90, 100)) == (triton and not hip)
-    _runtime.capability.cache_clear()
+    for cache in caches:
+        cache.cache_clear()
