@@ -84,8 +84,9 @@ def patch(
 
     Outputs, gradients, `generate` and `save_pretrained` stay what they were, within the rounding of
     the parameters' dtype; attention, MLPs and norms by our kernels where the model is on a CUDA
-    GPU, and by PyTorch's best operations elsewhere. What the model lacks or a kernel does not
-    compute is kept as it is. Patch before a model is wrapped (PEFT, DDP, FSDP, torch.compile).
+    GPU, and by PyTorch's best operations elsewhere. Second derivatives (create_graph=True) raise.
+    What the model lacks or a kernel does not compute is kept as it is. Patch before a model is
+    wrapped (PEFT, DDP, FSDP, torch.compile).
 
     loss: while training, with labels given, the logits are never held: the output's `logits` is
     None. A trainer that reads them needs loss=False. A batch without a target has a loss of 0.
