@@ -82,17 +82,21 @@ class Searches:
                         "permute and word problems have); say how many tokens a step has"
                     )
 
-    def wanted(self, store: Store, problems: Iterable[int]) -> list[SearchKey]:
-        """The searches of these problems that the store lacks."""
-        searches = []
+    def names(self) -> list[str]:
+        """What the searches are called in the store."""
+        names = []
         for name in dict.fromkeys(self.options.search):
             settings = "".join(f" {s}={getattr(self.options, s)}" for s in SETTINGS[name])
             for lines in sorted({*self.options.lines}):
-                searches.append(f"{name} lines={lines}{settings} judge={self.judging.name}")
+                names.append(f"{name} lines={lines}{settings} judge={self.judging.name}")
+        return names
+
+    def wanted(self, store: Store, problems: Iterable[int]) -> list[SearchKey]:
+        """The searches of these problems that the store lacks."""
         return missing(
             store,
             problems=problems,
-            searches=searches,
+            searches=self.names(),
             params=params_text(self.params),
             seed=self.seed,
         )

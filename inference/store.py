@@ -9,7 +9,7 @@ then lists what a grid still lacks.
 import json
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -365,6 +365,21 @@ class Store:
             for r in records
         ]
         self.insert("sample", rows)
+
+    def judge_again(self, judge: Callable[[int, str], tuple[str | None, bool]]) -> tuple[int, int]:
+        """Gives every sample the answer and the verdict that judge(problem, text) tells, and lets
+        the searches go, of whose lines there are no texts to judge; how many there were of both.
+
+        All of it or, where `judge` raises, nothing.
+        """
+        with self.transaction() as db:
+            rows = db.execute("SELECT rowid, problem, text FROM sample")
+            verdicts = [(*judge(problem, text), row) for row, problem, text in rows]
+            db.executemany(
+                "UPDATE sample SET answer = ?, correct = ? WHERE rowid = ?",
+                [(answer and storable(answer), right, row) for answer, right, row in verdicts],
+            )
+            return len(verdicts), db.execute("DELETE FROM search").rowcount
 
     def merge(self, path: str | Path) -> None:
         """Adds what another store of this model and task holds; what is already here stays.

@@ -102,9 +102,10 @@ class Opened:
     def identity(self) -> dict[str, Any]:
         """The configuration that run.json keeps."""
         known = {k: v for k, v in asdict(self.config).items() if k not in PRACTICAL}
-        of_model = self.speaker.identity
+        of_model, code = self.speaker.identity, getattr(self.task, "code", None)
         return known | {
-            "task_code": getattr(self.task, "code", None),  # of a file of one's own
+            "task_code": code,  # of a file of one's own
+            "task_cue": code and _cue(self.config, self.task),
             "model_hash": of_model["model"],
             "precision": of_model["precision"],
         }
@@ -155,16 +156,29 @@ def _claim(config: SweepConfig, held: ExitStack) -> Opened:
     opened.folder.mkdir(parents=True, exist_ok=True)
     held.enter_context(alone_in(opened.folder))
     grows, told = growing(config, before), config.out / "run.json"
+    if "cue" in grows:
+        grows.add("task_cue")
     text = told.read_text(encoding="utf-8") if told.exists() else None
-    open_run(config.out, "sweep", opened.identity(), resume=config.resume, grows=grows)
+    identity = opened.identity()
+    code = identity["task_code"]
+    if before:  # run.json names a changed file once its verdicts are in: a killed run judges again
+        identity["task_code"] = before.get("task_code")
+    changed = identity["task_code"] != code
+    open_run(config.out, "sweep", identity, resume=config.resume, grows=grows)
     try:
         with opened.store() as store:
             store.add_problems(opened.problems)
-    except ValueError:  # the task's problems are not what they were: the folder is as it was
+            merge(opened.folder, store)  # what a killed run left
+            if changed:
+                _judge_again(opened, store)
+    except ValueError:  # not the problems that they were, or no verdicts: the folder is as it was
         if text is not None:
             write_aside(told, text)
         raise
     facts: dict[str, Any] = {}
+    if changed:
+        known = read_run(config.out)["sweep"]["configuration"]
+        facts["configuration"] = known | {"task_code": code}
     if opened.most <= LARGEST:  # which longer prompts that come later must not change
         facts["most_new_tokens"] = opened.most
     if opened.speaker.shape is not None:  # for reports when the model is not there any more
@@ -187,9 +201,34 @@ def _claim(config: SweepConfig, held: ExitStack) -> Opened:
             "and with it its samples: the intervals take them for problems of their own",
             file=sys.stderr,
         )
-    with opened.store() as store:
-        merge(opened.folder, store)  # what a killed run left
     return opened
+
+
+def _judge_again(opened: Opened, store: Store) -> None:
+    """Judge the stored samples by the task's file as it is now, all or none, and say so. Searches
+    keep verdicts without the texts of all their lines: they are let go, to be drawn again."""
+    task, problems = opened.task, opened.problems
+    kinds = {kind for (kind,) in store.rows("SELECT DISTINCT search FROM search")}
+    if others := kinds - {*opened.searches.names()}:
+        raise ValueError(
+            f"{store.path} holds searches of another judge, such as {min(others)!r}, and what a "
+            "changed task says of their lines is known only if they are drawn again: say the "
+            "--verifier that they had"
+        )
+    [(count,)] = store.rows("SELECT ifnull(max(problem), -1) + 1 FROM sample")
+    if count > len(problems):  # some were in what a killed run left
+        raise ValueError(
+            f"{store.path} holds samples of {count} problems, which a changed task must judge "
+            f"again: say --problems {count}"
+        )
+    samples, searches = store.judge_again(lambda i, text: tasks.judge(task, problems[i], text))
+    if samples or searches:
+        redrawn = f", and {searches} searches will be drawn again" if searches else ""
+        print(
+            f"ponder: the file of {opened.config.task} has changed: the {samples} samples of "
+            f"{opened.config.out} were judged again{redrawn}",
+            file=sys.stderr,
+        )
 
 
 def _earlier(config: SweepConfig, before: dict[str, Any]) -> dict[str, Any]:
