@@ -102,9 +102,9 @@ class Opened:
     def identity(self) -> dict[str, Any]:
         """The configuration that run.json keeps."""
         known = {k: v for k, v in asdict(self.config).items() if k not in PRACTICAL}
-        of_model, code = self.speaker.identity, getattr(self.task, "code", None)
+        of_model, code = self.speaker.identity, tasks.code_of(self.task)
         return known | {
-            "task_code": code,  # of a file of one's own
+            "task_code": code,  # of a task of one's own
             "task_cue": code and _cue(self.config, self.task),
             "model_hash": of_model["model"],
             "precision": of_model["precision"],
@@ -225,7 +225,7 @@ def _judge_again(opened: Opened, store: Store) -> None:
     if samples or searches:
         redrawn = f", and {searches} searches will be drawn again" if searches else ""
         print(
-            f"ponder: the file of {opened.config.task} has changed: the {samples} samples of "
+            f"ponder: {opened.config.task} has changed: the {samples} samples of "
             f"{opened.config.out} were judged again{redrawn}",
             file=sys.stderr,
         )

@@ -42,6 +42,8 @@ __all__ = [
     "check_ask",
     "check_budget",
     "check_range",
+    "code_of",
+    "content_of",
     "final_text",
     "get",
     "judge",
@@ -97,9 +99,33 @@ def _own(file: str, kind: str) -> type[Any]:
         classes = [n for n, c in vars(module).items() if getattr(c, "__module__", "") == spec.name]
         raise ValueError(f"{file} has no class {kind}; it has {', '.join(classes) or 'none'}")
     found.code = blake2b(path.read_bytes(), digest_size=8).hexdigest()
-    if not hasattr(found, "content"):  # which training asks for
-        found.content = found.code
     return found
+
+
+SEEN = 64  # problems that stand for what a task of one's own reads
+
+
+def code_of(task: Task) -> str | None:
+    """A digest of the file of a task of one's own, and of what else the task says that it depends
+    on, by `content`; None for one of ponder's."""
+    code, content = getattr(task, "code", None), getattr(task, "content", None)
+    return code if code is None or content is None else _digest(code, str(content))
+
+
+def content_of(task: Task) -> str:
+    """A digest of what training problems depend on besides a task's name and settings; "" where
+    that is ponder's own code alone. Where a task of one's own has no `content`, its first problems
+    stand for what it reads."""
+    code, content = code_of(task), getattr(task, "content", None)
+    if code is None or content is not None:
+        return code or content or ""
+    seen = problems_of(task, "train", SEEN, 0)
+    return _digest(code, *(x for p in seen for x in (p.prompt, task.trace(p), p.answer)))
+
+
+def _digest(*texts: str) -> str:
+    told = "\0".join(texts).encode("utf-8", "surrogatepass")
+    return blake2b(told, digest_size=8).hexdigest()
 
 
 def get(name: str, **settings: Any) -> Task:

@@ -34,7 +34,7 @@ class Problems:
     def __init__(self, config: TrainConfig, name: str):
         self.name, self.task = f"task:{name}", tasks.get(name)
         self.alphabet: str = self.task.alphabet
-        content = getattr(self.task, "content", "")  # of what is read, not drawn
+        content = tasks.content_of(self.task)
         self.identity = [self.name, self.alphabet, *([content] if content else [])]
 
     def thinks(self) -> bool:

@@ -253,7 +253,8 @@ class SolverTraces:
     def __init__(self, config: TrainConfig, name: str):
         self.name, self.task = f"task:{name}", solver(tasks.get(name))
         self.alphabet: str = self.task.alphabet
-        self.identity = [self.name, self.alphabet, "steps"]
+        content = tasks.content_of(self.task)
+        self.identity = [self.name, self.alphabet, "steps", *([content] if content else [])]
 
     def thinks(self) -> bool:
         return True

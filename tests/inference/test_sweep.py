@@ -613,6 +613,19 @@ def test_what_killed_processes_left_is_judged_again(config, tmp_path, no_figures
     assert {row[6] for row in samples(config.out)} == {"4"} and len(samples(config.out)) == 12
 
 
+def test_what_a_verifier_reads_is_part_of_its_task_where_the_task_says_so(
+    config, tmp_path, no_figures
+):
+    file, read = tmp_path / "mine.py", tmp_path / "read"
+    mine = replace(config, task=own_task(file, answer="self.content"), samples=(1,), budgets=())
+    says = f"return open({str(read)!r}).read()\n"
+    file.write_text(f"{file.read_text()}\n    @property\n    def content(self):\n        {says}")
+    for text in "34":
+        read.write_text(text)
+        sweep(replace(mine, resume=True))
+        assert {row[6] for row in samples(config.out)} == {text}
+
+
 def test_a_changed_task_of_other_problems_or_another_cue_is_refused(config, tmp_path, no_figures):
     file = tmp_path / "mine.py"
     mine = replace(config, task=own_task(file, cue="+"), samples=(1,), budgets=(), extend=(1,))

@@ -123,6 +123,35 @@ def test_a_file_of_problems_is_known_by_its_content(tmp_path):
     assert found[0] == found[2] != found[1]
 
 
+OWN = """
+from pathlib import Path
+
+from ponder.tasks.countdown import Countdown
+
+
+class Mine(Countdown):
+    def problems(self, split, count, seed):
+        return super().problems(split, count, int(Path({seed!r}).read_text()))
+{more}"""
+
+
+@pytest.mark.parametrize("fields", [dict(), dict(verifier="process")])
+def test_a_task_of_one_s_own_is_known_by_its_code_and_what_it_reads(tmp_path, fields):
+    seed = tmp_path / "seed"
+
+    def fingerprint(read: str, more=""):
+        seed.write_text(read)
+        (tmp_path / "own.py").write_text(OWN.format(seed=str(seed), more=more))
+        data = f"task:{tmp_path / 'own.py'}:Mine:traces=path"
+        return load_data(preset("tiny", data=data, context=96, **fields)).fingerprint
+
+    first, says = fingerprint("1"), f"    content = Path({str(seed)!r}).read_text()[:1]\n"
+    assert first == fingerprint("1") and first not in (fingerprint("2"), fingerprint("1", "# more"))
+    said = fingerprint("1", says)  # by the task, which knows better than a few problems do
+    assert said == fingerprint("12", says) and said != fingerprint("2", says)
+    assert said != fingerprint("1", f"{says}# more")
+
+
 def test_the_largest_part_of_a_mixture_is_there(tmp_path):
     few, many = tmp_path / "few.jsonl", tmp_path / "many.txt"
     few.write_text("".join(json.dumps({"text": "to be or not " * 3}) + "\n" for _ in range(3)))
