@@ -76,8 +76,9 @@ class Searched:
         return np.array([float(lines[0].correct) for lines in self.lines])
 
     def vote(self) -> np.ndarray:
-        """(P,) in [0, 1]: whether the answer with the largest sum of values is right; answers that
-        tie are equally likely. Source: Beeching et al. 2024 (weighted best-of-N)."""
+        """(P,) in [0, 1]: whether the answer with the largest sum of values is right, or the share of
+        its lines that is, where the verifier looks at more; answers that tie are equally likely.
+        Source: Beeching et al. 2024 (weighted best-of-N)."""
         return np.array([_vote(lines) for lines in self.lines])
 
     def outcome(self, scores: np.ndarray) -> Outcome:
@@ -86,14 +87,15 @@ class Searched:
 
 
 def _vote(lines: Sequence[Line]) -> float:
+    verdicts: dict[str, list[bool]] = {}
     weights: dict[str, float] = {}
-    right = {line.answer: line.correct for line in lines}
     for line in lines:
         if line.answer is not None:
+            verdicts.setdefault(line.answer, []).append(line.correct)
             weights[line.answer] = weights.get(line.answer, 0.0) + line.value
     most = max(weights.values(), default=0.0)
-    leaders = [answer for answer, weight in weights.items() if weight >= most * (1 - 1e-12)]
-    return sum(right[answer] for answer in leaders) / max(1, len(leaders))
+    leaders = [verdicts[name] for name, weight in weights.items() if weight >= most * (1 - 1e-12)]
+    return sum(sum(right) / len(right) for right in leaders) / max(1, len(leaders))
 
 
 def add(store: Store, records: Iterable[SearchRecord]) -> None:

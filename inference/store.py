@@ -342,11 +342,13 @@ class Store:
                 "INSERT INTO problem VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING", rows
             )
             known = {row[0]: row for row in self._db.execute("SELECT * FROM problem")}
-            for row in rows:
-                if known[row[0]] != row:
+            for number, *fields in rows:
+                _, *stored = known[number]
+                if stored != fields:
+                    name, ours, theirs = _differing(stored, fields)
                     raise ValueError(
-                        f"{self.path}: problem {row[0]} is {known[row[0]][1]!r} in the store and "
-                        f"{row[1]!r} in this run: give this run another folder"
+                        f"{self.path}: the {name} of problem {number} is {ours!r} in the store and "
+                        f"{theirs!r} in this run: give this run another folder"
                     )
 
     def problems(self) -> dict[int, StoredProblem]:
@@ -392,15 +394,17 @@ class Store:
         try:
             with self.transaction():
                 clash = self._db.execute(
-                    "SELECT id, ours.prompt, theirs.prompt"
+                    "SELECT id, ours.prompt, ours.answer, ours.difficulty,"
+                    " theirs.prompt, theirs.answer, theirs.difficulty"
                     " FROM main.problem AS ours JOIN other.problem AS theirs USING (id) WHERE"
                     " (ours.prompt, ours.answer, ours.difficulty) <>"
                     " (theirs.prompt, theirs.answer, theirs.difficulty)"
                 ).fetchone()
                 if clash:
+                    name, ours, theirs = _differing(clash[1:4], clash[4:])
                     raise ValueError(
-                        f"{path}: problem {clash[0]} is {clash[2]!r} there and {clash[1]!r} in "
-                        f"{self.path}; they are not of one sweep"
+                        f"{path}: the {name} of problem {clash[0]} is {theirs!r} there and "
+                        f"{ours!r} in {self.path}; they are not of one sweep"
                     )
                 for table in ("problem", "sample", "search"):
                     self._db.execute(
@@ -532,6 +536,12 @@ class Store:
             (params, seed, -1 if budget is None else budget, problem),
         )
         return [Record(Key(*row[:5]), row[5], row[6], bool(row[7]), *row[8:]) for row in rows]
+
+
+def _differing(ours: Sequence[Any], theirs: Sequence[Any]) -> tuple[str, Any, Any]:
+    """The first field (prompt, answer, difficulty) in which two problems differ: name and values."""
+    fields = zip(("prompt", "answer", "difficulty"), ours, theirs, strict=True)
+    return next(field for field in fields if field[1] != field[2])
 
 
 def _even(counts: np.ndarray) -> int:

@@ -54,7 +54,7 @@ class Task(Protocol):
         ...
 
     def verify(self, problem: Problem, text: str) -> bool:
-        """Whether a completion is right: any string is allowed."""
+        """Whether a completion is right: any string is allowed, and what is right has an answer."""
         ...
 
     def answer(self, text: str) -> str | None:
@@ -117,12 +117,15 @@ def judge(task: Task, problem: Problem, text: str) -> tuple[str | None, bool]:
     """The answer that a completion gives, and whether it is right.
 
     Raises ValueError, naming the task and the problem, where the task's own code raises: a verifier
-    that breaks is a fault to mend, not a wrong answer.
+    that breaks is a fault to mend, not a wrong answer. So is one that finds right what has no
+    answer: pass@k would count it, and votes could not.
     """
     try:
         given, right = task.answer(text), bool(task.verify(problem, text))
         if not isinstance(given, str | None):
             raise TypeError(f"answer() gives {given!r}, which is neither text nor None")
+        if right and given is None:
+            raise ValueError("verify() finds it right and answer() finds none, which votes need")
         return given, right
     except Exception as error:
         raise ValueError(

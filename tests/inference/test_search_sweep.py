@@ -319,3 +319,6 @@ def test_the_vote_of_the_lines_is_weighted_by_value():
     assert score((b, 0.8), (a, 0.5), (a, 0.3)) == 0.5  # a tie
     assert score((none, 0.9), (a, 0.1)) == 1.0
     assert score((none, 0.9)) == 0.0
+    wrong_a = ("a", False)  # by a verifier that looks at more than the answer
+    for order in ((a, wrong_a, a, a), (a, a, a, wrong_a)):
+        assert score(*[(line, 0.5) for line in order], (b, 0.9)) == 0.75

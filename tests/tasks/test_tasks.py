@@ -364,6 +364,14 @@ def test_a_verifier_that_raises_is_named(task, monkeypatch):
             ValueError, match=rf"{task.name}: its verifier failed on .*KeyError: 'gone'"
         ):
             tasks.judge(task, problem, right)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(task), "verify", lambda *_: True)
+        assert tasks.judge(task, problem, right) == (task.answer(right), True)
+        patch.setattr(type(task), "answer", lambda *_: None)
+        with pytest.raises(ValueError, match="finds it right and answer.. finds none, which votes"):
+            tasks.judge(task, problem, right)
+        patch.setattr(type(task), "verify", lambda *_: False)
+        assert tasks.judge(task, problem, right) == (None, False)
     monkeypatch.setattr(type(task), "answer", lambda *_: 7)
     with pytest.raises(ValueError, match=rf"{task.name}: .*answer\(\) gives 7, which is neither"):
         tasks.judge(task, problem, right)
