@@ -10,7 +10,7 @@ from ..provenance import read_run
 from .comparison import write_comparison
 from .evaluation import Result, evaluate
 from .exchange import training_flops
-from .report import summary, write_report
+from .report import summary, unfinished, write_report
 from .store import Store
 
 
@@ -19,7 +19,7 @@ def redraw(folder: Path) -> Path:
     page. ValueError for a folder that holds no sweep."""
     with _stored(folder) as (run, store, results):
         page = write_report(folder / "report", results, store, run=run)
-    print(summary(results))
+        print(summary(results, unfinished(run, store)))
     return page
 
 
@@ -35,6 +35,9 @@ def compare(folders: Sequence[Path], out: Path) -> Path:
     with ExitStack() as stack:
         sweeps = [stack.enter_context(_stored(f, n)) for f, n in zip(folders, names, strict=True)]
         runs, stores, results = zip(*sweeps, strict=True)
+        for name, run, store in zip(names, runs, stores, strict=True):
+            if lacking := unfinished(run, store):
+                print(f"{name} is {lacking}")
         taken = [training_flops(run["configuration"]["model"]) for run in runs]
         training = {name: flops for name, flops in zip(names, taken, strict=True) if flops}
         return write_comparison(

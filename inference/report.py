@@ -60,8 +60,9 @@ def write_report(
 
     results: rows of one task and model, as `evaluation.evaluate(store)` gives them; store: where
     problems, samples and difficulties are read; run: what run.json holds of the sweep, printed
-    under "How this was made"; examples: how many problems of each kind to show. Each file is
-    written aside and renamed. Raises ValueError where there are no results.
+    under "How this was made", and asked how many samples there should be; examples: how many
+    problems of each kind to show. Each file is written aside and renamed. Raises ValueError where
+    there are no results.
     """
     if not results:
         raise ValueError(f"{store.path} holds no results to report: run the sweep first")
@@ -176,6 +177,7 @@ def html(
             unit=unit_of(results),
             groups=problem_groups(curves, store, examples) if found.outcomes else [],
             made=made(run),
+            lacking=unfinished(run, store),
             columns=COLUMNS,
             field=_csv_field,
             beside=beside,
@@ -226,9 +228,29 @@ def made(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(name, text(value)) for name, value in run.items()]
 
 
-def summary(results: Sequence[Result]) -> str:
+def unfinished(run: Mapping[str, Any], store: Store) -> str:
+    """How many samples of a sweep are there, and what that means; "" where all are. run: what
+    run.json holds of it."""
+    asked = run.get("configuration", {})
+    if not asked.get("problems") or not asked.get("samples"):
+        return ""
+    problems, samples = asked["problems"], max(asked["samples"])
+    settings = {None, *(asked.get("budgets") or ())}, {*(asked.get("extend") or ())}
+    whole = problems * sum(map(len, settings)) * (1 + samples)  # greedy, and drawn
+    query = "SELECT count(*) FROM sample WHERE problem < ? AND sample < ?"
+    [(held,)] = store.rows(query, problems, samples)
+    if held >= whole:
+        return ""
+    return (
+        f"unfinished: {held:,} of {whole:,} samples; what finishes first is short, so costs and "
+        "accuracies are those of short samples"
+    )
+
+
+def summary(results: Sequence[Result], lacking: str = "") -> str:
     """How accurate unlimited thinking was: a greedy answer, one sample and the largest vote, with
-    their 95 % intervals, and the best fixed guess; lines of text, of which the first is a title."""
+    their 95 % intervals, and the best fixed guess; lines of text, of which the first is a title.
+    lacking: what `unfinished` says, to end with."""
     found = {
         (r.strategy, r.samples): r for r in results if r.think_budget is None and not r.setting
     }
@@ -245,4 +267,5 @@ def summary(results: Sequence[Result]) -> str:
         interval = f"{100 * r.ci_low:5.1f} to {100 * r.ci_high:.1f} %"
         part = "" if r.problems == first.problems else f"   {r.problems:,} problems"
         lines.append(f"  {name:12}{percent(r.accuracy):>8}   {interval}{part}")
-    return "\n".join([*lines, f"  {'fixed guess':12}{percent(first.guess_accuracy):>8}"])
+    lines.append(f"  {'fixed guess':12}{percent(first.guess_accuracy):>8}")
+    return "\n".join([*lines, f"  {lacking}"] if lacking else lines)

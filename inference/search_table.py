@@ -76,8 +76,8 @@ class Searched:
         return np.array([float(lines[0].correct) for lines in self.lines])
 
     def vote(self) -> np.ndarray:
-        """(P,) in [0, 1]: whether the answer with the largest sum of values is right, or the share of
-        its lines that is, where the verifier looks at more; answers that tie are equally likely.
+        """(P,) in [0, 1]: whether the answer with the largest sum of values is right (the share of
+        its lines that is, where the verifier looks at more); answers that tie are equally likely.
         Source: Beeching et al. 2024 (weighted best-of-N)."""
         return np.array([_vote(lines) for lines in self.lines])
 

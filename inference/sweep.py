@@ -22,7 +22,7 @@ from . import Unfinished, search_table
 from .config import LARGEST, PROBLEMS, SAMPLES, SweepConfig, growing, grown
 from .engine import SamplingParams
 from .evaluation import evaluate
-from .report import summary, write_report
+from .report import summary, unfinished, write_report
 from .scores import score
 from .search_sweep import Searches
 from .server import Refused
@@ -427,6 +427,7 @@ def _finish(opened: Opened) -> tuple[int, str]:
                 model=config.model,
             )
         if results or not lacking:
-            write_report(page.parent, results, store, run=read_run(config.out)["sweep"])
-            print(summary(results))
+            run = read_run(config.out)["sweep"]
+            write_report(page.parent, results, store, run=run)
+            print(summary(results, unfinished(run, store)))
     return lacking, str(page)

@@ -14,6 +14,7 @@ Samples are held out by problem.
 
 import json
 import random
+import re
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -35,6 +36,7 @@ from .tokenizer import Vocabulary
 HELD_OUT = 0.1  # of the problems
 HELD_OUT_SOLUTIONS = 4096  # at most so many of them are evaluated
 VALIDATION_PROBLEMS = 1024
+THOUGHT_TAGS = re.compile("</?think>")
 BATCH = 64  # rows of a validation batch, about
 
 
@@ -82,26 +84,28 @@ class Solutions:
             )
         if not self.solutions:
             raise ValueError(f"{name} holds no samples: run the sweep first")
-        if tasks.OWN.fullmatch(about.get("task", "")):
-            raise ValueError(
-                f"{name} holds samples of the task {about['task']}, whose file would be run as "
-                "a store names it; verifiers learn from ponder's own tasks alone"
-            )
-        self.task = tasks.get(about.get("task", ""))
+        task = about.get("task", "")
+        # No file is run because a store names it.
+        self.task = None if tasks.OWN.fullmatch(task) else tasks.get(task)
         if self.kind == "process":
+            if self.task is None:
+                raise ValueError(
+                    f"verifier is process, and {name} holds samples of the task {task}, whose file "
+                    "would be run as a store names it; outcome and value need no task"
+                )
             solver(self.task)
         self.identity = [name, digest(self.solutions)]
 
     @property
     def alphabet(self) -> str | None:
-        return self.task.alphabet
+        return None if self.task is None else self.task.alphabet
 
     def thinks(self) -> bool:
         return True
 
     def texts(self) -> Iterator[str]:
         for solution in self.solutions:
-            yield from (solution.prompt, solution.text)
+            yield from (solution.prompt, *THOUGHT_TAGS.split(solution.text))
 
     def source(self, config: TrainConfig, vocabulary: Vocabulary) -> "SolutionRows":
         return SolutionRows(self, config, vocabulary)
@@ -120,13 +124,14 @@ def solver(task: tasks.Task) -> Any:
 class Labels:
     """Writes targets beside the tokens of solutions."""
 
-    def __init__(self, reading: Reading, task: tasks.Task, vocabulary: Vocabulary):
+    def __init__(self, reading: Reading, task: tasks.Task | None, vocabulary: Vocabulary):
         self.reading, self.task, self.vocabulary = reading, task, vocabulary
         self.end, self.close = vocabulary.id(vocabulary.eos), vocabulary.id("</think>")
         self.step_ends = step_ends(vocabulary.tokenizer, reading.step_end)
         self.of_steps = lru_cache(1 << 14)(self._of_steps)
 
     def _of_steps(self, prompt: str, trace: str) -> list[bool]:
+        assert self.task is not None
         task = solver(self.task)
         return task.step_labels(task.read(prompt), trace)
 

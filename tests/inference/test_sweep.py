@@ -23,7 +23,7 @@ from ponder import tasks
 from ponder.inference import Unfinished
 from ponder.inference.config import SearchOptions, SweepConfig, growing, grown
 from ponder.inference.local import LocalSpeaker
-from ponder.inference.redraw import redraw
+from ponder.inference.redraw import compare, redraw
 from ponder.inference.sweep import _cue, _keep, _terminable, own_budgets, sweep
 from ponder.models import hub
 from ponder.provenance import alone_in
@@ -284,7 +284,9 @@ def test_redraw_writes_the_same_results(swept, config, no_figures):
         redraw(config.out / "report")
 
 
-def test_the_end_of_a_sweep_says_how_accurate_it_was(swept, config, no_figures, capsys):
+def test_the_end_of_a_sweep_says_how_accurate_it_was(
+    swept, config, no_figures, capsys, monkeypatch
+):
     shutil.copytree(swept.out, config.out)
     sweep(replace(config, resume=True))
     title, *lines = capsys.readouterr().out.splitlines()
@@ -308,12 +310,17 @@ def test_the_end_of_a_sweep_says_how_accurate_it_was(swept, config, no_figures, 
     with sqlite3.connect(config.out / "sweep" / "samples.sqlite") as db:  # not all arrived
         db.execute("DELETE FROM sample WHERE budget IS NULL AND params LIKE '%1.0' AND problem = 0")
         db.execute("DELETE FROM sample WHERE budget IS NULL AND params LIKE '%0.0' AND problem < 4")
-    redraw(config.out)
-    title, *lines = capsys.readouterr().out.splitlines()
+    page = redraw(config.out)
+    title, *lines, lacking = capsys.readouterr().out.splitlines()
+    said = "nfinished: 65 of 72 samples; what finishes first is short, so costs and accuracies are"
+    assert said in lacking and said in page.read_text()
     assert "2 problems" in title and [line.endswith("   5 problems") for line in lines[1:3]] == [
         1,
         1,
     ]
+    monkeypatch.setattr("ponder.inference.redraw.write_comparison", lambda out, *_, **__: out)
+    compare([swept.out, config.out], config.out)
+    assert capsys.readouterr().out == f"{config.out} is {lacking.strip()}\n"
 
 
 def test_a_report_needs_no_model(config, tmp_path, no_figures):
@@ -383,13 +390,14 @@ def kept(out: Path) -> dict:
     return json.loads((out / "run.json").read_text())["sweep"]
 
 
-def test_a_sweep_grows_into_the_larger_one(config, no_figures):
+def test_a_sweep_grows_into_the_larger_one(config, no_figures, capsys):
     """More problems, samples, budgets and extensions draw what is lacking, and nothing anew."""
     small = replace(config, problems=9, samples=(1,), budgets=(2,))
     sweep(small)
     before = samples(small.out)
     whole = replace(config, problems=12, samples=(1, 3), budgets=(0, 2), extend=(1,), cue="=")
-    sweep(replace(whole, resume=True))
+    page = sweep(replace(whole, resume=True))
+    assert "nfinished" not in page.read_text() and "nfinished" not in capsys.readouterr().out
     at_once = replace(whole, out=config.out / "at_once", budgets=(2, 0))
     sweep(at_once)
     assert set(before) < set(samples(whole.out)) and samples(whole.out) == samples(at_once.out)

@@ -150,7 +150,7 @@ def test_data_that_teach_nothing_are_refused(tmp_path, store):
     with sqlite3.connect(own) as db:
         name = json.dumps(f"{tmp_path / 'evil.py'}:Task")
         db.execute("UPDATE identity SET value = ? WHERE name = 'task'", (name,))
-    refused("whose file would be run as a store names it", own)
+    refused("whose file would be run as a store names it", own, verifier="process")
     right = [[s for s in row if s[2]] or [("<think>1</think>1", True, True)] for row in made]
     refused("could learn from is right", write_store(tmp_path / "r", "last_digit", "val", right))
     two = write_store(tmp_path / "two", "last_digit", "train", made[:2])
@@ -163,6 +163,22 @@ def test_data_that_teach_nothing_are_refused(tmp_path, store):
     refused("is not a sample store", tmp_path / "text")
     with pytest.raises(ValueError, match="cannot judge steps"):
         load_data(preset("tiny", data="task:permute", verifier="process"))
+
+
+@pytest.mark.parametrize("kind", ["outcome", "value"])
+def test_samples_of_a_task_of_one_s_own_teach_without_its_file(tmp_path, store, kind):
+    own = tmp_path / "own.sqlite"
+    with sqlite3.connect(store) as db, sqlite3.connect(own) as copy:
+        db.backup(copy)
+        copy.execute("""UPDATE identity SET value = '"nowhere.py:Task"' WHERE name = 'task'""")
+    data, known = (opened(path, verifier=kind, batch_size=9) for path in (own, store))
+    # Its characters are those of the texts, <think> and </think> tokens as ever.
+    words = set(data.tokenizer.get_vocab())
+    assert words <= set(known.tokenizer.get_vocab()) and not words & set("thinkd<>/")
+    for row, other in zip(rows_of([data.batch(0)]), rows_of([known.batch(0)]), strict=True):
+        texts = [d.tokenizer.decode(r[0].tolist()) for d, r in ((data, row), (known, other))]
+        assert texts[0] == texts[1]
+        assert torch.equal(row[1], other[1])
 
 
 @pytest.fixture(scope="module")
