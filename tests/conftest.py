@@ -42,6 +42,7 @@ def set_threads():
     torch.set_num_threads(before)
 
 
+@pytest.hookimpl(trylast=True)  # behind what -m leaves out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of what a file holds, the part that benchmarks/isolated.py gave to this process."""
     part, _, parts = os.environ.get("PONDER_TESTS", "0/1").partition("/")

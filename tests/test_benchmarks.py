@@ -438,6 +438,36 @@ def test_parts_of_a_file_are_all_of_it(tmp_path, monkeypatch, capsys):
     assert "test_five.py, part 2 of 3: 2 passed" in out and out.endswith("4 passed, 1 failed\n")
 
 
+def test_what_has_a_mark_is_left_out_before_the_parts_are_made(tmp_path, monkeypatch, capsys):
+    """Of every two tests one has it: else two of four parts would have nothing to do."""
+    (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
+    way = "pytest.param('cpu', marks=pytest.mark.slow)"
+    tests = f"import pytest\n@pytest.mark.parametrize('way', ['kernel', {way}])\n"
+    tests += (
+        "@pytest.mark.parametrize('i', range(2))\ndef test_x(i, way):\n    assert way == 'kernel'\n"
+    )
+    (tmp_path / "test_ways.py").write_text(tests)
+    words = ["isolated", "--parts", "2", "--marked", "not slow", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", words)
+    assert isolated.main() == 0
+    out = capsys.readouterr().out
+    assert out.count(": 1 passed") == 2 and out.endswith("2 passed, 0 failed\n")
+
+
+def test_tests_go_on_from_what_passed(tmp_path, monkeypatch, capsys):
+    """And begin with the files that are named, the largest first of the others."""
+    for name, line in (("bad", "1 / 0"), ("first", "pass"), ("good", "pass # of the largest")):
+        (tmp_path / f"test_{name}.py").write_text(f"def test_x():\n    {line}\n")
+    monkeypatch.setattr(isolated, "WORKERS", 1)
+    words = ["--first", "test_first.py", "--passed", str(tmp_path / "passed"), "--"]
+    monkeypatch.setattr(sys, "argv", ["isolated", *words, str(tmp_path)])
+    assert isolated.main() == 1
+    assert (tmp_path / "passed").read_text().split() == ["test_first.py", "test_good.py"]
+    capsys.readouterr()
+    assert isolated.main() == 1
+    assert capsys.readouterr().out.endswith("0 passed, 1 failed\n")
+
+
 @pytest.mark.slow
 def test_cases_are_compiled_side_by_side():
     words = [sys.executable, "-m", "ponder.benchmarks", "decode", "--smoke", "--warm-up", "2"]

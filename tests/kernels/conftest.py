@@ -14,12 +14,16 @@ if chip := os.environ.get("PONDER_PTX"):
     collect_ignore += ["test_runtime.py"] + ["test_attention_hopper.py"] * (chip != "90")
 
 
+def _cpu_params(*names: str) -> list:
+    return [pytest.param(name, marks=pytest.mark.cpu) for name in names]
+
+
 @pytest.fixture
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.fixture(params=["kernel", "cpu"])
+@pytest.fixture(params=["kernel", *_cpu_params("cpu")])
 def path(request, device, monkeypatch) -> str:
     """The device of both ways to compute: the kernels, and PyTorch's operations on CPU tensors."""
     if request.param == "kernel":
@@ -36,13 +40,13 @@ def _on_a_cpu(way: str, monkeypatch) -> str:
     return "cpu"
 
 
-@pytest.fixture(params=["in C", "by PyTorch"])
+@pytest.fixture(params=_cpu_params("in C", "by PyTorch"))
 def way_on_a_cpu(request, monkeypatch) -> str:
     """The device of both ways of what is written in C for CPU tensors."""
     return _on_a_cpu(request.param, monkeypatch)
 
 
-@pytest.fixture(params=["kernel", "in C", "by PyTorch"])
+@pytest.fixture(params=["kernel", *_cpu_params("in C", "by PyTorch")])
 def way(request, device, monkeypatch) -> str:
     """The device of all ways to compute that such a function has."""
     return device if request.param == "kernel" else _on_a_cpu(request.param, monkeypatch)

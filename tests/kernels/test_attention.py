@@ -204,6 +204,7 @@ def test_one_compilation_serves_all_lengths(head_dim, dtype, device):
 
 
 # The rows: T = S, decoding, T < S, T > S (rows that see no key), no key at all; and not causal.
+@pytest.mark.cpu
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # each has a path of its own
 @pytest.mark.parametrize("lengths", [(9, 9), (1, 9), (5, 9), (9, 5), (3, 0)], ids=str)
@@ -214,7 +215,7 @@ def test_cpu_path(lengths, dtype, causal, monkeypatch):
     check_attention(inputs, causal, scale=0.3)
 
 
-@pytest.mark.parametrize("path", ["kernel", "cpu"])
+@pytest.mark.parametrize("path", ["kernel", pytest.param("cpu", marks=pytest.mark.cpu)])
 def test_autocast(path, device, monkeypatch):
     """Under autocast fp32 inputs are cast, as in torch's own attention."""
     if path == "cpu":

@@ -18,6 +18,9 @@ module = importlib.import_module("ponder.kernels._attention_cpu")
 FP32, BF16 = DTYPES = [torch.float32, torch.bfloat16]
 
 
+pytestmark = pytest.mark.cpu
+
+
 @pytest.fixture(autouse=True)
 def on_a_cpu(monkeypatch):
     """Threads for the least work, too."""

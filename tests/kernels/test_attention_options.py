@@ -303,6 +303,7 @@ def test_any_configuration(configuration, seed):
         assert error <= tolerance * size.norm(), f"{label}: {error:.2e}"
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "options",
@@ -321,6 +322,7 @@ def test_cpu_path(options, dtype, monkeypatch):
     check_options((2, 4, 2, 20, 23, 24), dtype, "cpu", 12, **options)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_documents_of_queries_and_keys_alike_on_a_cpu(dtype, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

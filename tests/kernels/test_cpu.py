@@ -20,6 +20,9 @@ SOURCES = [SOURCE, _attention_cpu.SOURCE, decoder.SOURCE]
 FP32, BF16 = torch.float32, torch.bfloat16
 
 
+pytestmark = pytest.mark.cpu
+
+
 @pytest.fixture(autouse=True)
 def on_a_cpu(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")

@@ -106,6 +106,7 @@ def test_bits_of_a_row_are_its_own_in_the_kernel(device):
 
 # Small products that torch.bmm would do by another path, one row, the sizes of a small model, and
 # contractions that MKL would cut at places that depend on their length.
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     ("shape", "capacities"),
     [

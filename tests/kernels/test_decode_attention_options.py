@@ -191,6 +191,7 @@ def test_bits_of_a_row_are_not_of_its_group(device):
         assert torch.equal(alone, together[row])
 
 
+@pytest.mark.cpu
 def test_cpu_path(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     inputs = problem(4, 4, 2, 3, 60, 48, [3, 60, 57, 50], torch.float32, "cpu")

@@ -116,6 +116,7 @@ def test_large_logits(options, path):
     )
 
 
+@pytest.mark.cpu
 def test_few_logits_take_the_plain_operations(monkeypatch):
     """The third way to compute it: nothing is chunked, and the answer is the same."""
     monkeypatch.setenv("TRITON_INTERPRET", "0")

@@ -341,6 +341,7 @@ FORMULAS = {
 }
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_cpu_path(activation, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -363,6 +364,7 @@ def test_cpu_path(activation, monkeypatch):
     )
 
 
+@pytest.mark.cpu
 def test_cpu_path_recomputes(monkeypatch):
     """The same gradients; only inputs and what checkpointing needs of them are kept."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

@@ -131,6 +131,7 @@ def test_opcheck(device):
     torch.library.opcheck(rotary_op, (q.requires_grad_(), k.requires_grad_(), cos, sin, False))
 
 
+@pytest.mark.cpu
 def test_compiles_whole_on_cpu(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     q, k = queries_and_keys((2, 4, 2, 5, 16), torch.float32, "cpu")
@@ -145,6 +146,7 @@ def test_compiles_whole_on_cpu(monkeypatch):
     torch.testing.assert_close(grads, expected)
 
 
+@pytest.mark.cpu
 def test_a_function_transform_differentiates_it_on_cpu(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     torch.manual_seed(0)
