@@ -22,7 +22,7 @@ from ponder.benchmarks import (
     sampling,
     train_step,
 )
-from ponder.benchmarks.comparison import measure
+from ponder.benchmarks.comparison import Case, compile_all, measure
 from ponder.benchmarks.figures import draw
 from ponder.benchmarks.measure import (
     DEVICE,
@@ -64,29 +64,34 @@ def results(group: str, only: str, smoke: bool, done: Done = ()) -> Iterator[lis
             return
         if group == "sampling":
             yield from sampling.run(done={row[1:] for row in done if row[0] == group})
-        elif not {dtype for name, _, dtype in there if name == group} >= set(train_step.DTYPES):
-            yield train_step.run()
+        else:
+            last = f"ponder{train_step.COMPILED}"
+            yield from train_step.run(
+                done={dtype for name, _, dtype, who in done if (name, who) == (group, last)}
+            )
     elif DEVICE == "cpu" and not smoke:
         print(f"{group}: no GPU here, so there is nothing to compare")
     elif group in RUNS:
-        yield list(RUNS[group](smoke))
+        yield from RUNS[group](smoke, only, there)
     else:
-        for case in CASES[group](smoke):
-            cases = {(case.benchmark, f"{case.name} {mode}", case.dtype) for mode in case.modes}
-            if only in case.name and not cases <= there:
-                yield list(measure(case, repeats=2 if smoke else 20))
+        for case in to_measure(group, only, smoke, there):
+            yield list(measure(case, repeats=2 if smoke else 20))
 
 
-def warm_up(groups: Collection[str], part: int, processes: int, smoke: bool) -> None:
+def to_measure(group: str, only: str, smoke: bool, there: Collection[tuple]) -> Iterator[Case]:
+    """The cases of a group that are not `there`: (benchmark, case, dtype)."""
+    for case in CASES[group](smoke):
+        cases = {(case.benchmark, f"{case.name} {mode}", case.dtype) for mode in case.modes}
+        if only in case.name and not cases <= there:
+            yield case
+
+
+def warm_up(cases: Iterator[Case], part: int, processes: int) -> None:
     """Each of the cases once, of which this process takes a part."""
-    cases = (case for group in groups for case in CASES[group](smoke))
     for i, case in enumerate(cases):
-        if i % processes != part:
-            continue
-        try:
-            list(measure(case, repeats=1))
-        except Exception as error:  # as where the processes together take too much memory
-            print(f"{case.benchmark} {case.name}: {type(error).__name__}", flush=True)
+        if i % processes == part:
+            compile_all(case)
+            print(f"{case.benchmark} {case.name} is compiled", flush=True)
 
 
 def main() -> int:
@@ -105,7 +110,11 @@ def main() -> int:
     if args.warm_up:
         if args.part is None:
             return side_by_side("ponder.benchmarks", args.warm_up)
-        warm_up([g for g in args.groups if g in CASES], args.part, args.warm_up, args.smoke)
+        done = measured(args.out) if args.resume else set()
+        there = {row[:3] for row in done if row[3] == "ponder"}
+        groups = [group for group in args.groups if group in CASES]
+        cases = (case for g in groups for case in to_measure(g, args.only, args.smoke, there))
+        warm_up(cases, args.part, args.warm_up)
         return 0
     for group in args.groups or [g for g in GROUPS if g not in BY_NAME_ALONE]:
         done = measured(args.out) if args.resume else set()

@@ -2,7 +2,6 @@
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ponder.benchmarks.measure import DEVICE, Row, left_out, milliseconds, rows
+from ponder.benchmarks.measure import DEVICE, Row, left_out_if_it_fails, milliseconds, rows
 
 BF16 = torch.bfloat16
 MODES = ("forward", "forward+backward")
@@ -43,8 +42,9 @@ class Case:
 def measure(case: Case, *, repeats: int = 20) -> Iterator[Row]:
     """The rows of a case; what is wrong gets none."""
     errors: dict[str, float] = {}
+    what = f"{case.benchmark} {case.name}"
     for name, f in case.implementations.items():
-        with _left_out_if_it_fails(case, name):
+        with left_out_if_it_fails(what, name):
             errors[name] = _error(case, f)
     own_ceiling = case.ceiling and case.ceiling()
     for mode in case.modes:
@@ -52,14 +52,14 @@ def measure(case: Case, *, repeats: int = 20) -> Iterator[Row]:
         inputs = {name: [_leaf(x, x.dtype) for x in case.inputs] for name in errors}
         works = {}
         for name in errors:
-            with _left_out_if_it_fails(case, name):  # as for want of memory, with all inputs there
+            with left_out_if_it_fails(what, name):  # as for want of memory, with all inputs there
                 work = _work(case.implementations[name], inputs[name], mode)
                 work()
                 works[name] = work
         flops = case.flops * (1.0 if mode == "forward" else 1.0 + case.backward)
         nbytes = case.nbytes.get(mode)
         ceiling = own_ceiling or (copy_ceiling() if nbytes else matmul_ceiling())
-        with _left_out_if_it_fails(case, "ponder or a peer"):  # only now
+        with left_out_if_it_fails(what, "ponder or a peer"):  # only now
             yield from rows(
                 case.benchmark,
                 f"{case.name} {mode}",
@@ -75,15 +75,17 @@ def measure(case: Case, *, repeats: int = 20) -> Iterator[Row]:
             )
 
 
-@contextmanager
-def _left_out_if_it_fails(case: Case, name: str) -> Iterator[None]:
-    """A peer that cannot run here must not end the comparison, nor a case those after it."""
-    try:
-        yield
-    except Exception as error:
-        reason = str(error).strip().partition("\n")[0][:120]
-        kind = type(error).__name__
-        left_out(name, f"{case.benchmark} {case.name}: {name} fails: {kind} {reason}")
+def compile_all(case: Case) -> None:
+    """Call each implementation once in each mode, so that all it compiles is in the caches.
+
+    But for eager PyTorch: there is nothing to compile, and its fp32 logits take the most memory.
+    """
+    for name, f in case.implementations.items():
+        for mode in case.modes if name != "eager" else ():
+            with left_out_if_it_fails(f"{case.benchmark} {case.name}", name):
+                _work(f, [_leaf(x, x.dtype) for x in case.inputs], mode)()
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()  # other processes do the same
 
 
 def _leaf(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -6,7 +6,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from datetime import date
 from functools import cache
@@ -90,7 +91,7 @@ def milliseconds(
     """Times of each, taken in turns, so that a noisy neighbour meets all of them alike.
 
     queued: the GPU sleeps before a call, which is then queued whole before its first kernel starts,
-    up to a millisecond of launching: what that costs is overhead.py's.
+    up to two milliseconds of launching: what that costs is overhead.py's.
     """
     times: dict[str, list[float]] = {name: [] for name in implementations}
     for work in implementations.values():
@@ -102,7 +103,8 @@ def milliseconds(
             if flush is not None:
                 flush.zero_()
                 if queued:
-                    torch.cuda._sleep(2_000_000)  # cycles
+                    # Cycles, 2 ms at 2 GHz: attention with its backward takes Python 1.1 ms.
+                    torch.cuda._sleep(4_000_000)
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 start.record()
                 work()
@@ -134,6 +136,16 @@ def left_out(name: str, fault: str) -> None:
     print(fault, flush=True)
     if name.startswith("ponder"):
         WRONG.append(fault)
+
+
+@contextmanager
+def left_out_if_it_fails(what: str, name: str) -> Iterator[None]:
+    """A peer that cannot run here must not end the comparison, nor a case those after it."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0][:120]
+        left_out(name, f"{what}: {name} fails: {type(error).__name__} {reason}")
 
 
 def rows(
@@ -204,6 +216,14 @@ def read(path: Path) -> list[Row] | None:
         if list(table.fieldnames or []) != [f.name for f in fields(Row)]:
             return None
         return [Row(**line) for line in table]  # type: ignore[arg-type]  (numbers as text)
+
+
+def measured_here(path: Path, column: str) -> set[str]:
+    """What the rows of this machine, in a table of any kind, have in a column."""
+    if not path.exists():
+        return set()
+    with open(path, newline="") as file:
+        return {row[column] for row in csv.DictReader(file) if row["gpu"] == machine()["gpu"]}
 
 
 def write(measured: list[Row], folder: Path = RESULTS, *, whole_cases: bool = True) -> None:

@@ -4,14 +4,14 @@ A row's milliseconds are those of one call. Python's part shows where the kernel
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 import torch.nn.functional as F
 
 from ponder import kernels
 from ponder.benchmarks.comparison import tensor
-from ponder.benchmarks.measure import DEVICE, Row, row, synchronize
+from ponder.benchmarks.measure import DEVICE, Row, left_out_if_it_fails, row, synchronize
 
 CALLS = 200
 
@@ -53,21 +53,25 @@ def _pairs() -> Iterator[tuple[str, Callable, Callable]]:
     )
 
 
-def run(smoke: bool) -> Iterator[Row]:
+def run(
+    smoke: bool, only: str = "", there: Collection[tuple[str, str, str]] = ()
+) -> Iterator[list[Row]]:
+    """The rows of each case that is not `there`: (benchmark, case, dtype)."""
     for name, ours, eager in _pairs():
         for gradient in (False, True):
             case = f"{name} call, {'with' if gradient else 'without'} gradient"
-            times: dict[str, list[float]] = {}
+            if only not in case or ("overhead", case, "bf16") in there:
+                continue
+            rows = []
             for implementation, call in (("ponder", ours), ("eager", eager)):
 
                 def work(call=call, gradient=gradient):
                     with torch.set_grad_enabled(gradient):
                         return call()
 
-                times[implementation] = _microseconds(work, 3 if smoke else 20)
-            for implementation, series in times.items():
-                found = row("overhead", case, "bf16", implementation, [t / 1e3 for t in series])
-                print(
-                    f"overhead     {case:40} bf16  {implementation:24} {1e3 * found.ms_p50:8.1f} µs"
-                )
-                yield found
+                with left_out_if_it_fails(f"overhead {case}", implementation):
+                    times = [t / 1e3 for t in _microseconds(work, 3 if smoke else 20)]
+                    rows.append(found := row("overhead", case, "bf16", implementation, times))
+                    text = f"{implementation:24} {1e3 * found.ms_p50:8.1f} µs"
+                    print(f"overhead     {case:40} bf16  {text}")
+            yield rows

@@ -5,12 +5,23 @@
 AdamW. What has another loss than Transformers' in its first step gets no row.
 """
 
+from collections.abc import Callable, Collection, Iterator
+
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from ponder.benchmarks.comparison import matmul_ceiling
-from ponder.benchmarks.measure import DEVICE, Row, rows, synchronize, write
+from ponder.benchmarks.figures import COMPILED
+from ponder.benchmarks.measure import (
+    DEVICE,
+    Row,
+    left_out_if_it_fails,
+    rows,
+    synchronize,
+    write,
+)
 from ponder.models import GPT, GPTConfig
+from ponder.models.memory import parameter_count
 from ponder.training.batch import IGNORE
 
 SMALL = GPTConfig(
@@ -33,6 +44,7 @@ GPT2_SIZE = GPTConfig(
     n_embd=768,
     n_inner=2048,
 )
+PEER = "transformers Qwen3"
 BATCH = 16
 CONFIG = GPT2_SIZE if DEVICE == "cuda" else SMALL
 CONTEXT = CONFIG.context
@@ -79,6 +91,15 @@ def peer_of(model: GPT) -> Qwen3ForCausalLM:
     return peer
 
 
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and the targets behind them, the same at each call."""
+    torch.manual_seed(0)
+    tokens = torch.randint(CONFIG.vocab_size, (BATCH, CONTEXT), device=DEVICE)
+    targets = torch.roll(tokens, -1, 1)
+    targets[:, -1] = IGNORE  # as Transformers has it
+    return tokens, targets
+
+
 def stepper(loss_of, parameters, dtype: torch.dtype):
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
 
@@ -94,56 +115,62 @@ def stepper(loss_of, parameters, dtype: torch.dtype):
     return step
 
 
-def run(compiled: bool = True) -> list[Row]:
-    measured: list[Row] = []
-    for name, dtype in DTYPES.items():
-        torch.manual_seed(0)
-        tokens = torch.randint(CONFIG.vocab_size, (BATCH, CONTEXT), device=DEVICE)
-        targets = torch.roll(tokens, -1, 1)
-        targets[:, -1] = IGNORE  # as Transformers has it
-        model = random_model()
-        peer = peer_of(model)
-        peer.train()
-        labels = tokens  # it shifts them itself
-        steps = {
-            "ponder": stepper(lambda m=model: m(tokens, targets), model.parameters(), dtype),
-            "transformers Qwen3": stepper(
-                lambda: peer(input_ids=tokens, labels=labels).loss, peer.parameters(), dtype
-            ),
-        }
-        if compiled:
-            other = random_model()
-            fast = torch.compile(other)
-            steps["ponder, torch.compile"] = stepper(
-                lambda f=fast: f(tokens, targets), other.parameters(), dtype
-            )
-            other_peer = peer_of(other).train()
-            fast_peer = torch.compile(other_peer)
-            steps["transformers Qwen3, torch.compile"] = stepper(
-                lambda f=fast_peer: f(input_ids=tokens, labels=labels).loss,
-                other_peer.parameters(),
-                dtype,
-            )
-        losses = {who: step().item() for who, step in steps.items()}
-        truth = losses["transformers Qwen3"]
-        measured += rows(
-            "train_step",
-            f"Qwen3 {model.parameter_count / 1e6:.2f}M, {BATCH}x{CONTEXT} tokens, AdamW",
-            name,
-            steps,
-            repeats=15,
-            flops=3 * CONFIG.flops_per_token(CONTEXT) * BATCH * CONTEXT,
-            ceiling=matmul_ceiling() if DEVICE == "cuda" else None,
-            errors={who: abs(loss - truth) / truth for who, loss in losses.items()},
-            allowed=ALLOWED[name],
+def our_step(dtype: torch.dtype, compiled: bool) -> Callable[[], torch.Tensor]:
+    model, (tokens, targets) = random_model(), batch()
+    call = torch.compile(model) if compiled else model
+    return stepper(lambda: call(tokens, targets), model.parameters(), dtype)
+
+
+def their_step(dtype: torch.dtype, compiled: bool) -> Callable[[], torch.Tensor]:
+    """It shifts its labels itself."""
+    peer, (tokens, _) = peer_of(random_model()).train(), batch()
+    call = torch.compile(peer) if compiled else peer
+    return stepper(lambda: call(input_ids=tokens, labels=tokens).loss, peer.parameters(), dtype)
+
+
+def run(compiled: bool = True, done: Collection[str] = ()) -> Iterator[list[Row]]:
+    """The rows of each dtype that is not done: of what is not compiled, then of all in turns."""
+    for name in [name for name in DTYPES if name not in done]:
+        steps: dict[str, Callable[[], torch.Tensor]] = {}
+        losses: dict[str, float] = {}
+        for compiling in (False, True) if compiled else (False,):
+            for who, make in (("ponder", our_step), (PEER, their_step)):
+                who += COMPILED * compiling
+                with left_out_if_it_fails(f"train_step {name}", who):
+                    step = make(DTYPES[name], compiling)
+                    losses[who] = step().item()
+                    steps[who] = step
+            with left_out_if_it_fails(f"train_step {name}", "ponder or its peer"):
+                yield _rows(name, steps, losses)
+
+
+def _rows(
+    name: str, steps: dict[str, Callable[[], torch.Tensor]], losses: dict[str, float]
+) -> list[Row]:
+    if PEER not in losses:
+        raise RuntimeError(f"without the loss of {PEER} there is none to compare with")
+    truth = losses[PEER]
+    measured = rows(
+        "train_step",
+        f"Qwen3 {parameter_count(CONFIG) / 1e6:.2f}M, {BATCH}x{CONTEXT} tokens, AdamW",
+        name,
+        steps,
+        repeats=15,
+        flops=3 * CONFIG.flops_per_token(CONTEXT) * BATCH * CONTEXT,
+        ceiling=matmul_ceiling() if DEVICE == "cuda" else None,
+        errors={who: abs(loss - truth) / truth for who, loss in losses.items()},
+        allowed=ALLOWED[name],
+    )
+    for found in measured:
+        rate = BATCH * CONTEXT / found.ms_p50 * 1e3
+        peer = next((row.ms_p50 for row in measured if row.implementation == PEER), float("nan"))
+        print(
+            f"  {name} {found.implementation}: {rate:,.0f} tokens/s, "
+            f"{peer / found.ms_p50:.2f}× Transformers"
         )
-        median = {r.implementation: r.ms_p50 for r in measured if r.dtype == name}
-        for implementation, ms in median.items():
-            ratio = median["transformers Qwen3"] / ms
-            rate = BATCH * CONTEXT / ms * 1e3
-            print(f"  {name} {implementation}: {rate:,.0f} tokens/s, {ratio:.2f}× Transformers")
     return measured
 
 
 if __name__ == "__main__":
-    write(run())
+    for measured in run():
+        write(measured)

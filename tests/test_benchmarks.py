@@ -20,19 +20,20 @@ from ponder.benchmarks import (
     measure,
     mlp_tiles,
     on_gpu,
+    overhead,
     patch,
     sampling,
     train_124m,
     train_step,
 )
 from ponder.benchmarks.__main__ import measured, results
-from ponder.benchmarks.comparison import Case
+from ponder.benchmarks.comparison import Case, compile_all
 from ponder.benchmarks.comparison import measure as measure_case
 from ponder.benchmarks.figures import _in_order, _labels, _ticks, draw, ratios
 from ponder.benchmarks.tables import tables
 from ponder.kernels import _attention_tiles
 from ponder.kernels._runtime import tiles_file
-from ponder.models import GPTConfig
+from ponder.models import GPT, GPTConfig
 from ponder.training.data import load_data
 from ponder.training.text import Windows
 
@@ -200,11 +201,56 @@ def test_a_run_goes_on_at_the_case_where_it_stopped(tmp_path, monkeypatch):
 
     assert again() == [case for case in cases if case != cases[0]]
     assert again(implementation="sdpa") == again(dtype="fp32") == again(gpu="another") == cases
-    monkeypatch.setattr(train_step, "run", lambda: "all")
-    for gpu, left in ((row.gpu, []), ("another", ["all"])):
-        rows = [replace(row, benchmark="train_step", dtype=d, gpu=gpu) for d in train_step.DTYPES]
-        measure.write(rows, tmp_path / gpu)
-        assert list(results("train_step", "", False, measured(tmp_path / gpu))) == left
+    monkeypatch.setattr(train_step, "run", lambda done: [done])
+    name = f"ponder{train_step.COMPILED}"  # the last; until it is there, all are measured again
+    for i, (gpu, who, left) in enumerate(
+        (
+            (row.gpu, name, set(train_step.DTYPES)),
+            ("another", name, set()),
+            (row.gpu, "ponder", set()),
+        )
+    ):
+        new = replace(row, benchmark="train_step", gpu=gpu, implementation=who)
+        measure.write([replace(new, dtype=d) for d in train_step.DTYPES], tmp_path / str(i))
+        assert list(results("train_step", "", False, measured(tmp_path / str(i)))) == [left]
+
+
+def test_calls_go_on_too_and_come_case_by_case(monkeypatch):
+    monkeypatch.setattr(measure, "WRONG", [])
+    monkeypatch.setattr(overhead, "CALLS", 1)
+
+    def absent():
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(
+        overhead, "_pairs", lambda: [("a", absent, lambda: 1), ("b", lambda: 1, lambda: 1)]
+    )
+    found = [[(row.case[0], row.implementation) for row in rows] for rows in overhead.run(True)]
+    both = [("b", "ponder"), ("b", "eager")]
+    assert found == [[("a", "eager")], [("a", "eager")], both, both]
+    assert len(measure.WRONG) == 2 and "overhead a call" in measure.WRONG[0]
+    there = {("overhead", "b call, with gradient", "bf16")}
+    assert [rows[0].case for rows in overhead.run(True, "b", there)] == ["b call, without gradient"]
+
+
+def test_all_that_a_case_compiles_is_called_once(case, monkeypatch, capsys):
+    """In each mode, whatever fails; what PyTorch has compiled long ago is not."""
+    called = []
+
+    def absent(x):
+        raise torch.OutOfMemoryError("too many at once")
+
+    def note(name):
+        def double(x):
+            called.append((name, torch.is_grad_enabled()))
+            return 2 * x
+
+        return double
+
+    case.implementations = {"absent": absent, "ponder": note("ponder"), "eager": note("eager")}
+    compile_all(case)
+    assert set(called) == {("ponder", False), ("ponder", True)}
+    assert capsys.readouterr().out.count("absent fails: OutOfMemoryError too many at once") == 2
 
 
 def test_a_peer_that_may_not_come_back_is_behind_all_others(monkeypatch):
@@ -237,13 +283,41 @@ def test_losses_of_the_first_step_must_agree(monkeypatch):
     monkeypatch.setattr(measure, "WRONG", [])
     dtypes = list(train_step.DTYPES)
     names = ["ponder", "transformers Qwen3"]
-    rows = train_step.run(compiled=False)
+    rows = sum(train_step.run(compiled=False), [])
     found = [(row.dtype, row.implementation) for row in rows]
     assert found == [(dtype, name) for dtype in dtypes for name in names]
     other = torch.roll
     monkeypatch.setattr(torch, "roll", lambda x, *_: other(x, 1, 1))  # the token before
-    assert {row.implementation for row in train_step.run(compiled=False)} == {names[1]}
+    rows = sum(train_step.run(compiled=False), [])
+    assert {row.implementation for row in rows} == {names[1]}
     assert len(measure.WRONG) == len(dtypes)
+
+
+def test_a_step_that_cannot_be_compiled_leaves_the_others(monkeypatch, capsys):
+    """What is uncompiled has its rows before anything is compiled."""
+    shape = dict(vocab_size=50, context=8, n_layer=1, n_head=2, n_kv_head=1, head_dim=16)
+    monkeypatch.setattr(train_step, "CONFIG", GPTConfig(**shape, n_embd=32, n_inner=64))
+    monkeypatch.setattr(train_step, "CONTEXT", 8)
+    monkeypatch.setattr(measure, "WRONG", [])
+
+    def fails_on_theirs(model):
+        if not isinstance(model, GPT):
+            raise RuntimeError("no compiler")
+        return model
+
+    monkeypatch.setattr(torch, "compile", fails_on_theirs)
+    eager, everything = (
+        [row.implementation for row in rows] for rows in train_step.run(done=["bf16"])
+    )
+    assert eager == ["ponder", "transformers Qwen3"] and not measure.WRONG
+    assert everything == [*eager, "ponder, torch.compile"]
+    assert "Qwen3, torch.compile fails: RuntimeError no compiler" in capsys.readouterr().out
+
+    def absent(model):
+        raise RuntimeError("no such model")
+
+    monkeypatch.setattr(train_step, "peer_of", absent)  # so there is nothing to compare with
+    assert not list(train_step.run(done=["bf16"])) and len(measure.WRONG) == 2
 
 
 def test_what_a_patch_puts_into_a_module_is_its_own():
