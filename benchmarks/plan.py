@@ -1,10 +1,12 @@
 """The planner against measured training steps: memory at the peak and time a step.
 
-`python -m ponder.benchmarks.plan` writes results/plan.csv. Each case has a process of its own, as
-the peak of a process's memory never falls. On a CPU memory is the growth of the resident set over
-that of a process that has imported everything and trained a tiny model.
+`python -m ponder.benchmarks.plan [--out FILE] [--resume]` writes results/plan.csv, or FILE, case by
+case. Each has a process of its own, as the peak of a process's memory never falls. Memory is what a
+process takes beyond what it had when it had imported everything and trained a tiny model: on a CPU
+its resident set, on a GPU its tensors. With --resume the cases that FILE has stay as they are.
 """
 
+import argparse
 import json
 import os
 import resource
@@ -13,10 +15,11 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 
-from ponder.benchmarks.measure import DEVICE, RESULTS, machine, merge, synchronize
+from ponder.benchmarks.measure import DEVICE, RESULTS, machine, measured_here, merge, synchronize
 from ponder.models import GPT, GPTConfig
 from ponder.models.memory import training_memory
 from ponder.training import TrainConfig
@@ -44,7 +47,8 @@ CASES = {
     "4.85M, 16x256, bf16": (dict(vocab_size=512, context=256, **_QWEN), 16, "bf16", "adamw"),
     "25M, 4x256": (dict(vocab_size=512, context=256, **_LARGE, **_RELU2), 4, "fp32", "muon"),
 }
-PROCESSES = 3  # whose median time counts: what neighbours do on a shared machine lasts
+# Whose median time counts: what neighbours do on a shared CPU lasts.
+PROCESSES = 1 if DEVICE == "cuda" else 3
 
 
 def resident() -> float:
@@ -88,11 +92,11 @@ def measure(what: str, name: str) -> dict:
             "peak_tflops": round(hardware.peak[precision] / 1e12, 3),
             "gb_per_s": round(hardware.bandwidth / 1e9, 1),
         }
-    before = resident()
-    if triton:
+    if triton:  # cuBLAS has its workspace by now, which is none of the plan's tensors
         torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated() if triton else resident()
     train(shape, rows, precision, optimizer, 4)
-    peak = torch.cuda.max_memory_allocated() if triton else resident() - before
+    peak = (torch.cuda.max_memory_allocated() if triton else resident()) - before
     memory = training_memory(shape, **options, triton=triton)
     for part in ("CUDA context", "fragments"):  # no tensors
         memory.pop(part, None)
@@ -103,8 +107,17 @@ def measure(what: str, name: str) -> dict:
 
 
 def main() -> None:
-    rows: list[dict] = []
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--case", nargs=2, metavar=("WHAT", "NAME"), help="memory or time of one")
+    parser.add_argument("--out", type=Path, default=RESULTS / "plan.csv")
+    parser.add_argument("--resume", action="store_true", help="leave out cases that --out has")
+    args = parser.parse_args()
+    if args.case:
+        return print(json.dumps(measure(*args.case)))
+    done = measured_here(args.out, "case") if args.resume else set()
     for name, (*_, precision, _) in CASES.items():
+        if name in done:
+            continue
         if precision == "bf16" and not has_bf16_products(torch.device(DEVICE)):
             print(f"{name}: left out, this machine has no bf16 products")
             continue
@@ -113,7 +126,7 @@ def main() -> None:
             # glibc keeps freed blocks below 32 MiB in a heap that fragments, and the resident set
             # then is 1.4 to 1.7 times what is alive. From 64 KiB on it is to give them back.
             env = {"MALLOC_MMAP_THRESHOLD_": "65536"} if what == "memory" else {}
-            command = [sys.executable, "-m", "ponder.benchmarks.plan", what, name]
+            command = [sys.executable, "-m", "ponder.benchmarks.plan", "--case", what, name]
             runs = [
                 subprocess.run(
                     command, env=os.environ | env, capture_output=True, text=True, check=True
@@ -124,12 +137,9 @@ def main() -> None:
             row |= sorted(found, key=lambda each: each.get("ms", 0))[times // 2]
         memory, seconds = row["planned_mib"] / row["peak_mib"], row["planned_ms"] / row["ms"]
         print(f"{name}: memory {memory:.2f}, time {seconds:.2f} of what was measured", flush=True)
-        rows.append(row | machine())
-        merge(RESULTS / "plan.csv", list(rows[0]), rows, ("gpu",))
+        row |= machine()
+        merge(args.out, list(row), [row], ("gpu", "case"))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        print(json.dumps(measure(*sys.argv[1:])))
-    else:
-        main()
+    main()

@@ -10,6 +10,7 @@ import tarfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from ponder.benchmarks import (
     on_gpu,
     overhead,
     patch,
+    plan,
     sampling,
     train_124m,
     train_step,
@@ -610,6 +612,41 @@ def test_all_that_a_tile_writes_is_judged(monkeypatch, spoiled, value):
     monkeypatch.setattr(mlp, "_mlp_backward", wrong)
     monkeypatch.setattr(mlp, "_tiles", mlp._tiles)  # put back what error_of leaves there
     assert not mlp_tiles.error_of(True, mlp_tiles.INTERPRETED[0], True) < 1
+
+
+def test_a_plan_is_measured_beyond_what_was_there(monkeypatch):
+    """As cuBLAS's workspace of the tiny model's steps."""
+    most = iter([164 * 2**20])
+    monkeypatch.setattr(plan, "DEVICE", "cuda")
+    monkeypatch.setattr(plan, "train", lambda *arguments: 0.0)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 64 * 2**20)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: next(most))
+    assert plan.measure("memory", "4.85M, 16x256")["peak_mib"] == 100
+
+
+def test_plans_come_case_by_case_and_go_on(tmp_path, monkeypatch):
+    numbers = dict(peak_mib=2.0, planned_mib=2.0, ms=1.0, planned_ms=1.0)
+
+    def run(command, **options):
+        called.append(command[-1])
+        if len(called) == most:
+            raise KeyboardInterrupt
+        return subprocess.CompletedProcess(command, 0, stdout=json.dumps(numbers))
+
+    out, called, most = tmp_path / "plan.csv", [], plan.PROCESSES + 2
+    monkeypatch.setattr(plan, "has_bf16_products", lambda device: True)
+    monkeypatch.setattr(plan, "subprocess", SimpleNamespace(run=run))
+    monkeypatch.setattr(sys, "argv", ["plan", "--out", str(out), "--resume"])
+    first, *others = plan.CASES
+    with pytest.raises(KeyboardInterrupt):
+        plan.main()
+    assert measure.measured_here(out, "case") == {first}
+    called.clear()
+    most = None
+    plan.main()
+    assert list(dict.fromkeys(called)) == others
+    assert measure.measured_here(out, "case") == {*plan.CASES}
 
 
 def test_both_sides_train_on_the_same_tokens(tmp_path, monkeypatch):
