@@ -278,6 +278,31 @@ def test_logits_that_are_no_numbers_are_not_timed(monkeypatch):
         sampling._run("fp32", 16, 1, [], False, None)
 
 
+def test_continuous_batching_keeps_its_manager_for_a_case(monkeypatch):
+    """The calls that are timed make no new one; its cache, half of what is free, is no figure."""
+    calls = []
+
+    class Peer:
+        def generate_batch(self, prompts, persistent_manager, continuous_batching_config, **_):
+            assert continuous_batching_config.max_memory_percent == 0.5
+            calls.append(persistent_manager)
+            tokens = SimpleNamespace(generated_tokens=[0] * sampling.NEW)
+            return dict(enumerate([tokens] * len(prompts)))
+
+        def destroy_cached_continuous_batching_manager(self):
+            calls.append("destroyed")
+
+    model = SimpleNamespace(config=train_step.SMALL)
+    monkeypatch.setattr(sampling, "build", lambda dtype, folder: (model, Peer()))
+    monkeypatch.setattr(sampling, "error_of", lambda model, peer: 0.0)
+    monkeypatch.setattr(sampling, "sample", lambda model, prompts, dtype: None)
+    monkeypatch.setattr(sampling, "peak_mib", lambda work: work() or 1.0)
+    monkeypatch.setattr(sampling, "copy_ceiling", lambda: 1e9)
+    [row] = sampling._run("fp32", 4, 1, ["generate_batch"], False, None)
+    assert (row.implementation, row.peak_mib) == ("transformers generate_batch", "")
+    assert calls == [True] * 10 + ["destroyed"]
+
+
 def test_losses_of_the_first_step_must_agree(monkeypatch):
     shape = dict(vocab_size=50, context=8, n_layer=1, n_head=2, n_kv_head=1, head_dim=16)
     monkeypatch.setattr(train_step, "CONFIG", GPTConfig(**shape, n_embd=32, n_inner=64))
