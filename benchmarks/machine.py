@@ -12,6 +12,7 @@ import torch
 
 from ponder.benchmarks.comparison import copy_ceiling, matmul_ceiling
 from ponder.benchmarks.measure import DEVICE, machine
+from ponder.training.hardware import has_bf16_products
 
 # module: (package, what cannot be done without it)
 PACKAGES = {
@@ -49,7 +50,8 @@ def main() -> None:
     if DEVICE == "cuda":
         facts = torch.cuda.get_device_properties(0)
         print(f"{facts.multi_processor_count} processors, {facts.total_memory / 2**30:.0f} GiB")
-    print(f"matrix product, bf16: {matmul_ceiling() / 1e12:.1f} TFLOP/s")
+    if has_bf16_products(torch.device(DEVICE)):
+        print(f"matrix product, bf16: {matmul_ceiling() / 1e12:.1f} TFLOP/s")
     print(f"copy: {copy_ceiling() / 1e9:.0f} GB/s")
     for module, (package, purpose) in PACKAGES.items():
         if found(module):

@@ -1,6 +1,6 @@
 """Transformers' models as they are, patched by ponder, and by Liger: parity, step time, memory.
 
-    python -m ponder.benchmarks.patch [--steps 20]
+    python -m ponder.benchmarks.patch [--steps 20] [--resume]
 
 Each family has random weights. The parity columns (fp32) hold the largest difference of a logit,
 and of a gradient (relative, by tensor), to the model with eager attention on a padded batch.
@@ -9,6 +9,7 @@ process, in turns: on a GPU of a model of GPT-2's size and 4 x 1024 tokens, with
 takes beside the weights; on a CPU of 4 layers, 256 wide, and 4 x 256 tokens, in fp32 where the CPU
 has no products in bf16, and without Liger, which needs a GPU. Rows go to
 benchmarks/results/patch.csv, and the table in docs/patch.md is drawn from it (`--table` prints it).
+A family that fails is told and left out; with --resume so is what --out has.
 """
 
 import argparse
@@ -24,7 +25,15 @@ from typing import Any
 
 import torch
 
-from ponder.benchmarks.measure import DEVICE, RESULTS, machine, merge
+from ponder.benchmarks.measure import (
+    DEVICE,
+    RESULTS,
+    WRONG,
+    left_out_if_it_fails,
+    machine,
+    measured_here,
+    merge,
+)
 from ponder.models import patch
 from ponder.training.hardware import has_bf16_products
 
@@ -236,30 +245,35 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--out", type=Path, default=TABLE)
+    parser.add_argument("--resume", action="store_true", help="leave out families that --out has")
     options = parser.parse_args()
     if options.table:
-        return print(table())
+        print(table())
+        return 0
     import transformers
 
     facts = {name: machine()[name] for name in ("gpu", "torch", "commit", "date")}
     facts["transformers"] = transformers.__version__
-    for kind in FAMILIES:
+    done = measured_here(options.out, "model") if options.resume else set()
+    for kind in [kind for kind in FAMILIES if kind not in done]:
         implementations = ["ponder", "transformers"]
         if DEVICE == "cuda" and liger_knows(kind):
             implementations.append("liger")
-        found = parity(kind, DEVICE)
-        rows = []
-        for name, figures in times(kind, implementations, options.steps).items():
-            own = found if name == "ponder" else {}
-            rows.append(dict(model=kind, implementation=name) | own | figures | facts)
-        print(rows, flush=True)
-        merge(options.out, COLUMNS, rows, ("gpu", "model"))  # now, lest a later family ends it
+        with left_out_if_it_fails(f"patch {kind}", "ponder"):
+            found = parity(kind, DEVICE)
+            rows = []
+            for name, figures in times(kind, implementations, options.steps).items():
+                own = found if name == "ponder" else {}
+                rows.append(dict(model=kind, implementation=name) | own | figures | facts)
+            print(rows, flush=True)
+            merge(options.out, COLUMNS, rows, ("gpu", "model"))  # now, lest a later one is cut
+    return bool(WRONG)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -18,12 +18,14 @@ import torch
 
 from ponder.benchmarks import (
     isolated,
+    machine,
     measure,
     mlp_tiles,
     on_gpu,
     overhead,
     patch,
     plan,
+    profiles,
     sampling,
     train_124m,
     train_step,
@@ -382,6 +384,58 @@ def test_patched_models_are_timed_beside_their_own(monkeypatch):
     found = patch.times("llama", ["ponder", "transformers"], steps=2)
     assert list(found) == ["ponder", "transformers"]
     assert all(float(row["ms_p50"]) > 0 for row in found.values())
+
+
+def test_a_family_that_fails_leaves_the_others(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(measure, "WRONG", [])
+    monkeypatch.setattr(patch, "WRONG", measure.WRONG)
+    monkeypatch.setattr(patch, "FAMILIES", dict.fromkeys(["llama", "qwen2", "phi"], {}))
+    failing = "qwen2"
+
+    def parity(kind, device):
+        if kind == failing:
+            raise RuntimeError("another attention")
+        return {"logit_error": kind}
+
+    monkeypatch.setattr(patch, "parity", parity)
+    monkeypatch.setattr(patch, "times", lambda *arguments: {"ponder": {}, "transformers": {}})
+    out = tmp_path / "patch.csv"
+    monkeypatch.setattr(sys, "argv", ["patch", "--out", str(out), "--resume"])
+    assert patch.main() == 1
+    assert "patch qwen2: ponder fails: RuntimeError another attention" in capsys.readouterr().out
+    assert measure.measured_here(out, "model") == {"llama", "phi"}
+    failing = None
+    measure.WRONG.clear()
+    assert patch.main() == 0
+    told = capsys.readouterr().out
+    assert "qwen2" in told and "llama" not in told
+    assert measure.measured_here(out, "model") == {"llama", "qwen2", "phi"}
+
+
+def test_the_slowest_of_our_kernels_are_held_against_the_chip(monkeypatch, capsys):
+    names = ["void at::native::vectorized_elementwise_kernel<4>(int)", "attention_forward_kernel"]
+    names += ["_mlp_forward_kernel", "aten::mm", "_norm_forward_kernel", "_rotary_kernel"]
+    events = [SimpleNamespace(key=n, self_device_time_total=9 - i) for i, n in enumerate(names)]
+    found, runs = "ncu", []
+    monkeypatch.setattr(profiles, "averages", lambda step: events)
+    monkeypatch.setattr(profiles.shutil, "which", lambda name: found)
+    monkeypatch.setattr(profiles.subprocess, "run", lambda words, check: runs.append(words))
+    profiles.nsight(lambda: None)
+    own = ["attention_forward_kernel", "_mlp_forward_kernel", "_norm_forward_kernel"]
+    assert [words[words.index("--kernel-name") + 1] for words in runs] == own
+    found = None
+    profiles.nsight(lambda: None)
+    assert len(runs) == 3 and "there is no ncu on the PATH" in capsys.readouterr().out
+
+
+def test_a_machine_without_bf16_has_no_rate_of_it(monkeypatch, capsys):
+    for name, value in (("matmul_ceiling", 3e12), ("copy_ceiling", 2e9)):
+        monkeypatch.setattr(machine, name, lambda value=value: value)
+    for has, shown in ((True, 1), (False, 0)):
+        monkeypatch.setattr(machine, "has_bf16_products", lambda device, has=has: has)
+        machine.main()
+        out = capsys.readouterr().out
+        assert out.count("matrix product, bf16: 3.0 TFLOP/s") == shown and "copy: 2 GB/s" in out
 
 
 def test_the_table_of_patched_models_is_of_the_newest_machine(tmp_path, monkeypatch):
