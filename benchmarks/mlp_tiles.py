@@ -104,36 +104,30 @@ def error_of(backward: bool, tile: Tile, smoke: bool) -> float:
     return torch.stack(errors).max().item()  # NaN if one is, where Python's max may drop it
 
 
-def best(trials: list[tuple[bool, Tile]], smoke: bool, gain: float) -> dict[bool, Tile]:
-    """Whether for the backward: the tile that beats the table's, if one does."""
-    found = {}
-    for backward in (False, True):
-        options = {"ponder": None} | {str(tile): tile for b, tile in trials if b == backward}
-        ratios: dict[str, list[float]] = {key: [] for key in options}
-        for name, activation, x, weights in problems(smoke):
-            take(backward, None)
-            call = backward_of(x, weights, activation)
-            works = {}
-            for key, tile in options.items():
+def best(backward: bool, tiles: list[Tile], smoke: bool, gain: float) -> Tile | None:
+    """The tile that beats the table's, if one does."""
+    options = {"ponder": None} | {str(tile): tile for tile in tiles}
+    ratios: dict[str, list[float]] = {key: [] for key in options}
+    for name, activation, x, weights in problems(smoke):
+        take(backward, None)
+        call = backward_of(x, weights, activation)
+        works = {}
+        for key, tile in options.items():
 
-                def work(tile=tile, call=call, x=x, weights=weights, activation=activation):
-                    take(backward, tile)
-                    call() if backward else forward(x, weights, activation)
+            def work(tile=tile, call=call, x=x, weights=weights, activation=activation):
+                take(backward, tile)
+                call() if backward else forward(x, weights, activation)
 
-                works[key] = work
-            counts = dict(repeats=2, warmup=1) if smoke else dict(repeats=15, warmup=2)
-            series = milliseconds(works, **counts, queued=True)
-            medians = {key: statistics.median(values) for key, values in series.items()}
-            kind = "backward" if backward else "forward"
-            for key, value in medians.items():
-                print(f"mlp {kind:8} {name:12} {value:8.3f} ms  {key}")
-                ratios[key].append(value / medians["ponder"])
-        means = {key: statistics.geometric_mean(values) for key, values in ratios.items()}
-        winner = min(means, key=lambda key: means[key])
-        print(
-            f"mlp backward={backward}: {winner}, {means[winner]:.3f} of the time before", flush=True
-        )
-        if (tile := options[winner]) is not None and means[winner] < gain:
-            found[backward] = tile
-    take(False, None)
-    return found
+            works[key] = work
+        counts = dict(repeats=2, warmup=1) if smoke else dict(repeats=15, warmup=2)
+        series = milliseconds(works, **counts, queued=True)
+        medians = {key: statistics.median(values) for key, values in series.items()}
+        kind = "backward" if backward else "forward"
+        for key, value in medians.items():
+            print(f"mlp {kind:8} {name:12} {value:8.3f} ms  {key}")
+            ratios[key].append(value / medians["ponder"])
+    take(backward, None)
+    means = {key: statistics.geometric_mean(values) for key, values in ratios.items()}
+    winner = min(means, key=lambda key: means[key])
+    print(f"mlp backward={backward}: {winner}, {means[winner]:.3f} of the time before", flush=True)
+    return options[winner] if means[winner] < gain else None

@@ -4,7 +4,8 @@
 kernels for Hopper, against what _attention_tiles.py says, on causal and on full attention over 4096
 tokens in bf16; then mlp_tiles.py does the same. FILE (JSON) holds what was faster by more than the
 noise; with PONDER_TILES=FILE in the environment ponder takes these, until a person has put them in
-the tables.
+the tables. FILE is written anew with each kernel and head dimension that is done and each candidate
+that was wrong, and a run goes on from there; what was wrong at another commit is tried again.
 
 Each candidate first runs in a process of its own and must give the right result there: one that
 never ends, or writes where it must not, would take everything after it along.
@@ -21,6 +22,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -137,10 +139,10 @@ def error_of(name: str, dim: int, tiles: Tiles, smoke: bool) -> float:
     return worst
 
 
-def attempt(what: str, trial: list, smoke: bool) -> str:
+def attempt(trial: list, smoke: bool) -> str:
     """What is wrong with a candidate, found in a process of its own; empty if nothing is."""
     words = [sys.executable, "-m", "ponder.benchmarks.tiles", "--smoke"][: 3 + smoke]
-    words += ["--try", json.dumps([what, *trial])]
+    words += ["--try", json.dumps(trial)]
     try:
         run = subprocess.run(words, capture_output=True, text=True, timeout=120)
     except subprocess.TimeoutExpired:
@@ -149,20 +151,43 @@ def attempt(what: str, trial: list, smoke: bool) -> str:
     return "" if run.returncode == 0 else last[:120] or f"exit {run.returncode}"
 
 
-def right(what: str, trials: list[tuple], smoke: bool) -> list[tuple]:
-    """Those of the candidates whose results are right."""
-    plain = [[asdict(x) if is_dataclass(x) else x for x in trial] for trial in trials]
-    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1)) as pool:  # most of it compiles
-        faults = list(pool.map(lambda trial: attempt(what, trial, smoke), plain))
-    for trial, fault in zip(trials, faults, strict=True):
-        if fault:
-            print(f"left out: {what} {' '.join(map(str, trial))}: {fault}", flush=True)
-    return [trial for trial, fault in zip(trials, faults, strict=True) if not fault]
+class Notes:
+    """What is known of this machine, and the file that it is in."""
 
+    def __init__(self, path: Path | None, chip: int):
+        self.path = path
+        self.known: dict[str, Any] = {**machine(), "capability": chip, "attention": [], "mlp": []}
+        self.known |= {"done": [], "wrong": []}
+        if path and path.exists():
+            there = json.loads(path.read_text())
+            if all(there.get(name) == self.known[name] for name in ("gpu", "capability")):
+                wrong = there["wrong"] if there["commit"] == self.known["commit"] else []
+                self.known |= there | machine() | {"wrong": wrong}
 
-def keep(path: Path | None, found: dict) -> None:
-    if path:
-        path.write_text(json.dumps(found, indent=1) + "\n")
+    def add(self, kind: str, *entries: list) -> None:
+        self.known[kind] += entries
+        if self.path:
+            aside = self.path.with_name(self.path.name + ".tmp")  # a cut here leaves the old one
+            aside.write_text(json.dumps(self.known, indent=1) + "\n")
+            os.replace(aside, self.path)
+
+    def right(self, what: str, trials: list[tuple], smoke: bool) -> list[tuple]:
+        """Those of the candidates whose results are right."""
+        wrong = [entry[:-1] for entry in self.known["wrong"]]
+        words = {
+            trial: [what, *(asdict(x) if is_dataclass(x) else x for x in trial)] for trial in trials
+        }
+        words = {trial: each for trial, each in words.items() if each not in wrong}
+        good = []
+        with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1)) as pool:  # most of it compiles
+            faults = pool.map(lambda each: attempt(each, smoke), words.values())
+            for trial, fault in zip(words, faults, strict=True):
+                if fault:
+                    print(f"left out: {what} {' '.join(map(str, trial))}: {fault}", flush=True)
+                    self.add("wrong", [*words[trial], fault])
+                else:
+                    good.append(trial)
+        return good
 
 
 def label(tiles: Tiles) -> str:
@@ -203,14 +228,18 @@ def times(
     return {key: statistics.geometric_mean(values) for key, values in ratios.items()}
 
 
-def best(trials: list[tuple[str, int, Tiles]], smoke: bool) -> Found:
-    """The tiles that beat the table's, of those that are right."""
-    found: Found = {}
-    for dim in sorted({dim for _, dim, _ in trials}):
+def attention(notes: Notes, smoke: bool) -> None:
+    """A kernel and head dimension at a time: the tiles that beat the table's, if some do."""
+    found: Found = {(name, dim): Tiles(**fields) for name, dim, fields in notes.known["attention"]}
+    everything = list(candidates(smoke))
+    for dim in sorted({dim for _, dim, _ in everything}):
         inputs = tensors(dim, smoke)
         for name in HOPPER:  # "backward" last: it must beat the two passes as chosen
+            if ["attention", name, dim] in notes.known["done"]:
+                continue
+            trials = [trial for trial in everything if trial[:2] == (name, dim)]
             options = {"ponder": {}} if name != "backward" else {"two passes": dict(found)}
-            for _, _, tiles in (t for t in trials if t[:2] == (name, dim)):
+            for _, _, tiles in notes.right("attention", trials, smoke):
                 own = {**found, (name, dim): tiles} if name == "backward" else {(name, dim): tiles}
                 options[label(tiles)] = own
             ratios = times(name, inputs, options, smoke)
@@ -218,7 +247,21 @@ def best(trials: list[tuple[str, int, Tiles]], smoke: bool) -> Found:
             print(f"{name} D{dim}: {winner}, {ratios[winner]:.3f} of the time before", flush=True)
             if ratios[winner] < GAIN:
                 found[name, dim] = options[winner][name, dim]
-    return found
+                notes.add("attention", [name, dim, asdict(found[name, dim])])
+            notes.add("done", ["attention", name, dim])
+
+
+def products(notes: Notes, smoke: bool) -> None:
+    """The same of the MLPs' products, forward and backward."""
+    everything = list(mlp_tiles.candidates(smoke))
+    for backward in (False, True):
+        if ["mlp", backward] in notes.known["done"]:
+            continue
+        trials = [trial for trial in everything if trial[0] == backward]
+        tiles = [tile for _, tile in notes.right("mlp", trials, smoke)]
+        if tile := mlp_tiles.best(backward, tiles, smoke, GAIN):
+            notes.add("mlp", [backward, asdict(tile)])
+        notes.add("done", ["mlp", backward])
 
 
 def main() -> int:
@@ -242,18 +285,10 @@ def main() -> int:
             error = error_of(name, *rest, Tiles(**fields), args.smoke)
         print(f"relative error {error:.1e}")
         return int(not error <= ERROR)
-    chip = module.capability(torch.device(DEVICE))
-    found: dict = {**machine(), "capability": chip}
-    trials = right("attention", list(candidates(args.smoke)), args.smoke)
-    found["attention"] = [[*key, asdict(tiles)] for key, tiles in best(trials, args.smoke).items()]
-    keep(args.out, found)  # what there is if the rest does not end
-    products = right("mlp", list(mlp_tiles.candidates(args.smoke)), args.smoke)
-    found["mlp"] = [
-        [backward, asdict(tile)]
-        for backward, tile in mlp_tiles.best(products, args.smoke, GAIN).items()
-    ]
-    keep(args.out, found)
-    print(json.dumps(found, indent=1))
+    notes = Notes(args.out, module.capability(torch.device(DEVICE)))
+    attention(notes, args.smoke)
+    products(notes, args.smoke)
+    print(json.dumps(notes.known, indent=1))
     return 0
 
 
