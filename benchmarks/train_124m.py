@@ -3,7 +3,7 @@
 `python -m ponder.benchmarks.train_124m [--nanogpt CHECKOUT] [--text PATH] [--steps N]`, on a GPU:
 tokens/s, MFU, memory and losses of `ponder train gpt2` and of nanoGPT, each a process of its own,
 in bf16 with 32 x 1024 tokens a step. With AdamW ours has nanoGPT's rates, schedule and weight
-decay; with Muon its preset's. Without torch.compile ours runs for its speed alone, 100 steps.
+decay; with Muon its preset's. Without torch.compile ours runs for its speed alone, 50 steps.
 
 The text, by default 15.7 million characters of PyTorch's own source, is a token a character, and
 the vocabulary filled up to GPT-2's size, so that a step costs what GPT-2's does. Both sides draw
@@ -60,7 +60,7 @@ VOCABULARY = 50304  # GPT-2's, rounded up by nanoGPT
 # Of the default text. A tenth fills 192 batches of validation: no rest that is compiled for.
 CHARACTERS = 15 << 20
 BLOCK = 10  # steps, whose times and losses are one number
-SHORT = 100  # steps of a run for its speed alone
+SHORT = 50  # steps of a run for its speed alone
 NANOGPT = "nanoGPT"
 ADAMW: dict[str, Any] = dict(
     optimizer="adamw", lr=6e-4, weight_decay=0.1, schedule="cosine", floor=0.1
@@ -241,7 +241,7 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--nanogpt", type=Path, help="a checkout of it; default: PONDER_NANOGPT")
     parser.add_argument("--text", type=Path, help="to train on; default: PyTorch's source")
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--out", type=Path, default=RESULTS, help="the folder of the CSV files")
     parser.add_argument("--resume", action="store_true", help="leave out runs that --out has")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, on a CPU too")
