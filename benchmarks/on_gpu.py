@@ -36,10 +36,16 @@ PYTHON = [sys.executable, "-u", "-m"]
 BENCHMARKS = [*PYTHON, "ponder.benchmarks", "--out", "OUT/results", "--resume"]
 TESTED = [*PYTHON, "ponder.benchmarks.isolated"]
 COMPILING = str(TESTS / "kernels" / "test_compile.py")  # minutes, and no GPU is needed for it
+KERNEL_TESTS = [*TESTED, "--parts", "4", "--skip", COMPILING, "--marked", "not cpu"]
+KERNEL_TESTS += ["--first", "test_on_gpu.py", "test_attention_hopper.py"]
+KERNEL_TESTS += ["--passed", "OUT/kernel-tests.txt"]
 SANITIZER = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1"]
 SANITIZER += ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
 SAMPLING = [*PYTHON, "ponder.benchmarks.sampling", "--dtype", "bf16"]
 TRAIN_124M = [*PYTHON, "ponder.benchmarks.train_124m"]
+PATCH = [*PYTHON, "ponder.benchmarks.patch"]
+PLAN = [*PYTHON, "ponder.benchmarks.plan"]
+PROFILES = [*PYTHON, "ponder.benchmarks.profiles"]
 EVERY_KERNEL = [*PYTHON, "ponder.benchmarks.every_kernel"]
 CORES = str(max(1, min(15, (os.cpu_count() or 1) - 1)))
 
@@ -50,45 +56,40 @@ class Stage:
     limit: float = 480  # seconds
     least: float = 60  # seconds below which it is not worth a start
     smoke: bool = False  # knows --smoke
-    tiled: bool = False  # waits until "tiles" had its turn
-    serves: Sequence[str] = ()  # what it makes quicker, in every call that has one of these to do
+    serves: Sequence[str] = ()  # what it makes quicker: in every call it comes before these
 
 
-# What the others rest on first: right results, then the tiles, then what README shows first. What
-# compiles for long does it side by side: a first run is compiling, most of its time.
+# First whether every kernel runs, then numbers: each comparison proves its own results. Then all
+# tests, the other numbers, and better tiles than the tables'. What compiles for long does it side
+# by side: a first run is compiling, most of its time.
 STAGES = {
     "machine": Stage([*PYTHON, "ponder.benchmarks.machine"], 120, 20, smoke=True),
     "every-kernel": Stage([*EVERY_KERNEL, "bf16", "--processes", CORES], 120, 30),
-    "kernel-tests": Stage(
-        [*TESTED, "--parts", "4", "--skip", COMPILING, str(TESTS / "kernels")], 270
-    ),
-    "tiles": Stage(
-        [*PYTHON, "ponder.benchmarks.tiles", "--out", "OUT/tiles.json"], 270, 120, smoke=True
-    ),
     "warm-up": Stage(
-        [*BENCHMARKS, "attention", "mlp", "pointwise", "--warm-up", CORES],
+        [*BENCHMARKS, "attention", "mlp", "losses", "pointwise", "--warm-up", CORES],
         120,
         smoke=True,
-        tiled=True,
         serves=("attention-64", "mlp", "losses", "attention-128"),
     ),
-    "attention-64": Stage([*BENCHMARKS, "attention", "--only", "D64"], 240, smoke=True, tiled=True),
-    "mlp": Stage([*BENCHMARKS, "mlp"], 240, smoke=True, tiled=True),
+    "attention-64": Stage([*BENCHMARKS, "attention", "--only", "D64"], 240, smoke=True),
+    "mlp": Stage([*BENCHMARKS, "mlp"], 240, smoke=True),
     "losses": Stage([*BENCHMARKS, "losses", "pointwise"], 180, smoke=True),
-    "attention-128": Stage(
-        [*BENCHMARKS, "attention", "--only", "D128"], 240, smoke=True, tiled=True
-    ),
     "decode": Stage([*BENCHMARKS, "decode", "overhead"], 120, 30, smoke=True),
-    "train_step": Stage([*BENCHMARKS, "train_step"], 240, 150, smoke=True, tiled=True),
-    "train-124m": Stage(
-        [*TRAIN_124M, "--out", "OUT/results", "--resume"], 480, 180, smoke=True, tiled=True
+    "train_step": Stage([*BENCHMARKS, "train_step"], 240, smoke=True),
+    "kernel-tests": Stage([*KERNEL_TESTS, str(TESTS / "kernels")], 270),
+    "attention-128": Stage([*BENCHMARKS, "attention", "--only", "D128"], 240, smoke=True),
+    "sampling": Stage([*BENCHMARKS, "sampling"], 360, smoke=True),
+    "patch": Stage([*PATCH, "--out", "OUT/results/patch.csv", "--resume"], 300),
+    "plan": Stage([*PLAN, "--out", "OUT/results/plan.csv", "--resume"], 240),
+    "tiles": Stage(
+        [*PYTHON, "ponder.benchmarks.tiles", "--out", "OUT/tiles.json"], 400, 240, smoke=True
     ),
+    "train-124m": Stage([*TRAIN_124M, "--out", "OUT/results", "--resume"], 420, 150, smoke=True),
     "memcheck": Stage([*SANITIZER, "memcheck", *EVERY_KERNEL, "bf16"], 300),
     "racecheck": Stage([*SANITIZER, "racecheck", *EVERY_KERNEL, "bf16"]),
-    "sampling": Stage([*BENCHMARKS, "sampling"], 360, smoke=True),
     "sampling-profile": Stage([*SAMPLING, "--profile", "--batch", "4096", "--each", "64"], 120),
-    "patch": Stage([*PYTHON, "ponder.benchmarks.patch", "--out", "OUT/results/patch.csv"], 300),
-    "profiles": Stage([*PYTHON, "ponder.benchmarks.profiles"], 240),
+    "profiles": Stage(PROFILES, 240),
+    "ncu": Stage([*PROFILES, "--ncu"], 240),
     "demo": Stage([*PYTHON, "ponder", "demo", "--out", "OUT/demo"]),
     "all-tests": Stage([*TESTED, "--skip", str(TESTS / "kernels"), str(TESTS)]),
     "mlp-autotuned": Stage([*BENCHMARKS, "mlp_autotuned"], smoke=True),
@@ -147,22 +148,19 @@ def run_stage(name: str, out: Path, seconds: float, smoke: bool) -> dict:
 
 def failed(name: str, state: dict[str, dict]) -> bool:
     """Whether a stage ended by itself, or by its own limit, and not well."""
-    if STAGES[name].serves:  # comes before those, whatever became of it
-        return False
     found = state.get(name, {"verdict": "not started", "seconds": 0})
     return found["verdict"].startswith("exit") or found["seconds"] >= STAGES[name].limit
 
 
-def had_turn(name: str, state: dict[str, dict]) -> bool:
-    return state.get(name, {}).get("verdict", "not started") != "not started"
-
-
-def to_do(name: str, state: dict[str, dict]) -> bool:
-    def done(name: str) -> bool:
-        return state.get(name, {}).get("verdict") == "ok"
-
-    serves = STAGES[name].serves
-    return not all(done(served) for served in serves) if serves else not done(name)
+def order(names: Sequence[str], state: dict[str, dict]) -> list[str]:
+    """Those that are to be run: what failed last, and what serves others before the first."""
+    found = []
+    for name in sorted(names, key=lambda name: failed(name, state)):
+        served = [other for other in STAGES[name].serves if other in names]
+        if not served and state.get(name, {}).get("verdict") != "ok":
+            found += [n for n in names if name in STAGES[n].serves and n not in found]
+            found.append(name)
+    return found
 
 
 def stage_table(state: dict[str, dict]) -> str:
@@ -204,8 +202,8 @@ def adopt(out: Path, folder: Path) -> None:
         with open(path, newline="") as file:  # a table of another kind
             table = csv.DictReader(file)
             columns, rows = table.fieldnames or [], list(table)
-        # patch.csv grows model by model: those that a run did not come to keep their rows.
-        key = [name for name in ("gpu", "model") if name in columns]
+        # Where a run did not come to a model, or a case, the rows that there are stay.
+        key = [name for name in ("gpu", "model", "case") if name in columns]
         merge(folder / path.name, columns, rows, key)
 
 
@@ -240,12 +238,9 @@ def main() -> None:
             archive.extractall(out, filter="data")
     state = json.loads(state_file.read_text()) if state_file.exists() else {}
     names = [name for name in args.stage if not args.smoke or STAGES[name].smoke]
-    for name in sorted(names, key=lambda name: failed(name, state)):
+    for name in order(names, state):
         left = end - time.monotonic() - 10  # for packing
-        if not to_do(name, state):
-            continue
-        waits = STAGES[name].tiled and "tiles" in names and not had_turn("tiles", state)
-        if waits or left < STAGES[name].least:
+        if left < STAGES[name].least:
             state.setdefault(name, {"verdict": "not started", "seconds": 0})
             continue
         state[name] = run_stage(name, out, left, args.smoke)

@@ -27,6 +27,7 @@ from ponder.benchmarks import (
     plan,
     profiles,
     sampling,
+    tiles,
     train_124m,
     train_step,
 )
@@ -524,6 +525,7 @@ def test_a_run_goes_on_where_another_machine_left_it(tmp_path, monkeypatch):
     stages = {
         "caches": stage(note.format("caches"), serves=("first", "second")),
         "first": stage(note.format("first")),
+        "other": stage(note.format("other"), least=1e9),
         "second": stage(note.format("second"), least=1e9),
     }
     monkeypatch.setattr(on_gpu, "STAGES", stages)
@@ -532,22 +534,13 @@ def test_a_run_goes_on_where_another_machine_left_it(tmp_path, monkeypatch):
     words = ["on_gpu", "--stage", *stages, "--seconds", "60", "--tar", str(packed), "--out"]
     monkeypatch.setattr(sys, "argv", [*words, str(tmp_path / "one")])
     on_gpu.main()
-    stages["second"] = stage(note.format("second"))
+    for name in ("other", "second"):
+        stages[name] = stage(note.format(name))
     monkeypatch.setattr(sys, "argv", [*words, str(tmp_path / "two"), "--after", str(packed)])
     for _ in range(2):
         on_gpu.main()
-    assert (tmp_path / "order").read_text().split() == ["caches", "first", "caches", "second"]
-
-
-def test_what_takes_tiles_waits_for_them(tmp_path, monkeypatch):
-    stages = {"tiles": stage("", least=1e9), "timed": stage("", tiled=True), "other": stage("")}
-    monkeypatch.setattr(on_gpu, "STAGES", stages)
-    words = ["on_gpu", "--out", str(tmp_path), "--seconds", "60", "--stage"]
-    for chosen, expected in ((stages, ["not started", "not started", "ok"]), (["timed"], ["ok"])):
-        monkeypatch.setattr(sys, "argv", [*words, *chosen])
-        on_gpu.main()
-        state = json.loads((tmp_path / "stages.json").read_text())
-        assert [state[name]["verdict"] for name in chosen] == expected
+    found = (tmp_path / "order").read_text().split()
+    assert found == ["caches", "first", "other", "caches", "second"]
 
 
 def test_a_run_is_adopted(tmp_path):
@@ -672,6 +665,48 @@ def test_a_candidate_is_proven_in_a_process_of_its_own(tmp_path):
     run = subprocess.run([*words, json.dumps(good)], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     assert run.stdout.startswith("relative error")
+
+
+def test_tiles_are_kept_as_they_are_found(tmp_path, monkeypatch):
+    """A kernel and head dimension at a time, and what was wrong; a run goes on behind them."""
+    path, tried, timed = tmp_path / "tiles.json", [], []
+    good, bad = _attention_tiles.Tiles(64, 64, 4, 3), _attention_tiles.Tiles(64, 64, 4, 9)
+    trials = [(name, 64, which) for name in tiles.HOPPER for which in (good, bad)]
+
+    def attempt(trial, smoke):
+        tried.append((trial[1], trial[-1]["num_stages"]))
+        return "wrong" * (trial[-1] == vars(bad))
+
+    def times(name, inputs, options, smoke):
+        timed.append((name, list(options.values())))
+        if name == stop:
+            raise KeyboardInterrupt
+        return dict(zip(options, (1.0, 0.5), strict=True))
+
+    for name, value in (("attempt", attempt), ("times", times)):
+        monkeypatch.setattr(tiles, name, value)
+    monkeypatch.setattr(tiles, "candidates", lambda smoke: iter(trials))
+    monkeypatch.setattr(tiles, "tensors", lambda dim, smoke: [])
+    stop = "backward_q"
+    with pytest.raises(KeyboardInterrupt):
+        tiles.attention(tiles.Notes(path, 90), smoke=False)
+    there = json.loads(path.read_text())
+    assert there["attention"] == [["forward", 64, vars(good)]]
+    assert there["wrong"][0] == ["attention", "forward", 64, vars(bad), "wrong"]
+    assert there["done"] == [["attention", "forward", 64]]
+    tried.clear(), timed.clear()
+    stop = None
+    tiles.attention(tiles.Notes(path, 90), smoke=False)
+    assert tried[0] == ("backward_q", 3) and [name for name, _ in timed] == [*tiles.HOPPER][1:]
+    two = {("forward", 64): good, ("backward_q", 64): good, ("backward_kv", 64): good}
+    assert timed[-1] == ("backward", [two, two | {("backward", 64): good}])
+    assert len(json.loads(path.read_text())["attention"]) == 4
+    there["commit"] = "another"
+    path.write_text(json.dumps(there))
+    tried.clear()
+    tiles.attention(tiles.Notes(path, 90), smoke=False)
+    assert tried[:2] == [("backward_q", 3), ("backward_q", 9)]
+    assert tiles.Notes(path, 80).known["done"] == []  # of another chip
 
 
 @pytest.mark.parametrize("spoiled, value", [(1, torch.nan), (2, 7.0)])
