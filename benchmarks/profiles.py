@@ -53,11 +53,11 @@ def slowest(found: EventList) -> list[str]:
     return [e.key for e in sorted(own, key=lambda e: -e.self_device_time_total)[:3]]
 
 
-def nsight(step: Callable[[], object]) -> None:
+def nsight() -> None:
     """One launch of each of them under ncu, which a step in a process of its own makes."""
     if shutil.which("ncu") is None:
         return print("there is no ncu on the PATH: no kernel is held against the chip")
-    for name in slowest(averages(step)):
+    for name in slowest(averages(our_step(torch.bfloat16, compiled=False))):
         print(f"\n{name}", flush=True)
         own = [sys.executable, "-m", "ponder.benchmarks.profiles", "--once"]
         subprocess.run([*NCU, "--kernel-name", name, *own], check=True)
@@ -68,9 +68,11 @@ def main() -> None:
     parser.add_argument("--ncu", action="store_true", help="the slowest kernels under ncu")
     parser.add_argument("--once", action="store_true", help="a training step, and no table")
     args = parser.parse_args()
-    if args.once or args.ncu:
-        step = our_step(torch.bfloat16, compiled=False)
-        return step() if args.once else nsight(step)
+    if args.ncu:
+        return nsight()
+    if args.once:
+        our_step(torch.bfloat16, compiled=False)()
+        return
     for label, compiled in (("eager", False), ("torch.compile", True)):
         step = our_step(torch.bfloat16, compiled)
         table(f"training step, {BATCH} x {CONTEXT} tokens, bf16, {label}", step)
