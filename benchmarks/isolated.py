@@ -67,6 +67,8 @@ def main() -> int:
     # The largest first, so that no long one ends alone.
     paths.sort(key=lambda p: (p.name not in args.first, -p.stat().st_size))
     before = args.passed.read_text().splitlines() if args.passed and args.passed.exists() else []
+    if before:
+        print(f"{len(before)} passed before: {', '.join(before)}")
     total = [0, 0]
     with ThreadPoolExecutor(WORKERS) as pool:
         started = [
