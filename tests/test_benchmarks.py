@@ -649,13 +649,13 @@ def test_tiles_of_a_file_are_taken_where_they_were_measured(own_file):
     assert mlp._tiles(90, 2, False) is mlp._HOPPER_FORWARD
     assert mlp._tiles(100, 2, True) is mlp._HOPPER_BACKWARD
     choose = _attention_tiles.choose
-    assert choose("forward", 64, "bf16", 90, []) == choose("backward", 50, "fp16", 90, []) == own
+    assert choose("forward", 64, "bf16", 90, ()) == choose("backward", 50, "fp16", 90, ()) == own
     table = _attention_tiles.TILES["forward", "large"]
-    assert choose("forward", 128, "bf16", 90, []) == table[128]
-    assert choose("forward", 64, "bf16", 90, ["sinks"]) == table[64]
-    assert choose("forward", 64, "fp32", 90, []) != own
-    assert choose("forward", 64, "bf16", 80, []) != own
-    assert choose("backward", 128, "bf16", 90, []) is None
+    assert choose("forward", 128, "bf16", 90, ()) == table[128]
+    assert choose("forward", 64, "bf16", 90, ("sinks",)) == table[64]
+    assert choose("forward", 64, "fp32", 90, ()) != own
+    assert choose("forward", 64, "bf16", 80, ()) != own
+    assert choose("backward", 128, "bf16", 90, ()) is None
 
 
 def test_a_candidate_is_proven_in_a_process_of_its_own(tmp_path):
