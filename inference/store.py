@@ -539,7 +539,7 @@ class Store:
 
 
 def _differing(ours: Sequence[Any], theirs: Sequence[Any]) -> tuple[str, Any, Any]:
-    """The first field in which two problems (prompt, answer, difficulty) differ, with its values."""
+    """The first field in which two problems differ (prompt, answer, difficulty), and its values."""
     fields = zip(("prompt", "answer", "difficulty"), ours, theirs, strict=True)
     return next(field for field in fields if field[1] != field[2])
 
