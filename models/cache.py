@@ -185,7 +185,8 @@ class KVCache:
         cache's first ones. ValueError where they have no room (rows that are not empty are looked
         at on a CPU alone, where it costs nothing)."""
         index, last = None, count
-        if positions is not None and self.lengths.is_cpu and len(self.lengths):
+        seen = type(self.lengths) is Tensor and not torch.compiler.is_compiling()  # else a fake one
+        if positions is not None and seen and self.lengths.is_cpu and len(self.lengths):
             last += int(self.lengths.max())
         if last > self.capacity:
             raise ValueError(f"the cache has room for {self.capacity} tokens a row, not for {last}")
