@@ -44,9 +44,11 @@ def set_threads():
 
 @pytest.hookimpl(trylast=True)  # behind what -m leaves out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of what a file holds, the part that benchmarks/isolated.py gave to this process."""
+    """Of what a file holds, the part that benchmarks/isolated.py gave to this process; the longest
+    tests first, so that no core waits for one at the end."""
     part, _, parts = os.environ.get("PONDER_TESTS", "0/1").partition("/")
     items[:] = items[int(part) :: int(parts)]
+    items.sort(key=lambda item: item.path.name != "test_compiled.py")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -22,13 +22,15 @@ FOLDER = Path(__file__).parent
     [
         ("90", "test_ptx.py"),
         ("80", "test_ptx.py"),
-        ("90", "5/16"),
+        ("90", "5/32"),
+        ("90", "21/32"),
         ("80", "20/32"),
         ("100", "11/32"),
     ],
 )
 def test_on_the_machine(capability, part, tmp_path):
-    """The machine's own tests; every 16th of the kernels' for sm_90, every 32nd for others."""
+    """The machine's own tests; every 16th of the kernels' for sm_90, by halves, and every 32nd for
+    others."""
     changes = dict(PONDER_PTX=capability, TRITON_CACHE_DIR=str(tmp_path))
     path = FOLDER
     if part.endswith(".py"):
