@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import ponder  # noqa: F401  takes the repository root off the path
+from ponder.tests.order import pytest_collection_modifyitems  # noqa: F401
 
 INTERPRET = not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
 KERNELS = Path(__file__).parent / "kernels"
@@ -40,15 +41,6 @@ def set_threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
-
-
-@pytest.hookimpl(trylast=True)  # behind what -m leaves out
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of what a file holds, the part that benchmarks/isolated.py gave to this process; the longest
-    tests first, so that no core waits for one at the end."""
-    part, _, parts = os.environ.get("PONDER_TESTS", "0/1").partition("/")
-    items[:] = items[int(part) :: int(parts)]
-    items.sort(key=lambda item: item.path.name != "test_compiled.py")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -23,7 +23,6 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from ..models import GPT, GPTConfig, hub
 from ..models.verifier import Verifier, save_verifier, verifier_loss
 from ..provenance import alone_in, note, open_run, read_run
-from .calibration import calibrate
 from .checkpoint import Checkpoints
 from .config import PRESETS, SHAPE, TrainConfig
 from .data import IGNORE, Batch, Data, load_data
@@ -485,6 +484,8 @@ class _Run:
         figures: dict[str, float | None] = {"val_loss": total / count}
         if self.config.verifier:
             logits, labels, number = np.array(gather_object(judged)).T
+            from .calibration import calibrate  # SciPy takes a second to import
+
             self.calibration = calibrate(logits, labels, number % 2 == 0)
             self.calibrated = self.step
             facts = self.calibration._asdict()
