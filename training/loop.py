@@ -515,7 +515,7 @@ class _Run:
             "seconds": round(self.seconds, 3),
             "train_loss": self.loss_sum.item() / (self.step - self.logged),
             **(self._evaluate() if evaluate else {"val_loss": None}),
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": self.optimizer.param_groups[-1]["lr"],  # Muon's is as far along its own
             "grad_norm": norm.item(),
             "tokens_per_second": round(rate, 1),
             "mfu": round(rate * self.flops / self.peak, 4),

@@ -72,16 +72,19 @@ def write_training_report(folder: Path) -> Path:
         raise ValueError(f"{folder}/train/metrics.jsonl holds no row yet; wait for the first one")
     report = folder / "report"
     report.mkdir(exist_ok=True)
-    muon = runs["train"]["configuration"].get("optimizer") == "muon"
-    picture = png(rows, rate=f"Learning rate of {'the matrices (Muon)' if muon else 'all weights'}")
+    run = runs["train"]
+    configuration, rate = run["configuration"], "Learning rate"
+    if configuration.get("optimizer") == "muon":
+        times = configuration["matrix_lr"] / configuration["lr"]
+        rate += f" (the matrices': {times:.3g} times it)"
+    picture = png(rows, rate)
     write_aside(report / "training.png", picture)
     samples = read_rows(folder / "train" / "samples.jsonl")
     last = samples[-1]["step"] if samples else 0
-    run = runs["train"]
-    made = {"command": run["command"], **run["versions"], **run["machine"], **run["configuration"]}
+    made = {"command": run["command"], **run["versions"], **run["machine"], **configuration}
     page = jinja2.Template(PAGE, autoescape=True).render(
         name=folder.resolve().name,
-        summary=summary(rows, run["configuration"]["steps"]),
+        summary=summary(rows, configuration["steps"]),
         picture=base64.b64encode(picture).decode(),
         samples=[s for s in samples if s["step"] == last],
         made=list(made.items()),

@@ -71,6 +71,7 @@ def test_a_run_leaves_model_metrics_and_provenance(whole):
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     columns = "step tokens seconds train_loss val_loss lr grad_norm tokens_per_second mfu"
     assert list(rows[0]) == columns.split()
+    assert max(row["lr"] for row in rows) == preset("tiny").lr
     assert [row["val_loss"] is not None for row in rows] == [False, False, True] * 2
     run = json.loads((whole / "run.json").read_text())["train"]
     assert run["configuration"]["steps"] == 6 and run["seed"] == 0

@@ -72,17 +72,17 @@ def test_a_training_run_is_reported(run, capsys):
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "whose"), [("muon", "the matrices (Muon)"), ("adamw", "all weights")]
+    ("optimizer", "said"), [("muon", " (the matrices': 40 times it)"), ("adamw", "")]
 )
-def test_the_learning_rate_is_said_to_be_whose_it_is(run, optimizer, whose, monkeypatch):
+def test_the_learning_rate_of_matrices_is_said_to_be_another(run, optimizer, said, monkeypatch):
     folder, _ = run
     about = json.loads((folder / "run.json").read_text())
-    about["train"]["configuration"]["optimizer"] = optimizer
+    about["train"]["configuration"] |= dict(optimizer=optimizer, lr=5e-4, matrix_lr=0.02)
     (folder / "run.json").write_text(json.dumps(about))
     titles = []
     monkeypatch.setattr(Axes, "set_title", lambda axes, title: titles.append(title))
     write_training_report(folder)
-    assert f"Learning rate of {whose}" in titles
+    assert f"Learning rate{said}" in titles
 
 
 def test_a_summary_names_the_lowest_validation_loss(run):
