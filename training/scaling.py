@@ -57,15 +57,14 @@ class Law:
         """a in N_opt ∝ C^a, where FLOPs are a multiple of N · D: β / (α + β)."""
         return self.beta / (self.alpha + self.beta)
 
-    def optimum(self, flops: float, flops_per_parameter: float = 6.0) -> tuple[float, float]:
-        """The (N, D) of the lowest loss that so many FLOPs = 6 N D can buy. Hoffmann et al., eq. 4.
 
-        N = G (C/6)^a, D = (C/6)^(1−a) / G, G = (αA / βB)^(1/(α+β)).
-        """
-        product_ = flops / flops_per_parameter
-        G = (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
-        size = G * product_**self.size_exponent
-        return size, product_ / size
+class Optimum(NamedTuple):
+    """What so many FLOPs are best spent on, and the loss that it will measure."""
+
+    flops: float
+    parameters: Interval
+    tokens: Interval
+    loss: Interval
 
 
 @dataclass(frozen=True)
@@ -98,6 +97,22 @@ class Fit:
         low, high = _percentiles(values)
         value = self.law.loss(parameters, tokens)
         return Interval(value, min(low, value), max(high, value))
+
+    def optimum(
+        self,
+        flops: float,
+        flops_per_token: Callable[[Array], Array],
+        sizes: tuple[float, float],
+    ) -> Optimum:
+        """The model size and tokens that so many FLOPs of training are best spent on, with 90 %
+        intervals; flops_per_token and sizes as `frontier` takes them."""
+        compute = np.array([flops])
+        laws = (self.law, *self.resamples)
+        n = np.concatenate([frontier(law, compute, flops_per_token, sizes)[1] for law in laws])
+        parameters, tokens = (
+            Interval(float(x[0]), *_percentiles(x[1:])) for x in (n, flops / flops_per_token(n))
+        )
+        return Optimum(flops, parameters, tokens, self.predict(parameters.value, tokens.value))
 
 
 def _percentiles(values: Array) -> tuple[float, float]:
@@ -294,3 +309,10 @@ def frontier(
     losses = law.loss(n, flops[:, None] / flops_per_token(n))
     best = losses.argmin(1)
     return losses[np.arange(len(flops)), best], n[best]
+
+
+def power_of_size(parameters: Array, flops_per_token: Array) -> Callable[[Array], Array]:
+    """FLOPs of training on one token as a power of the parameters, fitted to runs (R,): they grow a
+    little slower than parameters that leave out the head."""
+    slope, offset = np.polyfit(np.log(parameters), np.log(flops_per_token), 1)
+    return lambda n: np.exp(offset) * n**slope

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator, NullFormatter
 from ..figures import INK, MUTED, RED, STYLE, shades
 from ..provenance import write_aside
 from .report import human
-from .scaling import Fit, frontier
+from .scaling import Fit, frontier, power_of_size
 
 if TYPE_CHECKING:
     from .scaling_report import Rung
@@ -45,16 +45,13 @@ def draw_compute(axes: Axes, fit: Fit, rungs: "Sequence[Rung]") -> None:
         axes.plot(per_token * reach, law.loss(size, reach), color=colour, linewidth=1.2)
         losses = np.array([r.val_loss for r in mine])
         axes.plot(per_token * d, losses, "o", color=colour, label=human(size))
-    # FLOPs a token grow a little slower than parameters, which leave out the head.
-    per_token = np.array([[r.parameters, r.flops / r.tokens] for r in rungs])
-    n, f = np.log(per_token).T
-    slope, offset = np.polyfit(n, f, 1)
+    n, per_token = np.array([(r.parameters, r.flops / r.tokens) for r in rungs]).T
     spent = [r.flops for r in rungs]
     compute = np.geomspace(min(spent), max(spent) * 1.5, 80)
     best, _ = frontier(
         law,
         compute,
-        lambda n: np.exp(offset) * n**slope,
+        power_of_size(n, per_token),
         (sizes[0] / 3, sizes[-1] * 3),  # what the ladder can speak of
     )
     axes.plot(compute, best, color=INK, linestyle=(0, (5, 3)), label="frontier", zorder=3)

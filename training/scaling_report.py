@@ -8,9 +8,14 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..provenance import write_aside
-from .scaling import LEVEL, Fit, Interval, fit_law
+from .report import human
+from .scaling import LEVEL, Fit, Interval, Optimum, fit_law, power_of_size
 from .scaling_figure import draw
+
+MORE = 1, 10  # times the compute of the dearest run, whose best use is told
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,22 @@ def summary(fit: Fit, rungs: Sequence[Rung]) -> dict[str, Any]:
             | {"measured": r.val_loss}
             for r in held
         ],
+        "optimum": [
+            {name: x if name == "flops" else entry(x) for name, x in best._asdict().items()}
+            for best in optima(fit, rungs)
+        ],
     }
+
+
+def optima(fit: Fit, rungs: Sequence[Rung]) -> list[Optimum]:
+    """What the compute of the dearest run, and ten times it, are best spent on; empty where the
+    runs do not tell how losses fall with size and tokens."""
+    if not fit.unidentified.keys().isdisjoint(("alpha", "beta")):
+        return []
+    done = [r for r in rungs if r.status == "finished"]
+    n, per_token = np.array([(r.parameters, r.flops / r.tokens) for r in done]).T
+    most, sizes = max(r.flops for r in done), (n.min() / 10, 100 * n.max())
+    return [fit.optimum(times * most, power_of_size(n, per_token), sizes) for times in MORE]
 
 
 def _rms(values: Any) -> float:
@@ -124,4 +144,17 @@ def describe(fit: Fit, rungs: Sequence[Rung]) -> str:
                 f"  {r.name}: predicted {value:.4f} ({low:.4f} to {high:.4f}), "
                 f"measured {r.val_loss:.4f}, {inside}"
             )
+    for best in optima(fit, rungs):
+        n, d, loss = (
+            [show(x) for x in interval]
+            for interval, show in (
+                (best.parameters, human),
+                (best.tokens, human),
+                (best.loss, "{:.4f}".format),
+            )
+        )
+        lines.append(
+            f"  {best.flops:.2g} FLOPs are best spent on {n[0]} parameters ({n[1]} to {n[2]}) and "
+            f"{d[0]} tokens ({d[1]} to {d[2]}): loss {loss[0]} ({loss[1]} to {loss[2]})"
+        )
     return "\n".join(lines)

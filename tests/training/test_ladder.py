@@ -14,8 +14,9 @@ import torch
 from ponder.training import loop
 from ponder.training.journal import read_rows
 from ponder.training.ladder import PRESETS, ScaleConfig, _say_passes, preset, rung_config, scale
+from ponder.training.report import human
 from ponder.training.scaling import Law
-from ponder.training.scaling_report import Rung, fit_rungs, report
+from ponder.training.scaling_report import Rung, fit_rungs, optima, report
 
 from . import children
 
@@ -93,6 +94,7 @@ def test_the_fit_on_disk_has_no_bare_number(ladder):
     [held] = fit["held_out"]
     assert held["predicted"]["low"] < held["predicted"]["high"] and held["measured"] > 0
     assert fit["runs"] == 9 and fit["left_out"] == []
+    assert not fit["constants"]["alpha"]["identified"] and fit["optimum"] == []
     assert (ladder.out / "scaling" / "scaling.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -178,7 +180,7 @@ def test_too_few_finished_runs_name_the_lost_ones():
         fit_rungs(rungs, resamples=1, seed=0)
 
 
-def test_known_constants_come_back_from_the_default_ladder(tmp_path):
+def test_known_constants_come_back_from_the_default_ladder(tmp_path, capsys):
     """Rates and sizes apart: the default sizes and budgets do identify a law like that of text."""
     config = ScaleConfig(out=tmp_path, resamples=40)
     draw = random.Random(0)
@@ -194,6 +196,10 @@ def test_known_constants_come_back_from_the_default_ladder(tmp_path):
             rungs[-1] = replace(rungs[-1], val_loss=loss)
     fit = fit_rungs(rungs, resamples=config.resamples, seed=config.seed)
     report(fit, rungs, tmp_path)
+    best, more = optima(fit, rungs)
+    assert more.flops == 10 * best.flops and more.loss.value < best.loss.value
+    said = f"{best.flops:.2g} FLOPs are best spent on {human(best.parameters.value)} parameters"
+    assert best.flops == max(r.flops for r in rungs) and said in capsys.readouterr().out
     assert not fit.unidentified
     for name, value in asdict(LAW).items():
         assert fit.intervals[name].low <= value <= fit.intervals[name].high, name

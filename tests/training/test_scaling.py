@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import ponder
-from ponder.training.scaling import EXPONENTS, Law, fit_law, frontier
+from ponder.training.scaling import EXPONENTS, Law, fit_law, frontier, power_of_size
 
 # Besiroglu et al. 2024, table 2: what Hoffmann et al.'s runs give when fitted with care.
 CHINCHILLA = Law(E=1.8172, A=482.01, B=2085.43, alpha=0.3478, beta=0.3658)
@@ -177,15 +177,37 @@ def test_an_interval_needs_a_resample():
         fit_law(*ladder(CHINCHILLA), resamples=0)
 
 
-def test_the_optimum_is_that_of_the_formula_and_of_the_frontier():
+def best_use(law, flops):
+    """(N, D) of the lowest loss that FLOPs = 6 N D can buy: Hoffmann et al., equation 4."""
+    G = (law.alpha * law.A / (law.beta * law.B)) ** (1 / (law.alpha + law.beta))
+    n = G * (flops / 6) ** law.size_exponent
+    return n, flops / 6 / n
+
+
+def test_the_frontier_is_that_of_the_formula():
     flops = np.geomspace(1e19, 1e23, 5)
     losses, sizes = frontier(CHINCHILLA, flops, lambda n: 6 * n, (1e6, 1e13))
     for c, loss, size in zip(flops, losses, sizes, strict=True):
-        n, d = CHINCHILLA.optimum(c)
-        assert 6 * n * d == pytest.approx(c)
+        n, d = best_use(CHINCHILLA, c)
         assert size == pytest.approx(n, rel=0.02)
         assert loss == pytest.approx(CHINCHILLA.loss(n, d), rel=1e-5)
         # Neither a larger nor a smaller model does better for the same compute.
         assert all(CHINCHILLA.loss(n * f, d / f) > CHINCHILLA.loss(n, d) for f in (0.8, 1.25))
     growth = np.polyfit(np.log(flops), np.log(sizes), 1)[0]
     assert growth == pytest.approx(CHINCHILLA.size_exponent, abs=0.005)
+
+
+def test_the_best_use_of_compute_has_intervals_that_hold_it(noisy):
+    best = noisy.optimum(1e23, lambda n: 6 * n, (1e6, 1e13))
+    for found, truth in zip(
+        (best.parameters, best.tokens), best_use(CHINCHILLA, 1e23), strict=True
+    ):
+        assert found.low < found.value < found.high < 3 * found.low
+        assert found.low < truth < found.high
+    assert 6 * best.parameters.value * best.tokens.value == pytest.approx(best.flops)
+    assert best.loss == noisy.predict(best.parameters.value, best.tokens.value)
+
+
+def test_a_power_of_the_size_is_found():
+    n = np.array([1e5, 1e6, 3e7])
+    assert power_of_size(n, 40 * n**0.9)(np.array([1e9])) == pytest.approx(40 * 1e9**0.9)
