@@ -8,7 +8,7 @@ and gfx942, AMD's MI300.
 
 What a compilation makes is a function of Triton's version, the chip, the options and the first
 intermediate code of a kernel. compiled.csv holds what came out, by a digest of these: what is
-there need not be compiled again, which takes a core half an hour for all. Every sixteenth is, and
+there need not be compiled again, which takes a core half an hour for all. Every 32nd is, and
 must give what the record says. `--record` compiles what is missing, and writes it down.
 """
 
@@ -166,7 +166,7 @@ class Record:
         """The row of a configuration, compiled where there is none, and whether it was."""
         key = digest(spec, target, ones=ones) if self.used else ""
         known = self.rows.get(key)
-        if known and int(key, 16) % 16:
+        if known and int(key, 16) % 32:
             return known, False
         kernel = compile_ahead(spec, target, ones=ones)
         registers, stack = resources(kernel.asm)
