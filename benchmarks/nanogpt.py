@@ -57,7 +57,8 @@ def peer_times(copy: Path, steps: int = 2000) -> list[float]:
     words = (
         "train.py config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=1 "
         f"--eval_interval={steps} --log_interval=1 --block_size=64 --batch_size=12 --n_layer=4 "
-        f"--n_head=4 --n_embd=128 --max_iters={steps} --lr_decay_iters={steps} --dropout=0.0"
+        f"--n_head=4 --n_embd=128 --max_iters={steps} --lr_decay_iters={steps} --dropout=0.0 "
+        f"--warmup_iters={min(100, steps // 10)}"  # its 100, which 100 steps do not take
     )
     run = subprocess.run([sys.executable, *words.split()], cwd=copy, capture_output=True, text=True)
     if run.returncode:
