@@ -105,7 +105,11 @@ class Fit:
         sizes: tuple[float, float],
     ) -> Optimum:
         """The model size and tokens that so many FLOPs of training are best spent on, with 90 %
-        intervals; flops_per_token and sizes as `frontier` takes them."""
+        intervals.
+
+        flops_per_token maps parameters (N,) to the FLOPs (N,) of training on one token; `sizes` is
+        the range of parameters to choose from.
+        """
         compute = np.array([flops])
         laws = (self.law, *self.resamples)
         n = np.concatenate([frontier(law, compute, flops_per_token, sizes)[1] for law in laws])
