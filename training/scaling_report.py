@@ -145,16 +145,10 @@ def describe(fit: Fit, rungs: Sequence[Rung]) -> str:
                 f"measured {r.val_loss:.4f}, {inside}"
             )
     for best in optima(fit, rungs):
-        n, d, loss = (
-            [show(x) for x in interval]
-            for interval, show in (
-                (best.parameters, human),
-                (best.tokens, human),
-                (best.loss, "{:.4f}".format),
-            )
-        )
+        n, d, loss = best.parameters, best.tokens, best.loss
         lines.append(
-            f"  {best.flops:.2g} FLOPs are best spent on {n[0]} parameters ({n[1]} to {n[2]}) and "
-            f"{d[0]} tokens ({d[1]} to {d[2]}): loss {loss[0]} ({loss[1]} to {loss[2]})"
+            f"  {best.flops:.2g} FLOPs are best spent on {human(n.value)} parameters "
+            f"({human(n.low)} to {human(n.high)}) and {human(d.value)} tokens ({human(d.low)} to "
+            f"{human(d.high)}): loss {loss.value:.4f} ({loss.low:.4f} to {loss.high:.4f})"
         )
     return "\n".join(lines)
