@@ -78,13 +78,14 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Tensor]]]:
         yield norm.__name__, lambda: norm(tensor(70, 48), tensor(48))
         yield f"{norm.__name__} with bias and residual", lambda: added(norm)
 
-    def rotary() -> Tensor:
+    def rotary(**norms: Tensor) -> Tensor:
         angles = torch.randn(33, 16, device=DEVICE)
         q, k = tensor(2, 4, 33, 32), tensor(2, 2, 33, 32)
-        turned = kernels.rotary(q, k, angles.cos(), angles.sin())
+        turned = kernels.rotary(q, k, angles.cos(), angles.sin(), **norms)
         return turned[0].sum() + turned[1].sum()
 
     yield "rotary", rotary
+    yield "rotary with QK-norm", lambda: rotary(q_norm=tensor(32), k_norm=tensor(32))
 
     def losses(**extra) -> Tensor:
         targets = torch.randint(1000, (70,), device=DEVICE)

@@ -45,7 +45,7 @@ def _case(
 
 def cases(smoke: bool) -> Iterator[Case]:
     yield from _norms(smoke)
-    yield _rotary(smoke)
+    yield from _rotary(smoke)
     yield from _rows(smoke)
 
 
@@ -95,11 +95,12 @@ def _norms(smoke: bool) -> Iterator[Case]:
         )
 
 
-def _rotary(smoke: bool) -> Case:
+def _rotary(smoke: bool) -> Iterator[Case]:
     batch, heads, length, dim = (1, 2, 64, 32) if smoke else (8, 16, 4096, 128)
-    liger = peer(LIGER, "liger_rope")
+    liger, liger_norm = peer(LIGER, "liger_rope"), peer(LIGER, "liger_rms_norm")
     # As a model has them: (B, T, H, D) in memory.
     q, k = (tensor(batch, length, heads, dim).detach().transpose(1, 2) for _ in range(2))
+    q, k, weights = q.requires_grad_(), k.requires_grad_(), [tensor(dim), tensor(dim)]
     angle = torch.outer(
         torch.arange(length, device=DEVICE), 1e4 ** -torch.linspace(0, 1, dim // 2, device=DEVICE)
     )
@@ -114,13 +115,35 @@ def _rotary(smoke: bool) -> Case:
 
         return turn(q), turn(k)
 
-    return _case(
-        f"rotary B{batch} H{heads} T{length} D{dim}",
+    def after_norms(turn: Callable, norm: Callable) -> Callable:
+        def call(q, k, *weights):
+            # In memory's order: Liger would copy another.
+            heads = (norm(x.transpose(1, 2), w) for x, w in zip((q, k), weights, strict=True))
+            return turn(*(x.transpose(1, 2) for x in heads))
+
+        return call
+
+    shape = f"B{batch} H{heads} T{length} D{dim}"
+    yield _case(
+        f"rotary {shape}",
         lambda q, k: kernels.rotary(q, k, cos, sin),
         eager,
         liger and (lambda q, k: liger(q, k, wide_cos, wide_sin)),
-        [q.requires_grad_(), k.requires_grad_()],
+        [q, k],
         (4, 4),  # q and k, read and written
+        smoke,
+    )
+    yield _case(
+        f"rotary with QK-norm {shape}",
+        lambda q, k, a, b: kernels.rotary(q, k, cos, sin, q_norm=a, k_norm=b),
+        after_norms(eager, lambda x, w: F.rms_norm(x, w.shape, w, 1e-6)),
+        liger
+        and liger_norm
+        and after_norms(
+            lambda q, k: liger(q, k, wide_cos, wide_sin), lambda x, w: liger_norm(x, w, 1e-6)
+        ),
+        [q, k, *weights],
+        (4, 6),  # dx = f(x, dy)
         smoke,
     )
 

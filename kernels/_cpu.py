@@ -5,6 +5,7 @@ or something looks at the calls (`traced`), the caller takes PyTorch's.
 """
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import c_float, c_int64, c_void_p
 from pathlib import Path
 
@@ -47,14 +48,21 @@ class _Hidden(ctypes.Structure):
     ]
 
 
+class _Heads(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("x", "dy", "y", "weight", "dweight")),
+        *((name, c_int64) for name in ("heads", "x_batch", "x_head", "x_token")),
+        *((name, c_int64) for name in ("dy_batch", "dy_head", "dy_token")),
+        *((name, c_int64) for name in ("y_batch", "y_head", "y_token")),
+    ]
+
+
 class _Rotation(ctypes.Structure):
     _fields_ = [
-        *((name, c_void_p) for name in ("x", "y", "cos", "sin")),
-        *((name, c_int64) for name in ("batch", "heads", "tokens", "n")),
-        *((name, c_int64) for name in ("x_batch", "x_head", "x_token")),
-        *((name, c_int64) for name in ("y_batch", "y_head", "y_token", "cos_batch")),
-        ("threads", c_int64),
-        ("direction", c_float),
+        ("of", _Heads * 2),
+        *((name, c_void_p) for name in ("cos", "sin")),
+        *((name, c_int64) for name in ("batch", "tokens", "n", "cos_batch", "parts", "threads")),
+        *((name, c_float) for name in ("direction", "eps")),
     ]
 
 
@@ -141,20 +149,59 @@ def norm_backward(
     return narrow, dx, partial.sum(0)
 
 
-def rotate(x: Tensor, y: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
-    """y, filled. x, y (B, H, T, D) have unit stride within a head; cos and sin are contiguous."""
-    batch, heads, tokens, dim = x.shape
-    work = _Rotation(
-        *(t.data_ptr() for t in (x, y, cos, sin)),
-        *(batch, heads, tokens, dim // 2),
-        *x.stride()[:3],
-        *y.stride()[:3],
-        cos.stride(0) if cos.dim() == 3 else 0,
-        _threads(x),
-        direction,
+Pair = Sequence[Tensor]  # of q's and of k's
+
+
+def _rotation(of: list[_Heads], x: Pair, cos: Tensor, sin: Tensor, **more) -> _Rotation:
+    batch, _, tokens, dim = x[0].shape
+    return _Rotation(
+        of=tuple(of),
+        cos=cos.data_ptr(),
+        sin=sin.data_ptr(),
+        batch=batch,
+        tokens=tokens,
+        n=dim // 2,
+        cos_batch=cos.stride(0) if cos.dim() == 3 else 0,
+        threads=_threads(x[0]),
+        **more,
     )
-    _c().rotate(ctypes.byref(work), _half(x))
-    return y
+
+
+def rotate(
+    x: Pair,
+    y: Pair,
+    cos: Tensor,
+    sin: Tensor,
+    direction: float,
+    norms: Pair | None = None,
+    eps: float = 0.0,
+) -> None:
+    """Fill y. Each x, y (B, H, T, D) has unit stride within a head; cos and sin are contiguous;
+    norms: weights (D,) of RMS norms that x passes first."""
+    wide = [None, None] if norms is None else [w.float().contiguous() for w in norms]
+    of = [
+        _Heads(a.data_ptr(), None, b.data_ptr(), _pointer(w), None, a.shape[1],
+               *a.stride()[:3], 0, 0, 0, *b.stride()[:3])
+        for a, b, w in zip(x, y, wide, strict=True)
+    ]  # fmt: skip
+    work = _rotation(of, x, cos, sin, direction=direction, eps=eps)
+    _c().rotate(ctypes.byref(work), _half(x[0]))
+
+
+def rotate_backward(
+    dy: Pair, x: Pair, dx: Pair, cos: Tensor, sin: Tensor, norms: Pair, eps: float
+) -> Tensor:
+    """Fill dx, of `rotate` with norms; returns their gradients, (2, D) in fp32."""
+    wide = [w.float().contiguous() for w in norms]
+    dweight = cos.new_zeros(2, PARTS, x[0].shape[-1])
+    of = [
+        _Heads(a.data_ptr(), d.data_ptr(), b.data_ptr(), w.data_ptr(), dw.data_ptr(), a.shape[1],
+               *a.stride()[:3], *d.stride()[:3], *b.stride()[:3])
+        for a, d, b, w, dw in zip(x, dy, dx, wide, dweight, strict=True)
+    ]  # fmt: skip
+    work = _rotation(of, x, cos, sin, parts=PARTS, eps=eps)
+    _c().rotate_backward(ctypes.byref(work), _half(x[0]))
+    return dweight.sum(1)
 
 
 def hidden(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:

@@ -89,40 +89,117 @@ void norm_backward(const NormBackward *a, int half, int h_half) {
   else adds ? norm_backward_rows(*a, 1, 0, 0) : norm_backward_rows(*a, 0, 0, 0);
 }
 
-/* ---- y = (a cos θ − b sin θ, b cos θ + a sin θ), x = (a, b) the halves of a head */
+/* ---- y = (a cos θ − b sin θ, b cos θ + a sin θ), x = (a, b) the halves of a head, or of a head
+   after its RMS norm: h = x / sqrt(mean(x²) + eps) · weight */
 
 typedef struct {
-  const void *x;
-  void *y;
+  const void *x, *dy; /* dy: in the backward pass with norms */
+  void *y;            /* or dx */
+  const float *weight; /* or NULL: no norm */
+  float *dweight;      /* (parts, 2 n) */
+  int64_t heads, x_batch, x_head, x_token; /* strides, in numbers */
+  int64_t dy_batch, dy_head, dy_token, y_batch, y_head, y_token;
+} Heads;
+
+typedef struct {
+  Heads of[2]; /* q and k */
   const float *cos, *sin; /* (T, n), or a table of each row of the batch */
-  int64_t batch, heads, tokens, n; /* n: half a head */
-  int64_t x_batch, x_head, x_token, y_batch, y_head, y_token, cos_batch; /* strides, in numbers */
-  int64_t threads;
-  float direction; /* −1: back again */
+  int64_t batch, tokens, n, cos_batch, parts, threads; /* n: half a head */
+  float direction, eps; /* direction −1: back again */
 } Rotation;
 
-INLINE void rotate_heads(Rotation a, int half) {
+INLINE float rstd_of_halves(const void *x, int64_t n, float eps, int half) {
+  vec sum = {};
+  EACH(
+    const vec a = GET(x, half), b = GET(part(x, n, half), half);
+    sum += a * a + b * b;
+  )
+  return 1 / sqrtf(total(sum) / (float)(2 * n) + eps);
+}
+
+INLINE void rotate_heads(Rotation a, int normed, int half) {
   const int64_t n = a.n;
   TEAM for (int64_t place = 0; place < a.batch * a.tokens; place++) {
     const int64_t row = place / a.tokens, token = place % a.tokens;
     const float *cos = a.cos + row * a.cos_batch + token * n;
     const float *sin = a.sin + row * a.cos_batch + token * n;
-    for (int64_t head = 0; head < a.heads; head++) {
-      const void *x = part(a.x, row * a.x_batch + token * a.x_token + head * a.x_head, half);
-      void *y = part(a.y, row * a.y_batch + token * a.y_token + head * a.y_head, half);
-      EACH(
-        const vec first = GET(x, half), second = GET(part(x, n, half), half);
-        const vec c = GET(cos, 0), d = GET(sin, 0) * a.direction;
-        SET(y, half, first * c - second * d);
-        SET(part(y, n, half), half, second * c + first * d);
-      )
+    for (int which = 0; which < 2; which++) {
+      const Heads h = a.of[which];
+      const void *x = part(h.x, row * h.x_batch + token * h.x_token, half);
+      void *y = part(h.y, row * h.y_batch + token * h.y_token, half);
+      for (int64_t head = 0; head < h.heads; head++) {
+        const float rstd = normed ? rstd_of_halves(x, n, a.eps, half) : 1;
+        EACH(
+          vec first = GET(x, half), second = GET(part(x, n, half), half);
+          if (normed) {
+            first = first * rstd * GET(h.weight, 0);
+            second = second * rstd * GET(h.weight + n, 0);
+          }
+          const vec c = GET(cos, 0), d = GET(sin, 0) * a.direction;
+          SET(y, half, first * c - second * d);
+          SET(part(y, n, half), half, second * c + first * d);
+        )
+        x = part(x, h.x_head, half), y = part(y, h.y_head, half);
+      }
     }
   }
 }
 
 void rotate(const Rotation *a, int half) {
-  if (half) rotate_heads(*a, 1);
-  else rotate_heads(*a, 0);
+  if (a->of[0].weight) half ? rotate_heads(*a, 1, 1) : rotate_heads(*a, 1, 0);
+  else half ? rotate_heads(*a, 0, 1) : rotate_heads(*a, 0, 0);
+}
+
+/* Of the rotation with norms. */
+INLINE void rotate_heads_backward(Rotation a, int half) {
+  const int64_t n = a.n, places = a.batch * a.tokens;
+  TEAM for (int64_t share = 0; share < a.parts; share++) {
+    const int64_t last = places * (share + 1) / a.parts;
+    for (int64_t place = places * share / a.parts; place < last; place++) {
+      const int64_t row = place / a.tokens, token = place % a.tokens;
+      const float *cos = a.cos + row * a.cos_batch + token * n;
+      const float *sin = a.sin + row * a.cos_batch + token * n;
+      for (int which = 0; which < 2; which++) {
+        const Heads h = a.of[which];
+        float *dweight = h.dweight + share * 2 * n;
+        const void *x = part(h.x, row * h.x_batch + token * h.x_token, half);
+        const void *dy = part(h.dy, row * h.dy_batch + token * h.dy_token, half);
+        void *dx = part(h.y, row * h.y_batch + token * h.y_token, half);
+        for (int64_t head = 0; head < h.heads; head++) {
+          const float rstd = rstd_of_halves(x, n, a.eps, half);
+          vec sum = {};
+          /* Their gradients are turned back twice: that is quicker than to keep them. */
+          #define BACK                                                                             \
+            const vec c = GET(cos, 0), d = GET(sin, 0);                                            \
+            const vec dfirst = GET(dy, half), dsecond = GET(part(dy, n, half), half);              \
+            const vec da = dfirst * c + dsecond * d, db = dsecond * c - dfirst * d;
+          EACH(
+            BACK
+            const vec first = da * (GET(x, half) * rstd);
+            const vec second = db * (GET(part(x, n, half), half) * rstd);
+            SET(dweight, 0, GET(dweight, 0) + first);
+            SET(dweight + n, 0, GET(dweight + n, 0) + second);
+            sum += first * GET(h.weight, 0) + second * GET(h.weight + n, 0);
+          )
+          const float along = rstd * total(sum) / (float)(2 * n);
+          EACH(
+            BACK
+            const vec first = GET(x, half), second = GET(part(x, n, half), half);
+            SET(dx, half, rstd * (da * GET(h.weight, 0) - first * along));
+            SET(part(dx, n, half), half, rstd * (db * GET(h.weight + n, 0) - second * along));
+          )
+          #undef BACK
+          x = part(x, h.x_head, half), dy = part(dy, h.dy_head, half);
+          dx = part(dx, h.y_head, half);
+        }
+      }
+    }
+  }
+}
+
+void rotate_backward(const Rotation *a, int half) {
+  if (half) rotate_heads_backward(*a, 1);
+  else rotate_heads_backward(*a, 0);
 }
 
 /* ---- y = act(gate) · up, number by number */

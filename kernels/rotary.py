@@ -5,7 +5,8 @@ With the first and second half of a head's dimensions, x = (a, b), and angles θ
     y = (a cos θ − b sin θ,  b cos θ + a sin θ)
 
 Su et al. 2021, "RoFormer", section 3.4.2, with pairs (i, i + D/2) where the paper has (2i, 2i + 1).
-A rotation's gradient is the rotation by −θ, so one kernel serves both directions.
+A rotation's gradient is the rotation by −θ, so one kernel serves both directions. QK-norm, an RMS
+norm of each head just before, can be part of it: then q and k are read once and written once.
 Shapes: B rows, H heads (of q or k), T tokens, D dimensions of a head.
 """
 
@@ -22,57 +23,63 @@ from ._runtime import (
     check_dtype,
     jit,
     next_power_of_2,
+    only_once,
     operation,
     tl,
     traced,
     unit_stride,
     use_triton,
 )
+from .norm import PROGRAMS, rms_norm, rms_norm_reference
 
 MAX_HEAD_DIM = 512
 MIN_BLOCK_D = 32
 
 
-def rotary_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def rotary_reference(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
     """The definition, computed in fp32 (fp64 stays fp64) and returned in q's and k's dtype."""
     if cos.dim() == 3:
         cos, sin = cos[:, None], sin[:, None]  # one for all heads
 
-    def rotate(x):
-        a, b = x.chunk(2, -1)
+    def rotate(x, weight):
+        y = x if x.dtype == torch.float64 else x.float()
+        a, b = (y if weight is None else rms_norm_reference(y, weight, eps=eps)).chunk(2, -1)
         return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
 
-    return rotate(q), rotate(k)
+    return rotate(q, q_norm), rotate(k, k_norm)
 
 
 @jit
-def _rotate_tile(
-    x_ptr,
-    stride_x_row,
-    stride_x_head,
-    stride_x_token,
-    y_ptr,
-    stride_y_row,
-    stride_y_head,
-    stride_y_token,
-    i_row,
-    i_head,
-    o_token,
-    o_col,
-    mask,
-    b_cos,
-    b_sin,
-    half_dim,
-):
-    x_ptr += i_row * stride_x_row + i_head * stride_x_head
-    y_ptr += i_row * stride_y_row + i_head * stride_y_head
-    o_x = o_token[:, None] * stride_x_token + o_col[None, :]
-    o_y = o_token[:, None] * stride_y_token + o_col[None, :]
-    a = tl.load(x_ptr + o_x, mask=mask, other=0.0).to(tl.float32)
-    b = tl.load(x_ptr + o_x + half_dim, mask=mask, other=0.0).to(tl.float32)
+def _halves(x_ptr, offset, half_dim, mask):
+    a = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(x_ptr + offset + half_dim, mask=mask, other=0.0).to(tl.float32)
+    return a, b
+
+
+@jit
+def _normalize(a, b, half_dim, m_token, eps):
+    """Halves of heads divided by the heads' root mean squares, and what they were multiplied by."""
+    rstd = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / (2 * half_dim) + eps)
+    rstd = tl.where(m_token, rstd, 0.0)[:, None]  # past the last token eps = 0 would give inf
+    return a * rstd, b * rstd, rstd
+
+
+@jit
+def _store_halves(y_ptr, a, b, i_row, i_head, n_head, n_token, o_token, o_col, half_dim, mask):
+    y_ptr += (i_row * n_token * n_head + i_head) * half_dim * 2  # y lies as (B, T, H, D)
+    offset = o_token[:, None] * n_head * half_dim * 2 + o_col[None, :]
     dtype = y_ptr.dtype.element_ty
-    tl.store(y_ptr + o_y, (a * b_cos - b * b_sin).to(dtype), mask=mask)
-    tl.store(y_ptr + o_y + half_dim, (b * b_cos + a * b_sin).to(dtype), mask=mask)
+    tl.store(y_ptr + offset, a.to(dtype), mask=mask)
+    tl.store(y_ptr + offset + half_dim, b.to(dtype), mask=mask)
 
 
 @jit
@@ -83,77 +90,144 @@ def _rotary_kernel(
     sin_ptr,
     yq_ptr,
     yk_ptr,
+    q_norm_ptr,
+    k_norm_ptr,
     stride_q_row,
     stride_q_head,
     stride_q_token,
     stride_k_row,
     stride_k_head,
     stride_k_token,
-    stride_yq_row,
-    stride_yq_head,
-    stride_yq_token,
-    stride_yk_row,
-    stride_yk_head,
-    stride_yk_token,
     stride_cos_row,
     n_q_head,
     n_k_head,
     n_token,
     half_dim,
     direction,
+    eps,
+    NORMED: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     # Heads run fastest: the programs that share a tile of angles run side by side.
-    n_head = n_q_head + n_k_head
-    i_head = (tl.program_id(0) % n_head).to(tl.int64)
-    i_block = tl.program_id(0) // n_head
+    i_head = (tl.program_id(0) % (n_q_head + n_k_head)).to(tl.int64)
+    i_block = tl.program_id(0) // (n_q_head + n_k_head)
     n_block = tl.cdiv(n_token, BLOCK_T)
     i_row = (i_block // n_block).to(tl.int64)
     o_token = ((i_block % n_block) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     o_col = tl.arange(0, BLOCK_D)
-    mask = (o_token < n_token)[:, None] & (o_col < half_dim)[None, :]
+    m_token, m_col = o_token < n_token, o_col < half_dim
+    mask = m_token[:, None] & m_col[None, :]
     o_angle = i_row * stride_cos_row + o_token[:, None] * half_dim + o_col[None, :]
     b_cos = tl.load(cos_ptr + o_angle, mask=mask, other=0.0)
     b_sin = tl.load(sin_ptr + o_angle, mask=mask, other=0.0) * direction
-    if i_head < n_q_head:
-        _rotate_tile(
-            q_ptr,
-            stride_q_row,
-            stride_q_head,
-            stride_q_token,
-            yq_ptr,
-            stride_yq_row,
-            stride_yq_head,
-            stride_yq_token,
-            i_row,
-            i_head,
-            o_token,
-            o_col,
-            mask,
-            b_cos,
-            b_sin,
-            half_dim,
+
+    of_q = i_head < n_q_head
+    i_head = tl.where(of_q, i_head, i_head - n_q_head)
+    n_head = tl.where(of_q, n_q_head, n_k_head)
+    x_ptr = tl.where(of_q, q_ptr, k_ptr)
+    x_ptr += i_row * tl.where(of_q, stride_q_row, stride_k_row)
+    x_ptr += i_head * tl.where(of_q, stride_q_head, stride_k_head)
+    o_x = o_token[:, None] * tl.where(of_q, stride_q_token, stride_k_token) + o_col[None, :]
+    a, b = _halves(x_ptr, o_x, half_dim, mask)
+    if NORMED:
+        a, b, _ = _normalize(a, b, half_dim, m_token, eps)
+        weight_ptr = tl.where(of_q, q_norm_ptr, k_norm_ptr)
+        weight_a, weight_b = _halves(weight_ptr, o_col, half_dim, m_col)
+        a, b = a * weight_a[None, :], b * weight_b[None, :]
+    y_ptr = tl.where(of_q, yq_ptr, yk_ptr)
+    y_a, y_b = a * b_cos - b * b_sin, b * b_cos + a * b_sin
+    _store_halves(y_ptr, y_a, y_b, i_row, i_head, n_head, n_token, o_token, o_col, half_dim, mask)
+
+
+@jit
+def _backward_kernel(
+    dyq_ptr,
+    dyk_ptr,
+    q_ptr,
+    k_ptr,
+    cos_ptr,
+    sin_ptr,
+    q_norm_ptr,
+    k_norm_ptr,
+    dq_ptr,
+    dk_ptr,
+    dweight_ptr,
+    stride_dyq_row,
+    stride_dyq_head,
+    stride_dyq_token,
+    stride_dyk_row,
+    stride_dyk_head,
+    stride_dyk_token,
+    stride_q_row,
+    stride_q_head,
+    stride_q_token,
+    stride_k_row,
+    stride_k_head,
+    stride_k_token,
+    stride_cos_row,
+    n_row,
+    n_q_head,
+    n_k_head,
+    n_token,
+    half_dim,
+    eps,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    # Of the rotation with norms: the first half of the programs share out q, the others k.
+    i_program = tl.program_id(0)
+    n_program = tl.num_programs(0) // 2
+    of_q = i_program < n_program
+    n_head = tl.where(of_q, n_q_head, n_k_head)
+    x_ptr, dy_ptr = tl.where(of_q, q_ptr, k_ptr), tl.where(of_q, dyq_ptr, dyk_ptr)
+    stride_x_row = tl.where(of_q, stride_q_row, stride_k_row)
+    stride_x_head = tl.where(of_q, stride_q_head, stride_k_head)
+    stride_x_token = tl.where(of_q, stride_q_token, stride_k_token)
+    stride_dy_row = tl.where(of_q, stride_dyq_row, stride_dyk_row)
+    stride_dy_head = tl.where(of_q, stride_dyq_head, stride_dyk_head)
+    stride_dy_token = tl.where(of_q, stride_dyq_token, stride_dyk_token)
+    dx_ptr = tl.where(of_q, dq_ptr, dk_ptr)
+
+    o_col = tl.arange(0, BLOCK_D)
+    m_col = o_col < half_dim
+    weight_ptr = tl.where(of_q, q_norm_ptr, k_norm_ptr)
+    weight_a, weight_b = _halves(weight_ptr, o_col, half_dim, m_col)
+    dweight_a = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
+    dweight_b = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
+    n_block = tl.cdiv(n_token, BLOCK_T)
+    first = tl.where(of_q, i_program, i_program - n_program)
+    for i_tile in tl.range(first, n_row * n_block * n_head, n_program):
+        i_head = (i_tile % n_head).to(tl.int64)
+        i_block = i_tile // n_head
+        i_row = (i_block // n_block).to(tl.int64)
+        o_token = ((i_block % n_block) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+        m_token = o_token < n_token
+        mask = m_token[:, None] & m_col[None, :]
+        o_angle = i_row * stride_cos_row + o_token[:, None] * half_dim + o_col[None, :]
+        b_cos = tl.load(cos_ptr + o_angle, mask=mask, other=0.0)
+        b_sin = tl.load(sin_ptr + o_angle, mask=mask, other=0.0)
+        o_x = o_token[:, None] * stride_x_token + o_col[None, :]
+        o_dy = o_token[:, None] * stride_dy_token + o_col[None, :]
+        o_x += i_row * stride_x_row + i_head * stride_x_head
+        o_dy += i_row * stride_dy_row + i_head * stride_dy_head
+        a, b = _halves(x_ptr, o_x, half_dim, mask)
+        dy_a, dy_b = _halves(dy_ptr, o_dy, half_dim, mask)
+        a, b, rstd = _normalize(a, b, half_dim, m_token, eps)
+        da = dy_a * b_cos + dy_b * b_sin
+        db = dy_b * b_cos - dy_a * b_sin
+        dweight_a += da * a
+        dweight_b += db * b
+        da *= weight_a[None, :]
+        db *= weight_b[None, :]
+        along = ((tl.sum(da * a, 1) + tl.sum(db * b, 1)) / (2 * half_dim))[:, None]
+        da, db = (da - a * along) * rstd, (db - b * along) * rstd
+        _store_halves(
+            dx_ptr, da, db, i_row, i_head, n_head, n_token, o_token, o_col, half_dim, mask
         )
-    else:
-        _rotate_tile(
-            k_ptr,
-            stride_k_row,
-            stride_k_head,
-            stride_k_token,
-            yk_ptr,
-            stride_yk_row,
-            stride_yk_head,
-            stride_yk_token,
-            i_row,
-            i_head - n_q_head,
-            o_token,
-            o_col,
-            mask,
-            b_cos,
-            b_sin,
-            half_dim,
-        )
+    dweight_ptr += i_program.to(tl.int64) * half_dim * 2 + o_col
+    tl.store(dweight_ptr, tl.sum(dweight_a, 0), mask=m_col)
+    tl.store(dweight_ptr + half_dim, tl.sum(dweight_b, 0), mask=m_col)
 
 
 def _blocks(half_dim: int) -> tuple[int, int]:
@@ -163,20 +237,34 @@ def _blocks(half_dim: int) -> tuple[int, int]:
 
 
 def specializations(capability: int) -> Iterator[Specialization]:
-    """Every way in which the launcher below can compile the kernel."""
-    tensors = ("q", "k", "yq", "yk")
-    strides = [f"stride_{x}_{axis}" for x in tensors for axis in ("row", "head", "token")]
+    """Every way in which the launchers below can compile the kernels."""
+
+    def strides(*tensors: str) -> dict[str, str]:
+        names = [f"stride_{x}_{axis}" for x in tensors for axis in ("row", "head", "token")]
+        return dict.fromkeys([*names, "stride_cos_row", "half_dim"], "i32:16")
+
+    angles = dict(cos_ptr="*fp32:16", sin_ptr="*fp32:16")
     for dtype in ("fp32", "fp16", "bf16"):
+        weights = dict.fromkeys(["q_norm_ptr", "k_norm_ptr"], "*fp32:16")
+        pointers = {f"{x}_ptr": f"*{dtype}:16" for x in ("q", "k", "yq", "yk")}
+        back = {f"{x}_ptr": f"*{dtype}:16" for x in ("dyq", "dyk", "q", "k", "dq", "dk")}
+        counts = dict.fromkeys(["n_q_head", "n_k_head", "n_token"], "i32")
         for log_d in range(MIN_BLOCK_D.bit_length() - 1, MAX_HEAD_DIM.bit_length() - 1):
             block_t, block_d = _blocks(1 << log_d)
+            blocks = dict(BLOCK_T=block_t, BLOCK_D=block_d)
+            for normed in (False, True):
+                yield Specialization(
+                    _rotary_kernel,
+                    pointers | angles | weights | strides("q", "k") | counts
+                    | dict(direction="fp32", eps="fp32"),
+                    dict(NORMED=normed, **blocks),
+                )  # fmt: skip
             yield Specialization(
-                _rotary_kernel,
-                {f"{x}_ptr": f"*{dtype}:16" for x in tensors}
-                | dict(cos_ptr="*fp32:16", sin_ptr="*fp32:16", direction="fp32")
-                | dict.fromkeys([*strides, "stride_cos_row", "half_dim"], "i32:16")
-                | dict.fromkeys(["n_q_head", "n_k_head", "n_token"], "i32"),
-                dict(BLOCK_T=block_t, BLOCK_D=block_d),
-            )
+                _backward_kernel,
+                back | angles | weights | strides("dyq", "dyk", "q", "k") | counts
+                | dict(dweight_ptr="*fp32:16", n_row="i32", eps="fp32"),
+                blocks,
+            )  # fmt: skip
 
 
 def _empty(x: Tensor) -> Tensor:
@@ -190,9 +278,15 @@ def _empty_heads(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@operation("ponder::rotary")
-def _rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-    """q and k rotated by θ (by −θ where inverse); q and k have unit stride within a head."""
+def _launch(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    norms: tuple[Tensor, Tensor] | None,
+    eps: float,
+    direction: float,
+) -> tuple[Tensor, Tensor]:
     yq, yk = _empty(q), _empty(k)
     n_row, n_q_head, n_token, head_dim = q.shape
     n_k_head = k.shape[1]
@@ -206,21 +300,28 @@ def _rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tu
             sin,
             yq,
             yk,
+            *(norms or (cos, sin)),
             *q.stride()[:3],
             *k.stride()[:3],
-            *yq.stride()[:3],
-            *yk.stride()[:3],
             cos.stride(0) if cos.dim() == 3 else 0,
             n_q_head,
             n_k_head,
             n_token,
             head_dim // 2,
-            -1.0 if inverse else 1.0,
+            direction,
+            eps,
+            NORMED=norms is not None,
             BLOCK_T=block_t,
             BLOCK_D=block_d,
             num_warps=4,
         )
     return yq, yk
+
+
+@operation("ponder::rotary")
+def _rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    """q and k rotated by θ (by −θ where inverse); q and k have unit stride within a head."""
+    return _launch(q, k, cos, sin, None, 0.0, -1.0 if inverse else 1.0)
 
 
 @_rotary.register_fake
@@ -242,6 +343,90 @@ def _backward(ctx, dq, dk):
 _rotary.register_autograd(_backward, setup_context=_setup_context, twice=True)
 
 
+@operation("ponder::normed_rotary")
+def _normed_rotary(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """As `_rotary`, of q and k that are divided by each head's root mean square first."""
+    return _launch(q, k, cos, sin, (q_norm, k_norm), eps, 1.0)
+
+
+@_normed_rotary.register_fake
+def _(q, k, cos, sin, q_norm, k_norm, eps):
+    return _empty(q), _empty(k)
+
+
+@operation("ponder::normed_rotary_backward")
+def _normed_rotary_backward(
+    dyq: Tensor,
+    dyk: Tensor,
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_norm: Tensor,
+    k_norm: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dweights): dweights (2, D) in fp32 are q_norm's and k_norm's gradients."""
+    dq, dk = _empty(q), _empty(k)
+    n_row, n_q_head, n_token, head_dim = q.shape
+    n_k_head = k.shape[1]
+    block_t, block_d = _blocks(head_dim // 2)
+    n_tiles = n_row * cdiv(n_token, block_t) * max(n_q_head, n_k_head)
+    n_programs = min(PROGRAMS, n_tiles)
+    partial = q.new_empty((2, n_programs, head_dim), dtype=torch.float32)
+    if n_programs and head_dim:
+        _backward_kernel[(2 * n_programs,)](
+            dyq,
+            dyk,
+            q,
+            k,
+            cos,
+            sin,
+            q_norm,
+            k_norm,
+            dq,
+            dk,
+            partial,
+            *dyq.stride()[:3],
+            *dyk.stride()[:3],
+            *q.stride()[:3],
+            *k.stride()[:3],
+            cos.stride(0) if cos.dim() == 3 else 0,
+            n_row,
+            n_q_head,
+            n_k_head,
+            n_token,
+            head_dim // 2,
+            eps,
+            BLOCK_T=block_t,
+            BLOCK_D=block_d,
+            num_warps=4,
+        )
+    return dq, dk, partial.sum(1)
+
+
+@_normed_rotary_backward.register_fake
+def _(dyq, dyk, q, k, cos, sin, q_norm, k_norm, eps):
+    return _empty(q), _empty(k), q.new_empty((2, q.shape[-1]), dtype=torch.float32)
+
+
+def _normed_setup_context(ctx, inputs, output):
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _normed_backward(ctx, dyq, dyk):
+    *_, q_norm, k_norm = saved = ctx.saved_tensors
+    dyq, dyk = unit_stride(dyq), unit_stride(dyk)
+    dq, dk, (dq_norm, dk_norm) = _normed_rotary_backward(dyq, dyk, *saved, ctx.eps)
+    return dq, dk, None, None, dq_norm.to(q_norm.dtype), dk_norm.to(k_norm.dtype), None
+
+
+_normed_rotary.register_autograd(_normed_backward, setup_context=_normed_setup_context)
+
+
 def _rotate_on_cpu(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """cos and sin repeated over both halves, the first half of sin negated."""
     wide = x.to(cos.dtype)  # PyTorch's products of two dtypes are slow
@@ -257,13 +442,37 @@ class _RotaryInC(torch.autograd.Function):
     def forward(ctx, q, k, cos, sin, inverse):
         ctx.save_for_backward(cos, sin)
         ctx.inverse = inverse
-        empty, direction = (_empty, -1.0) if inverse else (_empty_heads, 1.0)
-        return tuple(_cpu.rotate(unit_stride(x), empty(x), cos, sin, direction) for x in (q, k))
+        empty = _empty if inverse else _empty_heads
+        y = empty(q), empty(k)
+        _cpu.rotate((unit_stride(q), unit_stride(k)), y, cos, sin, -1.0 if inverse else 1.0)
+        return y
 
     @staticmethod
     def backward(ctx, dq, dk):  # pyright: ignore[reportIncompatibleMethodOverride]
         dq, dk = _RotaryInC.apply(dq, dk, *ctx.saved_tensors, not ctx.inverse)
         return dq, dk, None, None, None
+
+
+class _NormedRotaryInC(torch.autograd.Function):
+    """As `_RotaryInC`, of q and k that are divided by each head's root mean square first."""
+
+    @staticmethod
+    def forward(ctx, q, k, cos, sin, q_norm, k_norm, eps):
+        q, k = unit_stride(q), unit_stride(k)
+        ctx.save_for_backward(q, k, cos, sin, q_norm, k_norm)
+        ctx.eps = eps
+        y = _empty_heads(q), _empty_heads(k)
+        _cpu.rotate((q, k), y, cos, sin, 1.0, (q_norm, k_norm), eps)
+        return y
+
+    @staticmethod
+    @only_once
+    def backward(ctx, dyq, dyk):  # pyright: ignore[reportIncompatibleMethodOverride]
+        q, k, cos, sin, *norms = ctx.saved_tensors
+        dx, dy = (_empty(q), _empty(k)), (unit_stride(dyq), unit_stride(dyk))
+        dnorms = _cpu.rotate_backward(dy, (q, k), dx, cos, sin, norms, ctx.eps)
+        dnorms = (d.to(norm.dtype) for d, norm in zip(dnorms, norms, strict=True))
+        return *dx, None, None, *dnorms, None
 
 
 class _RotaryOnCpu(torch.autograd.Function):
@@ -280,7 +489,9 @@ class _RotaryOnCpu(torch.autograd.Function):
         return _rotate_on_cpu(dq, cos, -sin), _rotate_on_cpu(dk, cos, -sin), None, None
 
 
-def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+def _check(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_norm: Tensor | None, k_norm: Tensor | None
+) -> None:
     if q.dim() != 4 or q.shape[-1] % 2:
         raise ValueError(f"rotary: q is {tuple(q.shape)}; it must be (B, H, T, D) with an even D")
     n_row, _, n_token, head_dim = q.shape
@@ -289,7 +500,7 @@ def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
             f"rotary: k is {tuple(k.shape)}; beside q of {tuple(q.shape)} it must be "
             f"({n_row}, H, {n_token}, {head_dim})"
         )
-    check_device("rotary", q, k=k, cos=cos, sin=sin)
+    check_device("rotary", q, k=k, cos=cos, sin=sin, q_norm=q_norm, k_norm=k_norm)
     if k.dtype != q.dtype:
         raise ValueError(f"rotary: k is {k.dtype}; it must be as q, {q.dtype}")
     angles = (n_token, head_dim // 2)
@@ -301,9 +512,24 @@ def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
                 f"rotary: {name} is {tuple(x.shape)}; cos and sin must both be {angles} or "
                 f"{(n_row, *angles)}"
             )
+    if (q_norm is None) != (k_norm is None):
+        missing = "q_norm" if q_norm is None else "k_norm"
+        raise ValueError(f"rotary: {missing} is None; q and k are both normalized, or neither is")
+    for name, x in (("q_norm", q_norm), ("k_norm", k_norm)):
+        if x is not None and x.shape != (head_dim,):
+            raise ValueError(f"rotary: {name} is {tuple(x.shape)}; it must be ({head_dim},)")
 
 
-def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def rotary(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
     """Rotary position embedding: each pair (x[i], x[i + D/2]) of q and k turned by its angle.
 
         y = (a cos θ − b sin θ,  b cos θ + a sin θ),  x = (a, b) the halves of a head
@@ -311,16 +537,30 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     q (B, Hq, T, D) and k (B, Hk, T, D) of one dtype (fp32, fp16 or bf16), any strides (a
     transposed (B, T, H, D) is not copied). cos and sin (T, D/2), or
     (B, T, D/2) where rows stand at positions of their own; fp32 (other dtypes are converted).
-    Returns q and k in their dtype; the arithmetic is fp32. Differentiable in q and k; cos and sin
-    are taken as constants and get no gradient.
+    With the weights q_norm and k_norm (D,) each head passes `rms_norm` with this eps first, in the
+    same kernel: QK-norm, as Qwen3 has it.
+    Returns q and k in their dtype; the arithmetic is fp32. Differentiable in q, k and the weights,
+    whose gradients are summed in a fixed order; cos and sin are taken as constants and get no
+    gradient.
 
-    Raises ValueError for shapes or dtypes that do not fit. Source: Su et al. 2021, section 3.4.2.
+    Raises ValueError for shapes or dtypes that do not fit, or where one of q_norm and k_norm is
+    missing. Sources: Su et al. 2021, section 3.4.2; for QK-norm Henry et al. 2020, "Query-Key
+    Normalization for Transformers", with an RMS norm for their l2 norm.
     """
-    _check(q, k, cos, sin)
-    if not use_triton(q):
-        if _cpu.takes(q, k):
-            cos, sin = cos.detach().float().contiguous(), sin.detach().float().contiguous()
+    _check(q, k, cos, sin, q_norm, k_norm)
+    triton = use_triton(q)
+    in_c = not triton and _cpu.takes(q, k, q_norm, k_norm)
+    if q_norm is not None and k_norm is not None and not (triton or in_c):
+        pairs = (q, q_norm), (k, k_norm)
+        q, k = (rms_norm(x, weight, eps=eps) for x, weight in pairs)  # pyright: ignore
+        q_norm = k_norm = None
+    if triton or in_c:
+        cos, sin = cos.detach().float().contiguous(), sin.detach().float().contiguous()
+    if in_c:
+        if q_norm is None:
             return _RotaryInC.apply(q, k, cos, sin, False)  # pyright: ignore[reportReturnType]
+        return _NormedRotaryInC.apply(q, k, cos, sin, q_norm, k_norm, eps)  # pyright: ignore
+    if not triton:
         wide = torch.promote_types(q.dtype, torch.float32)
         cos, sin = cos.detach().to(wide), sin.detach().to(wide)
         if cos.dim() == 3:
@@ -333,5 +573,7 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     check_dtype("rotary", "q", q.dtype)
     if q.shape[-1] > MAX_HEAD_DIM:
         raise ValueError(f"rotary: heads of {q.shape[-1]} dimensions; at most {MAX_HEAD_DIM} fit")
-    cos, sin = cos.detach().float().contiguous(), sin.detach().float().contiguous()
-    return _rotary(unit_stride(q), unit_stride(k), cos, sin, False)
+    q, k = unit_stride(q), unit_stride(k)
+    if q_norm is None or k_norm is None:
+        return _rotary(q, k, cos, sin, False)
+    return _normed_rotary(q, k, cos, sin, q_norm.contiguous(), k_norm.contiguous(), eps)

@@ -33,19 +33,19 @@ def hooked(module: nn.Module) -> bool:
     return any(hooks) or "forward" in vars(m)
 
 
-def readable(*projections: nn.Module) -> bool:
+def readable(*modules: nn.Module | None) -> bool:
     """Whether a kernel may read the weights of these modules instead of calling them.
 
-    True of a plain Linear (or Transformers' Conv1D), False where something else computes its
-    output: an adapter (LoRA), quantized or distributed weights, a hook that fetches them or looks
-    on.
+    True of a plain Linear (or Transformers' Conv1D) or RMSNorm, False where something else computes
+    its output: an adapter (LoRA), quantized or distributed weights, a hook that fetches them or
+    looks on; and of None.
     """
-    for p in projections:
-        plain = type(p) is nn.Linear or type(p).__name__ == "Conv1D"
-        if not plain or hooked(p):
+    for m in modules:
+        plain = type(m) in (nn.Linear, RMSNorm) or type(m).__name__ == "Conv1D"
+        if m is None or not plain or hooked(m):
             return False
         # torchao's weights, and DTensor's, are subclasses of Tensor in a Linear like any other.
-        if type(p.weight) not in (nn.Parameter, Tensor):
+        if type(m.weight) not in (nn.Parameter, Tensor):
             return False
     return True
 
@@ -198,7 +198,7 @@ class Attention(nn.Module):
         eps: float = 1e-6,
     ):
         super().__init__()
-        self.n_head, self.n_kv_head, self.head_dim = n_head, n_kv_head, head_dim
+        self.n_head, self.n_kv_head, self.head_dim, self.eps = n_head, n_kv_head, head_dim, eps
         qkv_bias = bias or qkv_bias
         self.q_proj = nn.Linear(width, n_head * head_dim, bias=qkv_bias)
         self.k_proj = nn.Linear(width, n_kv_head * head_dim, bias=qkv_bias)
@@ -223,11 +223,15 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(B, T, self.n_head, self.head_dim)
         k = self.k_proj(x).view(B, T, self.n_kv_head, self.head_dim)
         v = self.v_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
+        q_norm = k_norm = None
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            if rope is not None and readable(self.q_norm, self.k_norm):
+                q_norm, k_norm = self.q_norm.weight, self.k_norm.weight
+            else:
+                q, k = self.q_norm(q), self.k_norm(k)
         q, k = q.transpose(1, 2), k.transpose(1, 2)
         if rope is not None:
-            q, k = rotary(q, k, *rope)
+            q, k = rotary(q, k, *rope, q_norm=q_norm, k_norm=k_norm, eps=self.eps)
         if cache is None:
             y = attention(q, k, v, causal=True, segment_ids=segment_ids)
         else:

@@ -66,7 +66,8 @@ def layer_activations(shape: GPTConfig, precision: str, *, triton: bool) -> floa
     # The fp32 stream before each norm, the norms' outputs and statistics; q, k before and after
     # their norm, v, the attention's output and log-sum-exp.
     norms = 2 * 4 * C + 2 * a * C + a * (q + kv) * shape.qk_norm
-    statistics = 4 * (2 + (shape.n_head + shape.n_kv_head) * shape.qk_norm)
+    apart = shape.qk_norm and shape.positions != "rotary"  # which norms q and k in its own kernel
+    statistics = 4 * (2 + (shape.n_head + shape.n_kv_head) * apart)
     attention = a * (2 * q + 2 * kv) + 4 * shape.n_head
     if triton:  # the MLP's pre-activations
         return norms + statistics + attention + (2 if shape.gated else 1) * a * F

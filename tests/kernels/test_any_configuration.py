@@ -136,17 +136,22 @@ def rotary(draw: Draw) -> None:
     if draw.yes():
         angles = angles[draw.integers(length, batch, length)]
     q, k = (draw.tensor(batch, length, h, 2 * half).transpose(1, 2) for h in (heads, kv_heads))
-    cos, sin = angles.cos(), angles.sin()
-    check(
-        lambda q, k: kernels.rotary(q, k, cos, sin),
-        lambda q, k: (
-            rotary_reference(q, k, cos.to(q.dtype), sin.to(q.dtype))
-            if q.dtype == torch.float64
-            else rotary_reference(q, k, cos, sin)
-        ),
-        [q, k],
-        reduction=2,
-    )
+    normed = draw.yes()
+    weights = [draw.tensor(2 * half) for _ in range(2 * normed)]
+    # As for norms: of few dimensions the gradient is what remains when nearly all cancels.
+    eps = draw.one_of([1e-6, 1e-2, 3.0]) if half > 8 else 3.0
+
+    def call(fn):
+        def run(q, k, *w):
+            wide = torch.promote_types(q.dtype, torch.float32)
+            cos, sin = angles.cos().to(wide), angles.sin().to(wide)
+            norms = dict(zip(("q_norm", "k_norm"), w, strict=False))
+            return fn(q, k, cos, sin, **norms, eps=eps)
+
+        return run
+
+    reduction = q.numel() if normed else 2
+    check(call(kernels.rotary), call(rotary_reference), [q, k, *weights], reduction)
 
 
 def options_of_losses(draw: Draw, n_classes: int) -> dict:

@@ -32,7 +32,8 @@ def on_a_cpu(monkeypatch):
 def calls(monkeypatch):
     """The functions of `_cpu` that are called, by name, as they come."""
     seen = []
-    for name in ("norm", "norm_backward", "rotate", "hidden", "hidden_backward"):
+    names = "norm", "norm_backward", "rotate", "rotate_backward", "hidden", "hidden_backward"
+    for name in names:
         was = getattr(_cpu, name)
         recorded = lambda *given, was=was, name=name: (seen.append(name), was(*given))[1]  # noqa: E731
         monkeypatch.setattr(_cpu, name, recorded)
@@ -138,11 +139,30 @@ def test_the_same_bits_whatever_the_threads(monkeypatch):
             y, h = rms_norm(given[0], weight, residual=given[1])
             grads = torch.autograd.grad(y.float().square().sum() + h.sum(), [*given, weight])
             gate, up = torch.randn(2, 3000, generator=torch.Generator().manual_seed(2))
-            found.append([y, h, *grads, *rotary(q, q, cos, sin), activated("silu", gate, up)])
+            norm = torch.linspace(-1, 1, 16, requires_grad=True)
+            turned = rotary(q, q, cos, sin, q_norm=norm, k_norm=norm)
+            grads += torch.autograd.grad(turned[0].square().sum() + turned[1].sum(), norm)
+            turned += rotary(q, q, cos, sin)
+            found.append([y, h, *grads, *turned, activated("silu", gate, up)])
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_qk_norm_and_rotation_are_one_pass_each_way(dtype, calls):
+    """Laid out as attention takes them, and their gradients as the projections do."""
+    torch.manual_seed(2)
+    q, k = torch.randn(2, 2, 70, 3, 16).to(dtype).transpose(2, 3).unbind()
+    norms = [*torch.randn(2, 16).requires_grad_()]
+    inputs = [q.requires_grad_(), k.requires_grad_()]
+    y = rotary(*inputs, *torch.randn(2, 70, 8), q_norm=norms[0], k_norm=norms[1])
+    grads = torch.autograd.grad(y, [*inputs, *norms], [torch.ones_like(x) for x in y])
+    assert calls == ["rotate", "rotate_backward"]
+    assert all(x.is_contiguous() for x in y)
+    assert all(x.transpose(1, 2).is_contiguous() for x in grads[:2])
+    assert [x.dtype for x in (*y, *grads)] == [dtype] * 4 + [FP32] * 2
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -161,6 +181,7 @@ def test_what_looks_at_the_calls_sees_operations(calls):
     with FlopCounterMode(display=False):
         rms_norm(x, weight)
         rotary(q, q, cos, sin)
+        rotary(q, q, cos, sin, q_norm=weight, k_norm=weight)
         activated("silu", x, x)
     torch.func.grad(lambda x: rms_norm(x, weight).sum())(x)
     scripted = torch.jit.trace(lambda x: rms_norm(x, weight), x, check_trace=False)

@@ -80,13 +80,20 @@ def run(
         for (kind, name), value in zip(program.parameters, values, strict=True)
         if name in program.slots
     ]
-    for slot, bits, wide in [*program.constants, *parameters]:
+    stored = np.array(values, np.uint64)
+    addresses = [
+        (program.slots[f"&{name}"], stored.ctypes.data + 8 * i, True)
+        for i, (_, name) in enumerate(program.parameters)
+        if f"&{name}" in program.slots
+    ]
+    for slot, bits, wide in [*program.constants, *parameters, *addresses]:
         if wide:
             registers[slot : slot + 2].reshape(-1).view(np.uint64)[:] = bits
         else:
             registers[slot] = bits & 0xFFFFFFFF
     special = [program.slots.get(name, -1) for name in SPECIAL]
-    ranges = np.array([*memory], np.uint64).reshape(-1)
+    memory = [*memory, (stored.ctypes.data, stored.ctypes.data + stored.nbytes)]
+    ranges = np.array(memory, np.uint64).reshape(-1)
     error = ctypes.create_string_buffer(1000)
     arrays = [np.array(x, np.int32) for x in (program.code, program.pool)]
     arrays += [registers, np.array(special, np.int32), ranges]

@@ -60,7 +60,8 @@ class Program:
         code: rows of (operation, guard's slot or -1, negated, first in `pool`, whether the whole
             warp must be there, line in the text).
         constants: (slot, bits, wide).
-        slots: of registers by name; of parameters, and of SPECIAL, where they are read.
+        slots: of registers by name; of parameters, of their addresses ("&" and the name), and of
+            SPECIAL, where they are read.
 
     Raises:
         NotImplementedError: for an instruction that the machine does not know.
@@ -176,6 +177,8 @@ class Program:
             return self._new(self._aliases.get(x, x), self._wide(x))
         if x in SPECIAL or x == "_":
             return self._new(x, False)
+        if any(x == name for _, name in self.parameters):
+            return self._new(f"&{x}", True)
         if x == "global_smem":  # the machine's shared memory begins at 0
             return self._number(0, wide)
         if match := re.fullmatch(r"0([fd])([0-9A-F]+)", x):
@@ -201,12 +204,15 @@ class Program:
     def _return(self, match, x):
         return "RET", []
 
-    @rule(r"ld\.param\.(\w+)")
+    @rule(r"ld\.param\.(([bsuf])(\d+))")
     def _parameter(self, match, x):
+        if self._register(x[1].strip("[]")):  # its address, chosen between two
+            pool = [int(match[3]) // 8, 1, int(self._wide(x[0])), int(match[2] == "s")]
+            return "LD_GLOBAL", [*pool, *self._address(x[1]), 1, self._slot(x[0])]
         of = self._new(x[1].strip("[]"), True)
         to, wide = self._slot(x[0]), self._wide(x[0])
-        if wide and match[1].endswith("32"):
-            return f"cvt.{match[1][0]}64.{match[1]}", [to, of]
+        if wide and match[3] == "32":
+            return f"cvt.{match[2]}64.{match[1]}", [to, of]
         return "mov.b64" if wide else "mov.b32", [to, of]
 
     @rule(r"(ld|st)\.(global|shared)(?:::cta)?(?:\.v\d)?\.([bsuf])(\d+)")
