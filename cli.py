@@ -233,6 +233,8 @@ def run(arguments: list[str]) -> int:
     for stream in (sys.stdout, sys.stderr):  # where they are not UTF-8, "?" is better than nothing
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    if not sys.stderr.isatty():  # but a log, which takes no progress ten times a second
+        os.environ.setdefault("TQDM_MININTERVAL", "10")
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(HELP, end="")
         return 0

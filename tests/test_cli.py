@@ -58,6 +58,21 @@ def test_a_terminal_that_is_not_utf_8_gets_what_it_can_show():
     assert run.returncode == 0 and "samples ? thinking budgets" in run.stdout
 
 
+@pytest.mark.parametrize("terminal, seconds", [(True, "0.1"), (False, "10.0")])
+def test_a_log_is_not_filled_with_progress(terminal, seconds):
+    script = (
+        "import sys; from ponder.cli import run\n"
+        f"sys.stderr.isatty = lambda: {terminal}\n"
+        "run(['--version'])\n"
+        "from tqdm import tqdm; print(tqdm(range(1)).mininterval)"
+    )
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("TQDM_")}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment
+    )
+    assert done.stdout.split()[-1] == seconds, done.stderr
+
+
 def test_the_repository_root_as_current_folder_hides_nothing():
     from pathlib import Path
 
