@@ -66,20 +66,28 @@ def _halves(x_ptr, offset, half_dim, mask):
 
 
 @jit
-def _normalize(a, b, half_dim, m_token, eps):
-    """Halves of heads divided by the heads' root mean squares, and what they were multiplied by."""
-    rstd = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / (2 * half_dim) + eps)
-    rstd = tl.where(m_token, rstd, 0.0)[:, None]  # past the last token eps = 0 would give inf
-    return a * rstd, b * rstd, rstd
+def _store_halves(x_ptr, offset, half_dim, mask, a, b):
+    dtype = x_ptr.dtype.element_ty
+    tl.store(x_ptr + offset, a.to(dtype), mask=mask)
+    tl.store(x_ptr + offset + half_dim, b.to(dtype), mask=mask)
 
 
 @jit
-def _store_halves(y_ptr, a, b, i_row, i_head, n_head, n_token, o_token, o_col, half_dim, mask):
-    y_ptr += (i_row * n_token * n_head + i_head) * half_dim * 2  # y lies as (B, T, H, D)
-    offset = o_token[:, None] * n_head * half_dim * 2 + o_col[None, :]
-    dtype = y_ptr.dtype.element_ty
-    tl.store(y_ptr + offset, a.to(dtype), mask=mask)
-    tl.store(y_ptr + offset + half_dim, b.to(dtype), mask=mask)
+def _heads(i_tile, n_head, n_token, BLOCK_H: tl.constexpr):
+    """(row, tokens, heads, places in a row) of a tile: the heads of a token lie side by side."""
+    n_tile = tl.cdiv(n_token * n_head, BLOCK_H)  # of a row
+    i_row = (i_tile // n_tile).to(tl.int64)
+    place = (i_tile % n_tile) * BLOCK_H + tl.arange(0, BLOCK_H)
+    o_token, o_head = place // n_head, place % n_head
+    return i_row, o_token.to(tl.int64), o_head.to(tl.int64), place.to(tl.int64)
+
+
+@jit
+def _normalize(a, b, half_dim, m_head, eps):
+    """Halves of heads divided by the heads' root mean squares, and what they were multiplied by."""
+    rstd = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / (2 * half_dim) + eps)
+    rstd = tl.where(m_head, rstd, 0.0)[:, None]  # past the last head eps = 0 would give inf
+    return a * rstd, b * rstd, rstd
 
 
 @jit
@@ -99,6 +107,7 @@ def _rotary_kernel(
     stride_k_head,
     stride_k_token,
     stride_cos_row,
+    n_row,
     n_q_head,
     n_k_head,
     n_token,
@@ -106,38 +115,37 @@ def _rotary_kernel(
     direction,
     eps,
     NORMED: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    # Heads run fastest: the programs that share a tile of angles run side by side.
-    i_head = (tl.program_id(0) % (n_q_head + n_k_head)).to(tl.int64)
-    i_block = tl.program_id(0) // (n_q_head + n_k_head)
-    n_block = tl.cdiv(n_token, BLOCK_T)
-    i_row = (i_block // n_block).to(tl.int64)
-    o_token = ((i_block % n_block) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    # The first programs take the tiles of q, the others those of k.
+    i_tile = tl.program_id(0)
+    n_q_tile = n_row * tl.cdiv(n_token * n_q_head, BLOCK_H)
+    of_q = i_tile < n_q_tile
+    i_tile = tl.where(of_q, i_tile, i_tile - n_q_tile)
+    n_head = tl.where(of_q, n_q_head, n_k_head)
+    x_ptr, y_ptr = tl.where(of_q, q_ptr, k_ptr), tl.where(of_q, yq_ptr, yk_ptr)
+    stride_row = tl.where(of_q, stride_q_row, stride_k_row)
+    stride_head = tl.where(of_q, stride_q_head, stride_k_head)
+    stride_token = tl.where(of_q, stride_q_token, stride_k_token)
+
+    i_row, o_token, o_head, place = _heads(i_tile, n_head, n_token, BLOCK_H)
     o_col = tl.arange(0, BLOCK_D)
-    m_token, m_col = o_token < n_token, o_col < half_dim
-    mask = m_token[:, None] & m_col[None, :]
-    o_angle = i_row * stride_cos_row + o_token[:, None] * half_dim + o_col[None, :]
+    m_head, m_col = o_token < n_token, o_col < half_dim
+    mask = m_head[:, None] & m_col[None, :]
+    o_angle = (i_row * stride_cos_row + o_token * half_dim)[:, None] + o_col[None, :]
     b_cos = tl.load(cos_ptr + o_angle, mask=mask, other=0.0)
     b_sin = tl.load(sin_ptr + o_angle, mask=mask, other=0.0) * direction
-
-    of_q = i_head < n_q_head
-    i_head = tl.where(of_q, i_head, i_head - n_q_head)
-    n_head = tl.where(of_q, n_q_head, n_k_head)
-    x_ptr = tl.where(of_q, q_ptr, k_ptr)
-    x_ptr += i_row * tl.where(of_q, stride_q_row, stride_k_row)
-    x_ptr += i_head * tl.where(of_q, stride_q_head, stride_k_head)
-    o_x = o_token[:, None] * tl.where(of_q, stride_q_token, stride_k_token) + o_col[None, :]
-    a, b = _halves(x_ptr, o_x, half_dim, mask)
+    o_x = i_row * stride_row + o_token * stride_token + o_head * stride_head
+    a, b = _halves(x_ptr, o_x[:, None] + o_col[None, :], half_dim, mask)
     if NORMED:
-        a, b, _ = _normalize(a, b, half_dim, m_token, eps)
+        a, b, _ = _normalize(a, b, half_dim, m_head, eps)
         weight_ptr = tl.where(of_q, q_norm_ptr, k_norm_ptr)
         weight_a, weight_b = _halves(weight_ptr, o_col, half_dim, m_col)
         a, b = a * weight_a[None, :], b * weight_b[None, :]
-    y_ptr = tl.where(of_q, yq_ptr, yk_ptr)
+    o_y = (i_row * n_token * n_head + place) * half_dim * 2  # y lies as (B, T, H, D)
     y_a, y_b = a * b_cos - b * b_sin, b * b_cos + a * b_sin
-    _store_halves(y_ptr, y_a, y_b, i_row, i_head, n_head, n_token, o_token, o_col, half_dim, mask)
+    _store_halves(y_ptr, o_y[:, None] + o_col[None, :], half_dim, mask, y_a, y_b)
 
 
 @jit
@@ -172,7 +180,7 @@ def _backward_kernel(
     n_token,
     half_dim,
     eps,
-    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     # Of the rotation with norms: the first half of the programs share out q, the others k.
@@ -193,27 +201,21 @@ def _backward_kernel(
     m_col = o_col < half_dim
     weight_ptr = tl.where(of_q, q_norm_ptr, k_norm_ptr)
     weight_a, weight_b = _halves(weight_ptr, o_col, half_dim, m_col)
-    dweight_a = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
-    dweight_b = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
-    n_block = tl.cdiv(n_token, BLOCK_T)
-    first = tl.where(of_q, i_program, i_program - n_program)
-    for i_tile in tl.range(first, n_row * n_block * n_head, n_program):
-        i_head = (i_tile % n_head).to(tl.int64)
-        i_block = i_tile // n_head
-        i_row = (i_block // n_block).to(tl.int64)
-        o_token = ((i_block % n_block) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
-        m_token = o_token < n_token
-        mask = m_token[:, None] & m_col[None, :]
-        o_angle = i_row * stride_cos_row + o_token[:, None] * half_dim + o_col[None, :]
+    dweight_a = tl.zeros((BLOCK_H, BLOCK_D), dtype=tl.float32)
+    dweight_b = tl.zeros((BLOCK_H, BLOCK_D), dtype=tl.float32)
+    n_tile = n_row * tl.cdiv(n_token * n_head, BLOCK_H)
+    for i_tile in tl.range(tl.where(of_q, i_program, i_program - n_program), n_tile, n_program):
+        i_row, o_token, o_head, place = _heads(i_tile, n_head, n_token, BLOCK_H)
+        m_head = o_token < n_token
+        mask = m_head[:, None] & m_col[None, :]
+        o_angle = (i_row * stride_cos_row + o_token * half_dim)[:, None] + o_col[None, :]
         b_cos = tl.load(cos_ptr + o_angle, mask=mask, other=0.0)
         b_sin = tl.load(sin_ptr + o_angle, mask=mask, other=0.0)
-        o_x = o_token[:, None] * stride_x_token + o_col[None, :]
-        o_dy = o_token[:, None] * stride_dy_token + o_col[None, :]
-        o_x += i_row * stride_x_row + i_head * stride_x_head
-        o_dy += i_row * stride_dy_row + i_head * stride_dy_head
-        a, b = _halves(x_ptr, o_x, half_dim, mask)
-        dy_a, dy_b = _halves(dy_ptr, o_dy, half_dim, mask)
-        a, b, rstd = _normalize(a, b, half_dim, m_token, eps)
+        o_x = i_row * stride_x_row + o_token * stride_x_token + o_head * stride_x_head
+        o_dy = i_row * stride_dy_row + o_token * stride_dy_token + o_head * stride_dy_head
+        a, b = _halves(x_ptr, o_x[:, None] + o_col[None, :], half_dim, mask)
+        dy_a, dy_b = _halves(dy_ptr, o_dy[:, None] + o_col[None, :], half_dim, mask)
+        a, b, rstd = _normalize(a, b, half_dim, m_head, eps)
         da = dy_a * b_cos + dy_b * b_sin
         db = dy_b * b_cos - dy_a * b_sin
         dweight_a += da * a
@@ -222,16 +224,15 @@ def _backward_kernel(
         db *= weight_b[None, :]
         along = ((tl.sum(da * a, 1) + tl.sum(db * b, 1)) / (2 * half_dim))[:, None]
         da, db = (da - a * along) * rstd, (db - b * along) * rstd
-        _store_halves(
-            dx_ptr, da, db, i_row, i_head, n_head, n_token, o_token, o_col, half_dim, mask
-        )
+        o_dx = (i_row * n_token * n_head + place) * half_dim * 2
+        _store_halves(dx_ptr, o_dx[:, None] + o_col[None, :], half_dim, mask, da, db)
     dweight_ptr += i_program.to(tl.int64) * half_dim * 2 + o_col
     tl.store(dweight_ptr, tl.sum(dweight_a, 0), mask=m_col)
     tl.store(dweight_ptr + half_dim, tl.sum(dweight_b, 0), mask=m_col)
 
 
 def _blocks(half_dim: int) -> tuple[int, int]:
-    """(tokens, columns) of a tile: 1024 pairs, eight for each of 128 threads."""
+    """(heads, columns) of a tile: 1024 pairs, eight for each of 128 threads."""
     block_d = max(MIN_BLOCK_D, next_power_of_2(half_dim))
     return max(1, 1024 // block_d), block_d
 
@@ -248,10 +249,10 @@ def specializations(capability: int) -> Iterator[Specialization]:
         weights = dict.fromkeys(["q_norm_ptr", "k_norm_ptr"], "*fp32:16")
         pointers = {f"{x}_ptr": f"*{dtype}:16" for x in ("q", "k", "yq", "yk")}
         back = {f"{x}_ptr": f"*{dtype}:16" for x in ("dyq", "dyk", "q", "k", "dq", "dk")}
-        counts = dict.fromkeys(["n_q_head", "n_k_head", "n_token"], "i32")
+        counts = dict.fromkeys(["n_row", "n_q_head", "n_k_head", "n_token"], "i32")
         for log_d in range(MIN_BLOCK_D.bit_length() - 1, MAX_HEAD_DIM.bit_length() - 1):
-            block_t, block_d = _blocks(1 << log_d)
-            blocks = dict(BLOCK_T=block_t, BLOCK_D=block_d)
+            block_h, block_d = _blocks(1 << log_d)
+            blocks = dict(BLOCK_H=block_h, BLOCK_D=block_d)
             for normed in (False, True):
                 yield Specialization(
                     _rotary_kernel,
@@ -262,7 +263,7 @@ def specializations(capability: int) -> Iterator[Specialization]:
             yield Specialization(
                 _backward_kernel,
                 back | angles | weights | strides("dyq", "dyk", "q", "k") | counts
-                | dict(dweight_ptr="*fp32:16", n_row="i32", eps="fp32"),
+                | dict(dweight_ptr="*fp32:16", eps="fp32"),
                 blocks,
             )  # fmt: skip
 
@@ -290,10 +291,19 @@ def _launch(
     yq, yk = _empty(q), _empty(k)
     n_row, n_q_head, n_token, head_dim = q.shape
     n_k_head = k.shape[1]
-    block_t, block_d = _blocks(head_dim // 2)
-    n_programs = n_row * cdiv(n_token, block_t) * (n_q_head + n_k_head)
-    if n_programs and head_dim:
-        _rotary_kernel[(n_programs,)](
+    stride_q_row, _, stride_q_token, _ = q.stride()
+    stride_k_row, _, stride_k_token, _ = k.stride()
+    if (
+        cos.dim() == 3
+        and (stride_q_row, stride_k_row) == (n_token * stride_q_token, n_token * stride_k_token)
+        and n_row * n_token * max(n_q_head, n_k_head) < 2**31
+    ):
+        # Tokens of one row: when each row has one, as in decoding, a tile is filled by several.
+        n_row, n_token = 1, n_row * n_token
+    block_h, block_d = _blocks(head_dim // 2)
+    n_tiles = n_row * (cdiv(n_token * n_q_head, block_h) + cdiv(n_token * n_k_head, block_h))
+    if n_tiles and head_dim:
+        _rotary_kernel[(n_tiles,)](
             q,
             k,
             cos,
@@ -304,6 +314,7 @@ def _launch(
             *q.stride()[:3],
             *k.stride()[:3],
             cos.stride(0) if cos.dim() == 3 else 0,
+            n_row,
             n_q_head,
             n_k_head,
             n_token,
@@ -311,7 +322,7 @@ def _launch(
             direction,
             eps,
             NORMED=norms is not None,
-            BLOCK_T=block_t,
+            BLOCK_H=block_h,
             BLOCK_D=block_d,
             num_warps=4,
         )
@@ -372,9 +383,8 @@ def _normed_rotary_backward(
     dq, dk = _empty(q), _empty(k)
     n_row, n_q_head, n_token, head_dim = q.shape
     n_k_head = k.shape[1]
-    block_t, block_d = _blocks(head_dim // 2)
-    n_tiles = n_row * cdiv(n_token, block_t) * max(n_q_head, n_k_head)
-    n_programs = min(PROGRAMS, n_tiles)
+    block_h, block_d = _blocks(head_dim // 2)
+    n_programs = min(PROGRAMS, n_row * cdiv(n_token * max(n_q_head, n_k_head), block_h))
     partial = q.new_empty((2, n_programs, head_dim), dtype=torch.float32)
     if n_programs and head_dim:
         _backward_kernel[(2 * n_programs,)](
@@ -400,7 +410,7 @@ def _normed_rotary_backward(
             n_token,
             head_dim // 2,
             eps,
-            BLOCK_T=block_t,
+            BLOCK_H=block_h,
             BLOCK_D=block_d,
             num_warps=4,
         )

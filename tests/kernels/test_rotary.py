@@ -17,8 +17,14 @@ def programs(monkeypatch):
 
 
 # (B, Hq, Hk, T, D): one token; GQA with heads narrower than a tile; D/2 not a power of two and
-# tokens past a tile's 16 (D = 80); a head wider than most.
-SHAPES = [(1, 1, 1, 1, 2), (2, 4, 2, 7, 16), (2, 3, 1, 33, 80), (1, 2, 2, 5, 256)]
+# heads past a tile's 16 (D = 80); a head wider than most; a token a row, as in decoding.
+SHAPES = [
+    (1, 1, 1, 1, 2),
+    (2, 4, 2, 7, 16),
+    (2, 3, 1, 33, 80),
+    (1, 2, 2, 5, 256),
+    (23, 3, 1, 1, 16),
+]
 
 
 def angles(*shape, device):
@@ -126,11 +132,12 @@ def test_bf16_rotates_in_fp32_on_cpu(way_on_a_cpu):
     ],
     ids=["contiguous", "last", "slice", "strided", "token", "head", "row"],
 )
-def test_any_strides(layout, way):
+@pytest.mark.parametrize("per_row", [False, True], ids=["shared", "per_row"])
+def test_any_strides(layout, per_row, way):
     torch.manual_seed(2)
     q, k = (layout(x) for x in queries_and_keys((2, 4, 2, 5, 16), torch.float32, way))
     before = q.clone(), k.clone()
-    cos, sin = angles(5, 8, device=way)
+    cos, sin = angles(*[2] * per_row, 5, 8, device=way)
     torch.testing.assert_close(rotary(q, k, cos, sin), rotary_reference(*before, cos, sin))
     weight = torch.randn(16, 2, device=way)[:, 0].requires_grad_()
     norms = dict(q_norm=weight, k_norm=weight)
