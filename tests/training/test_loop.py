@@ -229,6 +229,50 @@ def test_resume_gives_the_same_losses_and_weights(config, whole, monkeypatch):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_a_row_tells_of_the_steps_since_the_one_before(config, whole, monkeypatch):
+    """Mean loss, tokens and seconds of training, not of evaluating or saving; resumed, too."""
+    from ponder.training import loop
+
+    config, folder = config
+    now, batches = [0.0], {}
+    update, slow = loop._Run._update, {"_evaluate": 100, "_save": 1000}
+
+    def a_second(self, batch):
+        batches[self.step] = batch.targets
+        now[0] += 1
+        return update(self, batch)
+
+    def slower(real, seconds):
+        def run(self, *words):
+            now[0] += seconds
+            return real(self, *words)
+
+        return run
+
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(loop._Run, "_update", a_second)
+    for name, seconds in slow.items():
+        monkeypatch.setattr(loop._Run, name, slower(getattr(loop._Run, name), seconds))
+    config = replace(config, out=folder.mktemp("rows"), log_every=4, eval_every=5)
+    train_up_to_five(config, monkeypatch)
+    assert newest(config.out)["seconds"] == 4
+    train(replace(config, resume=True))
+    rows = metrics(config.out)
+    # A step is logged, too, where it is evaluated or saved.
+    assert [row["step"] for row in rows] == [2, 4, 5, 6]
+    single = [loss for _, loss, _ in losses(whole)]
+    expected = [sum(single[:2]) / 2, sum(single[2:4]) / 2, single[4], single[5]]
+    assert [row["train_loss"] for row in rows] == pytest.approx(expected, rel=1e-6)
+    # A row's tokens end with its last target.
+    filled = [sum(max(r.nonzero()) + 1 for r in batches[i] != loop.IGNORE).item() for i in range(6)]
+    assert filled[0] < batches[0].numel()
+    assert [row["tokens"] for row in rows] == [sum(filled[:n]) for n in (2, 4, 5, 6)]
+    assert [row["seconds"] for row in rows] == [2, 4, 5, 6]
+    speeds = [sum(filled[a:b]) / (b - a) for a, b in ((0, 2), (2, 4), (4, 5), (5, 6))]
+    assert [row["tokens_per_second"] for row in rows] == pytest.approx(speeds, abs=0.06)
+    assert [row["lr"] for row in rows] == [config.lr * config.rate(step) for step in (1, 3, 4, 5)]
+
+
 def test_how_often_a_run_logs_evaluates_and_saves_may_change(config, whole, monkeypatch):
     config, folder = config
     out = folder.mktemp("rhythm")
@@ -495,7 +539,7 @@ def checkpoint(config, whole):
         intermediate_size=48,
         num_hidden_layers=1,
         num_attention_heads=2,
-        max_position_embeddings=64,
+        max_position_embeddings=72,
     )
     LlamaForCausalLM(shape).save_pretrained(path)
     tokenizer.save(str(path / "tokenizer.json"))
@@ -513,6 +557,7 @@ def test_a_checkpoint_is_trained_further(config, checkpoint):
     assert type(after) is type(before)
     recorded = read_run(out)["train"]["configuration"]
     assert recorded["n_inner"] == after.config.intermediate_size != config.n_inner
+    assert recorded["context"] == config.context < before.config.max_position_embeddings
     tokens = torch.arange(10)[None]
     torch.testing.assert_close(after(tokens).logits, before(tokens).logits, rtol=1e-5, atol=1e-6)
     train(replace(config, out=folder.mktemp("learned"), steps=60, lr=0.3))
@@ -533,8 +578,8 @@ def test_a_default_context_is_at_most_the_checkpoint_s(checkpoint, tmp_path, cap
         init=str(checkpoint), out=tmp_path / "out", steps=1, batch_size=2, samples=0
     )
     train(config)
-    assert read_run(config.out)["train"]["configuration"]["context"] == 64 < config.context
-    assert "parameters, context 64, " in capsys.readouterr().out
+    assert read_run(config.out)["train"]["configuration"]["context"] == 72 < config.context
+    assert "parameters, context 72, " in capsys.readouterr().out
     train(replace(config, resume=True))
     # The checkpoint's own shape may be said, and so may less context than it has.
     train(replace(config, out=tmp_path / "said", n_layer=1, n_inner=48, context=48))
@@ -565,8 +610,8 @@ def test_a_checkpoint_of_plain_text_learns_to_think(config, tmp_path):
 def test_a_checkpoint_that_does_not_fit_is_named(config, checkpoint, tmp_path):
     config, _ = config
     config = replace(config, out=tmp_path / "out", init=str(checkpoint))
-    with pytest.raises(ValueError, match="context is 65; .* has one of 64"):
-        train(replace(config, context=65))
+    with pytest.raises(ValueError, match="context is 73; .* has one of 72"):
+        train(replace(config, context=73))
     with pytest.raises(ValueError) as error:
         train(replace(config, n_layer=3, gated=False))
     assert str(error.value) == (
