@@ -273,6 +273,44 @@ def test_a_row_tells_of_the_steps_since_the_one_before(config, whole, monkeypatc
     assert [row["lr"] for row in rows] == [config.lr * config.rate(step) for step in (1, 3, 4, 5)]
 
 
+def test_averaged_weights_are_what_is_evaluated_and_saved(config, monkeypatch):
+    """By the definition, from the weights after each step; a resumed run goes on averaging."""
+    from ponder.training import loop
+
+    config, folder = config
+    config = replace(config, out=folder.mktemp("averaged"), ema=0.2, samples=0)
+    update, run = loop._Run._update, []
+    weights: dict[int, dict[str, torch.Tensor]] = {}
+
+    def watched(self, batch):
+        run[:] = [self]
+        if not self.step:
+            weights[0] = {name: w.clone() for name, w in self.raw.state_dict().items()}
+        found = update(self, batch)
+        weights[self.step + 1] = {name: w.clone() for name, w in self.raw.state_dict().items()}
+        return found
+
+    monkeypatch.setattr(loop._Run, "_update", watched)
+    train_up_to_five(config, monkeypatch)
+    train(replace(config, resume=True))
+    average = {name: w.double() for name, w in weights[0].items()}
+    for step in range(6):
+        decay = min(0.2, (1 + step) / (10 + step))  # the second from step 1 on
+        for name, w in weights[step + 1].items():
+            average[name] = decay * average[name] + (1 - decay) * w.double()
+    model, state = hub.load(config.out), newest(config.out)
+    for name, w in model.state_dict().items():
+        torch.testing.assert_close(w.double(), average[name], rtol=1e-5, atol=1e-7)
+        assert torch.equal(state["average"][name], w)
+        assert torch.equal(state["model"][name], weights[6][name])
+    sums = torch.zeros(2, dtype=torch.float64)
+    with torch.no_grad():
+        for tokens, targets, ids in run[0].data.validation():
+            there = (targets != loop.IGNORE).sum()
+            sums += torch.tensor([model(tokens, targets, ids, reduction="sum").item(), there])
+    assert metrics(config.out)[-1]["val_loss"] == pytest.approx((sums[0] / sums[1]).item())
+
+
 def test_how_often_a_run_logs_evaluates_and_saves_may_change(config, whole, monkeypatch):
     config, folder = config
     out = folder.mktemp("rhythm")
