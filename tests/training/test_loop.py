@@ -386,6 +386,51 @@ def test_accumulation_gives_the_same_update(config):
         assert a == pytest.approx(b, rel=1e-5)
 
 
+def test_a_long_gradient_is_shortened_to_clip(config, monkeypatch):
+    """SGD without decay moves the weights by lr times the gradient."""
+    from ponder.training import loop
+
+    config, folder = config
+    update, moved = loop._Run._update, []
+
+    def watched(self, batch):
+        before = [p.detach().clone() for p in self.raw.parameters()]
+        found = update(self, batch)
+        change = [p.detach() - b for p, b in zip(self.raw.parameters(), before, strict=True)]
+        moved.append(torch.cat([c.flatten() for c in change]).norm().item())
+        return found
+
+    monkeypatch.setattr(loop._Run, "_update", watched)
+    fields = dict(optimizer="sgd", lr=0.5, warmup=0, schedule="wsd", weight_decay=0, steps=2)
+    quiet = dict(eval_every=0, save_every=0, samples=0, decay=0.0)
+    for clip in (0.25, 0):
+        out = folder.mktemp(f"clip{clip}")
+        train(replace(config, out=out, clip=clip, **fields, **quiet))
+        norms = [row["grad_norm"] for row in metrics(out)]  # as they were
+        assert min(norms) > 0.25
+        expected = [0.5 * (clip or norm) for norm in norms]
+        assert moved[-2:] == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_first_step_that_went_wrong_is_named(config, monkeypatch):
+    """Where none is logged between it and the end."""
+    from ponder.training import loop
+
+    config, folder = config
+    update = loop._Run._update
+
+    def poisoned(self, batch):
+        if self.step >= 2:
+            with torch.no_grad():
+                self.raw.norm.weight.fill_(float("nan"))
+        return update(self, batch)
+
+    monkeypatch.setattr(loop._Run, "_update", poisoned)
+    rare = dict(log_every=0, eval_every=0, save_every=0)
+    with pytest.raises(Diverged, match="at step 3 is not finite; nothing was saved yet"):
+        train(replace(config, out=folder.mktemp("first"), **rare))
+
+
 @pytest.mark.parametrize("what", ["loss", "gradient", "weight"])
 def test_what_is_not_finite_is_named_and_the_checkpoint_kept(config, monkeypatch, what):
     config, folder = config
@@ -582,6 +627,28 @@ def checkpoint(config, whole):
     LlamaForCausalLM(shape).save_pretrained(path)
     tokenizer.save(str(path / "tokenizer.json"))
     return path
+
+
+def test_a_gradient_that_overflows_its_scale_is_left_out(config, monkeypatch):
+    """It is no divergence: the scale shrinks, and training goes on."""
+    from ponder.training import loop
+
+    config, folder = config
+    build, seen = loop.build_accelerator, []
+
+    def scaled(*words, **options):
+        accelerator = build(*words, **options)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=9)
+        return accelerator
+
+    note = loop._Run._note_if_bad
+    monkeypatch.setattr(loop, "build_accelerator", scaled)
+    monkeypatch.setattr(
+        loop._Run, "_note_if_bad", lambda self, *x: (seen.append(x[1].isfinite()), note(self, *x))
+    )
+    config = replace(config, out=folder.mktemp("overflow"), optimizer="sgd", save_every=0)
+    train(replace(config, eval_every=0))
+    assert not seen[0] and metrics(config.out)[-1]["step"] == 6
 
 
 def test_a_checkpoint_is_trained_further(config, checkpoint):
