@@ -33,6 +33,18 @@ from ponder.inference.sweep import sweep
 from ponder.tasks.last_digit import LastDigit
 
 SEARCHES = ("beam", "dvts", "rebase", "mcts", "revise")
+# The model has learned little. So the last digit that it writes is its answer here, and even ones
+# are right: about half of them.
+ANSWER = "lambda self, text: next((c for c in reversed(text) if c.isdigit()), None)"
+VERIFY = "lambda self, problem, text: (self.answer(text) or '?') in '02468'"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def even_digits_are_right():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LastDigit, "answer", eval(ANSWER))
+        patch.setattr(LastDigit, "verify", eval(VERIFY))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +93,8 @@ def test_every_search_of_the_grid_is_kept(swept):
         best = json.loads(lines)[0]
         assert best[:2] == [task.answer(text), task.verify(problems[problem], text)]
         assert best[2] == max(value for *_, value in json.loads(lines))
+    right = sum(json.loads(row[5])[0][1] for row in found)
+    assert 10 < right < 40  # of 50: what follows is told apart
 
 
 def test_rows_stand_beside_those_of_samples(swept):
@@ -173,6 +187,8 @@ def test_a_killed_search_goes_on_and_draws_none_twice(swept, no_report, tmp_path
     ).split()
     code = (
         "import sys, ponder.inference.sweep as s; s.KEEP_EVERY_SECONDS = 0\n"
+        "from ponder.tasks.last_digit import LastDigit\n"
+        f"LastDigit.answer, LastDigit.verify = {ANSWER}, {VERIFY}\n"
         "from ponder.cli import run; sys.exit(run(sys.argv[1:]))"
     )
     process = subprocess.Popen(
