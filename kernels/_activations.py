@@ -76,6 +76,12 @@ def sigmoid(x):
 
 
 @jit
+def positive(x):
+    """max(x, 0); NaN where x is, of which a GPU's plain maximum makes 0."""
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@jit
 def activate(x, ACTIVATION: tl.constexpr):
     """y = act(x), fp32."""
     return activate_with_slope(x, ACTIVATION)[0]
@@ -85,12 +91,12 @@ def activate(x, ACTIVATION: tl.constexpr):
 def activate_with_slope(x, ACTIVATION: tl.constexpr):
     """(act(x), act'(x)), fp32. What the caller does not use, the compiler drops."""
     if ACTIVATION == "relu":
-        y = tl.maximum(x, 0.0)
+        y = positive(x)
         slope = tl.where(x > 0.0, 1.0, 0.0)
     elif ACTIVATION == "relu2":
-        positive = tl.maximum(x, 0.0)
-        y = positive * positive
-        slope = 2.0 * positive
+        above = positive(x)
+        y = above * above
+        slope = 2.0 * above
     elif ACTIVATION == "gelu":  # x Φ(x), Φ the normal distribution
         phi = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
         y = x * phi

@@ -15,7 +15,8 @@ def _elementwise(x_ptr, y_ptr, out_ptr, N: tl.constexpr):
     x = tl.load(x_ptr + i, mask=i < N - 1, other=2.5)
     y = tl.load(y_ptr + i)
     less = tl.where(x < y, 1.0, 0.0).to(tl.bfloat16)
-    results = (x + y, x * y, -x, tl.abs(x), tl.maximum(x, y), less, tl.exp2(x.to(tl.float32)))
+    larger = tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)  # else it may leave out a NaN
+    results = (x + y, x * y, -x, tl.abs(x), larger, less, tl.exp2(x.to(tl.float32)))
     for row in tl.static_range(len(results)):
         tl.store(out_ptr + row * N + i, results[row])
 
