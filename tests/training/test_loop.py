@@ -73,6 +73,8 @@ def test_a_run_leaves_model_metrics_and_provenance(whole):
     assert list(rows[0]) == columns.split()
     assert max(row["lr"] for row in rows) == preset("tiny").lr
     assert [row["val_loss"] is not None for row in rows] == [False, False, True] * 2
+    samples = read_rows(whole / "train" / "samples.jsonl")
+    assert [row["step"] for row in samples] == [3] * 4 + [6] * 4  # at each evaluation
     run = json.loads((whole / "run.json").read_text())["train"]
     assert run["configuration"]["steps"] == 6 and run["seed"] == 0
     assert run["versions"]["torch"] == version("torch")
@@ -278,8 +280,9 @@ def test_averaged_weights_are_what_is_evaluated_and_saved(config, monkeypatch):
     from ponder.training import loop
 
     config, folder = config
-    config = replace(config, out=folder.mktemp("averaged"), ema=0.2, samples=0)
+    config = replace(config, out=folder.mktemp("averaged"), ema=0.2, samples=1)
     update, run = loop._Run._update, []
+    write, writers = loop.write_samples, []
     weights: dict[int, dict[str, torch.Tensor]] = {}
 
     def watched(self, batch):
@@ -290,6 +293,11 @@ def test_averaged_weights_are_what_is_evaluated_and_saved(config, monkeypatch):
         weights[self.step + 1] = {name: w.clone() for name, w in self.raw.state_dict().items()}
         return found
 
+    def written(model, *words):
+        writers.append({name: w.clone() for name, w in model.state_dict().items()})
+        return write(model, *words)
+
+    monkeypatch.setattr(loop, "write_samples", written)
     monkeypatch.setattr(loop._Run, "_update", watched)
     train_up_to_five(config, monkeypatch)
     train(replace(config, resume=True))
@@ -301,7 +309,7 @@ def test_averaged_weights_are_what_is_evaluated_and_saved(config, monkeypatch):
     model, state = hub.load(config.out), newest(config.out)
     for name, w in model.state_dict().items():
         torch.testing.assert_close(w.double(), average[name], rtol=1e-5, atol=1e-7)
-        assert torch.equal(state["average"][name], w)
+        assert torch.equal(state["average"][name], w) and torch.equal(writers[-1][name], w)
         assert torch.equal(state["model"][name], weights[6][name])
     sums = torch.zeros(2, dtype=torch.float64)
     with torch.no_grad():
