@@ -26,6 +26,9 @@ from ponder.tasks.answers import (
         ("first\nsecond\n42\n", "42"),
         ("<think>#### 3</think>", None),
         ("<think>#### 3", None),  # a thought that never ended
+        ("<think>a</think>no, 3</think>4", "4"),  # after the last one
+        ("The answer is 3.\nNo, the answer is 4", "4"),
+        ("**Answer: 4** \nas I said", "4"),
         ("", None),
         ("####", None),
         ("x" * 2000, None),
@@ -39,6 +42,7 @@ def test_boxes_nest():
     assert last_boxed(r"\boxed{\frac{a}{\sqrt{b}}} end") == r"\frac{a}{\sqrt{b}}"
     assert last_boxed(r"\fbox {7}") == "7"
     assert last_boxed(r"{ \boxed{\boxed{1} \boxed{2}") == "2"
+    assert last_boxed(r"\boxed{\boxed{1} or 2}") == "1"  # the last that is opened
     assert last_boxed("\\boxed{" * 50_000) is None  # in no time
     assert last_boxed("boxed{7}") is None and last_boxed(r"\boxed{") is None
 
@@ -53,6 +57,7 @@ def test_boxes_nest():
         ("−3", "-3"),
         (".5", "1/2"),
         ("50\\%", "50"),
+        (r"-\$5", "-5"),
         ("10/4", "5/2"),
         (r"\frac{10}{4}", "5/2"),
         (r"-\dfrac{1}{2}", "-1/2"),
@@ -125,6 +130,7 @@ def test_formulas_without_math_verify(monkeypatch):
     monkeypatch.setattr(answers, "have_math_verify", lambda: False)
     assert same(r"\frac{1}{2}", "0.5") and same(r"\left( 3, \dfrac{1}{2} \right)", r"(3,\frac12)")
     assert same(r"\text{Evelyn}", "Evelyn") and not same("x+1", "1+x")
+    assert same("x+1", "x+1.") and same("$x+1$", "x+1")
 
 
 def test_formulas_with_math_verify():
@@ -151,6 +157,10 @@ def test_formulas_with_math_verify():
         ("#### 1,234", "1234"),
         ("she has 3 and 4, that is 7", "7"),  # nothing announces it: the last
         ("The answer is 10^2", None),  # neither 10 nor, without arithmetic, 100
+        ("The answer is 10 ^2", None),
+        ("The answer is {10}^2", None),
+        ("The answer is 9*2 = what you know", "9"),  # no number behind it: the first
+        ("The answer is 1 234", "1234"),  # as a whole
         ("The answer is not known", None),
     ],
 )

@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from fractions import Fraction
 from itertools import combinations
+from math import prod
 
 import pytest
 from hypothesis import given, settings
@@ -70,6 +71,24 @@ def test_the_example_of_the_documentation():
     assert TASK.trace(problem) == "8*5=40:2,3,40;40+3=43:2,43;"
 
 
+@pytest.mark.parametrize(
+    "text, right",
+    [
+        ("8*5+3", True),
+        ("3+5*8", True),
+        ("(8*5)+3", True),
+        ("5*5+5*3+3", False),  # 5 is there once
+        ("8*5+8-5", False),
+        ("8*5+3+2-2", False),
+        ("8*5+1+2", False),  # 1 is not there
+        ("8*5+2", False),
+    ],
+)
+def test_each_number_is_used_at_most_as_often_as_it_is_there(text, right):
+    assert TASK.verify(TASK.solve(((2, 3, 5, 8), 43)), text) == right
+    assert is_right(text, (2, 3, 5, 8), 43) == right
+
+
 def test_problems_are_solvable_and_not_trivial():
     for problem in PROBLEMS:
         numbers, target = problem.data
@@ -97,6 +116,8 @@ def test_traces_are_legal_searches_that_end_at_the_target():
             parent = Counter(state) - Counter([result]) + Counter(used)
             assert Counter(state)[result] and tuple(sorted(parent.elements())) in before
             assert state not in visited
+            # Nor one that is too small to reach the target.
+            assert result == target or prod(max(n, 2) for n in state) >= target
             visited.add(state)
             before.add(state)
         assert result == target

@@ -69,6 +69,25 @@ def test_a_gsm8k_problem(tmp_path):
     assert set("Ann,0123456789#") - {"#"} <= set(task.alphabet) and "#" not in task.alphabet
 
 
+def test_a_data_set_s_content_is_its_problems_solutions_and_answers(tmp_path):
+    rows = gsm8k_rows(40)
+    known = set()
+    for changed in (None, "question", "solution", "answer"):
+        row = dict(rows[0])
+        if changed == "question":
+            row["question"] = "Otherwise: " + row["question"]
+        elif changed == "solution":
+            row["answer"] = "First of all.\n" + row["answer"]
+        elif changed == "answer":
+            row["answer"] = row["answer"].rpartition("####")[0] + "#### 5"
+        folder = tmp_path / str(changed)
+        folder.mkdir()
+        write(folder / "train.jsonl", [row, *rows[1:]])
+        write(folder / "test.jsonl", gsm8k_rows(20, first=300))
+        known.add(tasks.get(f"gsm8k:{folder}").content)  # type: ignore[attr-defined]
+    assert len(known) == 4
+
+
 def test_a_folder_keeps_the_official_splits(tmp_path):
     write(tmp_path / "train.jsonl", gsm8k_rows(400))
     rows = gsm8k_rows(60, first=390)  # ten of them stand in train as well
@@ -245,12 +264,14 @@ def test_gym_problems(gym, monkeypatch):
     task = gym()
     assert task.name == "gym:sums"
     by_split = {s: {p.prompt for p in task.problems(s, 40, 1)} for s in ("train", "val", "test")}
+    assert by_split["train"] != {p.prompt for p in task.problems("train", 40, 2)}
     assert all(len(prompts) == 40 for prompts in by_split.values())
     assert not by_split["train"] & by_split["test"] and not by_split["val"] & by_split["test"]
     problem = task.problems("test", 1, 1)[0]
     right = problem.answer
     assert task.verify(problem, f"<think>hm</think> {right}\n")
     assert task.verify(problem, f"so <answer>{right}</answer>, I think")
+    assert task.verify(problem, f"<answer>0</answer>, no, <answer>{right}</answer>")
     # Partial credit and a verifier that raises are both wrong.
     assert not task.verify(problem, "junk") and not task.verify(problem, "crash")
     assert not task.verify(problem, "") and not task.verify(problem, f"<think>{right}")

@@ -323,6 +323,11 @@ def test_a_task_may_be_a_class_in_a_file_of_one_s_own(tmp_path, monkeypatch):
     )
     code = task.code  # type: ignore[attr-defined]
     assert tasks.get("own.py:Shuffle").code == code  # type: ignore[attr-defined]
+    file.write_text(OWN + "\n# another")
+    assert tasks.get("own.py:Shuffle").code != code  # type: ignore[attr-defined]
+    file.write_text(OWN)
+    # What is given beside the name is asked for more clearly than what is in it.
+    assert tasks.get("own.py:Shuffle:length=2-3", length=(4, 5)).length == (4, 5)  # type: ignore
     for name, message in [
         ("none.py:Shuffle", "task none.py:Shuffle: there is no file none.py"),
         ("own.py:Chess", "own.py has no class Chess; it has Shuffle, Half, Bare"),
