@@ -9,6 +9,7 @@ Parameter names are Transformers' own for Llama and Qwen3, so checkpoints need n
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,16 +34,16 @@ def hooked(module: nn.Module) -> bool:
     return any(hooks) or "forward" in vars(m)
 
 
-def readable(*modules: nn.Module | None) -> bool:
+def readable(*modules: nn.Module) -> bool:
     """Whether a kernel may read the weights of these modules instead of calling them.
 
     True of a plain Linear (or Transformers' Conv1D) or RMSNorm, False where something else computes
     its output: an adapter (LoRA), quantized or distributed weights, a hook that fetches them or
-    looks on; and of None.
+    looks on.
     """
     for m in modules:
         plain = type(m) in (nn.Linear, RMSNorm) or type(m).__name__ == "Conv1D"
-        if m is None or not plain or hooked(m):
+        if not plain or hooked(m):
             return False
         # torchao's weights, and DTensor's, are subclasses of Tensor in a Linear like any other.
         if type(m.weight) not in (nn.Parameter, Tensor):
@@ -198,7 +199,7 @@ class Attention(nn.Module):
         eps: float = 1e-6,
     ):
         super().__init__()
-        self.n_head, self.n_kv_head, self.head_dim, self.eps = n_head, n_kv_head, head_dim, eps
+        self.n_head, self.n_kv_head, self.head_dim = n_head, n_kv_head, head_dim
         qkv_bias = bias or qkv_bias
         self.q_proj = nn.Linear(width, n_head * head_dim, bias=qkv_bias)
         self.k_proj = nn.Linear(width, n_kv_head * head_dim, bias=qkv_bias)
@@ -223,15 +224,16 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(B, T, self.n_head, self.head_dim)
         k = self.k_proj(x).view(B, T, self.n_kv_head, self.head_dim)
         v = self.v_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
-        q_norm = k_norm = None
+        norms: dict[str, Any] = {}
         if self.q_norm is not None and self.k_norm is not None:
-            if rope is not None and readable(self.q_norm, self.k_norm):
-                q_norm, k_norm = self.q_norm.weight, self.k_norm.weight
+            a, b = self.q_norm, self.k_norm
+            if rope is not None and a.eps == b.eps and readable(a, b):
+                norms = dict(q_norm=a.weight, k_norm=b.weight, eps=a.eps)
             else:
-                q, k = self.q_norm(q), self.k_norm(k)
+                q, k = a(q), b(k)
         q, k = q.transpose(1, 2), k.transpose(1, 2)
         if rope is not None:
-            q, k = rotary(q, k, *rope, q_norm=q_norm, k_norm=k_norm, eps=self.eps)
+            q, k = rotary(q, k, *rope, **norms)
         if cache is None:
             y = attention(q, k, v, causal=True, segment_ids=segment_ids)
         else:

@@ -448,11 +448,11 @@ class _Run:
     def _weights_are_bad(self) -> bool:
         """Whether the last update left one that is not finite, of which no loss knows yet.
 
-        Told from the norms, in a few passes: weights of 1e19 and more would count, too.
+        Told from their norm, in a few passes: weights of 1e19 and more would count, too.
         """
         parts = (p.to_local() if isinstance(p, DTensor) else p for p in self.raw.parameters())
-        norms = torch.stack(torch._foreach_norm([p.detach() for p in parts]))
-        return bool(self._total((~norms.isfinite()).sum().float()))
+        norm = torch.nn.utils.get_total_norm([p.detach() for p in parts])
+        return bool(self._total((~norm.isfinite()).float()))
 
     def _shown(self) -> AbstractContextManager[None]:
         """The weights that are evaluated and saved as the model: the averaged ones, if any."""

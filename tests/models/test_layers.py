@@ -8,7 +8,15 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from ponder.models import GPT, GPTConfig
-from ponder.models.layers import MLP, GatedMLP, LayerNorm, LinearCrossEntropyLoss, RMSNorm
+from ponder.models.layers import (
+    MLP,
+    Attention,
+    GatedMLP,
+    LayerNorm,
+    LinearCrossEntropyLoss,
+    RMSNorm,
+    Rotary,
+)
 
 from .peers import randomize
 
@@ -117,6 +125,31 @@ def test_an_adapted_projection_is_called(kind):
     torch.testing.assert_close(module(x), (x * 0 + module.down_proj.bias))
     hook.remove()
     torch.testing.assert_close(module(x), plain)
+
+
+@torch.no_grad()
+def test_norms_of_queries_and_keys_may_be_looked_at_and_differ():
+    """Within the rotation they are not called: so not there, where that would show."""
+    torch.manual_seed(0)
+    module, rope = Attention(24, 2, 1, 16, qk_norm=True), Rotary(16, 8)(5)
+    randomize(module)
+    x = torch.randn(2, 5, 24)
+    plain = module(x, rope)
+    seen = []
+    hook = module.k_norm.register_forward_hook(lambda m, x, y: seen.append(y.shape))
+    torch.testing.assert_close(module(x, rope), plain)
+    assert seen == [(2, 5, 1, 16)]
+    hook.remove()
+    module.q_norm.eps = module.k_norm.eps = 3.0
+    both = module(x, rope)
+    assert len(seen) == 1 and (both - plain).abs().max() > 1e-2
+    module.q_norm.__class__ = type("Own", (RMSNorm,), {})  # whatever it computes, it is called
+    torch.testing.assert_close(module(x, rope), both)
+    module.k_norm.eps = 1e-6
+    mixed = module(x, rope)
+    assert (mixed - plain).abs().max() > 1e-2 and (mixed - both).abs().max() > 1e-2
+    module.q_norm.__class__ = RMSNorm
+    torch.testing.assert_close(module(x, rope), mixed)
 
 
 def test_an_adapted_head_gives_the_loss():
