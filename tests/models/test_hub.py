@@ -17,9 +17,11 @@ from transformers import (
     PreTrainedTokenizerFast,
     StaticCache,
 )
+from transformers.activations import ACT2FN
 
+from ponder.kernels import ACTIVATIONS
 from ponder.models import GPT, GPTConfig, KVCache, hub, load, load_config, load_tokenizer, save
-from ponder.models.config_json import from_fields, model_type
+from ponder.models.config_json import HIDDEN_ACTS, from_fields, model_type
 from ponder.models.layers import RopeScaling
 from ponder.training.tokenizer import SPECIAL, bpe_tokenizer, character_tokenizer
 
@@ -603,8 +605,8 @@ def test_silent_fields_take_transformers_defaults(tmp_path):
             assert (load(tmp_path / name)(tokens) - peer(tokens).logits).abs().max() < 1e-4
 
 
-SIZES = dict(hidden_size=512, num_hidden_layers=9, num_attention_heads=32, intermediate_size=64)
-GPT2_SIZES = dict(n_embd=512, n_layer=9, n_head=32)
+SIZES = dict(hidden_size=1024, num_hidden_layers=9, num_attention_heads=64, intermediate_size=64)
+GPT2_SIZES = dict(n_embd=1024, n_layer=9, n_head=64)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "smollm3", "gpt2"])
@@ -613,6 +615,18 @@ def test_what_a_config_leaves_open_is_what_transformers_says_of_its_type(kind):
     said |= {"n_positions" if kind == "gpt2" else "max_position_embeddings": 64}
     theirs = AutoConfig.for_model(kind, **said).to_dict()
     assert from_fields(dict(model_type=kind) | said) == from_fields(theirs)
+
+
+def test_biases_that_qwen2_does_not_ask_for():
+    """Its queries, keys and values have biases, and its output has none, whatever it says."""
+    fields = dict(model_type="qwen2", vocab_size=99, max_position_embeddings=64) | SIZES
+    assert from_fields(fields | dict(attention_bias=True)) == from_fields(fields)
+
+
+@pytest.mark.parametrize("name", HIDDEN_ACTS)
+def test_an_activation_is_what_transformers_calls_so(name):
+    x = torch.linspace(-9, 9, 99, dtype=torch.float64)
+    assert torch.allclose(ACTIVATIONS[HIDDEN_ACTS[name]](x), ACT2FN[name](x), rtol=0, atol=1e-9)
 
 
 QWEN2 = dict(qk_norm=False, qkv_bias=True)
