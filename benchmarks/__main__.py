@@ -1,10 +1,10 @@
 """`python -m ponder.benchmarks [GROUP ...] [--only TEXT]`: what this machine can compare.
 
-Kernels are compared on a GPU alone: on a CPU the functions are PyTorch's own. Rows land in
-benchmarks/results/ (or --out) case by case, so that a run that is cut short keeps what it has, and
-with --resume goes on there; then the figures in docs/figures/ are drawn anew. --smoke tries the
-code on tiny shapes and keeps nothing; --warm-up N has N processes compile what the cases need, so
-that a run after it, on the same machine, does not.
+A GPU is compared in bf16; a CPU in fp32, at smaller sizes, and in bf16 where it has products for
+it, but for overhead, which is a GPU's. Rows land in benchmarks/results/ (or --out) case by case, so
+that a run that is cut short keeps what it has, and with --resume goes on there; then the figures in
+docs/figures/ are drawn anew. --smoke tries the code on tiny shapes and keeps nothing; --warm-up N
+has N processes compile what the cases need, so that a run after it, on the same machine, does not.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from ponder.benchmarks import (
     sampling,
     train_step,
 )
-from ponder.benchmarks.comparison import Case, compile_all, measure
+from ponder.benchmarks.comparison import Case, compile_all, measure, settings
 from ponder.benchmarks.figures import draw
 from ponder.benchmarks.measure import (
     DEVICE,
@@ -69,10 +69,11 @@ def results(group: str, only: str, smoke: bool, done: Done = ()) -> Iterator[lis
             yield from train_step.run(
                 done={dtype for name, _, dtype, who in done if (name, who) == (group, last)}
             )
-    elif DEVICE == "cpu" and not smoke:
-        print(f"{group}: no GPU here, so there is nothing to compare")
     elif group in RUNS:
-        yield from RUNS[group](smoke, only, there)
+        if DEVICE == "cpu" and not smoke:
+            print(f"{group}: no GPU here, so there is nothing to compare")
+        else:
+            yield from RUNS[group](smoke, only, there)
     else:
         for case in to_measure(group, only, smoke, there):
             yield list(measure(case, repeats=2 if smoke else 20))
@@ -80,10 +81,11 @@ def results(group: str, only: str, smoke: bool, done: Done = ()) -> Iterator[lis
 
 def to_measure(group: str, only: str, smoke: bool, there: Collection[tuple]) -> Iterator[Case]:
     """The cases of a group that are not `there`: (benchmark, case, dtype)."""
-    for case in CASES[group](smoke):
-        cases = {(case.benchmark, f"{case.name} {mode}", case.dtype) for mode in case.modes}
-        if only in case.name and not cases <= there:
-            yield case
+    for setting in settings(smoke):
+        for case in CASES[group](setting):
+            cases = {(case.benchmark, f"{case.name} {mode}", case.dtype) for mode in case.modes}
+            if only in case.name and not cases <= there:
+                yield case
 
 
 def warm_up(cases: Iterator[Case], part: int, processes: int) -> None:

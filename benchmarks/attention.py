@@ -1,7 +1,7 @@
 """attention against every fused attention that can be had: SDPA's, FlexAttention, FlashAttention.
 
 D 64 and 128, causal and full, 1k to 16k tokens, 32k tokens in all; then a sliding window and packed
-documents, where the peers are those that can skip what is masked.
+documents, where the peers are those that can skip what is masked. On a CPU, shorter, SDPA alone.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ponder import kernels
-from ponder.benchmarks.comparison import Case, Inputs, compiled, peer, tensor
+from ponder.benchmarks.comparison import Case, Inputs, Setting, compiled, peer
 from ponder.benchmarks.measure import DEVICE
 from ponder.kernels._attention_tiles import choose
 from ponder.kernels._runtime import capability
@@ -29,6 +29,20 @@ def _sdpa(backend: SDPBackend, causal: bool) -> Callable[..., Tensor]:
             return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
     return call
+
+
+def _fused(causal: bool, length: int) -> dict[str, Callable[..., Tensor]]:
+    """Every fused attention that this machine may have."""
+    flash = {"sdpa flash": _sdpa(SDPBackend.FLASH_ATTENTION, causal)}
+    if DEVICE == "cpu":
+        return flash
+    visible = (lambda b, h, i, j: i >= j) if causal else None
+    return {
+        **flash,
+        "sdpa cudnn": _sdpa(SDPBackend.CUDNN_ATTENTION, causal),
+        **_flash(causal),
+        "flex_attention": _flex(visible, length),
+    }
 
 
 def _flash(causal: bool, window: int | None = None) -> dict[str, Callable[..., Tensor]]:
@@ -69,44 +83,40 @@ def _flex(visible: Callable | None, length: int) -> Callable[..., Tensor]:
     return lambda q, k, v: _compiled_flex()(q, k, v, block_mask=mask)
 
 
-def cases(smoke: bool) -> Iterator[Case]:
-    total, lengths = (256, (128,)) if smoke else (32768, (1024, 2048, 4096, 8192, 16384))
-    for dim in (64, 128):
-        heads = (256 if smoke else 2048) // dim
+def cases(setting: Setting) -> Iterator[Case]:
+    total, width, lengths = setting.of(
+        (256, 256, (128,)),
+        (2048, 512, (256, 1024, 2048)),
+        (32768, 2048, (1024, 2048, 4096, 8192, 16384)),
+    )
+    for dim in setting.of((64, 128), (32, 64, 128), (64, 128)):
+        heads = width // dim
         for causal in (True, False):
             for length in lengths:
                 batch = total // length
                 shape = batch, heads, length, dim
-                flash = {
-                    "sdpa flash": _sdpa(SDPBackend.FLASH_ATTENTION, causal),
-                    "sdpa cudnn": _sdpa(SDPBackend.CUDNN_ATTENTION, causal),
-                    **_flash(causal),
-                }
                 ours = {"ponder": lambda q, k, v, c=causal: kernels.attention(q, k, v, causal=c)}
                 if choose("backward", dim, "bf16", capability(torch.device(DEVICE)), ()):
                     ours["ponder, one pass"] = lambda q, k, v, c=causal: kernels.attention(
                         q, k, v, causal=c, deterministic=False
                     )
-                visible = (lambda b, h, i, j: i >= j) if causal else None
                 yield Case(
                     "attention",
                     f"B{batch} H{heads} T{length} D{dim} {'causal' if causal else 'full'}",
-                    {
-                        **ours,
-                        **({} if smoke else flash | {"flex_attention": _flex(visible, length)}),
-                    },
-                    [tensor(*shape) for _ in range(3)],
+                    {**ours, **({} if setting.smoke else _fused(causal, length))},
+                    [setting.tensor(*shape) for _ in range(3)],
                     lambda q, k, v, c=causal: F.scaled_dot_product_attention(q, k, v, is_causal=c),
                     flops=4 * batch * heads * length * length * dim * (0.5 if causal else 1.0),
                     backward=2.5,
                     part=_first_head,
                 )
-    yield from _masked(smoke)
+    yield from _masked(setting)
 
 
-def _masked(smoke: bool) -> Iterator[Case]:
-    heads, length, dim, window = (2, 128, 64, 32) if smoke else (16, 16384, 64, 1024)
-    inputs = [tensor(2, heads, length, dim) for _ in range(3)]
+def _masked(setting: Setting) -> Iterator[Case]:
+    heads, length, window = setting.of((2, 128, 32), (8, 1024, 128), (16, 16384, 1024))
+    dim, own_peers = 64, DEVICE == "cuda" and not setting.smoke
+    inputs = [setting.tensor(2, heads, length, dim) for _ in range(3)]
 
     def reference(mask: Tensor) -> Callable[..., Tensor]:
         return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -117,7 +127,9 @@ def _masked(smoke: bool) -> Iterator[Case]:
     def in_window(b, h, i, j):
         return (i >= j) & (i - j < window)
 
-    peers = {} if smoke else _flash(True, window) | {"flex_attention": _flex(in_window, length)}
+    peers = {"sdpa with a mask": reference((i >= j) & (i - j < window))}
+    if own_peers:
+        peers = _flash(True, window) | {"flex_attention": _flex(in_window, length)}
     yield Case(
         "attention",
         f"B2 H{heads} T{length} D{dim} causal, window {window}",
@@ -138,10 +150,13 @@ def _masked(smoke: bool) -> Iterator[Case]:
     def ours(q, k, v):
         return kernels.attention(q, k, v, segment_ids=segment_ids[: len(q)])
 
+    peers = {"sdpa with a mask": reference((i >= j) & (rows[:, None] == rows))}
+    if own_peers:
+        peers = {"flex_attention": _flex(in_document, length)}
     yield Case(
         "attention",
         f"B2 H{heads} T{length} D{dim} causal, documents of {document}",
-        {"ponder": ours, **({} if smoke else {"flex_attention": _flex(in_document, length)})},
+        {"ponder": ours, **peers},
         inputs,
         reference((i >= j) & (rows[:, None] == rows)),
         flops=4 * 2 * heads * length * document * dim * 0.5,

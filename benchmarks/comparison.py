@@ -10,10 +10,39 @@ import torch
 from torch import Tensor
 
 from ponder.benchmarks.measure import DEVICE, Row, left_out_if_it_fails, milliseconds, rows
+from ponder.training.devices import products_on_cpu
+from ponder.training.hardware import PRECISION, has_bf16_products
 
-BF16 = torch.bfloat16
+BF16, FP32 = torch.bfloat16, torch.float32
 MODES = ("forward", "forward+backward")
+# Of an output or a gradient, in norm.
+ALLOWED = {BF16: 2e-2, FP32: 1e-4}
 Inputs = list[Tensor]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """In which dtype, and at what sizes, a group of cases is compared."""
+
+    dtype: torch.dtype = BF16
+    smoke: bool = False  # tiny sizes, to try the code
+
+    def of(self, tiny: Any, cpu: Any, gpu: Any) -> Any:
+        """The one of the three that is asked for here."""
+        return tiny if self.smoke else gpu if DEVICE == "cuda" else cpu
+
+    def tensor(self, *shape: int, scale: float = 1.0, grad: bool = True) -> Tensor:
+        """Normal numbers on the device."""
+        x = torch.randn(shape, device=DEVICE) * scale
+        return x.to(self.dtype).requires_grad_(grad)
+
+
+def settings(smoke: bool) -> list[Setting]:
+    """Those that this machine is compared in: a GPU in bf16, a CPU in what it has products for."""
+    dtypes = [BF16]
+    if DEVICE == "cpu" and not smoke:
+        dtypes = [FP32, BF16] if has_bf16_products(torch.device("cpu")) else [FP32]
+    return [Setting(dtype, smoke) for dtype in dtypes]
 
 
 @dataclass
@@ -32,11 +61,10 @@ class Case:
     ceiling: Callable[[], float] | None = None  # FLOP/s or bytes/s; default: measured now
     # As much of the inputs, and of outputs and gradients, as the truth can be told for.
     part: Callable[[Inputs], Inputs] = list
-    allowed: float = 2e-2  # relative error of an output or a gradient, in norm
 
     @property
     def dtype(self) -> str:
-        return str(self.inputs[0].dtype).replace("torch.bfloat16", "bf16").replace("torch.", "")
+        return PRECISION[self.inputs[0].dtype]
 
 
 def measure(case: Case, *, repeats: int = 20) -> Iterator[Row]:
@@ -58,7 +86,9 @@ def measure(case: Case, *, repeats: int = 20) -> Iterator[Row]:
                 works[name] = work
         flops = case.flops * (1.0 if mode == "forward" else 1.0 + case.backward)
         nbytes = case.nbytes.get(mode)
-        ceiling = own_ceiling or (copy_ceiling() if nbytes else matmul_ceiling())
+        ceiling = own_ceiling
+        if ceiling is None:
+            ceiling = copy_ceiling() if nbytes else matmul_ceiling(case.inputs[0].dtype)
         with left_out_if_it_fails(what, "ponder or a peer"):  # only now
             yield from rows(
                 case.benchmark,
@@ -70,7 +100,7 @@ def measure(case: Case, *, repeats: int = 20) -> Iterator[Row]:
                 nbytes=nbytes,
                 ceiling=ceiling,
                 errors=errors,
-                allowed=case.allowed,
+                allowed=ALLOWED[case.inputs[0].dtype],
                 queued=True,
             )
 
@@ -128,7 +158,7 @@ def _error(case: Case, f: Callable) -> float:
     truth = [y.detach().clone() for y in true_outputs]
     if "forward+backward" in case.modes:
         torch.manual_seed(1)
-        upstream = [tensor(*y.shape, grad=False) for y in outputs]
+        upstream = [torch.randn_like(y) for y in outputs]
         found += case.part(_gradients(outputs, inputs, upstream))
         truth += _gradients(true_outputs, wide, case.part(upstream))
     errors = [
@@ -146,10 +176,12 @@ def _gradients(outputs: Inputs, inputs: Inputs, upstream: Inputs) -> Inputs:
 
 
 @cache
-def matmul_ceiling() -> float:
-    """bf16 FLOP/s of torch's own large matrix product, measured now."""
-    n = 8192 if DEVICE == "cuda" else 512
-    a, b = (torch.randn(n, n, device=DEVICE, dtype=BF16) for _ in range(2))
+def matmul_ceiling(dtype: torch.dtype = BF16) -> float:
+    """FLOP/s of torch's own large matrix product, measured now."""
+    if DEVICE == "cpu":
+        return products_on_cpu(dtype)
+    n = 8192
+    a, b = (torch.randn(n, n, device=DEVICE, dtype=dtype) for _ in range(2))
     times = milliseconds({"matmul": lambda: a @ b}, repeats=20)["matmul"]
     return 2 * n**3 / (sorted(times)[10] / 1e3)
 
@@ -180,9 +212,3 @@ def compiled(f: Callable, **options: Any) -> Callable:
 
     config.recompile_limit, config.accumulated_recompile_limit = 1000, 10000
     return torch.compile(f, dynamic=False, **options)
-
-
-def tensor(*shape: int, scale: float = 1.0, grad: bool = True) -> Tensor:
-    """Normal bf16 numbers on the device."""
-    x = torch.randn(shape, device=DEVICE) * scale
-    return x.to(BF16).requires_grad_(grad)

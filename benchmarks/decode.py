@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ponder import kernels
-from ponder.benchmarks.comparison import Case, tensor
+from ponder.benchmarks.comparison import Case, Setting
 from ponder.benchmarks.measure import DEVICE
 
 
@@ -19,9 +19,12 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
 
-def cases(smoke: bool) -> Iterator[Case]:
-    heads, kv_heads, dim = (4, 2, 32) if smoke else (32, 8, 128)
-    for batch, length in ((2, 64),) if smoke else ((1, 8192), (64, 2048), (256, 1024)):
+def cases(setting: Setting) -> Iterator[Case]:
+    tensor = setting.tensor
+    heads, kv_heads, dim = setting.of((4, 2, 32), (8, 4, 64), (32, 8, 128))
+    for batch, length in setting.of(
+        ((2, 64),), ((1, 4096), (64, 256)), ((1, 8192), (64, 2048), (256, 1024))
+    ):
         q = tensor(batch, heads, 1, dim, grad=False)
         k, v = (tensor(batch, kv_heads, length, dim, grad=False) for _ in range(2))
         lengths = torch.full((batch,), length, device=DEVICE)
@@ -37,8 +40,8 @@ def cases(smoke: bool) -> Iterator[Case]:
             modes=("forward",),
             nbytes={"forward": k.nbytes + v.nbytes},
         )
-    prefix, own = (64, 32) if smoke else (4096, 256)
-    for samples in (3,) if smoke else (16, 64, 256):
+    prefix, own = setting.of((64, 32), (512, 64), (4096, 256))
+    for samples in setting.of((3,), (16, 64), (16, 64, 256)):
         q = tensor(samples, heads, 1, dim, grad=False)
         shared = [tensor(1, kv_heads, prefix, dim, grad=False) for _ in range(2)]
         cache = [tensor(samples, kv_heads, own, dim, grad=False) for _ in range(2)]

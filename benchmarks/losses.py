@@ -6,16 +6,20 @@ import torch
 import torch.nn.functional as F
 
 from ponder import kernels
-from ponder.benchmarks.comparison import Case, compiled, peer, tensor
+from ponder.benchmarks.comparison import Case, Setting, compiled, peer
 from ponder.benchmarks.measure import DEVICE
 
 
-def cases(smoke: bool) -> Iterator[Case]:
-    tokens, width = (256, 32) if smoke else (32768, 768)
+def cases(setting: Setting) -> Iterator[Case]:
+    sizes = setting.of(
+        [(256, 32, 300)],
+        [(2048, 256, 8192), (1024, 256, 50304)],
+        [(32768, 768, 50304), (32768, 768, 131072)],
+    )
     liger = peer("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy")
     cut = peer("cut_cross_entropy", "linear_cross_entropy")
     own = getattr(F, "linear_cross_entropy", None)  # from torch 2.13 on
-    for vocabulary in (300,) if smoke else (50304, 131072):
+    for tokens, width, vocabulary in sizes:
         targets = torch.randint(vocabulary, (tokens,), device=DEVICE)
 
         def eager(x, w, targets=targets):
@@ -25,7 +29,7 @@ def cases(smoke: bool) -> Iterator[Case]:
             "ponder": lambda x, w, t=targets: kernels.linear_cross_entropy(x, w, t),
             "eager": eager,
         }
-        if not smoke:
+        if not setting.smoke:
             implementations["torch.compile"] = compiled(eager)
         if own:
             implementations["torch linear_cross_entropy"] = lambda x, w, t=targets: own(x, w, t)
@@ -37,7 +41,10 @@ def cases(smoke: bool) -> Iterator[Case]:
             "losses",
             f"linear_cross_entropy M{tokens} C{width} V{vocabulary}",
             implementations,
-            [tensor(tokens, width), tensor(vocabulary, width, scale=width**-0.5)],
+            [
+                setting.tensor(tokens, width),
+                setting.tensor(vocabulary, width, scale=width**-0.5),
+            ],
             eager,
             modes=("forward+backward",),
             flops=2 * tokens * width * vocabulary,

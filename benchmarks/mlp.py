@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ponder import kernels
-from ponder.benchmarks.comparison import Case, compiled, peer, tensor
+from ponder.benchmarks.comparison import Case, Setting, compiled, peer
 from ponder.benchmarks.measure import milliseconds
 
 
@@ -41,24 +41,24 @@ def _products(inputs: list[Tensor]) -> Callable[[], None]:
     return work
 
 
-def cases(smoke: bool) -> Iterator[Case]:
-    return _cases("mlp", smoke)
+def cases(setting: Setting) -> Iterator[Case]:
+    return _cases("mlp", setting)
 
 
-def autotuned(smoke: bool) -> Iterator[Case]:
-    return _cases("mlp_autotuned", smoke)
+def autotuned(setting: Setting) -> Iterator[Case]:
+    return _cases("mlp_autotuned", setting)
 
 
-def _cases(benchmark: str, smoke: bool) -> Iterator[Case]:
+def _cases(benchmark: str, setting: Setting) -> Iterator[Case]:
     swiglu = peer("liger_kernel.transformers.functional", "liger_swiglu")
     relu2 = peer("liger_kernel.transformers.functional", "liger_relu_squared")
-    for tokens in (128,) if smoke else (8192, 65536):
-        for width in (64,) if smoke else (768, 1024, 2048, 4096):
+    for tokens in setting.of((128,), (2048,), (8192, 65536)):
+        for width in setting.of((64,), (128, 256, 768), (768, 1024, 2048, 4096)):
             for gated in (True, False):
                 inner = width * 8 // 3 // 128 * 128 if gated else 4 * width
                 shapes = [(inner, width)] * (1 + gated) + [(width, inner)]
-                inputs = [tensor(tokens, width)]
-                inputs += [tensor(*s, scale=s[1] ** -0.5) for s in shapes]
+                inputs = [setting.tensor(tokens, width)]
+                inputs += [setting.tensor(*s, scale=s[1] ** -0.5) for s in shapes]
                 eager = _gated if gated else _relu2
                 implementations = {
                     "ponder": kernels.gated_mlp
@@ -70,9 +70,9 @@ def _cases(benchmark: str, smoke: bool) -> Iterator[Case]:
                     mode = "max-autotune-no-cudagraphs"
                     own = implementations["ponder"]
                     implementations = {"ponder": own}
-                    if not smoke:
+                    if not setting.smoke:
                         implementations["torch.compile"] = compiled(eager, mode=mode)
-                elif not smoke:
+                elif not setting.smoke:
                     implementations["torch.compile"] = compiled(eager)
                 if gated and swiglu:
                     implementations["liger"] = lambda x, g, u, d: F.linear(

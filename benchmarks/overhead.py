@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from ponder import kernels
-from ponder.benchmarks.comparison import tensor
+from ponder.benchmarks.comparison import Setting
 from ponder.benchmarks.measure import DEVICE, Row, left_out_if_it_fails, row, synchronize
 
 CALLS = 200
@@ -31,6 +31,7 @@ def _microseconds(work: Callable[[], object], repeats: int) -> list[float]:
 
 
 def _pairs() -> Iterator[tuple[str, Callable, Callable]]:
+    tensor = Setting().tensor
     x, w, inner, down = tensor(8, 64), tensor(64), tensor(128, 64), tensor(64, 128)
     q = tensor(1, 2, 16, 64)
     targets = torch.arange(8, device=DEVICE)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ponder import kernels
-from ponder.benchmarks.comparison import Case, compiled, peer, tensor
+from ponder.benchmarks.comparison import Case, Setting, compiled, peer
 from ponder.benchmarks.measure import DEVICE
 
 LIGER = "liger_kernel.transformers.functional"
@@ -24,11 +24,11 @@ def _case(
     liger: Callable | None,
     inputs: list[Tensor],
     passes: tuple[int, int],
-    smoke: bool,
+    setting: Setting,
 ) -> Case:
     """passes: how often the first input's bytes move in the forward, and in the backward pass."""
     implementations = {"ponder": ours, "eager": eager}
-    if not smoke:
+    if not setting.smoke:
         implementations["torch.compile"] = compiled(eager)
     if liger:
         implementations["liger"] = liger
@@ -43,17 +43,18 @@ def _case(
     )
 
 
-def cases(smoke: bool) -> Iterator[Case]:
-    yield from _norms(smoke)
-    yield from _rotary(smoke)
-    yield from _rows(smoke)
+def cases(setting: Setting) -> Iterator[Case]:
+    yield from _norms(setting)
+    yield from _rotary(setting)
+    yield from _rows(setting)
 
 
-def _norms(smoke: bool) -> Iterator[Case]:
-    tokens = 64 if smoke else 65536
+def _norms(setting: Setting) -> Iterator[Case]:
+    tensor = setting.tensor
     rms, layer = peer(LIGER, "liger_rms_norm"), peer(LIGER, "liger_layer_norm")
     added = peer(LIGER, "liger_fused_add_rms_norm")
-    for width in (96,) if smoke else (768, 2048, 4096):
+    gpu = [(65536, width) for width in (768, 2048, 4096)]
+    for tokens, width in setting.of([(64, 96)], [(65536, 256), (16384, 1024)], gpu):
         x, residual, weight, bias = (
             tensor(tokens, width),
             tensor(tokens, width),
@@ -68,7 +69,7 @@ def _norms(smoke: bool) -> Iterator[Case]:
             rms and (lambda x, w: rms(x, w, 1e-6)),
             [x, weight],
             (2, 3),  # y = f(x); dx = f(x, dy)
-            smoke,
+            setting,
         )
 
         def eager(x, r, w):
@@ -82,7 +83,7 @@ def _norms(smoke: bool) -> Iterator[Case]:
             added and (lambda x, r, w: added(x, r, w, 1e-6)),
             [x, residual, weight],
             (4, 4),  # y, h = f(x, r); dx = dr = f(h, dy, dh)
-            smoke,
+            setting,
         )
         yield _case(
             f"layer_norm {shape}",
@@ -91,12 +92,13 @@ def _norms(smoke: bool) -> Iterator[Case]:
             layer and (lambda x, w, b: layer(x, w, b, 1e-5)),
             [x, weight, bias],
             (2, 3),
-            smoke,
+            setting,
         )
 
 
-def _rotary(smoke: bool) -> Iterator[Case]:
-    batch, heads, length, dim = (1, 2, 64, 32) if smoke else (8, 16, 4096, 128)
+def _rotary(setting: Setting) -> Iterator[Case]:
+    tensor = setting.tensor
+    batch, heads, length, dim = setting.of((1, 2, 64, 32), (8, 8, 2048, 64), (8, 16, 4096, 128))
     liger, liger_norm = peer(LIGER, "liger_rope"), peer(LIGER, "liger_rms_norm")
     # As a model has them: (B, T, H, D) in memory.
     q, k = (tensor(batch, length, heads, dim).detach().transpose(1, 2) for _ in range(2))
@@ -131,7 +133,7 @@ def _rotary(smoke: bool) -> Iterator[Case]:
         liger and (lambda q, k: liger(q, k, wide_cos, wide_sin)),
         [q, k],
         (4, 4),  # q and k, read and written
-        smoke,
+        setting,
     )
     yield _case(
         f"rotary with QK-norm {shape}",
@@ -144,31 +146,33 @@ def _rotary(smoke: bool) -> Iterator[Case]:
         ),
         [q, k, *weights],
         (4, 6),  # dx = f(x, dy)
-        smoke,
+        setting,
     )
 
 
-def _rows(smoke: bool) -> Iterator[Case]:
+def _rows(setting: Setting) -> Iterator[Case]:
     softmax = peer(LIGER, "liger_softmax")
     loss = peer(LIGER, "liger_cross_entropy")
-    for rows, width in ((16, 100),) if smoke else ((65536, 1024), (8192, 32768)):
+    gpu = (65536, 1024), (8192, 32768)
+    for rows, width in setting.of(((16, 100),), ((16384, 1024), (512, 32768)), gpu):
         yield _case(
             f"softmax M{rows} C{width}",
             kernels.softmax,
             lambda x: torch.softmax(x, -1),
             softmax,
-            [tensor(rows, width)],
+            [setting.tensor(rows, width)],
             (2, 3),  # y = f(x); dx = f(y, dy)
-            smoke,
+            setting,
         )
-    for rows, width in ((16, 100),) if smoke else ((8192, 50304), (4096, 131072)):
+    gpu = (8192, 50304), (4096, 131072)
+    for rows, width in setting.of(((16, 100),), ((2048, 8192), (512, 50304)), gpu):
         targets = torch.randint(width, (rows,), device=DEVICE)
         yield _case(
             f"cross_entropy M{rows} V{width}",
             lambda x, t=targets: kernels.cross_entropy(x, t),
             lambda x, t=targets: F.cross_entropy(x.float(), t),
             loss and (lambda x, t=targets: loss(x, t)),
-            [tensor(rows, width)],
+            [setting.tensor(rows, width)],
             (1, 2),  # loss = f(x); dx = f(x)
-            smoke,
+            setting,
         )

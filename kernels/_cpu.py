@@ -1,7 +1,8 @@
-"""Norms, rotation and activations on CPU tensors, each in one pass over memory: the C of `cpu.c`.
+"""Norms, rotation, activations and losses on CPU tensors, each in one pass over memory: the C of
+`cpu.c`.
 
-PyTorch has RMS norm and rotation on a CPU but as some ten operations. Where there is no C compiler,
-or something looks at the calls (`traced`), the caller takes PyTorch's.
+PyTorch has them on a CPU but as several operations. Where there is no C compiler, or something
+looks at the calls (`traced`), the caller takes PyTorch's.
 """
 
 import ctypes
@@ -17,8 +18,10 @@ from ._native import in_words, known, threaded_library
 from ._runtime import traced, use_triton
 
 SOURCE = Path(__file__).with_name("cpu.c")
-FUNCTIONS = {"rms_norm": SOURCE, "rotary": SOURCE, "attention": _attention_cpu.SOURCE}
-MLPS = "gated_mlp", "mlp"  # of which the activations are here
+FUNCTIONS = dict.fromkeys(("rms_norm", "rotary", "cross_entropy"), SOURCE)
+FUNCTIONS["attention"] = _attention_cpu.SOURCE
+# Of which a part is here, beside products.
+PARTLY = dict(gated_mlp="activations", mlp="activations", linear_cross_entropy="losses")
 ACTIVATIONS = {"relu": 0, "relu2": 1, "gelu_tanh": 3, "silu": 4}  # as vectors.h counts them
 FROM_OUTPUT = {"relu": 0, "relu2": 8}  # whose slope follows from what they gave
 SHARE = 2**14  # numbers that are worth a thread
@@ -66,13 +69,23 @@ class _Rotation(ctypes.Structure):
     ]
 
 
+class _Losses(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("logits", "targets", "upstream")),
+        *((name, c_void_p) for name in ("dlogits", "losses", "statistics")),
+        *((name, c_int64) for name in ("rows", "n", "logits_row", "dlogits_row")),
+        *((name, c_int64) for name in ("ignore_index", "threads")),
+        *((name, c_float) for name in ("label_smoothing", "z_loss", "softcap")),
+    ]
+
+
 def path(name: str) -> str:
     """What calls of a function of `kernels` take on this machine, and why, in words."""
-    source = SOURCE if name in MLPS else FUNCTIONS.get(name)
+    source = SOURCE if name in PARTLY else FUNCTIONS.get(name)
     on_a_cpu = not torch.cuda.is_available() and not use_triton(torch.empty(0, device="cpu"))
     if source is None or not on_a_cpu or not threaded_library(source):
         return _runtime.path()
-    return f"PyTorch's products, activations {in_words()}" if name in MLPS else in_words()
+    return f"PyTorch's products, {PARTLY[name]} {in_words()}" if name in PARTLY else in_words()
 
 
 def takes(*tensors: Tensor | None) -> bool:
@@ -235,3 +248,35 @@ def hidden_backward(
     )
     _c().hidden_backward(ctypes.byref(work), c_int64(codes[activation]), _half(gate))
     return dgate, dup
+
+
+def losses(
+    logits: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    options: Sequence[float],
+    *,
+    upstream: Tensor | None = None,
+    dlogits: Tensor | None = None,
+    losses: Tensor | None = None,
+    statistics: Tensor | None = None,
+) -> None:
+    """Fill losses (N,) and statistics (N, 2) of logits (N, V), each if it is there, and dlogits,
+    the gradient of Σ losses · upstream, which may be the logits; without losses by the statistics
+    that are there. Rows have unit stride; all but the logits and theirs is contiguous and fp32."""
+    work = _Losses(
+        logits=logits.data_ptr(),
+        targets=targets.data_ptr(),
+        upstream=_pointer(upstream),
+        dlogits=_pointer(dlogits),
+        losses=_pointer(losses),
+        statistics=_pointer(statistics),
+        rows=len(logits),
+        n=logits.shape[1],
+        logits_row=logits.stride(0),
+        dlogits_row=0 if dlogits is None else dlogits.stride(0),
+        ignore_index=ignore_index,
+        threads=_threads(logits),
+        **dict(zip(("label_smoothing", "z_loss", "softcap"), options, strict=True)),
+    )
+    _c().losses(ctypes.byref(work), _half(logits))

@@ -1,5 +1,5 @@
-/* RMS norm, rotary position embedding and the activations of an MLP on a CPU, each in one pass over
-   memory: PyTorch has the first two there as some ten operations. `_cpu.py` calls it.
+/* RMS norm, rotary position embedding, the activations of an MLP and cross-entropy on a CPU, each in
+   one pass over memory: PyTorch has them there as several operations. `_cpu.py` calls it.
 
    Numbers are fp32 or bf16, all arithmetic is fp32. The same bits come out whatever the threads. */
 
@@ -7,6 +7,8 @@
 
 /* Before a loop: its rounds are dealt out to threads, each with its own copy of the work `a`. */
 #define TEAM _Pragma("omp parallel for num_threads(a.threads) if (a.threads > 1) firstprivate(a)")
+
+#define RUN 1024 /* numbers that a thread takes at a time, or that are summed by themselves */
 
 /* The numbers from x[i] on. */
 INLINE void *part(const void *x, int64_t i, int half) { return (char *)x + i * (half ? 2 : 4); }
@@ -204,8 +206,6 @@ void rotate_backward(const Rotation *a, int half) {
 
 /* ---- y = act(gate) · up, number by number */
 
-#define RUN 1024 /* numbers that a thread takes at a time */
-
 typedef struct {
   const void *gate, *up, *dy; /* up may be NULL: 1 */
   void *y, *dgate, *dup;
@@ -294,4 +294,112 @@ void hidden(const Hidden *a, int64_t activation, int half) { BY_ACTIVATION(hidde
 
 void hidden_backward(const Hidden *a, int64_t activation, int half) {
   BY_ACTIVATION(hidden_backward_runs)
+}
+
+/* ---- loss = log Σ exp(z) − z[target] of rows of n logits, z where they are capped, with what else
+   is asked for, and its gradient: cross_entropy.py has the formulas, and why each is as it is */
+
+typedef struct {
+  const void *logits;
+  const int64_t *targets; /* in [0, n), or ignore_index */
+  const float *upstream;  /* (rows,), or NULL: 1 */
+  void *dlogits;          /* contiguous, or the logits themselves; NULL: the losses alone */
+  float *losses;          /* NULL: the gradient alone, by the statistics of before */
+  float *statistics;      /* (rows, 2): max z, Σ exp(z − max z); NULL: nobody wants them */
+  int64_t rows, n, logits_row, dlogits_row, ignore_index, threads;
+  float label_smoothing, z_loss, softcap;
+} Losses;
+
+INLINE float largest(vec x) {
+  float most = x[0];
+  for (int i = 1; i < LANES; i++) most = x[i] > most ? x[i] : most;
+  return most;
+}
+
+/* softcap · tanh(x / softcap), and its derivative. */
+INLINE vec capped(vec x, float softcap, vec *slope) {
+  const vec u = x * (1 / softcap), square = u * u;
+  const vec e = exponential(-2.0f * choose(u < 0.0f, -u, u));
+  const vec inverse = 1.0f / (1.0f + e), tanh = (1.0f - e) * inverse;
+  /* Near 0 the difference 1 − e cancels: there the series. */
+  vec series = -17.0f / 315.0f + square * (62.0f / 2835.0f);
+  series = u * (1.0f + square * (-1.0f / 3.0f + square * (2.0f / 15.0f + square * series)));
+  *slope = 4.0f * e * inverse * inverse;
+  return softcap * choose(square < 0.0625f, series, choose(u < 0.0f, -tanh, tanh));
+}
+
+INLINE void loss_rows(Losses a, int caps, int half) {
+  TEAM for (int64_t row = 0; row < a.rows; row++) {
+    const void *logits = part(a.logits, row * a.logits_row, half);
+    void *dlogits = a.dlogits ? part(a.dlogits, row * a.dlogits_row, half) : NULL;
+    const int64_t target = a.targets[row];
+    float most = -FLT_MAX, sum = 0;
+    if (target == a.ignore_index) {
+      if (a.losses) a.losses[row] = 0;
+      if (a.statistics) a.statistics[2 * row] = a.statistics[2 * row + 1] = 0;
+      if (dlogits) memset(dlogits, 0, a.n * (half ? 2 : 4));
+      continue;
+    }
+    const int exists = target >= 0 && target < a.n; /* if not, all is NaN, as on a GPU */
+    vec slope = spread(1.0f), chosen = spread(exists ? at(logits, target, half) : NAN);
+    if (caps) chosen = capped(chosen, a.softcap, &slope);
+    if (a.losses) {
+      /* Logits are summed as differences from a number that is near them. */
+      const float origin = chosen[0] > -INFINITY ? chosen[0] : 0;
+      float below = 0;
+      for (int64_t first = 0; first < a.n; first += RUN) {
+        const int64_t n = a.n - first < RUN ? a.n - first : RUN;
+        const void *x = part(logits, first, half);
+        vec z[RUN / LANES], highest = spread(most), under = {}, share = {};
+        EACH(
+          vec value = GET(x, half), unused;
+          if (caps) value = capped(value, a.softcap, &unused);
+          if (a.label_smoothing && full) under += origin - value;
+          if (!full) {
+            for (int64_t j = 0; a.label_smoothing && j < n - i; j++) under[j] += origin - value[j];
+            for (int64_t j = n - i; j < LANES; j++) value[j] = -INFINITY;
+          }
+          highest = choose(value > highest, value, highest);
+          z[i / LANES] = value;
+        )
+        const float before = most;
+        most = largest(highest);
+        for (int64_t i = 0; i < n; i += LANES) share += exponential(z[i / LANES] - most);
+        sum = sum * expf(before - most) + total(share);
+        below += total(under);
+      }
+      const float log_sum = logf(sum);
+      float loss = (most - chosen[0]) + log_sum;
+      if (a.label_smoothing) {
+        const float of_all = (most - origin) + log_sum + below / (float)a.n;
+        loss = (1 - a.label_smoothing) * loss + a.label_smoothing * of_all;
+      }
+      if (a.z_loss) loss += a.z_loss * (most + log_sum) * (most + log_sum);
+      a.losses[row] = loss;
+      if (a.statistics) a.statistics[2 * row] = most, a.statistics[2 * row + 1] = sum;
+    } else {
+      most = a.statistics[2 * row], sum = a.statistics[2 * row + 1];
+    }
+    if (!dlogits) continue;
+    const float upstream = !exists ? NAN : a.upstream ? a.upstream[row] : 1;
+    float of_exp = upstream / sum;
+    if (a.z_loss) of_exp *= 1 + 2 * a.z_loss * (most + logf(sum));
+    const float of_each = a.label_smoothing * upstream / (float)a.n;
+    float of_target = exponential(chosen - most)[0] * of_exp - of_each;
+    of_target -= (1 - a.label_smoothing) * upstream;
+    const int64_t n = a.n;
+    EACH(
+      vec z = GET(logits, half), s;
+      if (caps) z = capped(z, a.softcap, &s);
+      vec value = exponential(z - most) * of_exp - of_each;
+      if (caps) value *= s;
+      SET(dlogits, half, value);
+    )
+    if (exists) put(dlogits, target, of_target * slope[0], half);
+  }
+}
+
+void losses(const Losses *a, int half) {
+  if (a->softcap > 0) half ? loss_rows(*a, 1, 1) : loss_rows(*a, 1, 0);
+  else half ? loss_rows(*a, 0, 1) : loss_rows(*a, 0, 0);
 }

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import _cpu
 from ._activations import exp
 from ._runtime import (
     TRITON_TYPE,
@@ -24,9 +25,12 @@ from ._runtime import (
     operation,
     tl,
     traced,
+    unit_stride,
     use_triton,
 )
 from .softmax import with_block
+
+FEW = 2**17  # logits for which PyTorch's own operation takes no longer on a CPU
 
 
 class Options(NamedTuple):
@@ -369,7 +373,11 @@ def _cross_entropy(
     """
     losses = logits.new_empty(logits.shape[0], dtype=torch.float32)
     statistics = losses.new_empty((*losses.shape, 2))
-    launch_forward(logits, targets, losses, statistics, ignore_index, Options(*options))
+    if use_triton(logits):
+        launch_forward(logits, targets, losses, statistics, ignore_index, Options(*options))
+    else:
+        found = dict(losses=losses, statistics=statistics)
+        _cpu.losses(logits, targets, ignore_index, options, **found)
     return losses, statistics
 
 
@@ -392,7 +400,10 @@ def _cross_entropy_backward(
     n_rows, n_cols = logits.shape
     dlogits = logits.new_empty(logits.shape)
     block_v, num_warps = block_and_warps(n_cols)
-    if n_rows:
+    if not use_triton(logits):
+        given = dict(upstream=upstream, statistics=statistics)
+        _cpu.losses(logits, targets, ignore_index, options, dlogits=dlogits, **given)
+    elif n_rows:
         _cross_entropy_backward_kernel[(n_rows,)](
             logits,
             logits.stride(0),
@@ -489,7 +500,9 @@ def on_cpu(
     reduction: str,
     shape: torch.Size,
 ) -> Tensor:
-    """PyTorch's own operation, on logits (N, V) and targets (N,)."""
+    """The loss of logits (N, V) and targets (N,), in C or by PyTorch's own operation."""
+    if logits.numel() > FEW and _cpu.takes(logits):
+        return _fused(logits, targets, ignore_index, options, reduction, shape)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if options.softcap:
         logits = options.softcap * torch.tanh(logits / options.softcap)
@@ -507,6 +520,18 @@ def on_cpu(
     if reduction == "mean":
         return loss / _count(targets, ignore_index)
     return loss.view(shape) if reduction == "none" else loss
+
+
+def _fused(
+    logits: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    options: Options,
+    reduction: str,
+    shape: torch.Size,
+) -> Tensor:
+    losses, _ = _cross_entropy(unit_stride(logits), targets, ignore_index, list(options))
+    return reduce_losses(losses.view(shape), targets, ignore_index, reduction)
 
 
 def cross_entropy(
@@ -541,11 +566,8 @@ def cross_entropy(
     shape, n_cols = logits.shape[:-1], logits.shape[-1]
     options = check_options("cross_entropy", label_smoothing, z_loss, softcap)
     flat = check_targets("cross_entropy", logits, n_cols, targets, ignore_index, reduction)
-    if not use_triton(logits):
-        rows = logits.reshape(-1, n_cols)
-        return on_cpu(rows, flat, ignore_index, options, reduction, shape)
-    check_dtype("cross_entropy", "logits", logits.dtype)
+    if use_triton(logits):
+        check_dtype("cross_entropy", "logits", logits.dtype)
+    compute = _fused if use_triton(logits) else on_cpu
     rows = logits.reshape(-1, n_cols)
-    rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    losses, _ = _cross_entropy(rows, flat, ignore_index, list(options))
-    return reduce_losses(losses.view(shape), flat, ignore_index, reduction)
+    return compute(rows, flat, ignore_index, options, reduction, shape)

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import _cpu
 from ._runtime import (
     TRITON_TYPE,
     Specialization,
@@ -191,8 +192,26 @@ class _TritonStep:
         return logits
 
 
+class _CStep:
+    """The same in C, for the CPU."""
+
+    def __init__(self, n_rows: int, n_cols: int, like: Tensor, ignore_index: int, options: Options):
+        self.logits = like.new_empty(n_rows, n_cols)
+        self.rules = ignore_index, options
+
+    def losses(self, logits: Tensor, targets: Tensor, losses: Tensor) -> None:
+        _cpu.losses(logits, targets, *self.rules, losses=losses)
+
+    def gradient(
+        self, logits: Tensor, targets: Tensor, losses: Tensor, upstream: Tensor | None
+    ) -> Tensor:
+        found = dict(losses=losses, dlogits=logits)
+        _cpu.losses(logits, targets, *self.rules, upstream=upstream, **found)
+        return logits
+
+
 class _TorchStep:
-    """The same in PyTorch's operations, for the CPU.
+    """The same in PyTorch's operations, for the CPU where there is no C.
 
     softmax reads and writes a row once while it is in cache, and the log-sum-exp follows from it:
     the largest probability is exp(max − lse). That is half the time of log_softmax, exp.
@@ -279,8 +298,10 @@ def _in_chunks(
     # As many chunks as must be, all of about the same height.
     most = max(1, CHUNK.get(x.device.type, CHUNK["cuda"]) // n_cols)
     height = cdiv(n_rows, max(1, cdiv(n_rows, most)))
-    step_type = _TritonStep if use_triton(x) else _TorchStep
-    step = step_type(height, n_cols, x.new_empty(0, dtype=dtype), ignore_index, options)
+    like = x.new_empty(0, dtype=dtype)
+    by_hand = _TritonStep if use_triton(x) else _CStep
+    step_type = by_hand if use_triton(x) or _cpu.takes(like) else _TorchStep
+    step = step_type(height, n_cols, like, ignore_index, options)
     for start in range(0, n_rows, max(1, height)):
         rows = slice(start, min(start + height, n_rows))
         b_x = x[rows].to(dtype)
@@ -444,8 +465,8 @@ def linear_cross_entropy(
     The result, the log-sum-exp and the accumulated gradients of weight and bias are fp32; gradients
     come in the dtype of their tensor.
 
-    Memory beyond inputs and gradients: one chunk of logits (CHUNK of them; on the CPU two or three
-    times that), whatever N · V, and the fp32 gradient of weight. "mean" and "sum" compute the
+    Memory beyond inputs and gradients: one chunk of logits (CHUNK of them; on a CPU without a C
+    compiler two or three times that), whatever N · V, and the fp32 gradient of weight. "mean" and "sum" compute the
     gradients in the forward pass (none where grad mode is off), "none" computes the logits again in
     the backward pass. Differentiable once: a gradient of the gradient raises.
 

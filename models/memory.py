@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from ..kernels._cpu import FROM_OUTPUT
+from ..kernels.cross_entropy import FEW
 from ..kernels.linear_cross_entropy import CHUNK, PLAIN
 from .gpt import GPTConfig
 
@@ -113,9 +114,11 @@ def training_memory(
             tokens / max(1, CHUNK["cuda" if triton else "cpu"] // V)
         )  # all of about the same height
         head = tokens * (8 + 2 * a) * C + 4 * V * C
-        logits = math.ceil(tokens / chunks) * V * (a if triton else 8 + a)
+        logits = math.ceil(tokens / chunks) * V * a
     else:
-        head, logits = tokens * ((4 + a) * C + 4 * V), tokens * V * 8
+        few = tokens * V <= FEW  # which PyTorch's own operation takes, and keeps in fp32
+        head = tokens * ((4 + a) * C + (4 if few else a) * V)
+        logits = tokens * V * (8 if few else a)
     activations = kept + head + casts / (1 if shards == 1 else shape.n_layer)
     # One layer's backward: gradients of the MLP's inside, of the stream and of a norm's input. What
     # PyTorch's pieces kept is freed as they go.

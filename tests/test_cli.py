@@ -82,7 +82,8 @@ def test_the_repository_root_as_current_folder_hides_nothing():
     assert "attention" in run.stdout and "torch" in run.stdout
     for name in ("rms_norm", "sampling on a CPU"):
         assert f"{name:22}in C, compiled by" in run.stdout
-    assert f"{'gated_mlp':22}PyTorch's products, activations in C, compiled by" in run.stdout
+    for name, part in (("gated_mlp", "activations"), ("linear_cross_entropy", "losses")):
+        assert f"{name:22}PyTorch's products, {part} in C, compiled by" in run.stdout
 
 
 BAD = [

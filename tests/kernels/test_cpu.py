@@ -1,5 +1,6 @@
 """What is written in C for CPU tensors, and how it is compiled."""
 
+import importlib
 import subprocess
 import tempfile
 
@@ -7,10 +8,21 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ponder.kernels import _attention_cpu, _cpu, _native, layer_norm, rms_norm, rotary
+from ponder.kernels import (
+    _attention_cpu,
+    _cpu,
+    _native,
+    cross_entropy,
+    layer_norm,
+    linear_cross_entropy,
+    rms_norm,
+    rotary,
+)
 from ponder.kernels._activations import activated
 from ponder.kernels._cpu import SOURCE
 from ponder.kernels._native import library, threaded_library
+from ponder.kernels.cross_entropy import cross_entropy_reference
+from ponder.kernels.linear_cross_entropy import linear_cross_entropy_reference
 from ponder.kernels.norm import rms_norm_reference
 from ponder.models import decoder
 
@@ -18,6 +30,8 @@ from .numerics import EPSILON, relative_error
 
 SOURCES = [SOURCE, _attention_cpu.SOURCE, decoder.SOURCE]
 FP32, BF16 = torch.float32, torch.bfloat16
+losses = importlib.import_module("ponder.kernels.cross_entropy")
+linear = importlib.import_module("ponder.kernels.linear_cross_entropy")
 
 
 pytestmark = pytest.mark.cpu
@@ -33,11 +47,22 @@ def calls(monkeypatch):
     """The functions of `_cpu` that are called, by name, as they come."""
     seen = []
     names = "norm", "norm_backward", "rotate", "rotate_backward", "hidden", "hidden_backward"
-    for name in names:
+    for name in (*names, "losses"):
         was = getattr(_cpu, name)
-        recorded = lambda *given, was=was, name=name: (seen.append(name), was(*given))[1]  # noqa: E731
+
+        def recorded(*given, was=was, name=name, **named):
+            seen.append(name)
+            return was(*given, **named)
+
         monkeypatch.setattr(_cpu, name, recorded)
     return seen
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """The losses take C for few logits, too."""
+    monkeypatch.setattr(losses, "FEW", 0)
+    monkeypatch.setattr(_cpu, "SHARE", 1)
 
 
 # Rows of less than a vector, of vectors and a rest; fewer rows than parts, and more.
@@ -125,8 +150,7 @@ def test_an_activation_keeps_what_it_got_and_no_more():
     assert [x.data_ptr() for x in kept] == [x.data_ptr() for x in (gate, up, y)]
 
 
-def test_the_same_bits_whatever_the_threads(monkeypatch):
-    monkeypatch.setattr(_cpu, "SHARE", 1)
+def test_the_same_bits_whatever_the_threads(few):
     torch.manual_seed(1)
     x, residual = torch.randn(2, 67, 48, dtype=BF16), torch.randn(2, 67, 48)
     weight, q = torch.randn(48, requires_grad=True), torch.randn(2, 3, 67, 16)
@@ -143,6 +167,7 @@ def test_the_same_bits_whatever_the_threads(monkeypatch):
             turned = rotary(q, q, cos, sin, q_norm=norm, k_norm=norm)
             grads += torch.autograd.grad(turned[0].square().sum() + turned[1].sum(), norm)
             turned += rotary(q, q, cos, sin)
+            turned += both_ways(torch.stack([gate, up] * 3), torch.arange(6))
             found.append([y, h, *grads, *turned, activated("silu", gate, up)])
     finally:
         torch.set_num_threads(before)
@@ -165,6 +190,104 @@ def test_qk_norm_and_rotation_are_one_pass_each_way(dtype, calls):
     assert [x.dtype for x in (*y, *grads)] == [dtype] * 4 + [FP32] * 2
 
 
+OPTIONS = dict(label_smoothing=0.1, z_loss=1e-2, softcap=3.0)
+
+
+# Less than a vector; vectors and a rest; several runs of them and a rest.
+@pytest.mark.parametrize("width", [3, 48, 2 * 1024 + 77])
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("options", [{}, *({k: v} for k, v in OPTIONS.items()), OPTIONS], ids=str)
+def test_cross_entropy(options, dtype, width, calls, few):
+    """Of logits that lie in wider rows, most of them below zero, with targets to be ignored."""
+    torch.manual_seed(4)
+    logits = (2 * torch.randn(7, width + 5) - 5).to(dtype)[:, :width].requires_grad_()
+    targets = torch.randint(width, (7,))
+    targets[2] = -100
+    upstream = torch.randn(7)
+    wide = logits.detach().double().requires_grad_()
+    found = cross_entropy(logits, targets, reduction="none", **options)
+    truth = cross_entropy_reference(wide, targets, reduction="none", **options)
+    (got,) = torch.autograd.grad(found, logits, upstream)
+    (true,) = torch.autograd.grad(truth, wide, upstream.double())
+    assert calls == ["losses", "losses"] and (found.dtype, got.dtype) == (FP32, dtype)
+    assert found[2] == 0 and not got[2].any()
+    assert relative_error(found, truth) < 8 * EPSILON[FP32]
+    assert relative_error(got, true) < 8 * EPSILON[FP32] + EPSILON[dtype]
+    mean = cross_entropy(logits, targets, **options)
+    torch.testing.assert_close(mean, found.sum() / 6)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("options", [{}, OPTIONS], ids=["plain", "options"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_linear_cross_entropy_in_chunks(reduction, options, dtype, calls, monkeypatch):
+    """Logits become their own gradient; with an upstream gradient a row they are computed again."""
+    monkeypatch.setattr(linear, "PLAIN", 0)
+    monkeypatch.setitem(linear.CHUNK, "cpu", 4 * 70)  # of 11 rows, 4, 4 and 3
+    torch.manual_seed(5)
+    x, weight, bias = torch.randn(11, 16), torch.randn(70, 16), torch.randn(70)
+    leaves = [t.to(dtype).requires_grad_() for t in (x, weight, bias)]
+    targets, upstream = torch.randint(70, (11,)), torch.rand(11) + 0.5
+    targets[[3, 8]] = -100
+    upstream = upstream if reduction == "none" else upstream[0]
+
+    def both(leaves):
+        x, weight, bias = leaves
+        f = linear_cross_entropy if leaves[0].dtype == dtype else linear_cross_entropy_reference
+        loss = f(x, weight, targets, bias=bias, reduction=reduction, **options)
+        return loss, *torch.autograd.grad(loss, leaves, upstream.to(loss.dtype))
+
+    got = both(leaves)
+    assert calls == ["losses"] * (6 if reduction == "none" else 3)
+    for value, true in zip(
+        got, both([t.detach().double().requires_grad_() for t in leaves]), strict=True
+    ):
+        assert relative_error(value, true) < 32 * EPSILON[dtype]
+
+
+def both_ways(logits, targets):
+    logits = logits.requires_grad_()
+    found = cross_entropy(logits, targets, reduction="none")
+    return found.detach(), *torch.autograd.grad(found.sum(), logits)
+
+
+def test_losses_of_logits_that_are_large_or_alike(few):
+    """Neither a small loss beside large logits is rounded away, nor a long sum off the mark."""
+    logits = torch.full((1, 2**17), 1e4 - 30)
+    logits[0, 5] = 1e4
+    loss, gradient = both_ways(logits, torch.tensor([5]))
+    true = ((2**17 - 1) * torch.tensor(-30.0, dtype=torch.float64).exp()).log1p()
+    assert loss.item() == pytest.approx(true.item(), abs=2 * EPSILON[FP32])
+    assert gradient[0, 5].item() == pytest.approx(-true.item(), abs=2 * EPSILON[FP32])
+    logits = torch.full((1, 2**17), 0.3)  # e^(0.3 − 1.5) each: a plain sum of them is 1e-4 off
+    logits[0, 0] = 1.5
+    loss, _ = both_ways(logits, torch.tensor([7]))
+    assert relative_error(loss, cross_entropy_reference(logits.double(), torch.tensor([7]))) < 1e-6
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", [3, 65])  # in a vector, in the rest
+def test_the_loss_of_what_is_no_number_is_pytorchs(value, place, few):
+    logits = torch.randn(4, 67)
+    logits[1, place], logits[2] = value, value
+    targets = torch.tensor([0, 1, 2, place])
+    own = logits.clone().requires_grad_()
+    truth = torch.nn.functional.cross_entropy(own, targets, reduction="none")
+    (gradient,) = torch.autograd.grad(truth.sum(), own)
+    for found, true in zip(both_ways(logits, targets), (truth, gradient), strict=True):
+        torch.testing.assert_close(found, true.detach(), equal_nan=True)
+
+
+def test_a_target_that_nobody_looked_at_is_no_number():
+    """As on a GPU; a compiled model's targets are not looked at. Nothing beside is read."""
+    logits, found = torch.randn(3, 40), torch.empty(3)
+    gradient = torch.empty(3, 40)
+    targets = torch.tensor([40, -1, 7])
+    _cpu.losses(logits, targets, -100, (0.0, 0.0, 0.0), losses=found, dlogits=gradient)
+    assert found[:2].isnan().all() and gradient[:2].isnan().all()
+    torch.testing.assert_close(found[2], cross_entropy_reference(logits[2], targets[2]))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_what_is_no_number_stays_in_its_row(dtype, value):
@@ -175,7 +298,7 @@ def test_what_is_no_number_stays_in_its_row(dtype, value):
     assert found[[0, 2]].isfinite().all() and found[1, 37].isnan()
 
 
-def test_what_looks_at_the_calls_sees_operations(calls):
+def test_what_looks_at_the_calls_sees_operations(calls, few):
     x, weight = torch.randn(4, 8), torch.ones(8)
     q, cos, sin = torch.randn(1, 2, 3, 8), *torch.randn(2, 3, 4)
     with FlopCounterMode(display=False):
@@ -183,12 +306,14 @@ def test_what_looks_at_the_calls_sees_operations(calls):
         rotary(q, q, cos, sin)
         rotary(q, q, cos, sin, q_norm=weight, k_norm=weight)
         activated("silu", x, x)
+        cross_entropy(x, torch.arange(4))
     torch.func.grad(lambda x: rms_norm(x, weight).sum())(x)
     scripted = torch.jit.trace(lambda x: rms_norm(x, weight), x, check_trace=False)
     torch.testing.assert_close(scripted(-x), rms_norm_reference(-x, weight))
     for other in (x.half(), x.double()):  # nor of what C does not know
         rms_norm(other, weight)
         activated("silu", other)
+        cross_entropy(other, torch.arange(4))
     rms_norm(x, weight, weight)
     layer_norm(x, weight)
     activated("gelu", x, x)
