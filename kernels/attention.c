@@ -17,9 +17,11 @@
 #define VECTORS (QUERIES / LANES)
 #define OF(half) ((half) ? 2 : 1) /* numbers in a word */
 #if defined(__AVX512F__) || defined(__aarch64__)
-#define WIDE 4 /* vectors of a tile of sums, which stays in registers: 4 × 4 of 32 */
+#define TALL 4 /* rows, and vectors, of a tile of sums, which stays in registers: 4 × 4 of 32 */
+#define WIDE 4
 #else
-#define WIDE 2 /* 4 × 2 of 16 */
+#define TALL 6 /* 6 × 2 of 16: eight sums are as many as are under way, and ran half as fast */
+#define WIDE 2
 #endif
 #define EACH_OF(n, i) _Pragma("GCC unroll 8") for (int i = 0; i < n; i++)
 
@@ -108,7 +110,7 @@ INLINE void product_of(Sheet c, int64_t n, Rows a, Sheet b, int64_t k, int adds,
          adds, half);
   for (int64_t j = 0, i; j < n;) {
     i = 0;
-    if (n - j >= WIDE * LANES) { STRIP(4, WIDE) STRIP(1, WIDE) j += WIDE * LANES; }
+    if (n - j >= WIDE * LANES) { STRIP(TALL, WIDE) STRIP(2, WIDE) STRIP(1, WIDE) j += WIDE * LANES; }
     else if (n - j >= 2 * LANES) { STRIP(8, 2) STRIP(1, 2) j += 2 * LANES; }
     else { STRIP(8, 1) STRIP(1, 1) j += LANES; }
   }
@@ -231,16 +233,31 @@ INLINE void put_rows(Rows x, Sheet from, float factor, int half) {
 
 typedef struct {
   int64_t b, first, n, lanes; /* queries; of whole vectors */
-  int64_t ids[QUERIES];
+  int64_t ids[QUERIES], least_id, largest_id;
 } Block;
 
 INLINE Block block_of(const Attention *a, int64_t b, int64_t first) {
   Block block = {.b = b, .first = first, .n = a->queries - first};
   if (block.n > QUERIES) block.n = QUERIES;
   block.lanes = whole(block.n);
-  for (int64_t i = 0; a->query_ids && i < QUERIES; i++)
-    block.ids[i] = a->query_ids[b * a->queries + first + (i < block.n ? i : 0)];
+  block.least_id = INT64_MAX, block.largest_id = INT64_MIN;
+  for (int64_t i = 0; a->query_ids && i < QUERIES; i++) {
+    const int64_t id = a->query_ids[b * a->queries + first + (i < block.n ? i : 0)];
+    block.ids[i] = id;
+    if (id < block.least_id) block.least_id = id;
+    if (id > block.largest_id) block.largest_id = id;
+  }
   return block;
+}
+
+/* Whether n keys from `key` on are all of segments that no query of the block is of. */
+INLINE int apart(const Attention *a, const Block *block, int64_t key, int64_t n) {
+  int64_t near = a->query_ids == NULL;
+  for (int64_t j = 0; a->query_ids && j < n; j++) {
+    const int64_t id = a->key_ids[block->b * a->keys + key + j];
+    near |= id >= block->least_id && id <= block->largest_id;
+  }
+  return !near;
 }
 
 /* The keys that some query of the block sees, from the beginning of a block of keys. */
@@ -256,7 +273,7 @@ INLINE int64_t last_key(const Attention *a, const Block *block) {
 
 /* Whether there may be a query that no block of keys is for: its sums begin, and stay, at 0. */
 INLINE int blind(const Attention *a, const Block *block) {
-  return block->first + a->offset < 0 || a->keys == 0;
+  return block->first + a->offset < 0 || a->keys == 0 || a->query_ids != NULL;
 }
 
 /* The first query, of a whole vector, that may see a key from `key` on. */
@@ -265,28 +282,29 @@ INLINE int64_t first_lane(const Attention *a, const Block *block, int64_t key) {
   return n < 0 ? 0 : n / LANES * LANES;
 }
 
-/* The scores (n, queries) of n keys from `key` on, scaled; -inf where a query does not see. */
-INLINE void scores_of(const Attention *a, const Block *block, Rows k, int64_t key, int64_t n,
+/* The scores (n, queries) of n keys from `key` on, -inf where a query does not see; what is
+   returned they are yet to be multiplied by. */
+INLINE float scores_of(const Attention *a, const Block *block, Rows k, int64_t key, int64_t n,
                       Sheet q, Sheet scores, int half) {
   const int64_t lane = first_lane(a, block, key);
   product(from(scores, 0, lane), block->lanes - lane, some(k, key, n), from(q, 0, lane),
           a->dim / OF(half), 0, half);
   const int64_t first = block->first + a->offset, last = first + block->n - 1;
   const int hides = key + n - 1 > first || key <= last - a->width || a->query_ids != NULL;
+  if (!hides) return a->scale;
   for (int64_t j = 0; j < n; j++)
     for (int64_t i = lane; i < block->lanes; i += LANES) {
       vec score = load(scores.at, j * QUERIES + i, 0) * a->scale;
-      if (hides) {
-        const ints ahead = (int32_t)(key + j - first - i) - counted();
-        ints hidden = (ahead > 0) | (ahead <= -(int32_t)a->width);
-        if (a->query_ids) {
-          const int64_t id = a->key_ids[block->b * a->keys + key + j];
-          EACH_LANE(l) hidden[l] |= -(block->ids[i + l] != id);
-        }
-        score = choose(hidden, spread(-INFINITY), score);
+      const ints ahead = (int32_t)(key + j - first - i) - counted();
+      ints hidden = (ahead > 0) | (ahead <= -(int32_t)a->width);
+      if (a->query_ids) {
+        const int64_t id = a->key_ids[block->b * a->keys + key + j];
+        EACH_LANE(l) hidden[l] |= -(block->ids[i + l] != id);
       }
+      score = choose(hidden, spread(-INFINITY), score);
       store(scores.at, j * QUERIES + i, score, 0);
     }
+  return 1;
 }
 
 /* What a thread works in; T', S': the queries and the keys of a block. */
@@ -345,23 +363,26 @@ INLINE void put_below(Sheet to, int64_t row, int64_t i, vec first, vec second, i
 
 /* ---- out, lse */
 
-/* Of the lanes from `lane` on, n keys' scores become weights; the sums so far are scaled to the new
-   largest score. */
-INLINE void weigh(const Room *r, int64_t lane, int64_t n, int64_t v_dim, vec *most, vec *total,
-                  int half) {
+/* Of the lanes from `lane` on, n keys' scores, times `scale`, become weights; the sums so far are
+   scaled to the new largest score, if there is one. */
+INLINE void weigh(const Room *r, int64_t lane, int64_t n, float scale, int64_t v_dim, vec *most,
+                  vec *total, int half) {
   const float *scores = r->scores.at + lane;
   vec now = *most;
-  for (int64_t j = 0; j < n; j++) now = larger(now, load(scores, j * QUERIES, 0));
+  for (int64_t j = 0; j < n; j++) now = larger(now, load(scores, j * QUERIES, 0) * scale);
   const vec kept = exponential(*most - now);
   vec sum = *total * kept;
   for (int64_t j = 0; j < n; j += OF(half)) {
-    const vec one = exponential(load(scores, j * QUERIES, 0) - now);
+    const vec one = exponential(load(scores, j * QUERIES, 0) * scale - now);
     vec other = {};
-    if (half && j + 1 < n) other = exponential(load(scores, (j + 1) * QUERIES, 0) - now);
+    if (half && j + 1 < n) other = exponential(load(scores, (j + 1) * QUERIES, 0) * scale - now);
     sum += one + other;
     put_below(r->weights, j, lane, one, other, half);
   }
-  for (int64_t d = 0; d < v_dim; d++) {
+  const ints same = now == *most;
+  int32_t all = -1;
+  EACH_LANE(l) all &= same[l];
+  for (int64_t d = all ? v_dim : 0; d < v_dim; d++) {
     float *x = r->sums.at + d * QUERIES + lane;
     store(x, 0, load(x, 0, 0) * kept, 0);
   }
@@ -379,15 +400,16 @@ INLINE void forward_block(const Attention *a, Room r, int64_t b, int64_t head, i
   for (int v = 0; v < VECTORS; v++) most[v] = spread(-FLT_MAX), total[v] = (vec){};
   if (blind(a, &block)) memset(r.sums.at, 0, 4 * whole(a->v_dim) * QUERIES);
   turn_beside(r.q, some(q, i, block.n), block.lanes, half);
-  for (int64_t key = first; key < last; key += KEYS) {
+  for (int64_t key = first, adds = 0; key < last; key += KEYS) {
     const int64_t n = last - key < KEYS ? last - key : KEYS, lane = first_lane(a, &block, key);
-    const int adds = key > first;
-    scores_of(a, &block, k, key, n, r.q, r.scores, half);
+    if (apart(a, &block, key, n)) continue;
+    const float scale = scores_of(a, &block, k, key, n, r.q, r.scores, half);
     for (int64_t x = lane; x < block.lanes; x += LANES)
-      weigh(&r, x, n, adds ? a->v_dim : 0, &most[x / LANES], &total[x / LANES], half);
+      weigh(&r, x, n, scale, adds ? a->v_dim : 0, &most[x / LANES], &total[x / LANES], half);
     const Rows values = words_in(from(r.values, 0, key / OF(half)), a->v_dim);
     product(from(r.sums, 0, lane), block.lanes - lane, values, from(r.weights, 0, lane),
             (n + OF(half) - 1) / OF(half), adds, half);
+    adds = 1;
   }
   float factors[QUERIES], *lse = a->lse + (b * a->heads + head) * a->queries + i;
   for (int64_t n = 0; n < block.n; n++) {
@@ -433,10 +455,11 @@ INLINE void backward_block(const Attention *a, Room r, int64_t b, int64_t head, 
   turn_beside(r.dout, dout, block.lanes, half);
   copy_below(r.q_rows, q, block.lanes, half);
   copy_below(r.dout_rows, dout, block.lanes, half);
-  for (int64_t key = first; key < last; key += KEYS) {
+  for (int64_t key = first, adds = 0; key < last; key += KEYS) {
     const int64_t n = last - key < KEYS ? last - key : KEYS, lane = first_lane(a, &block, key);
+    if (apart(a, &block, key, n)) continue;
     const int64_t lanes = block.lanes - lane, words = lanes / OF(half), above = lane / OF(half);
-    scores_of(a, &block, k, key, n, r.q, r.scores, half);
+    const float scale = scores_of(a, &block, k, key, n, r.q, r.scores, half);
     product(from(r.dweights, 0, lane), lanes, some(v, key, n), from(r.dout, 0, lane),
             a->v_dim / OF(half), 0, half);
     for (int64_t x = lane; x < block.lanes; x += LANES) {
@@ -444,7 +467,7 @@ INLINE void backward_block(const Attention *a, Room r, int64_t b, int64_t head, 
       vec before = {};
       for (int64_t j = 0; j < n; j++) {
         const int64_t place = j * QUERIES + x;
-        const vec weight = exponential(load(r.scores.at, place, 0) - log);
+        const vec weight = exponential(load(r.scores.at, place, 0) * scale - log);
         const vec dscore = weight * (load(r.dweights.at, place, 0) - mean);
         store(r.narrow.at, place, weight, half);
         store(r.dnarrow.at, place, dscore, half);
@@ -459,7 +482,8 @@ INLINE void backward_block(const Attention *a, Room r, int64_t b, int64_t head, 
             from(r.q_rows, above, 0), words, 1, half);
     const Rows keys = words_in(from(r.keys, 0, key / OF(half)), a->dim);
     product(from(r.dq, 0, lane), lanes, keys, from(r.weights, 0, lane),
-            (n + OF(half) - 1) / OF(half), key > first, half);
+            (n + OF(half) - 1) / OF(half), adds, half);
+    adds = 1;
   }
   turn_back(dq, r.dq, factors, half);
 }
