@@ -18,7 +18,7 @@ from ._native import in_words, known, threaded_library
 from ._runtime import traced, use_triton
 
 SOURCE = Path(__file__).with_name("cpu.c")
-FUNCTIONS = dict.fromkeys(("rms_norm", "rotary", "cross_entropy"), SOURCE)
+FUNCTIONS: dict[str, Path] = dict.fromkeys(("rms_norm", "rotary", "cross_entropy"), SOURCE)
 FUNCTIONS["attention"] = _attention_cpu.SOURCE
 # Of which a part is here, beside products.
 PARTLY = dict(gated_mlp="activations", mlp="activations", linear_cross_entropy="losses")

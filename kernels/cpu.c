@@ -333,7 +333,8 @@ INLINE void loss_rows(Losses a, int caps, int half) {
     const void *logits = part(a.logits, row * a.logits_row, half);
     void *dlogits = a.dlogits ? part(a.dlogits, row * a.dlogits_row, half) : NULL;
     const int64_t target = a.targets[row];
-    float most = -FLT_MAX, sum = 0;
+    float most = -FLT_MAX;
+    double sum = 0; /* of runs, which may all be small beside it */
     if (target == a.ignore_index) {
       if (a.losses) a.losses[row] = 0;
       if (a.statistics) a.statistics[2 * row] = a.statistics[2 * row + 1] = 0;
@@ -365,10 +366,10 @@ INLINE void loss_rows(Losses a, int caps, int half) {
         const float before = most;
         most = largest(highest);
         for (int64_t i = 0; i < n; i += LANES) share += exponential(z[i / LANES] - most);
-        sum = sum * expf(before - most) + total(share);
+        sum = sum * exp(before - most) + total(share);
         below += total(under);
       }
-      const float log_sum = logf(sum);
+      const float log_sum = log(sum);
       float loss = (most - chosen[0]) + log_sum;
       if (a.label_smoothing) {
         const float of_all = (most - origin) + log_sum + below / (float)a.n;
@@ -382,8 +383,8 @@ INLINE void loss_rows(Losses a, int caps, int half) {
     }
     if (!dlogits) continue;
     const float upstream = !exists ? NAN : a.upstream ? a.upstream[row] : 1;
-    float of_exp = upstream / sum;
-    if (a.z_loss) of_exp *= 1 + 2 * a.z_loss * (most + logf(sum));
+    float of_exp = upstream / (float)sum;
+    if (a.z_loss) of_exp *= 1 + 2 * a.z_loss * (most + logf((float)sum));
     const float of_each = a.label_smoothing * upstream / (float)a.n;
     float of_target = exponential(chosen - most)[0] * of_exp - of_each;
     of_target -= (1 - a.label_smoothing) * upstream;

@@ -466,9 +466,9 @@ def linear_cross_entropy(
     come in the dtype of their tensor.
 
     Memory beyond inputs and gradients: one chunk of logits (CHUNK of them; on a CPU without a C
-    compiler two or three times that), whatever N · V, and the fp32 gradient of weight. "mean" and "sum" compute the
-    gradients in the forward pass (none where grad mode is off), "none" computes the logits again in
-    the backward pass. Differentiable once: a gradient of the gradient raises.
+    compiler two or three times that), whatever N · V, and the fp32 gradient of weight. "mean" and
+    "sum" compute the gradients in the forward pass (none where grad mode is off), "none" computes
+    the logits again in the backward pass. Differentiable once: a gradient of the gradient raises.
 
     Raises ValueError for shapes, dtypes, a reduction or options that do not fit, and on the CPU for
     a target out of range; on a GPU, where looking would cost a synchronization, such a target's

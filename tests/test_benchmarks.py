@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from ponder.benchmarks import (
+    comparison,
     isolated,
     machine,
     measure,
@@ -31,7 +32,7 @@ from ponder.benchmarks import (
     train_124m,
     train_step,
 )
-from ponder.benchmarks.__main__ import measured, results
+from ponder.benchmarks.__main__ import CASES, measured, results
 from ponder.benchmarks.comparison import Case, compile_all
 from ponder.benchmarks.comparison import measure as measure_case
 from ponder.benchmarks.figures import _in_order, _labels, _ticks, draw, ratios
@@ -192,6 +193,35 @@ def test_every_group_runs():
     assert run.returncode == 0, run.stderr[-2000:] + run.stdout[-2000:]
     measured = {line.split()[0] for line in run.stdout.splitlines()}
     assert {"attention", "mlp", "losses", "pointwise", "decode"} <= measured
+
+
+@pytest.mark.cpu
+def test_a_cpu_is_compared_in_what_it_has_products_for(monkeypatch):
+    monkeypatch.setattr(comparison, "DEVICE", "cpu")
+    found = {}
+    for has in (True, False):
+        monkeypatch.setattr(comparison, "has_bf16_products", lambda device, has=has: has)
+        found[has] = [setting.dtype for setting in comparison.settings(smoke=False)]
+    assert found == {True: [torch.float32, torch.bfloat16], False: [torch.float32]}
+    [setting] = comparison.settings(smoke=True)
+    assert setting.of("tiny", "cpu", "gpu") == "tiny"
+    assert replace(setting, smoke=False).of("tiny", "cpu", "gpu") == "cpu"
+    monkeypatch.setattr(comparison, "DEVICE", "cuda")
+    [setting] = comparison.settings(smoke=False)
+    assert setting.dtype == torch.bfloat16 and setting.of("tiny", "cpu", "gpu") == "gpu"
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("group", [name for name in CASES if name != "mlp_autotuned"])
+def test_a_group_is_right_in_fp32(group, monkeypatch):
+    monkeypatch.setattr(measure, "WRONG", wrong := [])
+    monkeypatch.setattr(comparison, "matmul_ceiling", lambda dtype: 1e11)
+    monkeypatch.setattr(comparison, "copy_ceiling", lambda: 1e10)
+    for case in CASES[group](comparison.Setting(torch.float32, smoke=True)):
+        found = list(measure_case(case, repeats=1))
+        assert {(row.implementation, row.dtype) for row in found} >= {("ponder", "fp32")}
+        assert all(float(row.error) < 1e-4 for row in found)
+    assert not wrong
 
 
 def test_a_run_goes_on_at_the_case_where_it_stopped(tmp_path, monkeypatch):
