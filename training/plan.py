@@ -342,7 +342,7 @@ def _check(config: PlanConfig, shape: GPTConfig, hardware: Device) -> None:
         faults.append(f"tokens is {config.tokens:g}; it must be 0 or more, and finite")
     if not faults and config.what == "train":
         sequences = config.batch_tokens // shape.context
-        if config.batch_tokens % shape.context or sequences % config.devices or not sequences:
+        if config.batch_tokens % shape.context or sequences % config.devices:
             faults.append(
                 f"batch_tokens is {config.batch_tokens}; {config.devices} devices share whole "
                 f"sequences of {shape.context} in multiples of {config.devices * shape.context}"

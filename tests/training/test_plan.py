@@ -10,8 +10,9 @@ import torch
 import tyro
 
 from ponder import cli
-from ponder.models import GPT
-from ponder.models.memory import GIB, parameter_count
+from ponder.models import GPT, GPTConfig
+from ponder.models.flops import decode_flops, prefill_flops
+from ponder.models.memory import GIB, layer_activations, parameter_count
 from ponder.training import PRESETS, TrainConfig
 from ponder.training.devices import DEVICES, Device, called, device
 from ponder.training.hardware import PRECISION, peak_flops
@@ -23,6 +24,7 @@ from ponder.training.plan import (
     MODELS,
     PlanConfig,
     _plan_sweep,
+    layouts,
     plan,
     shape_of,
     step_seconds,
@@ -293,6 +295,119 @@ def test_time_grows_with_what_it_is_made_of():
     assert spread["communication"] > 0.5 and spread["update"] == one["update"]
 
 
+# A machine and a model of round numbers, and what comes of them by hand.
+TOY = Device(
+    "toy", {"bf16": 1000.0, "fp32": 100.0}, bandwidth=10.0, memory=1e9, link=5.0, per_node=2,
+    network=1.0, matrix_efficiency=0.5, stream_efficiency=0.5,
+)  # fmt: skip
+SHAPE = GPTConfig(
+    vocab_size=100, context=8, n_layer=2, n_head=2, n_kv_head=1, head_dim=16, n_embd=32, n_inner=64,
+    gated=False, activation="relu2", qk_norm=False,
+)  # fmt: skip
+MATRICES = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 2 * 64 * 32)
+WEIGHTS = MATRICES + 100 * 32 + 5 * 32  # the embedding, which is the head, and five norms
+FLOPS = 2 * (MATRICES + 100 * 32) + 4 * 2 * 2 * 16 * 4.5  # of a token: it sees 4.5 on average
+ROWS, ACCUMULATION = 3, 2
+TOKENS = ROWS * ACCUMULATION * 8
+
+
+def toy_step(hardware=TOY, **options):
+    return step_seconds(SHAPE, hardware, rows=ROWS, accumulation=ACCUMULATION, **options)
+
+
+def test_a_step_s_products_and_memory_by_hand():
+    kept = 2 * layer_activations(SHAPE, "bf16", triton=True)  # a token's, of two layers
+    found = toy_step(optimizer="adamw")
+    assert found["matrix products"] == pytest.approx(3 * FLOPS * TOKENS / 500)
+    assert found["memory"] == pytest.approx(4 * kept * TOKENS / 5)
+    assert set(found) == {"matrix products", "memory", "update"}
+    again = toy_step(optimizer="adamw", recompute=True)
+    assert again["matrix products"] == pytest.approx(4 * FLOPS * TOKENS / 500)
+
+
+def test_a_cpu_s_step_by_hand():
+    cpu = replace(TOY, gpu=False)
+    for precision, passes in (("fp32", 14), ("bf16", 17.5)):
+        kept = 2 * layer_activations(SHAPE, precision, triton=False) + 4 * 100  # and the logits
+        scores = 35 * 2 * 2 * 4.5  # bytes, of two heads in two layers
+        found = toy_step(cpu, precision=precision)
+        assert found["memory"] == pytest.approx((passes * kept + scores) * TOKENS / 5)
+        assert found["calls"] == pytest.approx(2.5e-3 * 2 * ACCUMULATION)
+
+
+def test_a_step_s_update_by_hand():
+    # Weights, gradients and states read and written; the gradients' norm; a cast a micro-batch.
+    casts = 6 * MATRICES * ACCUMULATION
+    for optimizer, a_weight in (("adamw", 28), ("adam", 28), ("momentum", 20), ("sgd", 12)):
+        expected = ((a_weight + 8) * WEIGHTS + casts) / 5
+        assert toy_step(optimizer=optimizer)["update"] == pytest.approx(expected)
+        split = toy_step(optimizer=optimizer, shards=4, devices=4)["update"]
+        assert split == pytest.approx(expected / 4)
+    # Five iterations for each matrix: n² m twice, of two multiply-adds each, and m³ once.
+    square = 6 * 32**3
+    narrow, tall = 4 * 32 * 16**2 + 2 * 16**3, 4 * 64 * 32**2 + 2 * 32**3
+    products = 5 * 2 * 2 * (square + narrow + tall)
+    states = (36 * (WEIGHTS - MATRICES) + 28 * MATRICES + casts) / 5
+    assert toy_step()["update"] == pytest.approx(states + products / (1000 * 0.5 * 0.8))
+
+
+@pytest.mark.parametrize(
+    ("devices", "shards", "sent"),
+    [
+        (2, 1, 8 * WEIGHTS / 2 / 5),  # each gradient to the others and back, by the link
+        (4, 1, 8 * WEIGHTS * 3 / 4 / 1),  # by the network
+        (2, 2, (4 * ACCUMULATION + 4) * WEIGHTS / 2 / 5),  # weights twice, gradients once
+        (4, 4, (4 * ACCUMULATION + 4) * WEIGHTS * 3 / 4 / 1),
+        (4, 2, (4 * ACCUMULATION + 4) * WEIGHTS / 2 / 5 + 8 * WEIGHTS / 2 / 1),  # split, and copied
+    ],
+)
+def test_what_devices_send_each_other_by_hand(devices, shards, sent):
+    """But for what 0.7 of the backward pass, two thirds of the rest, hides."""
+    quick = replace(TOY, peak={"bf16": 1e12, "fp32": 1e12}, bandwidth=1e12)
+    for hardware, hides in ((quick, False), (TOY, None), (replace(TOY, bandwidth=0.1), True)):
+        found = toy_step(hardware, devices=devices, shards=shards)
+        hidden = 0.7 * 2 / 3 * (found["matrix products"] + found["memory"])
+        assert hides is None or (hidden > sent) == hides
+        assert found["communication"] == pytest.approx(max(0.0, sent - hidden), rel=1e-6)
+
+
+def test_a_sweep_s_seconds_by_hand():
+    """10 problems, 4 draws at 2 budgets, on 3 devices: 27 samples each, 10 at a time."""
+    config = PlanConfig(
+        what="sweep", problems=10, samples=3, budgets=1, devices=3, slots=10, prompt_tokens=4,
+        new_tokens=4, precision="bf16",
+    )  # fmt: skip
+    steps = 2.7 * 4
+    # Half of the new tokens of each, and a prompt for each 8 of them.
+    cache = 2 * 2 * 16 * 2 * (10 * 2 + 4 * 10 / 8)
+    reads = (2 * WEIGHTS + cache) / 5
+    products = 10 * decode_flops(SHAPE, 4, 4) / 4
+    quick = replace(TOY, peak={"bf16": 1e12, "fp32": 1.0})
+    slow = replace(TOY, bandwidth=1e12)
+    assert _plan_sweep(config, SHAPE, quick).seconds["decoding"] == pytest.approx(steps * reads)
+    found = _plan_sweep(config, SHAPE, slow).seconds
+    assert found["decoding"] == pytest.approx(steps * products / 500)
+    assert found["prompts"] == pytest.approx(27 / 8 * prefill_flops(SHAPE, 4) / 500)
+    on_a_cpu = _plan_sweep(config, SHAPE, replace(slow, gpu=False)).seconds
+    for part, seconds in on_a_cpu.items():
+        assert seconds == pytest.approx(found[part] / 0.75)
+    with pytest.raises(ValueError, match="decoding 1 samples of 4 . 4 tokens"):
+        _plan_sweep(replace(config, slots=0), SHAPE, replace(TOY, memory=1.0))
+
+
+def test_the_largest_micro_batch_comes_first():
+    config = replace(ONE, batch_tokens=12 * 8)
+    assert [layout.rows for layout in layouts(config, SHAPE, TOY)] == [12, 6, 4, 3, 2, 1]
+
+
+def test_a_plan_is_of_one_step_at_least_and_says_of_muon_alone_what_muon_costs():
+    p = plan(replace(ONE, tokens=1.0, optimizer="adamw", batch_tokens=1024), "124m")
+    assert p.steps == 1 and p.seconds["update"] > 0.25 * p.step_seconds
+    assert not any("Muon" in note for note in p.notes)
+    assert any("Muon" in note for note in plan(replace(ONE, batch_tokens=1024), "124m").notes)
+    assert shape_of("gpt2").vocab_size == 50_257
+
+
 def test_a_sweep_reads_weights_and_caches():
     config = PlanConfig(what="sweep", new_tokens=512, samples=16)
     once, twice = plan(config, "124m"), plan(replace(config, samples=32), "124m")
@@ -392,6 +507,7 @@ def test_this_machine_is_measured():
         (dict(shards=-1), "124m", "shards is -1"),
         (dict(what="sweep", new_tokens=2048), "124m", "new_tokens is 2048; the context of 1024"),
         (dict(tokens=-1.0), "124m", "tokens is -1"),
+        (dict(tokens=float("inf")), "124m", "tokens is inf; it must be 0 or more, and finite"),
     ],
 )
 def test_what_cannot_be_planned_is_named(change, model, message):
