@@ -648,6 +648,32 @@ def test_what_one_field_takes_out_of_a_standard_type_is_ponder_s(fields, changes
     assert model_type(GPTConfig(99, 64, **shape | changes)) == "ponder"
 
 
+def test_a_stretched_model_s_scaling_is_written_by_both_of_its_names(tmp_path):
+    """Transformers 4, vLLM and llama.cpp read the older one."""
+    save(gpt(qk_norm=False, rope_scaling=RopeScaling(8.0, 32)), tmp_path / "model")
+    said = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert said["rope_scaling"].items() <= said["rope_parameters"].items()
+    assert said["rope_scaling"]["rope_type"] == "llama3" and said["rope_scaling"]["factor"] == 8.0
+
+
+def test_weights_are_in_place_before_what_names_them_and_config_last(tmp_path, monkeypatch):
+    """Whatever moment a reader comes at, what it finds named is there, and no old single file is
+    preferred to new shards for longer than it must be."""
+    save(gpt(), tmp_path)
+    moved = []
+    replace, unlink = hub.os.replace, hub.Path.unlink
+    monkeypatch.setattr(hub.os, "replace", lambda a, b: (moved.append(b.name), replace(a, b)))
+    monkeypatch.setattr(hub.Path, "unlink", lambda p: (moved.append(f"- {p.name}"), unlink(p)))
+    save(gpt(), tmp_path, shard_bytes=40_000)
+    kinds = [name.endswith(".safetensors") for name in moved if name[0] != "-"]
+    assert kinds == sorted(kinds, reverse=True) and sum(kinds) > 1
+    assert moved[-2:] == ["config.json", "- model.safetensors"]
+    assert "model.safetensors.index.json" in moved
+    moved.clear()
+    save(gpt(), tmp_path)
+    assert [name for name in moved if name[0] == "-"][0] == "- model.safetensors.index.json"
+
+
 def test_a_rotary_scaling_by_either_of_its_names():
     fields = dict(model_type="llama", vocab_size=99, max_position_embeddings=64) | SIZES
     old = dict(type="llama3", factor=8.0) | STRETCH
@@ -696,8 +722,12 @@ def test_missing_and_extra_tensors(folder):
     edit_config(folder, num_hidden_layers=4)
     message = refused(folder)
     assert "lacks 23 tensors (model.layers.2." in message and "...)" in message
-    edit_config(folder, num_hidden_layers=2, tie_word_embeddings=True)
+    edit_config(folder, num_hidden_layers=2)
     edit_weights(folder, lambda state: (state.pop("score"), state.update(norm())))
+    edit_weights(folder, lambda state: state.update(kept=state.pop("lm_head.weight")))
+    assert "lacks 1 tensor (lm_head.weight) that" in refused(folder)  # which is not tied
+    edit_weights(folder, lambda state: state.update({"lm_head.weight": state.pop("kept")}))
+    edit_config(folder, tie_word_embeddings=True)
     assert "lm_head.weight is not model.embed_tokens.weight" in refused(folder)
 
 
@@ -805,9 +835,12 @@ def test_a_chat_template_is_found_where_it_is_kept(tmp_path):
     assert hub.load_template(tmp_path) is None
     settings.write_text(json.dumps({"chat_template": "one"}))
     assert hub.load_template(tmp_path) == "one"
-    named = [dict(name="tool_use", template="two"), dict(name="default", template="three")]
+    named = [dict(name="default", template="three"), dict(name="tool_use", template="two")]
     settings.write_text(json.dumps({"chat_template": named}))
     assert hub.load_template(tmp_path) == "three"
+    settings.write_text(json.dumps({"chat_template": named[1:]}))
+    assert hub.load_template(tmp_path) is None
+    settings.write_text(json.dumps({"chat_template": named}))
     (tmp_path / "chat_template.jinja").write_text("four")
     assert hub.load_template(tmp_path) == "four"
     (tmp_path / "chat_template.jinja").unlink()
