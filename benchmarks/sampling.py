@@ -30,19 +30,20 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
-from ponder.benchmarks.comparison import copy_ceiling
+from ponder.benchmarks.comparison import copy_ceiling, settings
 from ponder.benchmarks.measure import DEVICE, Row, milliseconds, row, synchronize, write
 from ponder.benchmarks.profiles import table
 from ponder.benchmarks.train_step import peer_of, random_model
 from ponder.inference.engine import LocalEngine, Request, SamplingParams
 from ponder.models import GPT, GPTConfig
+from ponder.training.hardware import PRECISION
 
 PROMPT, NEW = 64, 64
 # The most telling first.
 BATCHES = (64, 256, 16, 1, 1024) if DEVICE == "cpu" else (4096, 64, 1024, 256, 16, 1)
 EACH = (1, 16) if DEVICE == "cpu" else (64, 16, 1)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-USUAL_DTYPES = tuple(DTYPES) if DEVICE == "cpu" else ("bf16",)
+USUAL_DTYPES = tuple(PRECISION[setting.dtype] for setting in settings(smoke=False))
 PEERS = ("generate", "generate static", "generate_batch")
 # On a CPU `generate_batch` took 7 GB and did not end in two minutes: only where it is asked for.
 USUAL = PEERS[:2] if DEVICE == "cpu" else PEERS

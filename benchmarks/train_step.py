@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from ponder.benchmarks.comparison import matmul_ceiling
+from ponder.benchmarks.comparison import matmul_ceiling, settings
 from ponder.benchmarks.figures import COMPILED
 from ponder.benchmarks.measure import (
     DEVICE,
@@ -23,6 +23,7 @@ from ponder.benchmarks.measure import (
 from ponder.models import GPT, GPTConfig
 from ponder.models.memory import parameter_count
 from ponder.training.batch import IGNORE
+from ponder.training.hardware import PRECISION
 
 SMALL = GPTConfig(
     vocab_size=512,
@@ -48,11 +49,9 @@ PEER = "transformers Qwen3"
 BATCH = 16
 CONFIG = GPT2_SIZE if DEVICE == "cuda" else SMALL
 CONTEXT = CONFIG.context
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {PRECISION[setting.dtype]: setting.dtype for setting in settings(smoke=False)}
 # Of a loss, relative: the mean of thousands of tokens, whose roundings (2^-9 in bf16) cancel.
 ALLOWED = {"fp32": 1e-5, "bf16": 1e-3}
-if DEVICE == "cuda":
-    del DTYPES["fp32"]
 
 
 def random_model() -> GPT:
