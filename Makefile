@@ -44,14 +44,22 @@ clean:
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
+# pip compiles one file after another; compileall takes every core. What does not compile is for
+# another Python, and never imported.
+INSTALL = $(BIN)/python -m pip install -q --no-compile -c constraints.txt -e
+COMPILE = $(BIN)/python -m compileall -qq -j 0 .venv/lib || true
+
 .venv/.installed: pyproject.toml constraints.txt | .venv/bin/python
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[train,inference,report]"
+	$(INSTALL) ".[train,inference,report]"
+	$(COMPILE)
 	touch $@
 
 .venv/.installed-dev: pyproject.toml constraints.txt | .venv/bin/python
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
+	$(INSTALL) ".[dev]"
+	$(COMPILE)
 	touch $@ .venv/.installed
 
 .venv/.installed-docs: pyproject.toml constraints.txt | .venv/.installed
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[docs]"
+	$(INSTALL) ".[docs]"
+	$(COMPILE)
 	touch $@
