@@ -115,7 +115,7 @@ def cases(setting: Setting) -> Iterator[Case]:
 
 def _masked(setting: Setting) -> Iterator[Case]:
     heads, length, window = setting.of((2, 128, 32), (8, 1024, 128), (16, 16384, 1024))
-    dim, own_peers = 64, DEVICE == "cuda" and not setting.smoke
+    dim, skipping = 64, DEVICE == "cuda" and not setting.smoke  # peers that skip what is masked
     inputs = [setting.tensor(2, heads, length, dim) for _ in range(3)]
 
     def reference(mask: Tensor) -> Callable[..., Tensor]:
@@ -128,7 +128,7 @@ def _masked(setting: Setting) -> Iterator[Case]:
         return (i >= j) & (i - j < window)
 
     peers = {"sdpa with a mask": reference((i >= j) & (i - j < window))}
-    if own_peers:
+    if skipping:
         peers = _flash(True, window) | {"flex_attention": _flex(in_window, length)}
     yield Case(
         "attention",
@@ -151,7 +151,7 @@ def _masked(setting: Setting) -> Iterator[Case]:
         return kernels.attention(q, k, v, segment_ids=segment_ids[: len(q)])
 
     peers = {"sdpa with a mask": reference((i >= j) & (rows[:, None] == rows))}
-    if own_peers:
+    if skipping:
         peers = {"flex_attention": _flex(in_document, length)}
     yield Case(
         "attention",
