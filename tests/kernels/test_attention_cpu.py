@@ -117,6 +117,33 @@ def test_keys_out_of_sight_are_not_visited():
         assert found[:, :, 480:].isnan().all()
 
 
+def test_documents_apart_are_not_visited():
+    q, k, v = qkv(1, 2, 1, 512, 512, 16, FP32, "cpu")
+    options, upstream = dict(segment_ids=ids(200, 312)), torch.randn_like(q)
+    expected = run(lambda *x: attention(*x, **options), [q, k, v], [upstream])
+    for x in (k, v):
+        x[:, :, :192] = torch.nan  # whole blocks of the first
+    found = run(lambda *x: attention(*x, **options), [q, k, v], [upstream])
+    for x, truth in zip(found, expected, strict=True):
+        assert torch.equal(x[:, :, 256:], truth[:, :, 256:])
+    assert found[0][:, :, 1:200].isnan().all()
+
+
+def test_queries_that_no_visited_block_is_for_see_nothing():
+    """Whatever the memory held that their sums would be in."""
+    q, k, v = qkv(1, 1, 1, 128, 128, 16, FP32, "cpu")
+    queries, keys = ids(64, 32, 32), ids(96, 32)
+    queries[:, 64:96], keys[:, 96:] = 5, 2  # of 64 queries the last 32 alone have keys
+    before = torch.are_deterministic_algorithms_enabled()
+    try:
+        torch.use_deterministic_algorithms(True)  # new memory is NaN
+        found = run(lambda *x: attention(*x, segment_ids=(queries, keys)), [q, k, v], [v])
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert not found[0][:, :, 64:96].any() and not found[1][:, :, 64:96].any()
+    assert all(x.isfinite().all() for x in found) and found[0][:, :, 96:].all()
+
+
 def test_large_scores_in_bf16():
     """Scores of a standard deviation of 30 are as exact as the numbers that they come from."""
     q, k, v = qkv(1, 2, 1, 150, 150, 32, BF16, "cpu")
