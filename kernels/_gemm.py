@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._runtime import cdiv, grid, jit, tl
+from ._runtime import cdiv, jit, launch, tl
 
 
 @jit
@@ -156,7 +156,7 @@ class Tile:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # so that it is quickly looked up
 class Tiles:
     """The tiles of one kind of product on one chip."""
 
@@ -195,7 +195,7 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def launch(
+def launch_product(
     kernel,
     tiles: Tiles,
     matrices: tuple[Tensor, ...],
@@ -205,17 +205,25 @@ def launch(
 ) -> None:
     """Run `kernel` on (n_rows, n_in, n_hidden) `sizes`; an accumulator for each of the products."""
     x = matrices[0]
+    aligned = all([m.data_ptr() % 16 == 0 for m in matrices])
+    chosen = tiles, sizes, accumulators, x.element_size(), _processors(x.device), aligned
+    n_programs, tma, constants = _arguments(*chosen)
+    launch(kernel, n_programs, matrices, sizes, descriptors=tma, **constexprs, **constants)
+
+
+@functools.lru_cache(maxsize=1024)
+def _arguments(
+    tiles: Tiles,
+    sizes: tuple[int, int, int],
+    accumulators: int,
+    itemsize: int,
+    processors: int,
+    aligned: bool,
+) -> tuple[int, bool, dict[str, int | bool]]:
+    """(programs, whether they make descriptors, constants) of the chosen tile."""
     n_rows, _, n_hidden = sizes
-    processors = _processors(x.device)
-    aligned = all(m.data_ptr() % 16 == 0 for m in matrices)
-    tile = tiles.choose(*sizes, accumulators, x.element_size(), processors, aligned)
+    tile = tiles.choose(*sizes, accumulators, itemsize, processors, aligned)
     n_tiles = tile.count(n_rows, n_hidden, accumulators)
+    launched = dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
     n_programs = min(n_tiles, processors) if tile.tma else n_tiles
-    grid(kernel, n_programs, descriptors=tile.tma)(
-        *matrices,
-        *sizes,
-        **constexprs,
-        **tile.constexprs(accumulators),
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
+    return n_programs, tile.tma, tile.constexprs(accumulators) | launched

@@ -53,13 +53,14 @@ from ._runtime import (
     check_device,
     check_dtype,
     empty_like,
-    grid,
     interpreting,
+    launch,
     operation,
     use_triton,
 )
 
 MAX_HEAD_DIM = 256
+KEPT = 1024  # layouts for which what follows from them is kept
 CONTIGUOUS = torch.contiguous_format
 LOG2_E, LN_2 = math.log2(math.e), math.log(2)
 
@@ -122,10 +123,9 @@ def _masks(head_dim: int, dtype: str) -> bool:
     return head_dim != block_d(head_dim) or dtype == "fp32"  # fp32: slow enough for one variant
 
 
-@functools.cache
 def _constants(
     name: str, head_dim: int, head_dim_v: int, dtype: str, tiles: Tiles
-) -> Mapping[str, Any]:
+) -> dict[str, Any]:
     # The interpreter has no reduction by TMA.
     own = dict(TMA=not interpreting()) if name == "backward" else {}
     if name in ("forward", "backward_kv") and not tiles.specialized:
@@ -171,7 +171,7 @@ def _specialization(
     if head_dim_v is None:
         unused.add("head_dim_v")
     signature = {}
-    constants = dict(_constants(name, head_dim, head_dim_v or head_dim, dtype, tiles))
+    constants = _constants(name, head_dim, head_dim_v or head_dim, dtype, tiles)
     for argument in inspect.signature(kernel.fn).parameters:
         if argument in unused:
             constants[argument] = None
@@ -224,12 +224,22 @@ def specializations(capability: int) -> Iterator[Specialization]:
                 yield _specialization(name, head_dim, "bf16", capability, options, tiles=tiles)
 
 
+def _strides(shape: torch.Size, stride: tuple[int, ...]) -> list[int]:
+    """Of all dimensions but the last; 0 where there is one entry, whose stride means nothing."""
+    *strides, _ = [s if n > 1 else 0 for n, s in zip(shape, stride, strict=True)]
+    return strides
+
+
+@functools.lru_cache(maxsize=KEPT)
+def _even(shape: torch.Size, stride: tuple[int, ...]) -> bool:
+    """Whether rows start at multiples of 16 elements from the first and have no gaps."""
+    return stride[-1] == 1 and all(s % 16 == 0 for s in _strides(shape, stride))
+
+
 def _aligned(x: Tensor) -> Tensor:
     """x, or a copy of it, such that rows start at multiples of 16 elements and have no gaps."""
-    aligned = x.stride(-1) == 1 and x.data_ptr() % 16 == 0
-    if aligned and all(stride % 16 == 0 for stride in _strides(x)):
-        return x
-    return x.clone(memory_format=CONTIGUOUS)
+    aligned = x.data_ptr() % 16 == 0 and _even(x.shape, x.stride())
+    return x if aligned else x.clone(memory_format=CONTIGUOUS)
 
 
 def _per_query(q: Tensor, past: float | None = None) -> Tensor:
@@ -241,12 +251,6 @@ def _per_query(q: Tensor, past: float | None = None) -> Tensor:
     if past is not None and n_queries < length:
         numbers.fill_(past)
     return numbers
-
-
-def _strides(x: Tensor) -> list[int]:
-    """Of all dimensions but the last; 0 where there is one entry, whose stride means nothing."""
-    *strides, _ = [s if n > 1 else 0 for n, s in zip(x.shape, x.stride(), strict=True)]
-    return strides
 
 
 def _expanded(x: Tensor) -> bool:
@@ -284,6 +288,57 @@ def _tiles(name: str, like: Shapes, scores: Scores) -> Tiles | None:
     return choose(name, widest, TRITON_TYPE[q.dtype], capability(q.device), asked)
 
 
+@functools.lru_cache(maxsize=KEPT)
+def _arguments(
+    name: str,
+    shapes: tuple[torch.Size, ...],
+    dtype: str,
+    layouts: tuple[tuple[torch.Size, tuple[int, ...]], ...],
+    tiles: Tiles,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    scale: float,
+) -> tuple[int, tuple[float | None, ...], Mapping[str, Any]]:
+    """(programs, numbers, constants) of a launch, from the shapes of q, k and v, and the (shape,
+    stride) of each tensor that the kernel takes.
+
+    There is a program for each block of queries, or in "backward_kv" and "backward" of keys, of
+    each head.
+    """
+    (batch, n_heads, n_queries, head_dim), (_, n_kv_heads, n_keys, _), (*_, head_dim_v) = shapes
+    if name in ("backward_kv", "backward"):
+        n_programs = cdiv(n_keys, tiles.block_s) * batch * n_kv_heads
+    else:
+        n_programs = cdiv(n_queries, tiles.block_t) * batch * n_heads
+    offset, width = diagonal(n_queries, n_keys, causal, window)
+    numbers = (
+        *[stride for layout in layouts for stride in _strides(*layout)],
+        n_heads,
+        n_heads // n_kv_heads,
+        n_queries,
+        n_keys,
+        offset,
+        head_dim,
+        None if head_dim_v == head_dim else head_dim_v,
+        *([] if name == "forward" else [scale]),
+        _unit(softcap, scale) * LOG2_E,
+        None if softcap is None else scale / softcap,
+        width,
+    )
+    constants = _constants(name, head_dim, head_dim_v, dtype, tiles)
+    return (
+        n_programs,
+        numbers,
+        dict(constants, num_warps=tiles.num_warps, num_stages=tiles.num_stages),
+    )
+
+
+def _unit(softcap: float | None, scale: float) -> float:
+    """Of scores: unit · (tanh(cap_scale · q · k) or q · k - slope · distance), slopes in it too."""
+    return scale if softcap is None else softcap
+
+
 def _launch(
     name: str,
     tensors: list[Tensor],
@@ -291,48 +346,33 @@ def _launch(
     like: Shapes,
     scores: Scores,
 ) -> None:
-    """Run one kernel on `tensors` (B, H, length, D) and `rows` (B, Hq, T), sized as q, k and v.
-
-    There is a program for each block of queries, or in "backward_kv" and "backward" of keys, of
-    each head.
-    """
-    (batch, n_heads, n_queries, head_dim), (_, n_kv_heads, n_keys, _), v_shape = (
-        x.shape for x in like
-    )
-    head_dim_v, dtype = v_shape[3], TRITON_TYPE[like[0].dtype]
+    """Run one kernel on `tensors` (B, H, length, D) and `rows` (B, Hq, T), sized as q, k and v."""
     tiles = _tiles(name, like, scores)
     assert tiles, f"no tiles for {name}"
     if tiles.specialized:
         tensors = [x.clone(memory_format=CONTIGUOUS) if _expanded(x) else x for x in tensors]
-    offset, width = diagonal(n_queries, n_keys, scores.causal, scores.window)
-    # A score is unit · (tanh(cap_scale · q · k) or q · k - slope · distance), slopes in that unit.
-    unit = scores.scale if scores.softcap is None else scores.softcap
-    if name in ("backward_kv", "backward"):
-        n_programs = cdiv(n_keys, tiles.block_s) * batch * n_kv_heads
-    else:
-        n_programs = cdiv(n_queries, tiles.block_t) * batch * n_heads
+    slopes, q_spans, kv_spans, causal, window, softcap, scale, _ = scores
+    n_programs, numbers, constants = _arguments(
+        name,
+        tuple([x.shape for x in like]),
+        TRITON_TYPE[like[0].dtype],
+        tuple([(x.shape, x.stride()) for x in tensors]),
+        tiles,
+        causal,
+        window,
+        softcap,
+        scale,
+    )
+    if slopes is not None:
+        slopes = slopes / _unit(softcap, scale)
     if n_programs:
-        grid(_kernel(name, tiles), n_programs, descriptors=tiles.specialized)(
-            *tensors,
-            *rows,
-            *(stride for x in tensors for stride in _strides(x)),
-            n_heads,
-            n_heads // n_kv_heads,
-            n_queries,
-            n_keys,
-            offset,
-            head_dim,
-            None if head_dim_v == head_dim else head_dim_v,
-            *([] if name == "forward" else [scores.scale]),
-            unit * LOG2_E,
-            None if scores.softcap is None else scores.scale / scores.softcap,
-            None if scores.slopes is None else scores.slopes / unit,
-            scores.q_spans,
-            scores.kv_spans,
-            width,
-            **_constants(name, head_dim, head_dim_v, dtype, tiles),
-            num_warps=tiles.num_warps,
-            num_stages=tiles.num_stages,
+        launch(
+            _kernel(name, tiles),
+            n_programs,
+            (*tensors, *rows, slopes, q_spans, kv_spans),
+            numbers,
+            descriptors=tiles.specialized,
+            **constants,
         )
 
 

@@ -22,6 +22,7 @@ from ._runtime import (
     check_dtype,
     check_reduction,
     jit,
+    launch,
     operation,
     tl,
     traced,
@@ -40,10 +41,9 @@ class Options(NamedTuple):
     z_loss: float = 0.0
     softcap: float = 0.0
 
-    def arguments(self) -> dict[str, float | bool]:
-        """What a kernel takes: the numbers, and which of them are on."""
-        flags = dict(zip(("SMOOTHING", "Z_LOSS", "SOFTCAP"), map(bool, self), strict=True))
-        return self._asdict() | flags
+    def flags(self) -> dict[str, bool]:
+        """Which of them are on, by the kernels' names."""
+        return dict(SMOOTHING=self[0] != 0, Z_LOSS=self[1] != 0, SOFTCAP=self[2] != 0)
 
 
 def cross_entropy_reference(
@@ -211,10 +211,10 @@ def clear_row(row_ptr, n_cols, n_writable, BLOCK_V: tl.constexpr):
 @jit
 def _cross_entropy_forward_kernel(
     logits_ptr,
-    stride_row,
     targets_ptr,
     losses_ptr,
     statistics_ptr,
+    stride_row,
     n_cols,
     ignore_index,
     label_smoothing,
@@ -252,11 +252,11 @@ def _cross_entropy_forward_kernel(
 @jit
 def _cross_entropy_backward_kernel(
     logits_ptr,
-    stride_row,
     targets_ptr,
     statistics_ptr,
     upstream_ptr,
     dlogits_ptr,
+    stride_row,
     n_cols,
     ignore_index,
     label_smoothing,
@@ -302,27 +302,26 @@ def block_and_warps(n_cols: int) -> tuple[int, int]:
 BLOCKS = [block_and_warps(n) for n in (256, 4096, 4097)]
 
 
-def compiled_options(dtype: str, block_v: int) -> Iterator[dict[str, float | bool]]:
+def compiled_flags(dtype: str, block_v: int) -> Iterator[dict[str, bool]]:
     """Flags to compile ahead: none and all of them everywhere, each alone at the widest in fp32.
 
     A flag only adds code and registers, and none depends on another.
     """
-    yield Options().arguments()
-    yield Options(1.0, 1.0, 1.0).arguments()
+    yield Options().flags()
+    yield Options(1.0, 1.0, 1.0).flags()
     if (dtype, block_v) == ("fp32", BLOCKS[-1][0]):
         for i in range(3):
-            yield Options(*(float(i == j) for j in range(3))).arguments()
+            yield Options(*(float(i == j) for j in range(3))).flags()
 
 
 def specializations(capability: int) -> Iterator[Specialization]:
-    """The ways in which the launchers below can compile the kernels, see `compiled_options`."""
+    """The ways in which the launchers below can compile the kernels, see `compiled_flags`."""
     for dtype in TRITON_TYPE.values():
         shared = dict(logits_ptr=f"*{dtype}:16", stride_row="i32:16", targets_ptr="*i64:16")
         shared |= dict(n_cols="i32:16", ignore_index="i32", statistics_ptr="*fp32:16")
         shared |= dict.fromkeys(Options._fields, "fp32")
         for block_v, num_warps in BLOCKS:
-            for options in compiled_options(dtype, block_v):
-                flags = {k: v for k, v in options.items() if k.isupper()}
+            for flags in compiled_flags(dtype, block_v):
                 yield Specialization(
                     _cross_entropy_forward_kernel,
                     shared | dict(losses_ptr="*fp32:16"),
@@ -349,15 +348,12 @@ def launch_forward(
     n_rows, n_cols = logits.shape
     block_v, num_warps = block_and_warps(n_cols)
     if n_rows:
-        _cross_entropy_forward_kernel[(n_rows,)](
-            logits,
-            logits.stride(0),
-            targets,
-            losses,
-            statistics,
-            n_cols,
-            ignore_index,
-            **options.arguments(),
+        launch(
+            _cross_entropy_forward_kernel,
+            n_rows,
+            (logits, targets, losses, statistics),
+            (logits.stride(0), n_cols, ignore_index, *options),
+            **options.flags(),
             BLOCK_V=block_v,
             num_warps=num_warps,
         )
@@ -404,16 +400,12 @@ def _cross_entropy_backward(
         given = dict(upstream=upstream, statistics=statistics)
         _cpu.losses(logits, targets, ignore_index, options, dlogits=dlogits, **given)
     elif n_rows:
-        _cross_entropy_backward_kernel[(n_rows,)](
-            logits,
-            logits.stride(0),
-            targets,
-            statistics,
-            upstream,
-            dlogits,
-            n_cols,
-            ignore_index,
-            **Options(*options).arguments(),
+        launch(
+            _cross_entropy_backward_kernel,
+            n_rows,
+            (logits, targets, statistics, upstream, dlogits),
+            (logits.stride(0), n_cols, ignore_index, *options),
+            **Options(*options).flags(),
             BLOCK_V=block_v,
             num_warps=num_warps,
         )

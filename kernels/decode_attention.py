@@ -21,6 +21,7 @@ dimension; G groups of rows, P positions of their prefixes.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ from ._runtime import (
     cdiv,
     check_device,
     check_dtype,
+    launch,
     next_power_of_2,
     operation,
     unit_stride,
@@ -159,7 +161,7 @@ class Tile:
     num_warps: int = 4
     num_stages: int = 2
 
-    def constexprs(self) -> dict[str, int]:
+    def constexprs(self) -> dict[str, Any]:
         return dict(BLOCK_M=self.block_m, BLOCK_N=self.block_n, BLOCK_D=self.block_d)
 
 
@@ -288,33 +290,38 @@ def _decode_attention(
         n_caches, rows = n_row, n_head // n_kv_head * n_new
         if prefix:
             n_caches, rows = n_row // samples, rows * samples
-        grid = (n_caches * n_kv_head, cdiv(positions, split), cdiv(rows, tile.block_m))
-        flash_decoding_kernel[grid](
-            q,
-            k,
-            v,
-            lengths,
-            lengths if prefix_lengths is None else prefix_lengths,
-            q if sinks is None else sinks,
-            lengths if block_table is None else block_table,
-            out,
-            partial,
-            lse,
-            *q.stride()[:3],
-            *k.stride()[:3],
-            *v.stride()[:3],
-            n_kv_head,
-            n_head // n_kv_head,
-            n_new,
-            positions,
-            head_dim,
-            n_split,
-            samples,
-            window or 0,
-            page_size,
-            0 if block_table is None else block_table.stride(0),
-            scale * LOG2_E if softcap is None else scale / softcap,
-            0.0 if softcap is None else softcap * LOG2_E,
+        launch(
+            flash_decoding_kernel,
+            (n_caches * n_kv_head, cdiv(positions, split), cdiv(rows, tile.block_m)),
+            (
+                q,
+                k,
+                v,
+                lengths,
+                lengths if prefix_lengths is None else prefix_lengths,
+                q if sinks is None else sinks,
+                lengths if block_table is None else block_table,
+                out,
+                partial,
+                lse,
+            ),
+            (
+                *q.stride()[:3],
+                *k.stride()[:3],
+                *v.stride()[:3],
+                n_kv_head,
+                n_head // n_kv_head,
+                n_new,
+                positions,
+                head_dim,
+                n_split,
+                samples,
+                window or 0,
+                page_size,
+                0 if block_table is None else block_table.stride(0),
+                scale * LOG2_E if softcap is None else scale / softcap,
+                0.0 if softcap is None else softcap * LOG2_E,
+            ),
             SPLIT=split,
             PREFIX=prefix,
             WINDOW=window is not None,
@@ -330,22 +337,28 @@ def _decode_attention(
     if k_prefix is not None and v_prefix is not None and prefix_capacity:
         attend(k_prefix, v_prefix, partial[:, n_own_split:], lse[:, n_own_split:], prefix=True)
     if n_split > 1:
-        combine_kernel[(n_row * n_head * n_new,)](
-            partial,
-            lse,
-            lengths,
-            lengths if prefix_lengths is None else prefix_lengths,
-            q if sinks is None else sinks,
-            out,
-            n_head * n_new,
-            n_new,
-            capacity,
-            prefix_capacity,
-            head_dim,
-            n_split,
-            n_own_split,
-            samples,
-            window or 0,
+        launch(
+            combine_kernel,
+            n_row * n_head * n_new,
+            (
+                partial,
+                lse,
+                lengths,
+                lengths if prefix_lengths is None else prefix_lengths,
+                q if sinks is None else sinks,
+                out,
+            ),
+            (
+                n_head * n_new,
+                n_new,
+                capacity,
+                prefix_capacity,
+                head_dim,
+                n_split,
+                n_own_split,
+                samples,
+                window or 0,
+            ),
             SPLIT=SPLIT,
             PREFIX_SPLIT=PREFIX_SPLIT,
             PREFIX=prefix_capacity > 0,

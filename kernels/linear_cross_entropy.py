@@ -29,6 +29,7 @@ from ._runtime import (
     check_device,
     check_dtype,
     jit,
+    launch,
     operation,
     tl,
     use_triton,
@@ -40,7 +41,7 @@ from .cross_entropy import (
     check_options,
     check_targets,
     clear_row,
-    compiled_options,
+    compiled_flags,
     cross_entropy_reference,
     launch_forward,
     on_cpu,
@@ -75,10 +76,10 @@ def linear_cross_entropy_reference(
 @jit
 def _loss_and_gradient_kernel(
     logits_ptr,
-    stride_row,
     targets_ptr,
     upstream_ptr,
     losses_ptr,
+    stride_row,
     n_cols,
     ignore_index,
     label_smoothing,
@@ -136,11 +137,10 @@ def _loss_and_gradient_kernel(
 
 
 def specializations(capability: int) -> Iterator[Specialization]:
-    """The ways in which the launcher below can compile the kernel, see `compiled_options`."""
+    """The ways in which the launcher below can compile the kernel, see `compiled_flags`."""
     for dtype in TRITON_TYPE.values():
         for block_v, num_warps in BLOCKS:
-            for options in compiled_options(dtype, block_v):
-                flags = {k: v for k, v in options.items() if k.isupper()}
+            for flags in compiled_flags(dtype, block_v):
                 for has_upstream in (False, True):
                     yield Specialization(
                         _loss_and_gradient_kernel,
@@ -176,15 +176,12 @@ class _TritonStep:
     ) -> Tensor:
         n_rows, n_cols = logits.shape
         block_v, num_warps = block_and_warps(n_cols)
-        _loss_and_gradient_kernel[(n_rows,)](
-            logits,
-            logits.stride(0),
-            targets,
-            losses if upstream is None else upstream,
-            losses,
-            n_cols,
-            self.ignore_index,
-            **self.options.arguments(),
+        launch(
+            _loss_and_gradient_kernel,
+            n_rows,
+            (logits, targets, losses if upstream is None else upstream, losses),
+            (logits.stride(0), n_cols, self.ignore_index, *self.options),
+            **self.options.flags(),
             HAS_UPSTREAM=upstream is not None,
             BLOCK_V=block_v,
             num_warps=num_warps,

@@ -38,7 +38,7 @@ from ._gemm import (
     Tiles,
     columns,
     factor,
-    launch,
+    launch_product,
     load,
     load_factor,
     matrix,
@@ -387,7 +387,7 @@ def _mlp(
     up = torch.empty_like(hidden) if keep and not up_is_hidden else x.new_empty(0)
     if hidden.numel():
         optional = [hidden if t is None else t for t in (w_gate, b_gate, b_up)]
-        launch(
+        launch_product(
             _mlp_forward_kernel,
             _tiles(capability(x.device), x.element_size(), backward=False),
             (x, optional[0], w_up, *optional[1:], hidden, gate, up),
@@ -427,7 +427,7 @@ def _mlp_backward(
     dgate = torch.empty_like(up) if gated else up.new_empty(0)
     hidden = up.new_empty(0) if up_is_hidden else torch.empty_like(up)
     if up.numel():
-        launch(
+        launch_product(
             _mlp_backward_kernel,
             _tiles(capability(dy.device), dy.element_size(), backward=True),
             (dy, w_down, gate, up, dgate, dup, hidden),

@@ -19,6 +19,7 @@ from ._runtime import (
     check_dtype,
     check_reduction,
     jit,
+    launch,
     operation,
     tl,
     use_triton,
@@ -131,12 +132,11 @@ def _mse_loss(input: Tensor, target: Tensor, per_element: bool) -> Tensor:
     n_programs = n_blocks if per_element else min(n_blocks, PROGRAMS)
     loss = input.new_empty(n if per_element else n_programs, dtype=torch.float32)
     if n:
-        _mse_loss_forward_kernel[(n_programs,)](
-            input,
-            target,
-            loss,
-            n,
-            cdiv(n_blocks, n_programs),
+        launch(
+            _mse_loss_forward_kernel,
+            n_programs,
+            (input, target, loss),
+            (n, cdiv(n_blocks, n_programs)),
             PER_ELEMENT=per_element,
             BLOCK_N=BLOCK,
             num_warps=WARPS,
@@ -162,13 +162,11 @@ def _mse_loss_backward(
     dinput, dtarget = _gradients(input, target, need_input, need_target)
     n = input.numel()
     if n:
-        _mse_loss_backward_kernel[(cdiv(n, BLOCK),)](
-            upstream,
-            input,
-            target,
-            dinput,
-            dtarget,
-            n,
+        launch(
+            _mse_loss_backward_kernel,
+            cdiv(n, BLOCK),
+            (upstream, input, target, dinput, dtarget),
+            (n,),
             PER_ELEMENT=per_element,
             NEED_INPUT=need_input,
             NEED_TARGET=need_target,

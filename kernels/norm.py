@@ -24,6 +24,7 @@ from ._runtime import (
     check_device,
     check_dtype,
     jit,
+    launch,
     next_power_of_2,
     only_once,
     operation,
@@ -239,17 +240,20 @@ def _norm(
     y, h, mean, rstd = _outputs(x, residual, centered)
     block_c = _block(n_cols)
     if n_rows:
-        _norm_forward_kernel[(n_rows,)](
-            x,
-            x if residual is None else residual,
-            weight,
-            weight if bias is None else bias,
-            y,
-            h,
-            mean if centered else rstd,
-            rstd,
-            n_cols,
-            eps,
+        launch(
+            _norm_forward_kernel,
+            n_rows,
+            (
+                x,
+                x if residual is None else residual,
+                weight,
+                weight if bias is None else bias,
+                y,
+                h,
+                mean if centered else rstd,
+                rstd,
+            ),
+            (n_cols, eps),
             CENTERED=centered,
             HAS_BIAS=bias is not None,
             HAS_RESIDUAL=residual is not None,
@@ -288,19 +292,21 @@ def _norm_backward(
     partial = h.new_empty((1 + has_bias, n_programs, n_cols), dtype=torch.float32)
     block_c = _block(n_cols)
     if n_rows:
-        _norm_backward_kernel[(n_programs,)](
-            dy,
-            dy if dh is None else dh,
-            h,
-            weight,
-            mean if centered else rstd,
-            rstd,
-            dx,
-            partial[0],
-            partial[-1],
-            n_rows,
-            n_cols,
-            cdiv(n_rows, n_programs),
+        launch(
+            _norm_backward_kernel,
+            n_programs,
+            (
+                dy,
+                dy if dh is None else dh,
+                h,
+                weight,
+                mean if centered else rstd,
+                rstd,
+                dx,
+                partial[0],
+                partial[-1],
+            ),
+            (n_rows, n_cols, cdiv(n_rows, n_programs)),
             CENTERED=centered,
             HAS_BIAS=has_bias,
             HAS_DH=dh is not None,

@@ -22,6 +22,7 @@ from ._runtime import (
     check_device,
     check_dtype,
     jit,
+    launch,
     next_power_of_2,
     only_once,
     operation,
@@ -279,7 +280,7 @@ def _empty_heads(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _launch(
+def _rotated(
     q: Tensor,
     k: Tensor,
     cos: Tensor,
@@ -303,24 +304,22 @@ def _launch(
     block_h, block_d = _blocks(head_dim // 2)
     n_tiles = n_row * (cdiv(n_token * n_q_head, block_h) + cdiv(n_token * n_k_head, block_h))
     if n_tiles and head_dim:
-        _rotary_kernel[(n_tiles,)](
-            q,
-            k,
-            cos,
-            sin,
-            yq,
-            yk,
-            *(norms or (cos, sin)),
-            *q.stride()[:3],
-            *k.stride()[:3],
-            cos.stride(0) if cos.dim() == 3 else 0,
-            n_row,
-            n_q_head,
-            n_k_head,
-            n_token,
-            head_dim // 2,
-            direction,
-            eps,
+        launch(
+            _rotary_kernel,
+            n_tiles,
+            (q, k, cos, sin, yq, yk, *(norms or (cos, sin))),
+            (
+                *q.stride()[:3],
+                *k.stride()[:3],
+                cos.stride(0) if cos.dim() == 3 else 0,
+                n_row,
+                n_q_head,
+                n_k_head,
+                n_token,
+                head_dim // 2,
+                direction,
+                eps,
+            ),
             NORMED=norms is not None,
             BLOCK_H=block_h,
             BLOCK_D=block_d,
@@ -332,7 +331,7 @@ def _launch(
 @operation("ponder::rotary")
 def _rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
     """q and k rotated by θ (by −θ where inverse); q and k have unit stride within a head."""
-    return _launch(q, k, cos, sin, None, 0.0, -1.0 if inverse else 1.0)
+    return _rotated(q, k, cos, sin, None, 0.0, -1.0 if inverse else 1.0)
 
 
 @_rotary.register_fake
@@ -359,7 +358,7 @@ def _normed_rotary(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """As `_rotary`, of q and k that are divided by each head's root mean square first."""
-    return _launch(q, k, cos, sin, (q_norm, k_norm), eps, 1.0)
+    return _rotated(q, k, cos, sin, (q_norm, k_norm), eps, 1.0)
 
 
 @_normed_rotary.register_fake
@@ -387,29 +386,20 @@ def _normed_rotary_backward(
     n_programs = min(PROGRAMS, n_row * cdiv(n_token * max(n_q_head, n_k_head), block_h))
     partial = q.new_empty((2, n_programs, head_dim), dtype=torch.float32)
     if n_programs and head_dim:
-        _backward_kernel[(2 * n_programs,)](
-            dyq,
-            dyk,
-            q,
-            k,
-            cos,
-            sin,
-            q_norm,
-            k_norm,
-            dq,
-            dk,
-            partial,
-            *dyq.stride()[:3],
-            *dyk.stride()[:3],
-            *q.stride()[:3],
-            *k.stride()[:3],
-            cos.stride(0) if cos.dim() == 3 else 0,
-            n_row,
-            n_q_head,
-            n_k_head,
-            n_token,
-            head_dim // 2,
-            eps,
+        launch(
+            _backward_kernel,
+            2 * n_programs,
+            (dyq, dyk, q, k, cos, sin, q_norm, k_norm, dq, dk, partial),
+            (
+                *(stride for x in (dyq, dyk, q, k) for stride in x.stride()[:3]),
+                cos.stride(0) if cos.dim() == 3 else 0,
+                n_row,
+                n_q_head,
+                n_k_head,
+                n_token,
+                head_dim // 2,
+                eps,
+            ),
             BLOCK_H=block_h,
             BLOCK_D=block_d,
             num_warps=4,

@@ -26,6 +26,7 @@ from ._runtime import (
     check_device,
     check_dtype,
     jit,
+    launch,
     operation,
     tl,
     use_triton,
@@ -292,7 +293,7 @@ def _sample_tokens_kernel(
     tl.store(logprob_ptr + i_row, logprob)
 
 
-def _launch(n_token: int) -> tuple[int, int]:
+def _block_and_warps(n_token: int) -> tuple[int, int]:
     """(BLOCK_V, warps)"""
     return (1024, 4) if n_token <= 1024 else (4096, 8)
 
@@ -301,7 +302,7 @@ def specializations(capability: int) -> Iterator[Specialization]:
     """Every way in which the launcher below can compile the kernel."""
     for dtype in TRITON_TYPE.values():
         for n_token in (1024, 4096):
-            block_v, num_warps = _launch(n_token)
+            block_v, num_warps = _block_and_warps(n_token)
             yield Specialization(
                 _sample_tokens_kernel,
                 dict(
@@ -337,19 +338,12 @@ def _sample_tokens(
     tokens = torch.empty(n_row, dtype=torch.int64, device=logits.device)
     logprobs = torch.empty(n_row, dtype=torch.float32, device=logits.device)
     if n_row:
-        block_v, num_warps = _launch(n_token)
-        _sample_tokens_kernel[(n_row,)](
-            logits,
-            temperature,
-            top_k,
-            top_p,
-            min_p,
-            seeds,
-            positions,
-            tokens,
-            logprobs,
-            logits.stride(0),
-            n_token,
+        block_v, num_warps = _block_and_warps(n_token)
+        launch(
+            _sample_tokens_kernel,
+            n_row,
+            (logits, temperature, top_k, top_p, min_p, seeds, positions, tokens, logprobs),
+            (logits.stride(0), n_token),
             BLOCK_V=block_v,
             num_warps=num_warps,
         )

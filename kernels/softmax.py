@@ -11,6 +11,7 @@ Shapes: N rows (all dimensions but the one that is normalized, flattened), C col
 
 import functools
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from ._runtime import (
     Specialization,
     check_dtype,
     jit,
+    launch,
     next_power_of_2,
     operation,
     tl,
@@ -49,7 +51,7 @@ def with_block(maximum, b_sum, b_x):
 
 @jit
 def _softmax_forward_kernel(
-    x_ptr, stride_row, y_ptr, n_cols, WHOLE: tl.constexpr, BLOCK_C: tl.constexpr
+    x_ptr, y_ptr, stride_row, n_cols, WHOLE: tl.constexpr, BLOCK_C: tl.constexpr
 ):
     i_row = tl.program_id(0).to(tl.int64)
     x_row_ptr = x_ptr + i_row * stride_row
@@ -107,7 +109,7 @@ def _softmax_backward_kernel(
 
 
 @functools.cache
-def _launch_options(n_cols: int) -> Mapping[str, int | bool]:
+def _options(n_cols: int) -> Mapping[str, Any]:
     block_c = min(MAX_WHOLE, max(256, next_power_of_2(n_cols)))
     return dict(WHOLE=n_cols <= MAX_WHOLE, BLOCK_C=block_c, num_warps=max(1, block_c // 1024))
 
@@ -123,12 +125,12 @@ def specializations(capability: int) -> Iterator[Specialization]:
             range(8, MAX_WHOLE.bit_length()) if dtype == "fp32" else (8, MAX_WHOLE.bit_length() - 1)
         )
         for n_cols in [1 << i for i in widths] + [MAX_WHOLE + 1]:
-            constexprs = dict(_launch_options(n_cols))
+            constexprs = dict(_options(n_cols))
             num_warps = constexprs.pop("num_warps")
             x = f"*{dtype}:16"
             yield Specialization(
                 _softmax_forward_kernel,
-                dict(x_ptr=x, stride_row="i32:16", y_ptr=x, n_cols="i32:16"),
+                dict(x_ptr=x, y_ptr=x, stride_row="i32:16", n_cols="i32:16"),
                 constexprs,
                 num_warps=num_warps,
             )
@@ -146,7 +148,7 @@ def _softmax(x: Tensor) -> Tensor:
     n_rows, n_cols = x.shape
     y = x.new_empty(x.shape)
     if n_rows:
-        _softmax_forward_kernel[(n_rows,)](x, x.stride(0), y, n_cols, **_launch_options(n_cols))
+        launch(_softmax_forward_kernel, n_rows, (x, y), (x.stride(0), n_cols), **_options(n_cols))
     return y
 
 
@@ -160,7 +162,7 @@ def _softmax_backward(dy: Tensor, y: Tensor) -> Tensor:
     n_rows, n_cols = y.shape
     dx = torch.empty_like(y)
     if n_rows:
-        _softmax_backward_kernel[(n_rows,)](y, dy, dx, n_cols, **_launch_options(n_cols))
+        launch(_softmax_backward_kernel, n_rows, (y, dy, dx), (n_cols,), **_options(n_cols))
     return dx
 
 

@@ -21,25 +21,15 @@ from ponder.kernels import _runtime
 from ponder.kernels._attention_tiles import SPECIALIZED_TILES
 from ponder.kernels._runtime import Specialization
 from ponder.models import GPT, GPTConfig, KVCache, Prefix, gpt, layers
-from ponder.tests.ptx.chip import chip
+from ponder.tests.ptx.chip import Compiled, chip
 from ponder.training.plan import shape_of
-
-
-class Nothing:
-    """A compiled kernel that does nothing."""
-
-    function = packed_metadata = None
-
-    def launch_metadata(self, *args) -> None: ...
-
-    def run(self, *args) -> None: ...
 
 
 def specializations(capability: int) -> Iterator[Specialization]:
     """What `workload` launches, each once."""
     found: dict[str, Specialization] = {}
 
-    def compiled(kernel, key, signature, device, constexprs, options, attrs, warmup) -> Nothing:
+    def compiled(kernel, key, signature, device, constexprs, options, attrs, warmup) -> Compiled:
         names = list(signature)
         kinds = {name: kind for name, kind in signature.items() if kind != "constexpr"}
         for (i,), attributes in attrs.items():
@@ -49,7 +39,7 @@ def specializations(capability: int) -> Iterator[Specialization]:
         constants = {names[i]: value for (i,), value in constexprs.items()}
         spec = Specialization(kernel, kinds, constants, options.num_warps, options.num_stages)
         found[f"{kernel.__name__} {spec}"] = spec
-        return Nothing()
+        return Compiled()
 
     with contextlib.ExitStack() as stack:
         seen = chip(capability, compiled, use_triton=lambda x: True, processors=132)

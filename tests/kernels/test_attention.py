@@ -150,7 +150,7 @@ class Recorder:
     def __init__(self, name, launches):
         self.name, self.launches = name, launches
 
-    def __getitem__(self, grid):
+    def __getitem__(self, programs):
         return lambda *args, **options: self.launches.append((self.name, args, options))
 
 

@@ -105,23 +105,3 @@ def test_specialized_kernels_leave_options_to_the_others(change, device, hopper)
     out = attention(*inputs, **change)
     assert relative_error(out, attention_reference(*inputs, **change)) < 4 * EPSILON[torch.bfloat16]
     assert hopper() == []
-
-
-def test_specialized_kernels_keep_the_allocator(monkeypatch):
-    """Descriptors take memory from Triton's allocator: set for the launch, and for no longer."""
-    import triton
-
-    from ponder.kernels._runtime import grid
-
-    events = []
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    monkeypatch.setattr(triton, "set_allocator", lambda f: events.append("set"))
-
-    class Kernel:
-        def __getitem__(self, programs):
-            return lambda *args, **options: events.append((programs, args, options))
-
-    grid(Kernel(), 3)(1, 2, num_warps=4)
-    assert events == [((3,), (1, 2), dict(num_warps=4))]
-    grid(Kernel(), 3, descriptors=True)(1)
-    assert events[1:] == ["set", ((3,), (1,), {})]

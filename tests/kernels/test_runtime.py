@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ponder import kernels
 from ponder.kernels import _runtime, norm, rms_norm
+from ponder.kernels._runtime import tl
 
 
 class Seen(TorchDispatchMode):
@@ -123,6 +124,124 @@ def test_threads_that_launch_first_at_once_meet_whole_modules(monkeypatch):
     monkeypatch.setattr(triton, "jit", slow)
     with ThreadPoolExecutor(4) as pool:
         assert all(found == {SimpleNamespace} for found in pool.map(met, kernels_of_it))
+
+
+def add_kernel(x_ptr, bias_ptr, n, scale, BLOCK: tl.constexpr, FLAG: tl.constexpr): ...
+
+
+ARGUMENTS = dict(x=torch.zeros(64), bias=None, n=3, scale=1.5, BLOCK=16, FLAG=False)
+CHANGES = [
+    dict(x=torch.zeros(64, dtype=torch.bfloat16)),
+    dict(x=torch.zeros(65)[1:]),  # not aligned to 16 bytes
+    dict(bias=torch.zeros(4)),
+    dict(n=1),
+    dict(n=32),
+    dict(n=2**31),
+    dict(scale=2.5),
+    dict(BLOCK=32),
+    dict(FLAG=True),
+    dict(num_warps=8),
+]
+
+
+@pytest.fixture
+def launched():
+    """(how often Triton was asked to launch, what was launched), on a chip that is none."""
+    pytest.importorskip("triton", reason="Triton is not installed here")
+    from triton.runtime.jit import JITFunction
+
+    from ponder.tests.ptx.chip import Compiled, chip
+
+    asked, found = [], []
+
+    class Noted(Compiled):
+        def __init__(self, signature):
+            self.signature = signature
+
+        def run(self, *args):
+            programs, given = args[:3], args[9:]
+            found.append((programs, self.signature, given))
+
+    def compiled(kernel, key, signature, device, constexprs, options, attrs, warmup):
+        kept = (*signature.values(), *attrs.items(), *constexprs.items(), options.num_warps)
+        kernel.device_caches[device][0][key] = made = Noted(repr(kept))
+        return made
+
+    run = JITFunction.run
+
+    def counted(*args, **options):
+        asked.append(args)
+        return run(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JITFunction, "run", counted)
+        with chip(90, compiled, use_triton=lambda x: True, processors=1):
+            kernel = JITFunction(add_kernel)
+
+            def start(x, bias, n, scale, programs=5, **constants):
+                _runtime.launch(kernel, programs, (x, bias), (n, scale), **constants)
+
+            yield start, asked, found
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=str)
+def test_what_triton_compiled_is_launched_directly(change, launched):
+    start, asked, found = launched
+    for arguments in (ARGUMENTS, ARGUMENTS | change) * 2:
+        start(**arguments)
+    assert len(asked) == 2  # once for either
+    first, second, *again = found
+    assert again == [first, second]
+    x, bias, n, scale, block, flag, *_ = (ARGUMENTS | change).values()
+    programs, _, (given_x, given_bias, *others) = second
+    assert programs == (5, 1, 1)
+    assert given_x is x and given_bias is bias and others == [n, scale, block, flag]
+
+
+def test_what_is_launched_directly_has_the_tensors_of_the_call(launched):
+    start, asked, found = launched
+    for i in range(3):
+        start(**ARGUMENTS | dict(x=torch.full((8,), float(i))), programs=(i + 1, 2, 3))
+    assert len(asked) == 1
+    assert [(programs, float(x[0])) for programs, _, (x, *_) in found] == [
+        ((1, 2, 3), 0.0),
+        ((2, 2, 3), 1.0),
+        ((3, 2, 3), 2.0),
+    ]
+
+
+def test_launches_that_are_kept_have_a_bound(launched, monkeypatch):
+    start, asked, found = launched
+    monkeypatch.setattr(_runtime, "MOST_LAUNCHED", 3)
+    for n in range(2, 12):
+        start(**ARGUMENTS | dict(n=n))
+        assert len(_runtime._launched) <= 3
+    assert [given[2] for _, _, given in found] == list(range(2, 12))
+
+
+def test_the_sizes_of_tensors_matter_on_amd(launched, monkeypatch):
+    """Whether one has more than 2 GB is a part of what Triton compiles for there."""
+    start, asked, found = launched
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    start(**ARGUMENTS)
+    start(**ARGUMENTS)
+    assert len(asked) == len(found) == 2
+
+
+def test_descriptors_take_their_memory_for_the_launch_and_no_longer(monkeypatch):
+    import triton
+
+    events = []
+    monkeypatch.setattr(triton, "set_allocator", lambda f: events.append("set"))
+
+    class Kernel:
+        def __getitem__(self, programs):
+            return lambda *args, **options: events.append((programs, args, options))
+
+    _runtime.launch(Kernel(), 3, (None,), (2,), num_warps=4)
+    assert events == [((3, 1, 1), (None, 2), dict(num_warps=4))]
+    _runtime.launch(Kernel(), 3, (), (1,), descriptors=True)
+    assert events[1:] == ["set", ((3, 1, 1), (1,), {})]
 
 
 @pytest.mark.parametrize(

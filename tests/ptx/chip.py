@@ -16,6 +16,7 @@ from unittest.mock import patch
 import numpy as np
 
 from ponder import kernels
+from ponder.kernels import _runtime
 
 from .instructions import header
 from .program import SPECIAL, Program
@@ -108,10 +109,23 @@ def run(
         raise RuntimeError(f"{program.name}: {error.value.decode()}")
 
 
-class Kernel:
-    """What Triton compiled, as it launches it."""
+class Compiled:
+    """What stands for a `triton.compiler.CompiledKernel`: `run` is the launch."""
 
     function = packed_metadata = None
+
+    def launch_metadata(self, *args) -> None: ...
+
+    def run(self, x, y, z, stream, function, packed, metadata, enter, leave, *args) -> None: ...
+
+    def __getitem__(self, programs: tuple[int, int, int]) -> Callable[..., None]:
+        nothing = [None] * 5
+        return lambda *args, stream: self.run(*programs, stream, *nothing, *args)
+
+
+class Kernel(Compiled):
+    """What Triton compiled, as it launches it."""
+
     launches = 0
 
     def __init__(self, compiled, signature: dict[str, str]):
@@ -119,8 +133,6 @@ class Kernel:
         self.program = Program(text if isinstance(text, str) else text.decode())
         self.kinds = list(signature.values())
         self.metadata = compiled.metadata
-
-    def launch_metadata(self, *args) -> None: ...
 
     def run(self, x, y, z, stream, function, packed, metadata, enter, leave, *args) -> None:
         values, tensors = [], []
@@ -184,7 +196,8 @@ def chip(
             for name in replaced.keys() & vars(module).keys():
                 stack.enter_context(patch.object(module, name, replaced[name]))
         stack.enter_context(patch.object(JITFunction, "_do_compile", compiled))
-        driver.set_active(Chip(capability))
+        stack.enter_context(patch.object(_runtime, "_launched", {}))
+        stack.enter_context(patch.object(driver, "_active", Chip(capability)))
         yield
 
 
