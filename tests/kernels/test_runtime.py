@@ -126,7 +126,8 @@ def test_threads_that_launch_first_at_once_meet_whole_modules(monkeypatch):
         assert all(found == {SimpleNamespace} for found in pool.map(met, kernels_of_it))
 
 
-def add_kernel(x_ptr, bias_ptr, n, scale, BLOCK: tl.constexpr, FLAG: tl.constexpr): ...
+def add_kernel(x_ptr, bias_ptr, n, scale, BLOCK: tl.constexpr, FLAG: tl.constexpr):
+    pass
 
 
 ARGUMENTS = dict(x=torch.zeros(64), bias=None, n=3, scale=1.5, BLOCK=16, FLAG=False)
@@ -196,6 +197,35 @@ def test_what_triton_compiled_is_launched_directly(change, launched):
     programs, _, (given_x, given_bias, *others) = second
     assert programs == (5, 1, 1)
     assert given_x is x and given_bias is bias and others == [n, scale, block, flag]
+
+
+def test_a_compiled_kernel_starts_as_triton_starts_it():
+    """Triton's own class, whose start of a kernel alone is replaced."""
+    triton = pytest.importorskip("triton", reason="Triton is not installed here")
+    from triton.runtime.jit import JITFunction
+
+    from ponder.tests.ptx.chip import chip
+
+    starts = []
+
+    def compiled(fn, key, signature, device, constexprs, options, attrs, warmup):
+        cache, _, target, _, _ = fn.device_caches[device]
+        source = fn.ASTSource(fn, signature, constexprs, attrs)
+        cache[key] = made = triton.compile(source, target=target, options=options.__dict__)
+        made.module, made.function = "module", "function"  # nothing is loaded
+        made._run = lambda *args: starts.append(args)
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(globals(), "tl", triton.language)
+        with chip(90, compiled, use_triton=lambda x: True, processors=1):
+            kernel, x = JITFunction(add_kernel), torch.zeros(64)
+            for _ in range(2):
+                _runtime.launch(kernel, 2, (x, None), (3, 1.5), BLOCK=16, FLAG=True, num_warps=2)
+    by_triton, direct = ([*args[:6], *args[9:]] for args in starts)  # without hooks
+    assert by_triton == direct
+    assert direct[:5] == [2, 1, 1, 0, "function"]
+    assert direct[6:] == [x, None, 3, 1.5, 16, True]
 
 
 def test_what_is_launched_directly_has_the_tensors_of_the_call(launched):
