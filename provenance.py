@@ -26,8 +26,11 @@ def versions() -> dict[str, str]:
     return found
 
 
+CODE = "*.py", "*.c", "*.toml"  # not results, which a run itself writes
+
+
 def commit() -> str:
-    """The commit that ponder runs from, with `+` where files differ; empty outside a checkout."""
+    """The commit that ponder runs from, with `+` where code differs; empty outside a checkout."""
     here = Path(__file__).parent
     if not (here / ".git").exists():
         return ""
@@ -37,7 +40,7 @@ def commit() -> str:
         return run.stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", *CODE) else "")
     except OSError:
         return ""
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from ponder import provenance
+from ponder.kernels._runtime import tiles_file
 
 RESULTS = Path(__file__).parent / "results"
 WRONG: list[str] = []  # what was left out because ponder's own result was wrong
@@ -47,6 +48,13 @@ class Row:
     date: str
 
 
+def _commit() -> str:
+    """Twelve digits of the commit, `+` where the code differs, and `+tiles` where PONDER_TILES has
+    kernels take other tiles. A copy without .git is told which commit it is, by PONDER_COMMIT."""
+    found = provenance.commit() or os.environ.get("PONDER_COMMIT", "")
+    return found[:12] + "+" * found.endswith("+") + "+tiles" * bool(tiles_file())
+
+
 @cache  # nvidia-smi and git take a while, and rows are many
 def machine() -> dict[str, str]:
     """The columns of a row that say what it was measured on, and when."""
@@ -61,8 +69,7 @@ def machine() -> dict[str, str]:
         "driver": driver,
         "torch": versions["torch"],
         "triton": versions.get("triton", ""),
-        # A copy without .git is told which commit it is.
-        "commit": provenance.commit()[:12] or os.environ.get("PONDER_COMMIT", "")[:12],
+        "commit": _commit(),
         "date": date.today().isoformat(),
     }
 

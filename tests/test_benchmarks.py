@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from ponder import provenance
 from ponder.benchmarks import (
     comparison,
     isolated,
@@ -667,6 +668,37 @@ def own_file(tmp_path, monkeypatch):
     yield path
     for cache in caches:
         cache.cache_clear()
+
+
+def test_a_row_says_whether_the_code_is_the_commit_s(tmp_path, monkeypatch, own_file):
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "provenance.py"))
+    monkeypatch.setenv("PONDER_COMMIT", "0123456789abcdef")
+    own_file.write_text("{}")
+    assert measure._commit() == "0123456789ab"
+
+    def git(*words: str) -> str:
+        author = "-c", "user.name=a", "-c", "user.email=a@b"
+        run = subprocess.run(["git", "-C", tmp_path, *author, *words], capture_output=True)
+        assert run.returncode == 0, run.stderr
+        return run.stdout.decode().strip()
+
+    git("init", "-q")
+    (tmp_path / "kernel.py").write_text("x = 1")
+    git("add", "kernel.py")
+    git("commit", "-q", "-m", "first")
+    head = git("rev-parse", "HEAD")
+    assert (provenance.commit(), measure._commit()) == (head, head[:12])
+    (tmp_path / "rows.csv").write_text("1")
+    assert provenance.commit() == head
+    (tmp_path / "kernel.py").write_text("x = 2")
+    assert (provenance.commit(), measure._commit()) == (head + "+", head[:12] + "+")
+    git("checkout", "-q", "kernel.py")
+    (tmp_path / "new.c").write_text("")
+    assert provenance.commit() == head + "+"
+    (tmp_path / "new.c").unlink()
+    own_file.write_text('{"capability": 90}')
+    tiles_file.cache_clear()
+    assert measure._commit() == head[:12] + "+tiles"
 
 
 def test_tiles_of_a_file_are_taken_where_they_were_measured(own_file):
