@@ -1,0 +1,172 @@
+"""What Transformers asks for as a mask, and attention by what is given for it."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import masking_utils as theirs
+
+from ponder.models import hf_attention
+
+WINDOW = 3
+
+
+def packed(b, h, i, j):
+    """Sequences of 4, 1 and the other tokens."""
+    ids = torch.tensor([0, 0, 0, 0, 1] + [2] * 11)
+    return (j <= i) & (ids[i] == ids[j])
+
+
+def every_third_is_hidden(b, h, i, j):
+    return (j <= i) & ((j % 3 != 1) | (j == i))
+
+
+BOTH_WAYS = dict(allow_is_bidirectional_skip=True)
+# What sees what, the window that the layer is told, whether it is causal, and what else is asked.
+FUNCTIONS = {
+    "causal": (theirs.causal_mask_function, None, True, {}),
+    "window": (theirs.sliding_window_causal_mask_function(WINDOW), WINDOW, True, {}),
+    "chunks": (theirs.chunked_causal_mask_function(4, torch.zeros(2).int()), None, True, {}),
+    "packed": (theirs.and_masks(packed, theirs.causal_mask_function), None, True, {}),
+    "users": (every_third_is_hidden, None, True, dict(use_vmap=True)),
+    "both ways": (theirs.bidirectional_mask_function, None, False, BOTH_WAYS),
+    "window both ways": (
+        theirs.and_masks(
+            theirs.sliding_window_bidirectional_overlay(WINDOW), theirs.bidirectional_mask_function
+        ),
+        WINDOW + 1,
+        False,
+        BOTH_WAYS,
+    ),
+}
+LENGTHS = {  # queries, keys, the first query's position, the first key's
+    "a prompt": (9, 9, 0, 0),
+    "more tokens": (4, 9, 5, 0),
+    "one token": (1, 9, 8, 0),
+    "keys that left": (3, 6, 8, 5),
+    "one token, keys that left": (1, 5, 10, 6),
+    "keys to come": (3, 12, 4, 0),
+    "one token, keys to come": (1, 12, 6, 0),
+}
+PADDING = {
+    "none": lambda n: None,
+    "left": lambda n: torch.arange(n)[None] >= torch.tensor([[0], [3]]),
+    "right": lambda n: torch.arange(n)[None] < torch.tensor([[n], [max(1, n - 3)]]),
+}
+
+
+def request(function: str, lengths: str, padding: str, **more) -> dict:
+    sees, _, _, asked = FUNCTIONS[function]
+    n_queries, n_keys, q_offset, kv_offset = LENGTHS[lengths]
+    mask = PADDING[padding](q_offset + n_queries)
+    return dict(
+        batch_size=2,
+        q_length=n_queries,
+        kv_length=n_keys,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=sees,
+        attention_mask=mask,
+        **asked,
+    ) | dict(more)
+
+
+def dense(asked: dict) -> Tensor:
+    """(B, 1, T, S), by Transformers' own."""
+    return theirs.sdpa_mask(**asked | dict.fromkeys(SKIPS, False))
+
+
+SKIPS = "allow_is_causal_skip", "allow_is_bidirectional_skip"
+
+
+def check(asked: dict, window: int | None, causal: bool) -> Tensor | None:
+    """That attention by our mask is that by Transformers' own; gives the mask."""
+    torch.manual_seed(0)
+    n_queries, n_keys = asked["q_length"], asked["kv_length"]
+    q, k, v = (torch.randn(2, h, n, 8) for h, n in ((4, n_queries), (2, n_keys), (2, n_keys)))
+    module = nn.Module()
+    module.num_key_value_groups, module.is_causal = 2, causal
+    given = hf_attention.mask(**asked)
+    found, _ = hf_attention.attend(module, q, k, v, given, sliding_window=window)
+    mask = dense(asked)
+    expected = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True).transpose(1, 2)
+    seen = mask.any(-1).expand(2, 1, n_queries).transpose(1, 2)[..., None].expand_as(expected)
+    assert seen.any()
+    torch.testing.assert_close(found[seen], expected[seen])
+    return given
+
+
+@pytest.mark.filterwarnings("ignore:Module has a mask that is not causal")
+@pytest.mark.parametrize("compiling", [False, True])
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_attention_is_that_of_transformers_own_masks(function, compiling, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    _, window, causal, _ = FUNCTIONS[function]
+    for lengths, padding in itertools.product(LENGTHS, PADDING):
+        asked = request(function, lengths, padding)
+        check(asked, window, causal)
+        if "one token" in lengths:  # of a cache whose numbers stand on the device
+            moved = dict(kv_offset=torch.tensor(asked["kv_offset"]))
+            check(asked | dict(q_offset=torch.tensor(asked["q_offset"])), window, causal)
+            check(asked | moved, window, causal)
+
+
+def test_masks_have_as_many_numbers_as_there_are_keys():
+    """Whatever can be said so is: of causality, windows and segments a dense mask is never made."""
+    for function, lengths in itertools.product(("causal", "window", "chunks", "packed"), LENGTHS):
+        if lengths == "keys to come":
+            continue
+        for padding in PADDING:
+            given = check(request(function, lengths, padding), FUNCTIONS[function][1], True)
+            assert given is None or given.shape == (2, 1, 1, LENGTHS[lengths][1])
+    assert hf_attention.mask(**request("causal", "a prompt", "none")) is None
+    assert hf_attention.mask(**request("window", "more tokens", "none")) is None
+    assert hf_attention.mask(**request("causal", "one token", "none")) is None
+    # For one query the mask tells the window too, which counts from the last key elsewhere.
+    given = check(request("window", "one token, keys to come", "none"), WINDOW, True)
+    assert given is not None and given.dtype == torch.int64
+    assert check(request("users", "a prompt", "none"), None, True).shape == (2, 1, 9, 9)
+
+
+@pytest.mark.parametrize("lengths, function", [("a prompt", "causal"), ("one token", "window")])
+def test_a_model_that_insists_gets_the_whole_mask(lengths, function):
+    """It does more with it than attend. But for a cache of a fixed size Transformers insists."""
+    insists = dict(allow_is_causal_skip=False)
+    given = hf_attention.mask(**(asked := request(function, lengths, "none", **insists)))
+    assert given is not None and torch.equal(given, dense(asked))
+    given = hf_attention.mask(**request("packed", "a prompt", "none", **insists))
+    assert given is not None and given.shape == (2, 1, 1, 9)
+    given = hf_attention.mask(**request("causal", "one token, keys to come", "none", **insists))
+    assert given is not None and given.shape == (2, 1, 1, 12)
+
+
+def module_and_inputs(n_queries: int, n_keys: int, head_dim: int, head_dim_v: int):
+    torch.manual_seed(0)
+    module = nn.Module()
+    module.num_key_value_groups, module.is_causal = 2, True
+    shapes = (4, n_queries, head_dim), (2, n_keys, head_dim), (2, n_keys, head_dim_v)
+    return module, *(torch.randn(1, *shape) for shape in shapes)
+
+
+@pytest.mark.parametrize("head_dims", [(288, 288), (288, 16), (16, 288)])
+def test_wide_heads_are_transformers_own(head_dims):
+    module, q, k, v = module_and_inputs(5, 5, *head_dims)
+    hf_attention._said.clear()
+    with pytest.warns(UserWarning, match=r"heads of \d+ dimensions, more than 256"):
+        found, _ = hf_attention.attend(module, q, k, v, None)
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(found, expected.transpose(1, 2))
+
+
+def test_sequences_by_their_bounds_are_of_one_row_without_a_cache_and_without_a_mask():
+    bounds = torch.tensor([0, 2, 5], dtype=torch.int32)
+    module, q, k, v = module_and_inputs(5, 5, 16, 16)
+    ids = torch.zeros(1, 1, 1, 5, dtype=torch.int32)
+    by_mask, _ = hf_attention.attend(module, q, k, v, ids, cu_seq_lens_q=bounds)
+    assert torch.equal(by_mask, hf_attention.attend(module, q, k, v, ids)[0])
+    by_bounds, _ = hf_attention.attend(module, q, k, v, None, cu_seq_lens_q=bounds)
+    assert not torch.allclose(by_bounds, by_mask)
+    with pytest.raises(ValueError, match="with 1 rows of 3 tokens after 2 others; it is for one"):
+        hf_attention.attend(module, q[:, :, 2:], k, v, None, cu_seq_lens_q=bounds)
