@@ -95,7 +95,9 @@ def mask(**asked: Any) -> Tensor | None:
     if n_queries == 1:  # every key is looked at, so any function will do
         seen = sees(row, head, torch.zeros_like(keys) + q_offset, keys).expand(n_row, n_keys)
         seen = seen if present is None else seen & present
-        return None if not compiling and seen.all() else (seen.long() - 1)[:, None, None]
+        if aligned and not compiling and seen.all():
+            return None
+        return (seen.long() - 1)[:, None, None]
     if compiling:
         if "allow_is_bidirectional_skip" in asked or sees.__name__ not in CAUSAL:
             return sdpa_mask(**as_theirs)
@@ -173,8 +175,9 @@ def attend(
             ids = torch.bucketize(places, cu_seq_lens_q[1:], out_int32=True, right=True)[None]
         say_once(f"{why}: Transformers computes such attention, not ponder")
         dense = attention_mask if ids is None else _dense(ids, n_queries)
-        if ids is not None or (attention_mask is None and causal):
-            dense = _within(dense, n_queries, n_keys, options["window"], causal, query.device)
+        window = options["window"]
+        if ids is not None or (attention_mask is None and (causal or window is not None)):
+            dense = _within(dense, n_queries, n_keys, window, causal, query.device)
         return _theirs(
             module, query, key, value, dense, dropout, scaling, causal, softcap, s_aux, rest
         )

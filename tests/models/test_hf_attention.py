@@ -1,6 +1,8 @@
 """What Transformers asks for as a mask, and attention by what is given for it."""
 
 import itertools
+import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -23,6 +25,12 @@ def every_third_is_hidden(b, h, i, j):
     return (j <= i) & ((j % 3 != 1) | (j == i))
 
 
+def blocks(b, h, i, j):
+    """As an image's tokens see each other."""
+    ids = torch.tensor([-1, -1, 0, 0, 0, -1, 1, 1, 1, 1] + [-1] * 6)
+    return (j <= i) | ((ids[i] == ids[j]) & (ids[i] >= 0))
+
+
 BOTH_WAYS = dict(allow_is_bidirectional_skip=True)
 # What sees what, the window that the layer is told, whether it is causal, and what else is asked.
 FUNCTIONS = {
@@ -31,6 +39,7 @@ FUNCTIONS = {
     "chunks": (theirs.chunked_causal_mask_function(4, torch.zeros(2).int()), None, True, {}),
     "packed": (theirs.and_masks(packed, theirs.causal_mask_function), None, True, {}),
     "users": (every_third_is_hidden, None, True, dict(use_vmap=True)),
+    "blocks": (theirs.or_masks(blocks, theirs.causal_mask_function), None, True, {}),
     "both ways": (theirs.bidirectional_mask_function, None, False, BOTH_WAYS),
     "window both ways": (
         theirs.and_masks(
@@ -41,6 +50,10 @@ FUNCTIONS = {
         BOTH_WAYS,
     ),
 }
+# Some models leave their layers' is_causal as it is, as eager attention goes by the mask alone.
+for name in ("both ways", "window both ways"):
+    sees, _, _, asked = FUNCTIONS[name]
+    FUNCTIONS[f"{name}, causal layer"] = sees, None, True, asked
 LENGTHS = {  # queries, keys, the first query's position, the first key's
     "a prompt": (9, 9, 0, 0),
     "more tokens": (4, 9, 5, 0),
@@ -49,6 +62,7 @@ LENGTHS = {  # queries, keys, the first query's position, the first key's
     "one token, keys that left": (1, 5, 10, 6),
     "keys to come": (3, 12, 4, 0),
     "one token, keys to come": (1, 12, 6, 0),
+    "one token, keys that left, keys to come": (1, 5, 8, 6),
 }
 PADDING = {
     "none": lambda n: None,
@@ -130,21 +144,28 @@ def test_masks_have_as_many_numbers_as_there_are_keys():
     assert check(request("users", "a prompt", "none"), None, True).shape == (2, 1, 9, 9)
 
 
-@pytest.mark.parametrize("lengths, function", [("a prompt", "causal"), ("one token", "window")])
-def test_a_model_that_insists_gets_the_whole_mask(lengths, function):
+@pytest.mark.parametrize("compiling", [False, True])
+@pytest.mark.parametrize(
+    "lengths, function", [("a prompt", "causal"), ("a prompt", "window"), ("one token", "window")]
+)
+def test_a_model_that_insists_gets_the_whole_mask(lengths, function, compiling, monkeypatch):
     """It does more with it than attend. But for a cache of a fixed size Transformers insists."""
+    if (lengths, function) != ("a prompt", "window"):  # while it is compiled, the ids tell it
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     insists = dict(allow_is_causal_skip=False)
     given = hf_attention.mask(**(asked := request(function, lengths, "none", **insists)))
     assert given is not None and torch.equal(given, dense(asked))
     given = hf_attention.mask(**request("packed", "a prompt", "none", **insists))
     assert given is not None and given.shape == (2, 1, 1, 9)
     given = hf_attention.mask(**request("causal", "one token, keys to come", "none", **insists))
-    assert given is not None and given.shape == (2, 1, 1, 12)
+    assert given is not None and given.shape == (2, 1, 1, 12) and given.dtype == torch.int64
 
 
-def module_and_inputs(n_queries: int, n_keys: int, head_dim: int, head_dim_v: int):
+def module_and_inputs(
+    n_queries: int, n_keys: int, head_dim: int, head_dim_v: int, kind: type[nn.Module] = nn.Module
+):
     torch.manual_seed(0)
-    module = nn.Module()
+    module = kind()
     module.num_key_value_groups, module.is_causal = 2, True
     shapes = (4, n_queries, head_dim), (2, n_keys, head_dim), (2, n_keys, head_dim_v)
     return module, *(torch.randn(1, *shape) for shape in shapes)
@@ -168,5 +189,50 @@ def test_sequences_by_their_bounds_are_of_one_row_without_a_cache_and_without_a_
     assert torch.equal(by_mask, hf_attention.attend(module, q, k, v, ids)[0])
     by_bounds, _ = hf_attention.attend(module, q, k, v, None, cu_seq_lens_q=bounds)
     assert not torch.allclose(by_bounds, by_mask)
+    two = [torch.cat([x, x]) for x in (q, k, v)]  # a mask says all, whatever else is given
+    of_two, _ = hf_attention.attend(module, *two, ids.repeat(2, 1, 1, 1), cu_seq_lens_q=bounds)
+    torch.testing.assert_close(of_two, torch.cat([by_mask, by_mask]))
     with pytest.raises(ValueError, match="with 1 rows of 3 tokens after 2 others; it is for one"):
         hf_attention.attend(module, q[:, :, 2:], k, v, None, cu_seq_lens_q=bounds)
+
+
+@pytest.mark.filterwarnings("ignore:Module has dropout")
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window", [None, WINDOW])
+def test_dropout_after_other_tokens_is_transformers_own(window, causal):
+    """With the same random numbers: by the mask that causality and the window stand for."""
+    module, q, k, v = module_and_inputs(4, 9, 16, 16)
+    module.is_causal = causal
+    i, j = torch.arange(5, 9)[:, None], torch.arange(9)
+    seen = (j <= i) if causal else torch.ones(4, 9).bool()
+    if window is not None:
+        seen &= (i - j).abs() < window
+    torch.manual_seed(1)
+    found, _ = hf_attention.attend(module, q, k, v, None, dropout=0.5, sliding_window=window)
+    torch.manual_seed(1)
+    expected = F.scaled_dot_product_attention(q, k, v, seen, dropout_p=0.5, enable_gqa=True)
+    torch.testing.assert_close(found, expected.transpose(1, 2))
+
+
+@pytest.mark.parametrize("option", ["position_bias", "cache"])
+def test_what_attends_otherwise_is_transformers_own(option):
+    module, *inputs = module_and_inputs(5, 5, 16, 16)
+    hf_attention._said.clear()
+    with pytest.warns(UserWarning, match=f"Module has {option}: Transformers computes"):
+        hf_attention.attend(module, *inputs, None, **{option: torch.zeros(1)})
+
+
+def test_scores_that_are_scaled_by_the_layer_are_the_model_s_own(monkeypatch):
+    """GPT-2's, in releases of Transformers that leave it to eager attention."""
+    model = ModuleType("a_model")
+    model.eager_attention_forward = lambda *args, **options: ("eager", options["scaling"])
+    monkeypatch.setitem(sys.modules, "a_model", model)
+    kind = type("Attention", (nn.Module,), dict(__module__="a_model"))
+    module, *inputs = module_and_inputs(5, 5, 16, 16, kind)
+    module.scale_attn_by_inverse_layer_idx = True
+    hf_attention._said.clear()
+    with pytest.warns(UserWarning, match="Attention scales its scores by its layer"):
+        assert hf_attention.attend(module, *inputs, None) == ("eager", None)
+    found, _ = hf_attention.attend(module, *inputs, None, scaling=0.3)  # it is told
+    expected = F.scaled_dot_product_attention(*inputs, is_causal=True, scale=0.3, enable_gqa=True)
+    torch.testing.assert_close(found, expected.transpose(1, 2))
