@@ -2,6 +2,7 @@
 
 import itertools
 import sys
+import warnings
 from types import ModuleType
 
 import pytest
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import masking_utils as theirs
 
+from ponder.kernels.attention import attention_reference
 from ponder.models import hf_attention
 
 WINDOW = 3
@@ -179,6 +181,27 @@ def test_wide_heads_are_transformers_own(head_dims):
         found, _ = hf_attention.attend(module, q, k, v, None)
     expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     torch.testing.assert_close(found, expected.transpose(1, 2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it was said
+        hf_attention.attend(module, q, k, v, None)
+
+
+def test_options_are_those_of_the_call():
+    module, *inputs = module_and_inputs(5, 9, 16, 16)
+    sinks = torch.randn(4)
+    options = dict(softcap=2.0, scaling=0.5, sliding_window=WINDOW)
+    found, _ = hf_attention.attend(module, *inputs, None, s_aux=sinks, **options)
+    expected = attention_reference(*inputs, scale=0.5, window=WINDOW, softcap=2.0, sinks=sinks)
+    torch.testing.assert_close(found, expected.transpose(1, 2))
+
+
+@pytest.mark.parametrize("option", ["indices", "block_indices", "compressor"])
+def test_a_layer_that_chooses_its_keys_is_refused(option):
+    module, *inputs = module_and_inputs(5, 5, 16, 16)
+    given = {} if option == "compressor" else {option: torch.zeros(1)}
+    module.compressor = nn.Identity() if option == "compressor" else None
+    with pytest.raises(ValueError, match="Module chooses its keys by itself"):
+        hf_attention.attend(module, *inputs, None, **given)
 
 
 def test_sequences_by_their_bounds_are_of_one_row_without_a_cache_and_without_a_mask():
@@ -202,13 +225,13 @@ def test_sequences_by_their_bounds_are_of_one_row_without_a_cache_and_without_a_
 def test_dropout_after_other_tokens_is_transformers_own(window, causal):
     """With the same random numbers: by the mask that causality and the window stand for."""
     module, q, k, v = module_and_inputs(4, 9, 16, 16)
-    module.is_causal = causal
+    options = dict(dropout=0.5, sliding_window=window, is_causal=causal)
     i, j = torch.arange(5, 9)[:, None], torch.arange(9)
     seen = (j <= i) if causal else torch.ones(4, 9).bool()
     if window is not None:
         seen &= (i - j).abs() < window
     torch.manual_seed(1)
-    found, _ = hf_attention.attend(module, q, k, v, None, dropout=0.5, sliding_window=window)
+    found, _ = hf_attention.attend(module, q, k, v, None, **options)
     torch.manual_seed(1)
     expected = F.scaled_dot_product_attention(q, k, v, seen, dropout_p=0.5, enable_gqa=True)
     torch.testing.assert_close(found, expected.transpose(1, 2))
@@ -222,17 +245,37 @@ def test_what_attends_otherwise_is_transformers_own(option):
         hf_attention.attend(module, *inputs, None, **{option: torch.zeros(1)})
 
 
-def test_scores_that_are_scaled_by_the_layer_are_the_model_s_own(monkeypatch):
-    """GPT-2's, in releases of Transformers that leave it to eager attention."""
+@pytest.fixture
+def own_model(monkeypatch):
+    """A module whose model's eager attention gives what it was called with, and inputs."""
     model = ModuleType("a_model")
-    model.eager_attention_forward = lambda *args, **options: ("eager", options["scaling"])
+    model.eager_attention_forward = lambda module, q, k, v, mask, **options: (mask, options)
     monkeypatch.setitem(sys.modules, "a_model", model)
     kind = type("Attention", (nn.Module,), dict(__module__="a_model"))
-    module, *inputs = module_and_inputs(5, 5, 16, 16, kind)
-    module.scale_attn_by_inverse_layer_idx = True
     hf_attention._said.clear()
+    return module_and_inputs(5, 5, 16, 16, kind)
+
+
+def test_scores_that_are_scaled_by_the_layer_are_the_model_s_own(own_model):
+    """GPT-2's, in releases of Transformers that leave it to eager attention."""
+    module, *inputs = own_model
+    module.scale_attn_by_inverse_layer_idx = True
     with pytest.warns(UserWarning, match="Attention scales its scores by its layer"):
-        assert hf_attention.attend(module, *inputs, None) == ("eager", None)
+        mask, options = hf_attention.attend(module, *inputs, None)
+    assert options == dict(scaling=None, dropout=0.0)
+    assert torch.equal(mask == 0, torch.ones(1, 1, 5, 5).tril().bool())
     found, _ = hf_attention.attend(module, *inputs, None, scaling=0.3)  # it is told
     expected = F.scaled_dot_product_attention(*inputs, is_causal=True, scale=0.3, enable_gqa=True)
     torch.testing.assert_close(found, expected.transpose(1, 2))
+
+
+@pytest.mark.filterwarnings("ignore:Attention has a mask that is not causal")
+@pytest.mark.parametrize("option", [dict(softcap=2.0), dict(s_aux=torch.ones(4))], ids=str)
+def test_what_sdpa_lacks_is_the_model_s_own(option, own_model):
+    module, *inputs = own_model
+    seen = every_third_is_hidden(0, 0, torch.arange(5)[:, None], torch.arange(5))[None, None]
+    given = dict(dropout=0.1, scaling=0.5, layer=3) | option
+    mask, options = hf_attention.attend(module, *inputs, seen, **given)
+    assert options == given
+    lowest = torch.finfo(torch.float32).min
+    assert torch.equal(mask, torch.zeros(1, 1, 5, 5).masked_fill(~seen, lowest))
