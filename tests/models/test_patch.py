@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from ponder.models import hf_attention, hf_layers, patch, register, unpatch
+from ponder.models.patch import _turning
 from ponder.training.tokenizer import character_tokenizer
 
 from .peers import FAMILIES, GEMMA, GROUPED, LAYERS, Peer
@@ -197,6 +198,9 @@ def test_models_that_share_a_config():
         patch(model, quiet=True)
     for model in (one, two):
         unpatch(model)
+    assert one.config._attn_implementation == "eager"
+    patch(two, quiet=True)  # one is patched no more
+    unpatch(two)
     assert one.config._attn_implementation == "eager"
 
 
@@ -497,6 +501,48 @@ def test_dropout_is_told_wherever_it_is_written(llama):
     attention = next(part for part in patch(patched, quiet=True) if part.name == "attention")
     assert attention.note == "by PyTorch's sdpa while training, with dropout 0.5"
 
+    model = eager(Peer("gpt2", dict(attn_pdrop=0.125)))
+    attention = patch(model, quiet=True)[0]
+    assert attention.note == "by PyTorch's sdpa while training, with dropout 0.125"
+
+
+@torch.no_grad()
+def test_layer_norms_that_no_kernel_computes_are_kept(llama):
+    """Without parameters, and over two dimensions."""
+    model, patched = llama
+    for m in (model, patched):
+        m.model.norm = nn.LayerNorm(64, elementwise_affine=False)
+        m.model.layers[0].input_layernorm = nn.LayerNorm((40, 64))
+    norms = next(part for part in patch(patched, quiet=True) if part.name == "norm")
+    assert norms.replaced == 3 and sum(norms.kept.values()) == 2
+    assert (patched(TOKENS).logits - model(TOKENS).logits).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_an_attention_whose_forward_is_replaced_turns_as_before(llama):
+    model, patched = llama
+    for m in (model, patched):
+        attention = m.model.layers[0].self_attn
+        attention.forward = types.MethodType(type(attention).forward, attention)
+    rotary = next(part for part in patch(patched, quiet=True) if part.name == "rotary")
+    assert rotary.replaced == 1 and rotary.kept == {"its forward is replaced": 1}
+    assert type(patched.model.layers[0].self_attn) is type(model.model.layers[0].self_attn)
+    assert (patched(TOKENS).logits - model(TOKENS).logits).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_queries_and_keys_of_two_dtypes_are_turned_by_transformers():
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as theirs
+
+    ours = _turning(theirs)
+    q, k, angles = torch.randn(1, 2, 3, 8), torch.randn(1, 1, 3, 8), torch.randn(1, 3, 4)
+    angles = torch.cat([angles, angles], -1)
+    hf_attention._said.clear()
+    with pytest.warns(UserWarning, match="rotary positions of a part"):
+        found = ours(q, k.double(), angles.cos(), angles.sin())
+    for x, y in zip(found, theirs(q, k.double(), angles.cos(), angles.sin()), strict=True):
+        assert x.dtype == y.dtype and torch.equal(x, y)
+
 
 class SmallNorm(nn.Module):
     """What a norm can do that an RMSNorm does not: take off the mean, add a bias that is 0 yet,
@@ -718,6 +764,46 @@ def test_what_wants_logits_gets_them(llama):
     torch.testing.assert_close(loss, expected.loss)
     patched.loss_function = lambda logits, labels, **_: logits.sum()
     torch.testing.assert_close(patched(input_ids=TOKENS, labels=TOKENS).loss, logits.sum())
+
+
+def test_the_fused_loss_is_that_of_the_call(llama):
+    """Whatever else is given with the labels, in Transformers' own order or by name."""
+    model, patched = llama
+    patch(patched, quiet=True)
+    mask = (torch.arange(40) >= torch.tensor([[0], [7], [30]])).long()
+    labels = TOKENS.where((mask & mask.roll(1, 1)).bool(), -100)  # none from a padded token
+    last = dict(labels=TOKENS[:, -8:], logits_to_keep=8)
+    calls = [
+        ((TOKENS, mask), dict(labels=labels)),
+        ((TOKENS,), dict(labels=labels, attention_mask=mask)),
+        ((TOKENS,), dict(labels=TOKENS, ignore_index=int(TOKENS[0, 5]))),
+        ((TOKENS,), last),
+    ]
+    losses = []
+    for args, options in calls:
+        expected = model.train()(*args, **options).loss
+        found = patched.train()(*args, **options)
+        torch.testing.assert_close(found.loss, expected)
+        losses.append(expected.item())
+    assert len({round(x, 4) for x in losses}) == 3  # the mask's twice
+
+    called = []
+    patched.lm_head.register_forward_hook(lambda *_: called.append(1))
+    torch.testing.assert_close(
+        patched(TOKENS, labels=TOKENS).loss, model(TOKENS, labels=TOKENS).loss
+    )
+    assert called == [1]
+
+
+def test_a_loss_of_ones_own_is_kept(llama):
+    model, replaced = llama
+    replaced.forward = types.MethodType(type(model).forward, replaced)
+    loss = patch(replaced, quiet=True)[-1]
+    assert loss.kept == {"the model's forward is replaced": 1}
+    own = eager(FAMILIES["llama"])
+    own.__class__ = type("Own", (type(model),), {})
+    loss = patch(own, quiet=True)[-1]
+    assert loss.name == "loss" and loss.kept == {"that of Own is not known": 1}
 
 
 def rows(count: int) -> list[dict]:
