@@ -12,8 +12,13 @@
 
 #include "vectors.h"
 
-#define QUERIES 64 /* of a block */
+#if defined(__AVX512F__)
+#define QUERIES 32 /* of a block */
+#define KEYS 64
+#else
+#define QUERIES 64
 #define KEYS 32
+#endif
 #define VECTORS (QUERIES / LANES)
 #define OF(half) ((half) ? 2 : 1) /* numbers in a word */
 #if defined(__AVX512F__) || defined(__aarch64__)
@@ -43,8 +48,6 @@ INLINE void turn(vec a[LANES]) {
 }
 
 INLINE int64_t whole(int64_t n) { return (n + LANES - 1) / LANES * LANES; } /* of vectors */
-
-INLINE vec larger(vec a, vec b) { return choose(b > a, b, a); }
 
 #define SELF(n, i) (i)
 INLINE ints counted(void) { return (ints){OF_LANES(SELF, 1)}; } /* 0, 1, 2, … */
@@ -76,6 +79,11 @@ typedef struct {
   const char *data;
   int64_t row, rows, dim; /* row: bytes from one to the next */
 } Rows;
+
+/* n of the rows, from `first` on. */
+INLINE Rows some(Rows x, int64_t first, int64_t n) {
+  return (Rows){x.data + first * x.row, x.row, n, x.dim};
+}
 
 /* What lies from there on. */
 INLINE Sheet from(Sheet x, int64_t row, int64_t column) {
@@ -118,6 +126,22 @@ INLINE void product_of(Sheet c, int64_t n, Rows a, Sheet b, int64_t k, int adds,
 }
 
 static void product_of_halves(Sheet c, int64_t n, Rows a, Sheet b, int64_t k, int adds) {
+#if HAS_TILES
+  const int64_t rows = a.rows / 16 * 16, words = k / 16 * 16;
+#define TILES(tall, wide)                                                                     \
+  tiles_product(tall, wide, from(c, i, j).at, c.row, a.data + i * a.row, a.row,               \
+                from(b, 0, j).at, b.row, words, adds)
+  if (tiles_granted && rows && words) {
+    for (int64_t j = 0; j < n; j += 32)
+      for (int64_t i = 0; i < rows; i += 32)
+        if (i + 32 <= rows) { if (j + 32 <= n) TILES(2, 2); else TILES(2, 1); }
+        else { if (j + 32 <= n) TILES(1, 2); else TILES(1, 1); }
+    const Rows rest = {a.data + 4 * words, a.row, rows, 0};
+    if (words < k) product_of(c, n, rest, from(b, words, 0), k - words, 1, 1);
+    c = from(c, rows, 0), a = some(a, rows, a.rows - rows);
+  }
+#undef TILES
+#endif
   product_of(c, n, a, b, k, adds, 1);
 }
 
@@ -148,11 +172,6 @@ INLINE Rows words_in(Sheet x, int64_t rows) {
 INLINE Rows numbers_in(Sheet x, int64_t rows, int64_t first, int half) {
   const int size = half ? 2 : 4;
   return (Rows){(const char *)x.at + first * size, size * x.row, rows, 0};
-}
-
-/* n of the rows, from `first` on. */
-INLINE Rows some(Rows x, int64_t first, int64_t n) {
-  return (Rows){x.data + first * x.row, x.row, n, x.dim};
 }
 
 /* Words i … i + LANES - 1 of a row, each of numbers side by side. */
@@ -196,6 +215,19 @@ INLINE void turn_below(Sheet to, Rows x, int half) {
       turn(block);
       EACH_LANE(l) store(to.at, (i + l) * to.row + row, block[l], 0);
     }
+}
+
+/* Of (blocks of keys, dim, KEYS in words), the block that begins at `key`. */
+INLINE Sheet block_in(Sheet x, int64_t key, int64_t dim, int half) {
+  return (Sheet){x.at + key / OF(half) * whole(dim), KEYS / OF(half)};
+}
+
+/* Each block of keys, turned, close together, so that its rows fit the cache side by side. */
+INLINE void turn_blocks(Sheet to, Rows x, int half) {
+  for (int64_t key = 0; key < x.rows; key += KEYS) {
+    const int64_t n = x.rows - key < KEYS ? x.rows - key : KEYS;
+    turn_below(block_in(to, key, x.dim, half), some(x, key, n), half);
+  }
 }
 
 /* (n rows in words, dim): lanes are numbers of a row. */
@@ -310,8 +342,8 @@ INLINE float scores_of(const Attention *a, const Block *block, Rows k, int64_t k
 /* What a thread works in; T', S': the queries and the keys of a block. */
 typedef struct {
   Sheet q, scores, weights;            /* (D, T'), (S', T'), (S', T') */
-  Sheet sums, values;                  /* (Dv, T'), (Dv, S) */
-  Sheet dout, q_rows, dout_rows, keys; /* (Dv, T'), (T', D), (T', Dv), (D, S) */
+  Sheet sums, values;                  /* (Dv, T'), (S / S', Dv, S') */
+  Sheet dout, q_rows, dout_rows, keys; /* (Dv, T'), (T', D), (T', Dv), (S / S', D, S') */
   Sheet dweights, narrow, dnarrow;     /* (S', T') */
   Sheet dq, dk, dv;                    /* (D, T'), (S, D), (S, Dv) */
   float *end;
@@ -324,19 +356,20 @@ INLINE Sheet taken(Room *room, int64_t rows, int64_t columns) {
 }
 
 INLINE Room room_in(const Attention *a, float *from, int backward) {
+  const int64_t keys = (a->keys + KEYS - 1) / KEYS * KEYS;
   Room r = {.end = from};
   r.q = taken(&r, a->dim, QUERIES);
   r.scores = taken(&r, KEYS, QUERIES);
   r.weights = taken(&r, KEYS, QUERIES);
   if (!backward) {
     r.sums = taken(&r, a->v_dim, QUERIES);
-    r.values = taken(&r, a->v_dim, a->keys);
+    r.values = taken(&r, a->v_dim, keys);
     return r;
   }
   r.dout = taken(&r, a->v_dim, QUERIES);
   r.q_rows = taken(&r, QUERIES, a->dim);
   r.dout_rows = taken(&r, QUERIES, a->v_dim);
-  r.keys = taken(&r, a->dim, a->keys);
+  r.keys = taken(&r, a->dim, keys);
   r.dweights = taken(&r, KEYS, QUERIES);
   r.narrow = taken(&r, KEYS, QUERIES);
   r.dnarrow = taken(&r, KEYS, QUERIES);
@@ -352,12 +385,11 @@ int64_t room(const Attention *a, int backward) {
   return room_in(a, &any, backward).end - &any;
 }
 
+INLINE vec weight_of(vec x, int half) { return half ? rounded_exponential(x) : exponential(x); }
+
 /* Two rows of numbers as one of words, or the first. */
 INLINE void put_below(Sheet to, int64_t row, int64_t i, vec first, vec second, int half) {
-  if (half) {
-    const words low = __builtin_convertvector(narrowed(first), words);
-    first = (vec)(low | __builtin_convertvector(narrowed(second), words) << 16);
-  }
+  if (half) first = (vec)paired(first, second);
   store(to.at, row / OF(half) * to.row + i, first, 0);
 }
 
@@ -368,14 +400,18 @@ INLINE void put_below(Sheet to, int64_t row, int64_t i, vec first, vec second, i
 INLINE void weigh(const Room *r, int64_t lane, int64_t n, float scale, int64_t v_dim, vec *most,
                   vec *total, int half) {
   const float *scores = r->scores.at + lane;
-  vec now = *most;
-  for (int64_t j = 0; j < n; j++) now = larger(now, load(scores, j * QUERIES, 0) * scale);
+  vec now = *most, too = now; /* two, as each waits for the one before */
+  for (int64_t j = 0; j < n; j += 2) {
+    now = larger(now, load(scores, j * QUERIES, 0) * scale);
+    if (j + 1 < n) too = larger(too, load(scores, (j + 1) * QUERIES, 0) * scale);
+  }
+  now = larger(now, too);
   const vec kept = exponential(*most - now);
   vec sum = *total * kept;
   for (int64_t j = 0; j < n; j += OF(half)) {
-    const vec one = exponential(load(scores, j * QUERIES, 0) * scale - now);
+    const vec one = weight_of(load(scores, j * QUERIES, 0) * scale - now, half);
     vec other = {};
-    if (half && j + 1 < n) other = exponential(load(scores, (j + 1) * QUERIES, 0) * scale - now);
+    if (half && j + 1 < n) other = weight_of(load(scores, (j + 1) * QUERIES, 0) * scale - now, 1);
     sum += one + other;
     put_below(r->weights, j, lane, one, other, half);
   }
@@ -406,7 +442,7 @@ INLINE void forward_block(const Attention *a, Room r, int64_t b, int64_t head, i
     const float scale = scores_of(a, &block, k, key, n, r.q, r.scores, half);
     for (int64_t x = lane; x < block.lanes; x += LANES)
       weigh(&r, x, n, scale, adds ? a->v_dim : 0, &most[x / LANES], &total[x / LANES], half);
-    const Rows values = words_in(from(r.values, 0, key / OF(half)), a->v_dim);
+    const Rows values = words_in(block_in(r.values, key, a->v_dim, half), a->v_dim);
     product(from(r.sums, 0, lane), block.lanes - lane, values, from(r.weights, 0, lane),
             (n + OF(half) - 1) / OF(half), adds, half);
     adds = 1;
@@ -423,11 +459,27 @@ INLINE void forward_block(const Attention *a, Room r, int64_t b, int64_t head, i
 INLINE void forward_head(const Attention *a, Room r, int64_t unit, int half) {
   const int64_t b = unit / a->heads, head = unit % a->heads;
   const Rows v = rows_of(a->v, b, head / (a->heads / a->kv_heads), a->keys, a->v_dim, half);
-  turn_below(r.values, v, half);
+  turn_blocks(r.values, v, half);
   for (int64_t i = 0; i < a->queries; i += QUERIES) forward_block(a, r, b, head, i, half);
 }
 
 /* ---- dq, dk, dv */
+
+/* Of the lanes from `lane` on, n keys' weights and the gradients of their scores. */
+INLINE void differ(const Room *r, int64_t lane, int64_t n, float scale, vec lse, vec delta,
+                   int half) {
+  vec before = {};
+  for (int64_t j = 0; j < n; j++) {
+    const int64_t place = j * QUERIES + lane;
+    const vec weight = weight_of(load(r->scores.at, place, 0) * scale - lse, half);
+    const vec dscore = weight * (load(r->dweights.at, place, 0) - delta);
+    store(r->narrow.at, place, weight, half);
+    store(r->dnarrow.at, place, dscore, half);
+    if (!half || j % 2) put_below(r->weights, j, lane, half ? before : dscore, dscore, half);
+    else if (j == n - 1) put_below(r->weights, j, lane, dscore, (vec){}, half);
+    before = dscore;
+  }
+}
 
 INLINE void backward_block(const Attention *a, Room r, int64_t b, int64_t head, int64_t i,
                            int half) {
@@ -462,25 +514,13 @@ INLINE void backward_block(const Attention *a, Room r, int64_t b, int64_t head, 
     const float scale = scores_of(a, &block, k, key, n, r.q, r.scores, half);
     product(from(r.dweights, 0, lane), lanes, some(v, key, n), from(r.dout, 0, lane),
             a->v_dim / OF(half), 0, half);
-    for (int64_t x = lane; x < block.lanes; x += LANES) {
-      const vec log = load(lse, x, 0), mean = load(delta, x, 0);
-      vec before = {};
-      for (int64_t j = 0; j < n; j++) {
-        const int64_t place = j * QUERIES + x;
-        const vec weight = exponential(load(r.scores.at, place, 0) * scale - log);
-        const vec dscore = weight * (load(r.dweights.at, place, 0) - mean);
-        store(r.narrow.at, place, weight, half);
-        store(r.dnarrow.at, place, dscore, half);
-        if (!half || j % 2) put_below(r.weights, j, x, half ? before : dscore, dscore, half);
-        else if (j == n - 1) put_below(r.weights, j, x, dscore, (vec){}, half);
-        before = dscore;
-      }
-    }
+    for (int64_t x = lane; x < block.lanes; x += LANES)
+      differ(&r, x, n, scale, load(lse, x, 0), load(delta, x, 0), half);
     product(from(r.dv, key, 0), r.dv.row, numbers_in(r.narrow, n, lane, half),
             from(r.dout_rows, above, 0), words, 1, half);
     product(from(r.dk, key, 0), r.dk.row, numbers_in(r.dnarrow, n, lane, half),
             from(r.q_rows, above, 0), words, 1, half);
-    const Rows keys = words_in(from(r.keys, 0, key / OF(half)), a->dim);
+    const Rows keys = words_in(block_in(r.keys, key, a->dim, half), a->dim);
     product(from(r.dq, 0, lane), lanes, keys, from(r.weights, 0, lane),
             (n + OF(half) - 1) / OF(half), adds, half);
     adds = 1;
@@ -490,7 +530,7 @@ INLINE void backward_block(const Attention *a, Room r, int64_t b, int64_t head, 
 
 INLINE void backward_group(const Attention *a, Room r, int64_t unit, int half) {
   const int64_t b = unit / a->kv_heads, group = unit % a->kv_heads, heads = a->heads / a->kv_heads;
-  turn_below(r.keys, rows_of(a->k, b, group, a->keys, a->dim, half), half);
+  turn_blocks(r.keys, rows_of(a->k, b, group, a->keys, a->dim, half), half);
   memset(r.dk.at, 0, 4 * a->keys * r.dk.row);
   memset(r.dv.at, 0, 4 * a->keys * r.dv.row);
   for (int64_t head = group * heads; head < (group + 1) * heads; head++)
@@ -507,7 +547,9 @@ INLINE void backward_group(const Attention *a, Room r, int64_t unit, int half) {
   for (int64_t thread = 0; thread < a.threads; thread++) {                                   \
     const Room r = room_in(&a, a.room + thread * size, backward);                            \
     const int64_t last = n_units * (thread + 1) / a.threads;                                 \
+    if (half) take_tiles();                                                                  \
     for (int64_t unit = n_units * thread / a.threads; unit < last; unit++) call;             \
+    if (half) leave_tiles();                                                                 \
   }
 
 void attention(const Attention *given, int half) {

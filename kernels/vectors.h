@@ -1,6 +1,6 @@
 /* What the C of this package shares: vectors of fp32, and of bf16 that are widened to it. */
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 #include <arm_neon.h>
@@ -10,6 +10,10 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#if defined(__AMX_BF16__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #define INLINE static inline __attribute__((always_inline))
 #if defined(__AVX512F__)
@@ -69,6 +73,14 @@ INLINE vec choose(ints mask, vec a, vec b) {
   return (vec)(((ints)a & mask) | ((ints)b & ~mask));
 }
 
+INLINE vec larger(vec a, vec b) { /* a where b is NaN */
+#if defined(__AVX512F__)
+  return (vec)_mm512_max_ps((__m512)b, (__m512)a);
+#else
+  return choose(b > a, b, a);
+#endif
+}
+
 /* e^x to 2 units in the last place, 0 below −87; x at most 88. */
 INLINE vec exponential(vec x) {
   const vec magic = spread(12582912.0f); /* 1.5 · 2²³: adding it rounds to an integer */
@@ -85,6 +97,22 @@ INLINE vec exponential(vec x) {
   y = y * r + 5.0000001201e-1f;
   y = y * (r * r) + r + 1.0f;
   return (vec)((ints)(y * (vec)power) & ~(x < -87.0f));
+}
+
+/* The same where it is rounded to bf16, to 4·10⁻³ of it: to 3·10⁻⁶. x may be −inf. */
+INLINE vec rounded_exponential(vec x) {
+#if defined(__AVX512F__)
+  x *= 1.44269504f;
+  const vec n = (vec)_mm512_roundscale_ps((__m512)x, 0), r = x - n;
+  vec y = spread(9.582852977e-3f); /* 2ʳ */
+  y = y * r + 5.590642474e-2f;
+  y = y * r + 2.402409861e-1f;
+  y = y * r + 6.931241934e-1f;
+  y = (vec)_mm512_scalef_ps((__m512)(y * r + 1.0f), (__m512)n);
+  return (vec)((ints)y & ~(x < -126.0f));
+#else
+  return exponential(x);
+#endif
 }
 
 INLINE vec not_below(vec x, float least) { return choose(x < least, spread(least), x); }
@@ -136,6 +164,20 @@ INLINE halves narrowed(vec x) { /* to nearest, ties to even */
 #endif
 }
 
+/* Words of two bf16 numbers each. */
+INLINE words paired(vec first, vec second) {
+#if defined(__AVX512BF16__)
+#define TWO(n, i) (uint16_t)(i), (uint16_t)((i) + LANES)
+  typedef uint16_t numbers __attribute__((vector_size(4 * LANES)));
+  const numbers one_behind_another = {OF_LANES(TWO, 0)};
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+  return (words)_mm512_permutexvar_epi16((__m512i)one_behind_another, both);
+#else
+  const words low = __builtin_convertvector(narrowed(first), words);
+  return low | __builtin_convertvector(narrowed(second), words) << 16;
+#endif
+}
+
 INLINE bf16 narrowed_one(float x) {
   uint32_t w;
   memcpy(&w, &x, 4);
@@ -161,6 +203,64 @@ INLINE vec pairs_added(vec acc, words inputs, words weights) {
   return acc + (vec)(inputs & 0xffff0000) * (vec)(weights & 0xffff0000);
 #endif
 }
+
+/* Matrix products by AMX: a tile is 16 rows of 16 words, of two bf16 numbers or one of fp32. */
+#if defined(__AMX_BF16__) && defined(__linux__)
+#define HAS_TILES 1
+static int tiles_granted;
+
+/* Linux gives a process its tiles where it asks for them, once: here, when this is loaded. */
+__attribute__((constructor)) static void ask_for_tiles(void) {
+  enum { REQUEST = 0x1023, TILES = 18 };
+  tiles_granted = syscall(SYS_arch_prctl, REQUEST, TILES) == 0;
+}
+
+/* A thread's tiles, before its products and after. */
+INLINE void take_tiles(void) {
+  const struct { uint8_t palette, rest[15]; uint16_t bytes[16]; uint8_t rows[16]; } layout = {
+      1, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+  if (tiles_granted) _tile_loadconfig(&layout);
+}
+
+INLINE void leave_tiles(void) { if (tiles_granted) _tile_release(); }
+
+/* c (16 · tall rows, 16 · wide) = or += a · b, over k words, of tiles of 16; tall and wide are 1 or
+   2. Rows of a lie a_row bytes apart, of b and c so many words. */
+INLINE void tiles_product(const int tall, const int wide, float *c, int64_t c_row, const char *a,
+                          int64_t a_row, const float *b, int64_t b_row, int64_t k, int adds) {
+  float *c2 = c + 16 * c_row;
+  c_row *= 4, b_row *= 4;
+#define EACH_TILE(of)                           \
+  of(0, c) if (wide == 2) of(1, c + 16)         \
+  if (tall == 2) { of(2, c2) if (wide == 2) of(3, c2 + 16) }
+#define LOADED(n, from) _tile_loadd(n, from, c_row);
+#define ZERO(n, from) _tile_zero(n);
+#define STORED(n, to) _tile_stored(n, to, c_row);
+  if (adds) { EACH_TILE(LOADED) }
+  else { EACH_TILE(ZERO) }
+  for (int64_t n = 0; n < k; n += 16) {
+    const char *row = (const char *)b + n * b_row;
+    _tile_loadd(4, a + 4 * n, a_row);
+    _tile_loadd(6, row, b_row);
+    _tile_dpbf16ps(0, 4, 6);
+    if (wide == 2) { _tile_loadd(7, row + 64, b_row); _tile_dpbf16ps(1, 4, 7); }
+    if (tall == 2) {
+      _tile_loadd(5, a + 16 * a_row + 4 * n, a_row);
+      _tile_dpbf16ps(2, 5, 6);
+      if (wide == 2) _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  EACH_TILE(STORED)
+#undef EACH_TILE
+#undef LOADED
+#undef ZERO
+#undef STORED
+}
+#else
+#define HAS_TILES 0
+INLINE void take_tiles(void) {}
+INLINE void leave_tiles(void) {}
+#endif
 
 /* Of x: bf16 numbers where half, else fp32. */
 

@@ -356,6 +356,7 @@ WIDTHS = {
     "8 lanes": ["-march=haswell"],
     "16 lanes": ["-march=skylake-avx512"],
     "16 lanes, bf16 products": ["-march=cooperlake"],
+    "16 lanes, tiles": ["-march=sapphirerapids"],
 }
 
 
