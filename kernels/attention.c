@@ -49,9 +49,6 @@ INLINE void turn(vec a[LANES]) {
 
 INLINE int64_t whole(int64_t n) { return (n + LANES - 1) / LANES * LANES; } /* of vectors */
 
-#define SELF(n, i) (i)
-INLINE ints counted(void) { return (ints){OF_LANES(SELF, 1)}; } /* 0, 1, 2, … */
-
 typedef struct {
   void *data; /* (batch, heads, tokens, dim); numbers of a head lie side by side */
   int64_t batch, head, token; /* strides, in numbers */
@@ -130,7 +127,7 @@ static void product_of_halves(Sheet c, int64_t n, Rows a, Sheet b, int64_t k, in
   const int64_t rows = a.rows / 16 * 16, words = k / 16 * 16;
 #define TILES(tall, wide)                                                                     \
   tiles_product(tall, wide, from(c, i, j).at, c.row, a.data + i * a.row, a.row,               \
-                from(b, 0, j).at, b.row, words, adds)
+                from(b, 0, j).at, b.row, words, adds, NULL, 0)
   if (tiles_granted && rows && words) {
     for (int64_t j = 0; j < n; j += 32)
       for (int64_t i = 0; i < rows; i += 32)
@@ -384,8 +381,6 @@ int64_t room(const Attention *a, int backward) {
   float any;
   return room_in(a, &any, backward).end - &any;
 }
-
-INLINE vec weight_of(vec x, int half) { return half ? rounded_exponential(x) : exponential(x); }
 
 /* Two rows of numbers as one of words, or the first. */
 INLINE void put_below(Sheet to, int64_t row, int64_t i, vec first, vec second, int half) {

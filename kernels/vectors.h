@@ -61,6 +61,9 @@ const int has_threads = 0;
 
 INLINE vec spread(float x) { return x - (vec){}; }
 
+#define SELF(n, i) (i)
+INLINE ints counted(void) { return (ints){OF_LANES(SELF, 1)}; } /* 0, 1, 2, … */
+
 INLINE float total(vec x) {
   float half[LANES];
   memcpy(half, &x, sizeof x);
@@ -115,6 +118,9 @@ INLINE vec rounded_exponential(vec x) {
 #endif
 }
 
+/* A weight of attention whose numbers are bf16, or fp32. */
+INLINE vec weight_of(vec x, int half) { return half ? rounded_exponential(x) : exponential(x); }
+
 INLINE vec not_below(vec x, float least) { return choose(x < least, spread(least), x); }
 
 INLINE vec sigmoid(vec x) { return 1.0f / (1.0f + exponential(-not_below(x, -87.0f))); }
@@ -147,7 +153,11 @@ INLINE vec activated(vec x, int64_t activation) {
 }
 
 INLINE vec widened(halves x) {
+#if defined(__AVX512F__) /* which GCC does by halves */
+  return (vec)((words)_mm512_cvtepu16_epi32((__m256i)x) << 16);
+#else
   return (vec)(__builtin_convertvector(x, words) << 16);
+#endif
 }
 
 INLINE halves narrowed(vec x) { /* to nearest, ties to even */
@@ -227,7 +237,8 @@ INLINE void leave_tiles(void) { if (tiles_granted) _tile_release(); }
 /* c (16 · tall rows, 16 · wide) = or += a · b, over k words, of tiles of 16; tall and wide are 1 or
    2. Rows of a lie a_row bytes apart, of b and c so many words. */
 INLINE void tiles_product(const int tall, const int wide, float *c, int64_t c_row, const char *a,
-                          int64_t a_row, const float *b, int64_t b_row, int64_t k, int adds) {
+                          int64_t a_row, const float *b, int64_t b_row, int64_t k, int adds,
+                          const char *ahead, int64_t bytes) {
   float *c2 = c + 16 * c_row;
   c_row *= 4, b_row *= 4;
 #define EACH_TILE(of)                           \
@@ -240,6 +251,7 @@ INLINE void tiles_product(const int tall, const int wide, float *c, int64_t c_ro
   else { EACH_TILE(ZERO) }
   for (int64_t n = 0; n < k; n += 16) {
     const char *row = (const char *)b + n * b_row;
+    for (int64_t i = n * bytes; i < (n + 16) * bytes; i += 64) __builtin_prefetch(ahead + i, 0, 2);
     _tile_loadd(4, a + 4 * n, a_row);
     _tile_loadd(6, row, b_row);
     _tile_dpbf16ps(0, 4, 6);

@@ -29,7 +29,7 @@
 typedef struct {
   const void *weight; /* packed; fp32, or bf16 in pairs of inputs */
   const float *bias;
-  int64_t in, out; /* in: even; what is past the model's own is zero */
+  int64_t in, out; /* in: of whole steps; what is past the model's own is zero */
 } Matrix;
 
 typedef struct {
@@ -64,6 +64,15 @@ typedef struct {
 enum { STORE, ADD, ACTIVATE, MULTIPLY };
 
 /* ---- matrix products */
+
+/* Rows whose products with a panel are taken at once: two tiles of AMX, or STRIP of vectors. */
+#if HAS_TILES
+#define TALL 32
+INLINE int with_tiles(int half) { return half && tiles_granted; }
+#else
+#define TALL STRIP
+INLINE int with_tiles(int half) { return half & 0; }
+#endif
 
 /* The sums of n rows of x, `stride` numbers apart, with a panel, over so many words of inputs: a
    word is a number, or two in bf16. Meanwhile what follows is asked for, `ahead`, so many bytes a
@@ -114,53 +123,78 @@ static void sums(int n, vec found[STRIP][2], const void *x, int64_t stride, cons
 #undef OF
 }
 
+/* Two vectors of sums become numbers of y, `end`, with `left` to the end of its row: what is behind
+   that is not written. */
+INLINE void finish(const Model *model, const Matrix *m, const vec found[2], int64_t column, float *end,
+                   int64_t left, int epilogue) {
+  for (int i = 0; i < 2; i++, column += LANES, end += LANES, left -= LANES) {
+    vec *to = (vec *)end, sum = found[i];
+    if (m->bias) sum += *(const vec *)(m->bias + column);
+    if (left < LANES) { /* of logits, which are only stored */
+      if (left > 0) memcpy(end, &sum, left * sizeof *end);
+      continue;
+    }
+    if (epilogue == ADD) sum += *to;
+    else if (epilogue == ACTIVATE) sum = activated(sum, model->activation);
+    else if (epilogue == MULTIPLY) sum *= *to;
+    *to = sum;
+  }
+}
+
 /* y of x (rows, in): panels `first` to `last` of the matrix. Rows are `stride_x` and `stride_y`
-   numbers apart; what a panel has behind a row of y is not written. */
+   numbers apart. */
 static void product(const Model *model, const Matrix *m, const void *x, int64_t stride_x,
                     int64_t rows, float *y, int64_t stride_y, int epilogue, int64_t first,
                     int64_t last) {
-  const int half = model->half;
+  const int half = model->half, tall = with_tiles(half) ? TALL : STRIP;
   const int64_t inputs = half ? m->in / 2 : m->in, size = inputs * 4 * PANEL;
-  const int64_t strips = (rows + STRIP - 1) / STRIP; /* of about as many rows each */
+  const int64_t strips = (rows + tall - 1) / tall;
   const int64_t bytes = (4 * PANEL + strips - 1) / strips;
   for (int64_t p = first; p < last; p++) {
     const char *panel = (const char *)m->weight + p * size;
     for (int64_t strip = 0; strip < strips; strip++) {
-      const int64_t row = rows * strip / strips;
-      const int n = rows * (strip + 1) / strips - row;
-      const void *from = (const char *)x + row * stride_x * (half ? 2 : 4);
-      vec found[STRIP][2];
-      sums(n, found, from, stride_x, panel, inputs, panel + size + strip * inputs * bytes, bytes,
-           half);
+      const int64_t share = with_tiles(half) ? tall * strips : rows; /* about as many rows each */
+      const int64_t row = share * strip / strips, end = share * (strip + 1) / strips;
+      const int n = (end < rows ? end : rows) - row;
+      const char *from = (const char *)x + row * stride_x * (half ? 2 : 4);
+      vec found[TALL][2] __attribute__((aligned(64)));
+      const char *ahead = panel + size + strip * inputs * bytes;
+#if HAS_TILES
+#define TILES(tall, ahead, bytes)                                                         \
+  tiles_product(tall, 2, (float *)found, PANEL, from, 2 * stride_x, (const float *)panel, \
+                PANEL, inputs, 0, ahead, bytes)
+      if (with_tiles(half) && n > 16) TILES(2, ahead, bytes);
+      else if (with_tiles(half)) TILES(1, NULL, 0); /* which asking ahead slows down */
+      else
+#undef TILES
+#endif
+        sums(n, found, from, stride_x, panel, inputs, ahead, bytes, half);
       for (int r = 0; r < n; r++)
-        for (int i = 0; i < 2; i++) {
-          const int64_t column = p * PANEL + i * LANES;
-          float *end = y + (row + r) * stride_y + column;
-          vec *to = (vec *)end;
-          vec sum = found[r][i];
-          if (m->bias) sum += *(const vec *)(m->bias + column);
-          if (column + LANES > stride_y) { /* of logits, which are only stored */
-            if (column < stride_y) memcpy(end, &sum, (stride_y - column) * sizeof *y);
-            continue;
-          }
-          if (epilogue == ADD) sum += *to;
-          else if (epilogue == ACTIVATE) sum = activated(sum, model->activation);
-          else if (epilogue == MULTIPLY) sum *= *to;
-          *to = sum;
-        }
+        finish(model, m, found[r], p * PANEL, y + (row + r) * stride_y + p * PANEL,
+               stride_y - p * PANEL, epilogue);
     }
   }
 }
 
 static int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
+/* n numbers from the beginning of a line of the cache, or NULL. */
+static float *cleared(int64_t n) {
+  const int64_t size = round_up(n * sizeof(float), 64);
+  float *found = aligned_alloc(64, size);
+  return found ? memset(found, 0, size) : NULL;
+}
+
 /* All of a product, its columns dealt out to a team of threads. */
 static void whole(const Model *model, const Matrix *m, const void *x, int64_t stride_x,
                   int64_t rows, float *y, int64_t stride_y, int epilogue, int team) {
   const int64_t panels = round_up(m->out, PANEL) / PANEL;
-  TEAM for (int part = 0; part < team; part++)
+  TEAM for (int part = 0; part < team; part++) {
+    if (model->half) take_tiles();
     product(model, m, x, stride_x, rows, y, stride_y, epilogue, panels * part / team,
             panels * (part + 1) / team);
+    if (model->half) leave_tiles();
+  }
 }
 
 /* ---- norms and rotary positions */
@@ -232,42 +266,44 @@ INLINE vec totals(vec a[LANES]) {
   return a[0];
 }
 
+/* The scores of LANES keys with q, of which those behind the `last` are that one's again. */
+INLINE vec scores_of(const float *q, const uint32_t *pairs, const void *keys, int64_t last,
+                     int64_t dim, int half) {
+  const int64_t even = dim / LANES * LANES, paired = half ? dim / (2 * LANES) * LANES : 0;
+#define ROW(i) ((i < last ? i : last) * dim)
+  vec acc[LANES] = {};
+  for (int64_t d = 0; d < paired; d += LANES) {
+    const words b_q = *(const words *)(pairs + d);
+    EACH_LANE(i)
+      acc[i] = pairs_added(acc[i], b_q, *(const words *)((const uint32_t *)keys + ROW(i) / 2 + d));
+  }
+  for (int64_t d = 2 * paired; d < even; d += LANES) {
+    const vec b_q = *(const vec *)(q + d);
+    EACH_LANE(i) acc[i] += b_q * load(keys, ROW(i) + d, half);
+  }
+  vec sum = totals(acc);
+  for (int64_t d = even; d < dim; d++)
+    for (int i = 0; i < LANES; i++) sum[i] += q[d] * at(keys, ROW(i) + d, half);
+#undef ROW
+  return sum;
+}
+
 /* scores[j] of n keys (n, dim) with q; −inf up to the next multiple of LANES. In bf16 as many
    numbers as fill vectors are multiplied in pairs, with q rounded as the keys are. Meanwhile the
    values, which lie as the keys do, are asked for. */
 INLINE void score(const float *q, const uint32_t *pairs, const void *keys, const void *values,
                   int64_t n, int64_t dim, float *scores, int half) {
-  const int64_t even = dim / LANES * LANES, paired = half ? dim / (2 * LANES) * LANES : 0;
-  const int64_t row = dim / 2, size = half ? 2 : 4; /* words of a key in bf16; bytes of a number */
+  const int64_t size = dim * (half ? 2 : 4);
   int64_t j = 0;
   for (; j + LANES <= n; j += LANES) {
-    const char *soon = (const char *)values + j * dim * size;
-    for (int64_t b = 0; b < LANES * dim * size; b += 64) __builtin_prefetch(soon + b, 0, 3);
-    vec acc[LANES] = {};
-    for (int64_t d = 0; d < paired; d += LANES) {
-      const words b_q = *(const words *)(pairs + d);
-      const uint32_t *from = (const uint32_t *)keys + j * row + d;
-      EACH_LANE(i) acc[i] = pairs_added(acc[i], b_q, *(const words *)(from + i * row));
-    }
-    for (int64_t d = 2 * paired; d < even; d += LANES) {
-      const vec b_q = *(const vec *)(q + d);
-      EACH_LANE(i) acc[i] += b_q * load(keys, (j + i) * dim + d, half);
-    }
-    vec sum = totals(acc);
-    for (int64_t d = even; d < dim; d++)
-      for (int i = 0; i < LANES; i++) sum[i] += q[d] * at(keys, (j + i) * dim + d, half);
-    *(vec *)(scores + j) = sum;
+    const char *soon = (const char *)values + j * size;
+    for (int64_t b = 0; b < LANES * size; b += 64) __builtin_prefetch(soon + b, 0, 3);
+    const void *from = (const char *)keys + j * size;
+    *(vec *)(scores + j) = scores_of(q, pairs, from, LANES, dim, half);
   }
-  for (const int64_t end = round_up(n, LANES); j < end; j++) {
-    vec acc = {};
-    for (int64_t d = 0; j < n && d < paired; d += LANES)
-      acc = pairs_added(acc, *(const words *)(pairs + d),
-                        *(const words *)((const uint32_t *)keys + j * row + d));
-    for (int64_t d = 2 * paired; j < n && d < even; d += LANES)
-      acc += *(const vec *)(q + d) * load(keys, j * dim + d, half);
-    scores[j] = j < n ? total(acc) : -INFINITY;
-    for (int64_t d = even; j < n && d < dim; d++) scores[j] += q[d] * at(keys, j * dim + d, half);
-  }
+  if (j == n) return;
+  const vec found = scores_of(q, pairs, (const char *)keys + j * size, n - j - 1, dim, half);
+  *(vec *)(scores + j) = choose(counted() < (int32_t)(n - j), found, spread(-INFINITY));
 }
 
 /* Of several heads at once, each value read once: out += weights · values for `wide` vectors of
@@ -332,12 +368,12 @@ INLINE void attend(const int heads, const float *q, const Segment segment[2], in
     vec most = spread(-INFINITY), sum = {};
     for (int64_t j = 0; j < all; j += LANES) {
       vec b = *(vec *)(own + j);
-      most = choose(b > most, b, most);
+      most = larger(most, b);
     }
     float best = most[0];
     for (int i = 1; i < LANES; i++) best = most[i] > best ? most[i] : best;
     for (int64_t j = 0; j < all; j += LANES) {
-      vec b = exponential(*(vec *)(own + j) - best);
+      vec b = weight_of(*(vec *)(own + j) - best, half);
       *(vec *)(own + j) = b;
       sum += b;
     }
@@ -445,8 +481,9 @@ static int run(const Model *m, const Pass *pass, int64_t first, int64_t last, in
     if (n > positions) positions = n;
   }
   positions = GROUP * round_up(positions, LANES); /* scores of a group of heads */
-  const int64_t size_h = rows * stride_h, size_y = rows * stride_y, size_x = rows * stride_x;
-  float *memory = calloc(size_h + size_y + size_x + team * positions, sizeof *memory);
+  const int64_t size_h = rows * stride_h, size_y = rows * stride_y;
+  const int64_t size_x = round_up(rows, TALL) * stride_x; /* tiles read behind the last */
+  float *memory = cleared(size_h + size_y + size_x + team * positions);
   if (!memory) return 1;
   float *h = memory, *y = h + size_h, *scores = y + size_y + size_x;
   void *x = y + size_y;
@@ -509,9 +546,11 @@ int hidden(const Model *model, const Pass *pass) {
   if (each > most) each = most;
   int failed = 0;
   /* A thread takes its sequences through all layers, as many as the others, up to 64 rows. Where
-     that is not a strip for each, or leaves half of them without any, they divide each operation
-     instead: outside of the region below, as a team within another is made anew every time. */
-  if (each * pass->tokens < STRIP || 2 * ((n + each - 1) / each) <= pass->threads) {
+     that is not a strip for each (by tiles, of matrices that no cache holds, not a tile), or leaves
+     half of them without any, they divide each operation instead: outside of the region below, as a
+     team within another is made anew every time. */
+  const int fetched = with_tiles(model->half) && model->width * model->inner >= 1 << 19;
+  if (each * pass->tokens < (fetched ? 16 : STRIP) || 2 * ((n + each - 1) / each) <= pass->threads) {
     each = n < most ? n : most;
     for (int64_t first = 0; first < n; first += each)
       failed |= run(model, pass, first, first + each < n ? first + each : n, pass->threads);
@@ -528,7 +567,7 @@ int logits(const Model *m, const float *x, int64_t rows, float *y, int64_t threa
   if (!rows) return 0;
   const int half = m->half;
   const int64_t C = m->width, size = half ? 2 : 4, stride = round_up(C, PANEL);
-  char *memory = calloc(rows * stride, size);
+  char *memory = (char *)cleared(round_up(rows, TALL) * stride);
   if (!memory) return 1;
   for (int64_t row = 0; row < rows; row++)
     normed(m, x + row * C, m->norm, m->norm_bias, C, m->layer_norm, memory + row * stride * size,
@@ -607,7 +646,7 @@ static float largest(const float *x, int64_t n) {
   int64_t i = 0;
   for (; i + LANES <= n; i += LANES) {
     const vec b = *(const vec *)(x + i);
-    most = choose(b > most, b, most);
+    most = larger(most, b);
   }
   float best = most[0];
   for (int lane = 1; lane < LANES; lane++) best = most[lane] > best ? most[lane] : best;
@@ -725,5 +764,6 @@ int draw(const Draws *d) {
   return 0;
 }
 
-/* Outputs of a panel, for who lays matrices out. */
+/* Outputs of a panel, and what inputs are a multiple of, for who lays matrices out. */
 int64_t panel(void) { return PANEL; }
+int64_t step(int half) { return with_tiles(half) ? 32 : 2; }

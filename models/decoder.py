@@ -277,9 +277,9 @@ class Decoder:
         weights = [linear.weight.detach().to(self.dtype) for linear in linears]
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         rows, columns = weight.shape
-        panel = self.library.panel()
-        if columns % 2 or rows % panel:
-            weight = nn.functional.pad(weight, (0, columns % 2, 0, -rows % panel))
+        panel, step = self.library.panel(), self.library.step(self.dtype == torch.bfloat16)
+        if columns % step or rows % panel:
+            weight = nn.functional.pad(weight, (0, -columns % step, 0, -rows % panel))
         words = weight.contiguous().view(torch.int32)  # a number, or two in bf16
         packed = words.view(-1, panel, words.shape[1]).transpose(1, 2)
         packed = packed.clone(memory_format=torch.contiguous_format)
