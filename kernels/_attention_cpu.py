@@ -12,25 +12,16 @@ import torch
 from torch import Tensor
 
 from ._attention_masks import Segments, diagonal
-from ._native import known, threaded_library
+from ._native import View, known, threaded_library
 from ._runtime import empty_like, operation, traced, unit_stride
 
 SOURCE = Path(__file__).with_name("attention.c")
 SHARE = 2**18  # products of two numbers that are worth a thread
 
 
-class _View(ctypes.Structure):
-    """A tensor (B, H, T, D) with unit stride within a head."""
-
-    _fields_ = [("data", c_void_p), *((name, c_int64) for name in ("batch", "head", "token"))]
-
-    def __init__(self, x: Tensor):
-        super().__init__(x.data_ptr(), *x.stride()[:3])
-
-
 class _Attention(ctypes.Structure):
     _fields_ = [
-        *((name, _View) for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv")),
+        *((name, View) for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv")),
         *((name, c_void_p) for name in ("query_ids", "key_ids", "lse", "room")),
         *((name, c_int64) for name in ("batch", "heads", "kv_heads", "queries", "keys")),
         *((name, c_int64) for name in ("dim", "v_dim", "offset", "width", "threads")),
@@ -88,7 +79,7 @@ def _run(
     units = batch * (kv_heads if backward else heads)
     worth = units * queries * keys * dim // SHARE
     work = _Attention(
-        **{name: _View(x) for name, x in tensors.items()},
+        **{name: View(x) for name, x in tensors.items()},
         query_ids=None if query_ids is None else query_ids.data_ptr(),
         key_ids=None if key_ids is None else key_ids.data_ptr(),
         lse=lse.data_ptr(),

@@ -13,13 +13,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import _attention_cpu, _runtime
+from . import _attention_cpu, _decode_attention_cpu, _runtime
 from ._native import in_words, known, threaded_library
 from ._runtime import traced, use_triton
 
 SOURCE = Path(__file__).with_name("cpu.c")
 FUNCTIONS: dict[str, Path] = dict.fromkeys(("rms_norm", "rotary", "cross_entropy"), SOURCE)
 FUNCTIONS["attention"] = _attention_cpu.SOURCE
+FUNCTIONS["decode_attention"] = _decode_attention_cpu.SOURCE
 # Of which a part is here, beside products.
 PARTLY = dict(gated_mlp="activations", mlp="activations", linear_cross_entropy="losses")
 ACTIVATIONS = {"relu": 0, "relu2": 1, "gelu_tanh": 3, "silu": 4}  # as vectors.h counts them

@@ -8,19 +8,29 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from ctypes import c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-HEADER = Path(__file__).with_name("vectors.h")  # which all of it includes
+HEADERS = sorted(Path(__file__).parent.glob("*.h"))  # some of which each file includes
 # Nothing is rounded otherwise than it is written, but for products that are fused with a sum.
 COMMON = "-O3 -std=gnu11 -ffp-contract=fast -fno-math-errno -fno-trapping-math -shared -fPIC"
 # The first that the compiler takes: Apple's has no OpenMP, and Arm's CPUs another name.
 CHOICES = "-march=native -fopenmp", "-mcpu=native -fopenmp", "-march=native", "-mcpu=native"
 PLAIN = Tensor, torch.nn.Parameter
 DTYPES = torch.float32, torch.bfloat16
+
+
+class View(ctypes.Structure):
+    """A tensor (B, H, T, D) with unit stride within a head, as C is told of it."""
+
+    _fields_ = [("data", c_void_p), *((name, c_int64) for name in ("batch", "head", "token"))]
+
+    def __init__(self, x: Tensor):
+        super().__init__(x.data_ptr(), *x.stride()[:3])
 
 
 def known(*tensors: Tensor | None) -> bool:
@@ -91,7 +101,7 @@ def library(source: Path) -> ctypes.CDLL | None:
     command = compiler()
     if command is None:
         return None
-    text = *(file.read_text(encoding="utf-8") for file in (source, HEADER)), COMMON, CHOICES
+    text = *(file.read_text(encoding="utf-8") for file in (source, *HEADERS)), COMMON, CHOICES
     known = *text, command, _said([*command, "--version"]), _cpu()
     digest = hashlib.sha256(repr(known).encode()).hexdigest()[:16]
     name, folder = f"{source.stem}-{digest}.so", _folder()

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _decode_attention_cpu
 from ._flash_decoding import combine_kernel, flash_decoding_kernel
 from ._runtime import (
     TRITON_TYPE,
@@ -47,10 +48,9 @@ SPLIT = 256  # cache positions a program reads; a constant, so that sums never c
 COMBINED = 8  # splits that are read side by side where they are combined
 PREFIX_SPLIT = 512  # more, for every split leaves a partial result of all the rows of a group
 # What keeps S out of the roundings on CPU: MKL cuts a contraction of more than 192 terms at places
-# that depend on its length, unless it has fewer than 4 rows; and torch.bmm takes another path below
-# 400 products. (Seen with MKL 2024.2, with AVX2 and AVX-512; the tests compare bits.)
+# that depend on its length; and torch.bmm takes another path below 400 products. (Seen with MKL
+# 2024.2, with AVX2 and AVX-512; the tests compare bits.)
 CPU_SPLIT = 192
-CPU_ROWS = 4
 CPU_LEAST = 400
 LOG2_E = math.log2(math.e)
 
@@ -69,7 +69,8 @@ def decode_attention_reference(
     prefix_lengths: Tensor | None = None,
     block_table: Tensor | None = None,
 ) -> Tensor:
-    """The definition, computed in fp32 (fp64 stays fp64) and returned in q's dtype.
+    """The definition, computed in fp32 (fp64 stays fp64) and returned in q's dtype; a CPU's path
+    where C is none.
 
     Batched products beat scaled_dot_product_attention here (2 cores, B = 256, Hq = 4, Hkv = 2,
     D = 32, T = 1: 0.8 ms against 1.1 at S = 64, 1.4 against 2.1 at S = 128), are finite whatever
@@ -121,10 +122,9 @@ def decode_attention_reference(
         scores = torch.cat([scores, sink.reshape(*scores.shape[:-1], 1)], -1)
     weights = scores.softmax(-1)
     own = weights[..., :capacity]
-    step = CPU_SPLIT if n_query >= CPU_ROWS else capacity
-    out = torch.bmm(own[..., :step], values[:, :step])
-    for start in range(step, capacity, step):
-        split = slice(start, start + step)
+    out = torch.bmm(own[..., :CPU_SPLIT], values[:, :CPU_SPLIT])
+    for start in range(CPU_SPLIT, capacity, CPU_SPLIT):
+        split = slice(start, start + CPU_SPLIT)
         out.baddbmm_(own[..., split], values[:, split])
     if prefix is not None:
         out += _per_group(weights[..., capacity : capacity + n_prefix], v_prefix, n_kv_head)
@@ -514,8 +514,9 @@ def decode_attention(
     a row's length may be anything; entries within it are read on the device and not checked.
 
     Beyond a row's length the cache may hold anything finite. There, and in the other rows, nothing
-    changes a bit of the row's result; nor does S, which on CPU must be a multiple of 16 (and fp32).
-    On CPU, a prefix has no such promise: there the number of rows in a group may show.
+    changes a bit of the row's result; nor does S. On CPU, what PyTorch's operations do (a window, a
+    soft-cap, sinks, pages, more than 8 tokens) promises that in fp32 alone, for S a multiple of 16,
+    and not with a prefix: there the number of rows in a group may show.
 
     Raises ValueError for shapes or dtypes that do not fit. Source: Dao et al. 2023; the prefix,
     Juravsky et al. 2024; pages, Kwon et al. 2023.
@@ -540,6 +541,19 @@ def decode_attention(
         block_table=block_table,
     )
     if not use_triton(q):
+        plain = window is None and softcap is None and sinks is None
+        whole_rows = block_table is None or block_table.shape[1] == 1
+        if plain and whole_rows and _decode_attention_cpu.takes(q, k_cache, v_cache, *prefix or ()):
+            return _decode_attention_cpu.decode_attention_in_c(
+                q,
+                k_cache,
+                v_cache,
+                lengths,
+                q.shape[-1] ** -0.5 if scale is None else scale,
+                prefix,
+                prefix_lengths,
+                None if block_table is None else block_table[:, 0],
+            )
         return decode_attention_reference(
             q,
             k_cache,

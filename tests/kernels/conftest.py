@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from ponder.kernels import _attention_cpu, _cpu
+from ponder.kernels import _attention_cpu, _cpu, _decode_attention_cpu
 
 if chip := os.environ.get("PONDER_PTX"):
     # Of no use there: what compiles, the interpreter's own, how a path is chosen; Hopper's kernels.
@@ -35,7 +35,7 @@ def path(request, device, monkeypatch) -> str:
 def _on_a_cpu(way: str, monkeypatch) -> str:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     if way == "by PyTorch":
-        for module in (_cpu, _attention_cpu):
+        for module in (_cpu, _attention_cpu, _decode_attention_cpu):
             monkeypatch.setattr(module, "threaded_library", lambda source: None)
     return "cpu"
 

@@ -36,9 +36,9 @@ def calls(monkeypatch):
     return seen
 
 
-# (B, Hq, Hkv, T, S, D). A block is 64 queries, or 32 keys: less than one, one, several with a rest
-# or without; groups of 1, 2 and 3 heads; T = S, T < S and T > S, where some queries see no key.
-# Head dimensions of whole vectors, of less than one, and of some with a rest.
+# (B, Hq, Hkv, T, S, D). A block is 64 queries, or 32 keys; with AVX-512 32, or 64: less than one,
+# one, several with a rest or without; groups of 1, 2 and 3 heads; T = S, T < S and T > S, where
+# some queries see no key. Head dimensions of whole vectors, of less than one, of some with a rest.
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(

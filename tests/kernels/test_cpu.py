@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ponder.kernels import (
     _attention_cpu,
     _cpu,
+    _decode_attention_cpu,
     _native,
     cross_entropy,
     layer_norm,
@@ -28,7 +29,7 @@ from ponder.models import decoder
 
 from .numerics import EPSILON, relative_error
 
-SOURCES = [SOURCE, _attention_cpu.SOURCE, decoder.SOURCE]
+SOURCES = [SOURCE, _attention_cpu.SOURCE, _decode_attention_cpu.SOURCE, decoder.SOURCE]
 FP32, BF16 = torch.float32, torch.bfloat16
 losses = importlib.import_module("ponder.kernels.cross_entropy")
 linear = importlib.import_module("ponder.kernels.linear_cross_entropy")

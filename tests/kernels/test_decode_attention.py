@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from ponder.kernels import _decode_attention_cpu
 from ponder.kernels.decode_attention import decode_attention, decode_attention_reference
 
 from .numerics import DTYPES, EPSILON, relative_error
@@ -46,9 +47,7 @@ GRID = [
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", GRID)
-def test_against_truth(shape, dtype, device):
+def check(shape, dtype, device):
     q, k, v, lengths = problem(*shape, dtype, device)
     expected = truth(q, k, v, lengths)
     beyond = torch.arange(k.shape[2], device=device) >= lengths[:, None]
@@ -64,23 +63,71 @@ def test_against_truth(shape, dtype, device):
     assert error <= reference_error + tolerance
 
 
-def test_strides_scale_and_int32_lengths(device):
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", GRID)
+def test_against_truth(shape, dtype, device):
+    check(shape, dtype, device)
+
+
+# Besides: more heads in a group than are taken at once, in bf16 of no whole vector; an odd head
+# dimension, which in bf16 is PyTorch's.
+@pytest.mark.cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "shape", [*GRID, (3, 7, 1, 8, 90, 34, [90, 8, 33]), (2, 4, 2, 1, 50, 37, [50, 31])]
+)
+def test_against_truth_on_a_cpu(shape, dtype, way_on_a_cpu, monkeypatch):
+    monkeypatch.setattr(_decode_attention_cpu, "SHARE", 1)  # a thread for the least work, too
+    check(shape, dtype, way_on_a_cpu)
+
+
+@pytest.mark.cpu
+def test_what_is_in_c(monkeypatch):
+    """The cache of a decode step is; what C does not know is PyTorch's."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    was, taken = _decode_attention_cpu.decode_attention_in_c, []
+    monkeypatch.setattr(
+        _decode_attention_cpu,
+        "decode_attention_in_c",
+        lambda *given: (taken.append(True), was(*given))[1],
+    )
+
+    def in_c(dtype=torch.float32, tokens=1, head_dim=16, turned=False, **options):
+        taken.clear()
+        q, k, v, lengths = problem(2, 4, 2, tokens, 20, head_dim, [20, 9], dtype, "cpu")
+        k = k.mT.contiguous().mT if turned else k
+        decode_attention(q, k, v, lengths, **options)
+        return bool(taken)
+
+    prefix = tuple(torch.randn(2, 1, 2, 30, 16))
+    table = torch.tensor([[1], [0]], dtype=torch.int32)
+    assert in_c() and in_c(torch.bfloat16) and in_c(tokens=8) and in_c(head_dim=256)
+    assert in_c(scale=0.3) and in_c(prefix=prefix) and in_c(block_table=table)
+    assert in_c(head_dim=37) and not in_c(torch.bfloat16, head_dim=37)
+    assert not in_c(torch.float16) and not in_c(tokens=9) and not in_c(head_dim=257)
+    assert not in_c(turned=True) and not in_c(block_table=table.expand(2, 2))
+    assert not in_c(window=5) and not in_c(softcap=5.0) and not in_c(sinks=torch.zeros(4))
+
+
+def test_strides_scale_and_int32_lengths(way):
+    device = way
     q, k, v, lengths = problem(2, 4, 2, 3, 40, 32, [40, 7], torch.float32, device)
     expected = truth(q, k, v, lengths, scale=0.3)
     transposed = q.transpose(1, 2).contiguous().transpose(1, 2)
     wider = torch.full((2, 2, 64, 32), math.nan, device=device)
     wider[:, :, :40] = k
     turned = v.transpose(2, 3).contiguous().transpose(2, 3)
-    y = decode_attention(transposed, wider[:, :, :40], turned, lengths.int(), scale=0.3)
-    assert relative_error(y, expected) < 1e-6
+    for values in (v, turned):
+        y = decode_attention(transposed, wider[:, :, :40], values, lengths.int(), scale=0.3)
+        assert relative_error(y, expected) < 1e-6
 
 
-def same_bits(shape, capacities, device):
+def same_bits(shape, capacities, device, dtype=torch.float32):
     """The rows' bits on caches of several capacities, with other rows and other garbage each."""
     n_row, n_head, n_kv_head, n_new, head_dim, lengths = shape
     full = max(capacities)
     q, k, v, lengths = problem(
-        n_row, n_head, n_kv_head, n_new, full, head_dim, lengths, torch.float32, device
+        n_row, n_head, n_kv_head, n_new, full, head_dim, lengths, dtype, device
     )
     beyond = (torch.arange(full, device=device) >= lengths[:, None])[:, None, :, None]
     first = None
@@ -122,13 +169,21 @@ def test_bits_of_a_row_are_its_own_in_the_kernel(device):
     ],
 )
 @pytest.mark.parametrize("threads", [1, 2])
-def test_bits_of_a_row_are_its_own_on_cpu(shape, capacities, threads, set_threads, monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
+def test_bits_of_a_row_are_its_own_on_cpu(shape, capacities, threads, set_threads, way_on_a_cpu):
     set_threads(threads)
-    same_bits(shape, capacities, "cpu")
+    same_bits(shape, capacities, way_on_a_cpu)
 
 
-def test_a_length_too_short_stays_finite(device):
+@pytest.mark.cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bits_in_c_are_so_for_any_capacity(dtype, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    same_bits((3, 6, 2, 1, 48, [3, 17, 40]), (40, 41, 57, 300), "cpu", dtype)
+    same_bits((5, 3, 3, 4, 20, [5, 9, 33, 4, 32]), (33, 35, 64), "cpu", dtype)
+
+
+def test_a_length_too_short_stays_finite(way):
+    device = way
     q, k, v, lengths = problem(3, 2, 1, 2, 300, 16, [0, 1, 2], torch.float32, device)
     y = decode_attention(q, k, v, lengths)
     first = v[:, :, :1].expand(-1, 2, 2, -1)
@@ -138,7 +193,8 @@ def test_a_length_too_short_stays_finite(device):
     torch.testing.assert_close(y, reference)
 
 
-def test_empty_batch_and_no_gradient(device):
+def test_empty_batch_and_no_gradient(way):
+    device = way
     q, k, v, lengths = problem(2, 2, 1, 1, 16, 16, [4, 5], torch.float32, device)
     for path in (decode_attention, decode_attention_reference):
         assert path(q[:0], k[:0], v[:0], lengths[:0]).shape == (0, 2, 1, 16)

@@ -192,14 +192,32 @@ def test_bits_of_a_row_are_not_of_its_group(device):
 
 
 @pytest.mark.cpu
-def test_cpu_path(monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    inputs = problem(4, 4, 2, 3, 60, 48, [3, 60, 57, 50], torch.float32, "cpu")
-    prefix = shared(2, 70, 48, [70, 13], torch.float32, "cpu")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_cpu(dtype, way_on_a_cpu):
+    inputs = problem(4, 4, 2, 3, 60, 48, [3, 60, 57, 50], dtype, way_on_a_cpu)
+    prefix = shared(2, 70, 48, [70, 13], dtype, way_on_a_cpu)
+    none = shared(2, 70, 48, [0, 70], dtype, way_on_a_cpu)
     sinks = torch.randn(4)
     check(*inputs, page_size=24, window=62, softcap=5.0, sinks=sinks, **prefix)
-    check(*inputs, **prefix)
+    check(*inputs, page_size=60, **prefix)
+    check(*inputs, page_size=60)
+    check(*inputs, **none)
+    check(*inputs, prefix=tuple(torch.randn(2, 2, 2, 70, 48, dtype=dtype)))
     check(*inputs, sinks=sinks)
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bits_in_c_do_not_depend_on_who_shares_a_prefix(dtype, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    q, k, v, lengths = problem(6, 6, 2, 1, 40, 32, [3, 40, 7, 1, 16, 40], dtype, "cpu")
+    options = shared(2, 70, 32, [61], dtype, "cpu")
+    together = decode_attention(q, k, v, lengths, **options)
+    longer = dict(prefix=tuple(torch.nn.functional.pad(x, (0, 0, 0, 9)) for x in options["prefix"]))
+    for i in range(6):
+        row = slice(i, i + 1)
+        alone = decode_attention(q[row], k[row], v[row], lengths[row], **options | longer)
+        assert torch.equal(alone, together[row])
 
 
 def test_no_rows(device):
