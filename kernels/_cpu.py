@@ -18,7 +18,8 @@ from ._native import in_words, known, threaded_library
 from ._runtime import traced, use_triton
 
 SOURCE = Path(__file__).with_name("cpu.c")
-FUNCTIONS: dict[str, Path] = dict.fromkeys(("rms_norm", "rotary", "cross_entropy"), SOURCE)
+NAMES = "rms_norm", "layer_norm", "rotary", "cross_entropy"
+FUNCTIONS: dict[str, Path] = dict.fromkeys(NAMES, SOURCE)
 FUNCTIONS["attention"] = _attention_cpu.SOURCE
 FUNCTIONS["decode_attention"] = _decode_attention_cpu.SOURCE
 # Of which a part is here, beside products.
@@ -31,7 +32,8 @@ PARTS = 32  # sums of the weight's gradient; a fixed number, so that their order
 
 class _Norm(ctypes.Structure):
     _fields_ = [
-        *((name, c_void_p) for name in ("x", "residual", "weight", "y", "h", "rstd")),
+        *((name, c_void_p) for name in ("x", "residual", "weight", "bias", "y", "h")),
+        *((name, c_void_p) for name in ("mean", "rstd")),
         *((name, c_int64) for name in ("rows", "n", "threads")),
         ("eps", c_float),
     ]
@@ -39,8 +41,8 @@ class _Norm(ctypes.Structure):
 
 class _NormBackward(ctypes.Structure):
     _fields_ = [
-        *((name, c_void_p) for name in ("dy", "dh", "h", "weight", "rstd")),
-        *((name, c_void_p) for name in ("dx", "dx_half", "dweight")),
+        *((name, c_void_p) for name in ("dy", "dh", "h", "weight", "mean", "rstd")),
+        *((name, c_void_p) for name in ("dx", "dx_half", "dweight", "dbias")),
         *((name, c_int64) for name in ("rows", "n", "parts", "threads")),
     ]
 
@@ -113,19 +115,29 @@ def _pointer(x: Tensor | None) -> int | None:
 
 
 def norm(
-    x: Tensor, weight: Tensor, residual: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, h, rstd) of the RMS norm of contiguous x (..., C); h is x where there is no residual."""
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    centered: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """(y, h, mean, rstd) of the norm of contiguous x (..., C), about its mean where centered, else
+    mean is None; h is x where there is no residual."""
     y = torch.empty_like(x)
     h = x if residual is None else torch.empty_like(residual)
     rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    mean = torch.empty_like(rstd) if centered else None
     wide = weight.float().contiguous()
+    bias = None if bias is None else bias.float().contiguous()
     work = _Norm(
         x=x.data_ptr(),
         residual=_pointer(residual),
         weight=wide.data_ptr(),
+        bias=_pointer(bias),
         y=y.data_ptr(),
         h=h.data_ptr(),
+        mean=_pointer(mean),
         rstd=rstd.data_ptr(),
         rows=rstd.numel(),
         n=x.shape[-1],
@@ -133,34 +145,43 @@ def norm(
         eps=eps,
     )
     _c().norm(ctypes.byref(work), _half(x), _half(h))
-    return y, h, rstd
+    return y, h, mean, rstd
 
 
 def norm_backward(
-    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor
+    dy: Tensor,
+    dh: Tensor | None,
+    h: Tensor,
+    weight: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor,
+    has_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dh, dweight) of contiguous tensors: dx is dh in dy's dtype; dweight is fp32."""
+    """(dx, dh, dparameters) of contiguous tensors: dx is dh in dy's dtype; dparameters, of the weight
+    and the bias if there is one, is (1 or 2, C) in fp32."""
     n = h.shape[-1]
     dx = torch.empty_like(h)
     narrow = dx if h.dtype == dy.dtype else torch.empty_like(dy)
-    partial = rstd.new_zeros(PARTS, n)
+    partial = rstd.new_zeros(1 + has_bias, PARTS, n)
     wide = weight.float().contiguous()
     work = _NormBackward(
         dy=dy.data_ptr(),
         dh=_pointer(dh),
         h=h.data_ptr(),
         weight=wide.data_ptr(),
+        mean=_pointer(mean),
         rstd=rstd.data_ptr(),
         dx=dx.data_ptr(),
         dx_half=None if narrow is dx else narrow.data_ptr(),
-        dweight=partial.data_ptr(),
+        dweight=partial[0].data_ptr(),
+        dbias=partial[1].data_ptr() if has_bias else None,
         rows=rstd.numel(),
         n=n,
         parts=PARTS,
         threads=_threads(h),
     )
     _c().norm_backward(ctypes.byref(work), _half(dy), _half(h))
-    return narrow, dx, partial.sum(0)
+    return narrow, dx, partial.sum(1)
 
 
 Pair = Sequence[Tensor]  # of q's and of k's

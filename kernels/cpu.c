@@ -1,4 +1,4 @@
-/* RMS norm, rotary position embedding, the activations of an MLP and cross-entropy on a CPU, each in
+/* Norms, rotary position embedding, the activations of an MLP and cross-entropy on a CPU, each in
    one pass over memory: PyTorch has them there as several operations. `_cpu.py` calls it.
 
    Numbers are fp32 or bf16, all arithmetic is fp32. The same bits come out whatever the threads. */
@@ -13,13 +13,14 @@
 /* The numbers from x[i] on. */
 INLINE void *part(const void *x, int64_t i, int half) { return (char *)x + i * (half ? 2 : 4); }
 
-/* ---- h = x + residual, y = h / sqrt(mean(h²) + eps) * weight, of rows of n numbers */
+/* ---- h = x + residual, y = (h − mean(h)) / sqrt(mean((h − mean(h))²) + eps) * weight + bias, of rows
+   of n numbers; of RMS norms the mean counts as 0 */
 
 typedef struct {
   const void *x, *residual; /* the residual may be NULL: h is x, and not written */
-  const float *weight;
+  const float *weight, *bias; /* the bias may be NULL */
   void *y, *h;
-  float *rstd; /* (rows,) */
+  float *mean, *rstd; /* (rows,); mean NULL: an RMS norm */
   int64_t rows, n, threads;
   float eps;
 } Norm;
@@ -29,17 +30,30 @@ INLINE void norm_rows(Norm a, int adds, int half, int h_half) {
   TEAM for (int64_t row = 0; row < a.rows; row++) {
     const void *x = part(a.x, row * n, half);
     void *y = part(a.y, row * n, half);
-    vec sum = {};
+    vec sum = {}, squares = {};
+    float mean = 0;
     if (adds) {
       const void *residual = part(a.residual, row * n, h_half);
       void *h = part(a.h, row * n, h_half);
       EACH(SET(h, h_half, GET(x, half) + GET(residual, h_half));)
       x = h; /* as it was rounded: y is the norm of what the caller gets back */
     }
-    EACH(const vec v = GET(x, h_half); sum += v * v;)
-    const float rstd = 1 / sqrtf(total(sum) / (float)n + a.eps);
+    if (a.mean) {
+      EACH(sum += GET(x, h_half);)
+      a.mean[row] = mean = total(sum) / (float)n;
+    }
+    EACH(
+      vec v = GET(x, h_half) - mean;
+      if (!full) v = choose(counted() < (int32_t)(n - i), v, (vec){});
+      squares += v * v;
+    )
+    const float rstd = 1 / sqrtf(total(squares) / (float)n + a.eps);
     a.rstd[row] = rstd;
-    EACH(SET(y, half, GET(x, h_half) * rstd * GET(a.weight, 0));)
+    if (a.bias) {
+      EACH(SET(y, half, (GET(x, h_half) - mean) * rstd * GET(a.weight, 0) + GET(a.bias, 0));)
+    } else {
+      EACH(SET(y, half, (GET(x, h_half) - mean) * rstd * GET(a.weight, 0));)
+    }
   }
 }
 
@@ -51,31 +65,34 @@ void norm(const Norm *a, int half, int h_half) {
 
 typedef struct {
   const void *dy, *dh, *h; /* dh may be NULL */
-  const float *weight, *rstd;
+  const float *weight, *mean, *rstd;
   void *dx, *dx_half; /* in h's dtype, and in dy's where that is another */
-  float *dweight;     /* (parts, n) */
+  float *dweight, *dbias; /* (parts, n); the bias's may be NULL */
   int64_t rows, n, parts, threads;
 } NormBackward;
 
 INLINE void norm_backward_rows(NormBackward a, int adds, int half, int h_half) {
   const int64_t n = a.n;
   TEAM for (int64_t share = 0; share < a.parts; share++) {
-    float *dweight = a.dweight + share * n;
+    float *dweight = a.dweight + share * n, *dbias = a.dbias + share * n;
     const int64_t last = a.rows * (share + 1) / a.parts;
     for (int64_t row = a.rows * share / a.parts; row < last; row++) {
       const void *dy = part(a.dy, row * n, half), *h = part(a.h, row * n, h_half);
       const void *dh = part(a.dh, row * n, h_half);
       void *dx = part(a.dx, row * n, h_half), *dx_half = part(a.dx_half, row * n, half);
-      const float rstd = a.rstd[row];
-      vec sum = {};
+      const float rstd = a.rstd[row], mean = a.mean ? a.mean[row] : 0;
+      vec sum = {}, slopes = {};
       EACH(
-        const vec product = GET(dy, half) * (GET(h, h_half) * rstd);
+        const vec product = GET(dy, half) * ((GET(h, h_half) - mean) * rstd);
         SET(dweight, 0, GET(dweight, 0) + product);
         sum += product * GET(a.weight, 0);
       )
-      const float along = rstd * total(sum) / (float)n;
+      if (a.dbias) { EACH(SET(dbias, 0, GET(dbias, 0) + GET(dy, half));) }
+      if (a.mean) { EACH(slopes += GET(dy, half) * GET(a.weight, 0);) }
+      const float along = rstd * total(sum) / (float)n, level = total(slopes) / (float)n;
       EACH(
-        vec value = rstd * (GET(dy, half) * GET(a.weight, 0) - GET(h, h_half) * along);
+        const vec slope = GET(dy, half) * GET(a.weight, 0) - level;
+        vec value = rstd * (slope - (GET(h, h_half) - mean) * along);
         if (adds) value += GET(dh, h_half);
         SET(dx, h_half, value);
         if (half != h_half) SET(dx_half, half, value);

@@ -351,25 +351,34 @@ def _backward(ctx, dy, dh, *_):
 _norm.register_autograd(_backward, setup_context=_setup_context)
 
 
-class _RMSNormInC(torch.autograd.Function):
+class _NormInC(torch.autograd.Function):
     """y, or (y, h) where there is a residual, of what `_cpu` takes."""
 
     @staticmethod
-    def forward(ctx, x, weight, residual, eps):
-        y, h, rstd = _cpu.norm(x, weight, residual, eps)
+    def forward(ctx, x, weight, bias, residual, eps, centered):
+        y, h, mean, rstd = _cpu.norm(x, weight, bias, residual, eps, centered)
         ctx.set_materialize_grads(False)
         ctx.dtype, ctx.has_residual = x.dtype, residual is not None
-        ctx.save_for_backward(h, weight, rstd)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(h, weight, mean, rstd)
         return (y, h) if ctx.has_residual else y
 
     @staticmethod
     @only_once
     def backward(ctx, dy, dh=None):  # pyright: ignore[reportIncompatibleMethodOverride]
-        h, weight, rstd = ctx.saved_tensors
+        h, weight, mean, rstd = ctx.saved_tensors
+        has_bias = ctx.bias_dtype is not None
         dy = torch.zeros_like(h, dtype=ctx.dtype) if dy is None else dy.contiguous()
         dh = None if dh is None else dh.contiguous()
-        dx, dh, dweight = _cpu.norm_backward(dy, dh, h, weight, rstd)
-        return dx, dweight.to(weight.dtype), dh if ctx.has_residual else None, None
+        dx, dh, dparameters = _cpu.norm_backward(dy, dh, h, weight, mean, rstd, has_bias)
+        return (
+            dx,
+            dparameters[0].to(weight.dtype),
+            dparameters[1].to(ctx.bias_dtype) if has_bias else None,
+            dh if ctx.has_residual else None,
+            None,
+            None,
+        )
 
 
 class _RMSNormOnCpu(torch.autograd.Function):
@@ -425,15 +434,18 @@ def _normalize(
         )
     check_device(name, x, weight=weight, bias=bias, residual=residual)
     if not use_triton(x):
-        if not centered and bias is None and _cpu.takes(x, weight, residual):
+        if _cpu.takes(x, weight, bias, residual):
             residual = None if residual is None else residual.contiguous()
-            return _RMSNormInC.apply(x.contiguous(), weight, residual, eps)  # pyright: ignore
+            return _NormInC.apply(  # pyright: ignore[reportReturnType]
+                x.contiguous(), weight, bias, residual, eps, centered
+            )
         h = x if residual is None else x + residual
-        bias = None if bias is None else bias.to(h.dtype)
         learns = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)
-        if centered:
-            y = F.layer_norm(h, weight.shape, weight.to(h.dtype), bias, eps)
+        if centered:  # in fp32: in bf16 PyTorch sums the gradients of weight and bias in bf16, too
+            wide_bias = None if bias is None else bias.to(wide)
+            y = F.layer_norm(h.to(wide), weight.shape, weight.to(wide), wide_bias, eps)
         else:
+            bias = None if bias is None else bias.to(h.dtype)
             if learns and not traced():
                 y: Tensor = _RMSNormOnCpu.apply(h, weight, eps)  # pyright: ignore
             else:

@@ -64,7 +64,8 @@ class Files:
                 f"{kind}:{place} is a folder; say hub:{place}, which knows its splits by their "
                 f"names, or give a pattern such as {kind}:{place}/train*"
             )
-        self.paths = [path] if path.is_file() else sorted(map(Path, glob(place, recursive=True)))
+        found = [path] if path.is_file() else sorted(map(Path, glob(place, recursive=True)))
+        self.paths = [path for path in found if path.is_file()]  # ** finds folders, too
         if not self.paths:
             raise ValueError(f"there is no file {place}")
 

@@ -24,12 +24,13 @@ from ponder.kernels._cpu import SOURCE
 from ponder.kernels._native import library, threaded_library
 from ponder.kernels.cross_entropy import cross_entropy_reference
 from ponder.kernels.linear_cross_entropy import linear_cross_entropy_reference
-from ponder.kernels.norm import rms_norm_reference
+from ponder.kernels.norm import layer_norm_reference, rms_norm_reference
 from ponder.models import decoder
 
 from .numerics import EPSILON, relative_error
 
 SOURCES = [SOURCE, _attention_cpu.SOURCE, _decode_attention_cpu.SOURCE, decoder.SOURCE]
+REFERENCE = {rms_norm: rms_norm_reference, layer_norm: layer_norm_reference}
 FP32, BF16 = torch.float32, torch.bfloat16
 losses = importlib.import_module("ponder.kernels.cross_entropy")
 linear = importlib.import_module("ponder.kernels.linear_cross_entropy")
@@ -71,18 +72,20 @@ def few(monkeypatch):
 @pytest.mark.parametrize(
     "dtype, stream", [(FP32, None), (BF16, None), (FP32, FP32), (BF16, BF16), (BF16, FP32)]
 )
-def test_rms_norm_with_a_residual_stream(shape, dtype, stream, calls):
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("norm", [rms_norm, layer_norm], ids=lambda norm: norm.__name__)
+def test_norms_with_a_residual_stream(norm, biased, shape, dtype, stream, calls):
     """Against fp64 of what came, as it was rounded; both outputs lead to the loss."""
     torch.manual_seed(0)
     x = torch.randn(shape).to(dtype).requires_grad_()
-    weight = torch.randn(shape[-1], requires_grad=True)
+    parameters = [torch.randn(shape[-1], requires_grad=True) for _ in range(1 + biased)]
     residual = None if stream is None else torch.randn(shape).to(stream).requires_grad_()
-    leaves = [x, weight] + [residual] * (residual is not None)
+    leaves = [x, *parameters] + [residual] * (residual is not None)
     h = x if residual is None else (x.float() + residual.float()).to(stream)
     wide = h.detach().double().requires_grad_()
-    weights = weight.detach().double().requires_grad_()
-    truth = rms_norm_reference(wide, weights)
-    found = rms_norm(x, weight, residual=residual)
+    doubles = [p.detach().double().requires_grad_() for p in parameters]
+    truth = REFERENCE[norm](wide, *doubles, eps=0.1)
+    found = norm(x, *parameters, residual=residual, eps=0.1)
     y, stream_out = found if residual is not None else (found, None)
     upstream, above = torch.randn(shape).to(dtype), torch.randn(shape).to(h.dtype)
     loss, expected = (y * upstream).sum(), (truth * upstream.double()).sum()
@@ -91,11 +94,12 @@ def test_rms_norm_with_a_residual_stream(shape, dtype, stream, calls):
         loss = loss.float() + (stream_out * above).sum()
         expected = expected + (wide * above.double()).sum()
     got = [y, *torch.autograd.grad(loss, leaves)]
-    dwide, dweights = torch.autograd.grad(expected, [wide, weights])
+    dwide, *dparameters = torch.autograd.grad(expected, [wide, *doubles])
     assert calls == ["norm", "norm_backward"]
-    assert [g.dtype for g in got] == [dtype, dtype, FP32] + [stream] * (residual is not None)
+    dtypes = [dtype, dtype] + [FP32] * len(parameters) + [stream] * (residual is not None)
+    assert [g.dtype for g in got] == dtypes
     sums = 2 * EPSILON[FP32] * x.numel() ** 0.5
-    for value, true in zip(got, [truth, dwide, dweights, dwide], strict=False):
+    for value, true in zip(got, [truth, dwide, *dparameters, dwide], strict=False):
         assert relative_error(value, true) <= sums + 2 * EPSILON[value.dtype]
 
 
@@ -319,6 +323,7 @@ def test_what_looks_at_the_calls_sees_operations(calls, few):
     q, cos, sin = torch.randn(1, 2, 3, 8), *torch.randn(2, 3, 4)
     with FlopCounterMode(display=False):
         rms_norm(x, weight)
+        layer_norm(x, weight)
         rotary(q, q, cos, sin)
         rotary(q, q, cos, sin, q_norm=weight, k_norm=weight)
         activated("silu", x, x)
@@ -328,10 +333,9 @@ def test_what_looks_at_the_calls_sees_operations(calls, few):
     torch.testing.assert_close(scripted(-x), rms_norm_reference(-x, weight))
     for other in (x.half(), x.double()):  # nor of what C does not know
         rms_norm(other, weight)
+        layer_norm(other, weight, weight)
         activated("silu", other)
         cross_entropy(other, torch.arange(4))
-    rms_norm(x, weight, weight)
-    layer_norm(x, weight)
     activated("gelu", x, x)
     activated("silu", x, x.bfloat16())
     activated("silu", x, weight)

@@ -16,6 +16,7 @@ from ponder.training import preset
 from ponder.training.data import IGNORE, load_data
 from ponder.training.journal import read_rows
 from ponder.training.loop import model_config, train
+from ponder.training.sources import open_rows
 from ponder.training.tokenizer import byte_tokenizer
 from ponder.training.tokens import hold_out
 
@@ -388,6 +389,16 @@ def test_a_pattern_of_text_files_is_documents(tmp_path):
     data = load(tmp_path / "*.txt", "text", batch_size=1)
     say = documents(data, epoch(data, 0)) + documents(data, data.validation())
     assert sorted(text for text, _ in say) == [f"Poem {i}<eos>" for i in range(4)]
+
+
+def test_a_pattern_of_files_in_folders(tmp_path):
+    """In the order of their paths; a folder that it finds is no file."""
+    for name in ("b/2", "b/c/3", "1"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"book {name}")
+    rows, _ = open_rows("text", f"{tmp_path}/**", stream=False)
+    assert [row.values["text"] for row in rows.train()] == ["book 1", "book b/2", "book b/c/3"]
+    assert rows.total() == 3
 
 
 def test_documents_are_mixed_with_a_task(tmp_path):
