@@ -157,8 +157,8 @@ def norm_backward(
     rstd: Tensor,
     has_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dh, dparameters) of contiguous tensors: dx is dh in dy's dtype; dparameters, of the weight
-    and the bias if there is one, is (1 or 2, C) in fp32."""
+    """(dx, dh, dparameters) of contiguous tensors: dx is dh in dy's dtype; dparameters (1 or 2, C),
+    of the weight and of the bias if there is one, is fp32."""
     n = h.shape[-1]
     dx = torch.empty_like(h)
     narrow = dx if h.dtype == dy.dtype else torch.empty_like(dy)

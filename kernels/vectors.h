@@ -65,11 +65,16 @@ INLINE vec spread(float x) { return x - (vec){}; }
 INLINE ints counted(void) { return (ints){OF_LANES(SELF, 1)}; } /* 0, 1, 2, … */
 
 INLINE float total(vec x) {
-  float half[LANES];
-  memcpy(half, &x, sizeof x);
-  for (int n = LANES / 2; n; n /= 2)
-    for (int i = 0; i < n; i++) half[i] += half[i + n];
-  return half[0];
+#define BEHIND(n, i) (((i) + (n)) % LANES)
+#if LANES == 16
+  x += SHUFFLE(x, x, OF_LANES(BEHIND, 8));
+#endif
+#if LANES >= 8
+  x += SHUFFLE(x, x, OF_LANES(BEHIND, 4));
+#endif
+  x += SHUFFLE(x, x, OF_LANES(BEHIND, 2));
+  return x[0] + x[1];
+#undef BEHIND
 }
 
 INLINE vec choose(ints mask, vec a, vec b) {
