@@ -59,9 +59,9 @@ def error_of(model: GPT, peer) -> float:
 
 
 @cache
-def build(dtype: torch.dtype, folder: str | None = None) -> tuple[GPT, torch.nn.Module]:
+def build(dtype: torch.dtype, folder: str | None = None) -> tuple[GPT, torch.nn.Module, float]:
     """Our model (fp32: the engine casts it) and the peer in dtype, with the same weights: those of
-    a checkpoint, or random ones."""
+    a checkpoint, or random ones; and by how much they differ in fp32."""
     peer: Any
     if folder is None:
         model = random_model()
@@ -69,7 +69,8 @@ def build(dtype: torch.dtype, folder: str | None = None) -> tuple[GPT, torch.nn.
     else:
         model = GPT.from_pretrained(folder, dtype=torch.float32, device=DEVICE)
         peer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(DEVICE)
-    return model.eval(), peer.to(dtype).eval()
+    error = error_of(model.eval(), peer.eval())  # in bf16 rounding alone is 1 to 9 %, by the tokens
+    return model, peer.to(dtype), error
 
 
 @cache
@@ -207,10 +208,9 @@ def _run(
 ) -> list[Row]:
     """The rows of a case; TimeoutError where generate_batch does not come back."""
     dtype = DTYPES[name]
-    model, peer = build(dtype, folder)
-    error, allowed = error_of(model, peer), 1e-5 if dtype == torch.float32 else 5e-2
-    if not error <= allowed:
-        raise RuntimeError(f"the two models differ by {error:.2e}, allowed {allowed:.2e}")
+    model, peer, error = build(dtype, folder)
+    if not error <= 1e-5:
+        raise RuntimeError(f"the two models differ by {error:.2e} in fp32, allowed 1e-5")
     prompts = prompts_of(model, batch, each)
 
     def ours() -> None:
@@ -282,7 +282,7 @@ def sample(model: GPT, prompts: torch.Tensor, dtype: torch.dtype) -> None:
 def profile(batch: int, each: int, name: str, folder: str | None) -> None:
     """Where our time goes, by operation; on a CPU in one thread, as others are not looked at."""
     torch.set_num_threads(1)
-    model, _ = build(DTYPES[name], folder)
+    model = build(DTYPES[name], folder)[0]
     prompts = prompts_of(model, batch, each)
     table(f"{case_of(batch, each, folder)}, {name}", lambda: sample(model, prompts, DTYPES[name]))
 

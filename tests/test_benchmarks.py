@@ -306,8 +306,7 @@ def test_a_peer_that_may_not_come_back_is_behind_all_others(monkeypatch):
 
 
 def test_logits_that_are_no_numbers_are_not_timed(monkeypatch):
-    monkeypatch.setattr(sampling, "build", lambda dtype, folder: (None, None))
-    monkeypatch.setattr(sampling, "error_of", lambda model, peer: float("nan"))
+    monkeypatch.setattr(sampling, "build", lambda dtype, folder: (None, None, float("nan")))
     with pytest.raises(RuntimeError, match="differ by nan"):
         sampling._run("fp32", 16, 1, [], False, None)
 
@@ -327,8 +326,7 @@ def test_continuous_batching_keeps_its_manager_for_a_case(monkeypatch):
             calls.append("destroyed")
 
     model = SimpleNamespace(config=train_step.SMALL)
-    monkeypatch.setattr(sampling, "build", lambda dtype, folder: (model, Peer()))
-    monkeypatch.setattr(sampling, "error_of", lambda model, peer: 0.0)
+    monkeypatch.setattr(sampling, "build", lambda dtype, folder: (model, Peer(), 0.0))
     monkeypatch.setattr(sampling, "sample", lambda model, prompts, dtype: None)
     monkeypatch.setattr(sampling, "peak_mib", lambda work: work() or 1.0)
     monkeypatch.setattr(sampling, "copy_ceiling", lambda: 1e9)
