@@ -2,8 +2,8 @@
 
    Whatever a row gets, it gets by the same operations in the same order, bit for bit, whatever
    stands beside it, whatever the number of rows, of threads and of positions that there is room for:
-   an output of a matrix product is one sum from the first to the last input, and attention goes over
-   the positions in blocks that are counted from the first.
+   an output of a matrix product is one sum from the first to the last input (by AMX's tiles, of 32 at
+   a time), and attention goes over the positions in blocks that are counted from the first.
 
    Shapes: M token rows (sequences × tokens), C width, H query heads, G key-value heads, D head
    width, S positions of a cache. Matrices are packed in panels of PANEL outputs, input by input; in
@@ -66,7 +66,7 @@ enum { STORE, ADD, ACTIVATE, MULTIPLY };
 INLINE int with_tiles(int half) { return half && tiles_granted; }
 #else
 #define TALL STRIP
-INLINE int with_tiles(int half) { return half & 0; }
+INLINE int with_tiles(int half) { (void)half; return 0; }
 #endif
 
 /* The sums of n rows of x, `stride` numbers apart, with a panel, over so many words of inputs: a
