@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from ponder import provenance
 from ponder.kernels import (
     _attention_cpu,
     _cpu,
     _decode_attention_cpu,
     _native,
+    attention,
     cross_entropy,
     layer_norm,
     linear_cross_entropy,
@@ -386,6 +388,30 @@ def anew(monkeypatch, tmp_path):
     library.cache_clear()
     yield tmp_path / "cache"
     library.cache_clear()
+
+
+@pytest.mark.skipif("AMX" not in provenance.machine()["processor"], reason="needs a CPU with AMX")
+def test_tiles_are_taken_where_the_cpu_has_them(anew, monkeypatch):
+    """And give what vectors give, but for the order of sums."""
+    torch.manual_seed(0)
+    q, k, v, upstream = torch.randn(4, 2, 3, 100, 48, dtype=BF16)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+
+    def computed():
+        threaded_library.cache_clear(), library.cache_clear()
+        out = attention(*leaves, causal=True)
+        return out, *torch.autograd.grad(out, leaves, upstream)
+
+    c = library(decoder.SOURCE)
+    assert c is not None and (c.step(1), c.step(0)) == (32, 2)
+    by_tiles = computed()
+    none = tuple(f"{x} -mno-amx-tile -mno-amx-bf16" for x in _native.CHOICES)
+    monkeypatch.setattr(_native, "CHOICES", none)
+    by_vectors = computed()
+    threaded_library.cache_clear()
+    assert not all(map(torch.equal, by_tiles, by_vectors))
+    for x, y in zip(by_tiles, by_vectors, strict=True):
+        assert relative_error(x, y.double()) <= 2 * EPSILON[BF16]
 
 
 def test_it_is_compiled_once(anew, monkeypatch):
