@@ -137,9 +137,9 @@ static void product_of_halves(Sheet c, int64_t n, Rows a, Sheet b, int64_t k, in
     if (words < k) product_of(c, n, rest, from(b, words, 0), k - words, 1, 1);
     c = from(c, rows, 0), a = some(a, rows, a.rows - rows);
   }
-#undef TILES
 #endif
   product_of(c, n, a, b, k, adds, 1);
+#undef TILES
 }
 
 static void product_of_floats(Sheet c, int64_t n, Rows a, Sheet b, int64_t k, int adds) {

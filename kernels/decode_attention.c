@@ -67,7 +67,7 @@ int decode_attention(const Decode *a, int half) {
   for (int64_t thread = 0; thread < a->threads; thread++) {
     const int64_t last = units * (thread + 1) / a->threads;
     for (int64_t unit = units * thread / a->threads; unit < last; unit++) {
-      const int64_t sample = unit % a->samples, head = unit / a->samples; /* rows that share, in turn */
+      const int64_t sample = unit % a->samples, head = unit / a->samples; /* who shares, in turn */
       const int64_t row = head / a->kv_heads * a->samples + sample;
       attend_row(a, row, head % a->kv_heads, memory + thread * size, half);
     }

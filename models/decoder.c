@@ -120,8 +120,8 @@ static void sums(int n, vec found[STRIP][2], const void *x, int64_t stride, cons
 
 /* Two vectors of sums become numbers of y, `end`, with `left` to the end of its row: what is behind
    that is not written. */
-INLINE void finish(const Model *model, const Matrix *m, const vec found[2], int64_t column, float *end,
-                   int64_t left, int epilogue) {
+INLINE void finish(const Model *model, const Matrix *m, const vec found[2], int64_t column,
+                   float *end, int64_t left, int epilogue) {
   for (int i = 0; i < 2; i++, column += LANES, end += LANES, left -= LANES) {
     vec *to = (vec *)end, sum = found[i];
     if (m->bias) sum += *(const vec *)(m->bias + column);
@@ -161,7 +161,6 @@ static void product(const Model *model, const Matrix *m, const void *x, int64_t 
       if (with_tiles(half) && n > 16) TILES(2, ahead, bytes);
       else if (with_tiles(half)) TILES(1, NULL, 0); /* which asking ahead slows down */
       else
-#undef TILES
 #endif
         sums(n, found, from, stride_x, panel, inputs, ahead, bytes, half);
       for (int r = 0; r < n; r++)
@@ -169,6 +168,7 @@ static void product(const Model *model, const Matrix *m, const void *x, int64_t 
                stride_y - p * PANEL, epilogue);
     }
   }
+#undef TILES
 }
 
 /* n numbers from the beginning of a line of the cache, or NULL. */
